@@ -1,0 +1,21 @@
+"""GateRA and its relatives for frozen language models: token-gated high-rank fine-tuning under PyTorch Lightning."""
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.files import AdapterFileError, load_adapter, save_adapter
+from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
+from gatera_lightning.adapters.merge import merge_adapter
+from gatera_lightning.adapters.recording import record_gates
+from gatera_lightning.errors import ConfigError
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterFileError",
+    "ConfigError",
+    "InjectionReport",
+    "adapter_parameters",
+    "inject_adapters",
+    "load_adapter",
+    "merge_adapter",
+    "record_gates",
+    "save_adapter",
+]

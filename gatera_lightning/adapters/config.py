@@ -1,0 +1,82 @@
+"""What to adapt and how: two independent choices, the update ``u`` and the gate ``g``, make a method."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+UpdateName = Literal["lora", "dora", "hira"]
+GateName = Literal["none", "static", "token"]
+AdapterDtype = Literal["float32", "float64"]
+
+
+@dataclass
+class AdapterConfig:
+    """An adapted layer computes ``y = W0 x + b + g(x) · u(x)``; the defaults are GateRA's (AAAI 2026, arXiv 2511.17582)."""
+
+    update: UpdateName = "hira"
+    """The update u(x): lora = (alpha/rank)·B A x, dora = magnitude and direction, hira = (W0 ⊙ BA) x."""
+
+    gate: GateName = "token"
+    """The gate g: none = 1, static = one learned scalar per layer, token = sigmoid(w·x + b) for every token."""
+
+    rank: int = 32
+    """Rank r of B A; at most the smaller side of every adapted weight."""
+
+    alpha: float | None = None
+    """Scale alpha/rank of lora and dora; null means alpha = rank. An error with hira, which has no scale."""
+
+    dropout: float = 0.0
+    """Dropout probability on the update's input; the frozen path and the gate see the undropped input."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    """Linear layers to adapt: the last segment of a module's name, or a regular expression for its whole name."""
+
+    layers: list[int] | None = None
+    """Indices of the decoder layers to adapt; null adapts all of them."""
+
+    gate_bias: float = 0.0
+    """Initial gate logit b: 0 starts every gate half open (g = 0.5), -2 nearly closed (g = 0.12)."""
+
+    adapter_dtype: AdapterDtype = "float32"
+    """Dtype of the trainable master weights; the backbone keeps its own."""
+
+    def problems(self) -> list[str]:
+        """Everything about these values that cannot work, whatever the model; empty when all is well."""
+        found = []
+        for name, accepted in (("update", UpdateName), ("gate", GateName), ("adapter_dtype", AdapterDtype)):
+            value, choices = getattr(self, name), get_args(accepted)
+            if value not in choices:
+                found.append(f"adapter.{name}: {value!r} is unknown; accepted: {', '.join(choices)}")
+        if self.rank <= 0:
+            found.append(f"adapter.rank: {self.rank} is not a rank; accepted: an integer of at least 1")
+        if self.update == "hira" and self.alpha is not None:
+            found.append(
+                f"adapter.alpha: {self.alpha} given, but update 'hira' has no scale; accepted: null, or update lora or dora"
+            )
+        if self.alpha is not None and self.alpha <= 0:
+            found.append(f"adapter.alpha: {self.alpha}; accepted: a number above 0, or null for alpha = rank")
+        if not 0.0 <= self.dropout < 1.0:
+            found.append(f"adapter.dropout: {self.dropout}; accepted: a probability of at least 0 and below 1")
+        if not self.target_modules:
+            found.append("adapter.target_modules: the list is empty; accepted: at least one name or regular expression")
+        for pattern in self.target_modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(f"adapter.target_modules: {pattern!r} is no regular expression ({error})")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            found.append(f"adapter.layers: {self.layers}; accepted: null for all, or a list of indices from 0 on")
+        return found
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank`` of lora and dora; 1 when alpha is not set."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def as_adapter_config(values: dict[str, Any]) -> AdapterConfig:
+    """An AdapterConfig from an adapter folder's JSON; raises ValueError for names this version does not know."""
+    unknown = sorted(set(values) - set(AdapterConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"unknown adapter settings {unknown}; accepted: {sorted(AdapterConfig.__dataclass_fields__)}")
+    return AdapterConfig(**values)

@@ -1,0 +1,45 @@
+"""DoRA: magnitude and direction of a weight adapted apart (Liu et al. 2024, arXiv 2402.09353)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatera_lightning.adapters.lora import low_rank_factors
+
+
+class DoRA(nn.Module):
+    """``u(x) = m ⊙ (W0 + sBA) / ‖W0 + sBA‖_row · x − W0 x``, s = α/r; m (out,) starts at the row norms of W0.
+
+    The norm is detached from the graph (the paper's section 4.3). Dropout acts on the low-rank path only.
+    """
+
+    def __init__(
+        self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.a, self.b = low_rank_factors(base, rank, dtype, generator)
+        self.scale = scale
+        self.magnitude = nn.Parameter(self.row_norm(base.weight))
+
+    @torch.no_grad()
+    def row_norm(self, weight: Tensor) -> Tensor:
+        """``‖W0 + sBA‖`` of every row (out,), from ``‖w‖² + 2s b·(A w) + s² b·(AAᵀ) b``: no dense (out, in) copy."""
+        dtype = self.a.dtype
+        own = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+        cross = (F.linear(weight, self.a.to(weight.dtype)).to(dtype) * self.b).sum(1)
+        low_rank = ((self.b @ (self.a @ self.a.t())) * self.b).sum(1)
+        return (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
+
+    def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
+        """``g · u(x)``; x (..., in), base_out = W0 x (..., out) -> (..., out)."""
+        ratio = self.magnitude / self.row_norm(weight)  # (out,)
+        low_rank = F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+        u = (ratio - 1).to(x.dtype) * base_out + ratio.to(x.dtype) * low_rank
+        return u if g is None else u * g.unsqueeze(-1).to(u.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """``m ⊙ (W0 + sBA) / ‖W0 + sBA‖_row − W0`` in the adapter's dtype, (out, in)."""
+        own = weight.to(self.a.dtype)
+        direction = own + self.scale * (self.b @ self.a)
+        return (self.magnitude / self.row_norm(weight)).unsqueeze(1) * direction - own

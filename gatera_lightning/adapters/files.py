@@ -1,0 +1,143 @@
+"""Adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, loadable without Lightning or pickle."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gatera_lightning.adapters.config import AdapterConfig, as_adapter_config
+from gatera_lightning.adapters.fingerprint import backbone_fingerprint
+from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters, inject_adapters
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+
+
+class AdapterFileError(ValueError):
+    """An adapter folder is incomplete, damaged, or belongs to another backbone or shape."""
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, backbone: str | None = None, revision: str | None = None) -> Path:
+    """Write the adapter of ``model`` to ``folder``; each file appears whole or not at all.
+
+    ``backbone`` and ``revision`` say where the frozen weights came from (default: what the Hugging Face config
+    knows); the fingerprint of the adapted weights is what loading checks. In a sharded model every rank must call
+    this (parameters are gathered one by one, the backbone never), and rank 0 writes.
+    Raises ValueError when the model has no adapter.
+    """
+    layers = adapted_linears(model)
+    if not layers:
+        raise ValueError("save_adapter: the model has no adapted layers")
+    tensors = {name: _whole(parameter) for name, parameter in adapter_parameters(model).items()}
+    folder = Path(folder)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return folder
+    hf_config = getattr(model, "config", None)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "adapter": asdict(next(iter(layers.values())).config),
+        "backbone": {
+            "id": backbone or getattr(hf_config, "_name_or_path", None) or None,
+            "revision": revision or getattr(hf_config, "_commit_hash", None),
+            "fingerprint": backbone_fingerprint({name: layer.base_fingerprint for name, layer in layers.items()}),
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    weights_draft, config_draft = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
+    save_file(tensors, weights_draft, metadata={"format": "pt"})
+    config_draft.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    os.replace(weights_draft, folder / WEIGHTS_FILE)
+    os.replace(config_draft, folder / CONFIG_FILE)
+    return folder
+
+
+def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, Any]]:
+    """The AdapterConfig of a folder and what it says of its backbone (id, revision, fingerprint).
+
+    Raises AdapterFileError when the file is missing, malformed or from a newer version.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterFileError(f"{folder}: no adapter here ({CONFIG_FILE} is missing)")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format_version"]
+        if version != FORMAT_VERSION:
+            raise AdapterFileError(f"{path}: format_version {version}; this version reads {FORMAT_VERSION}")
+        return as_adapter_config(description["adapter"]), description["backbone"]
+    except AdapterFileError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{path}: malformed ({type(error).__name__}: {error})") from error
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
+    """Load an adapter folder into ``model``, injecting the adapter first if the model has none; returns its config.
+
+    Nothing is unpickled. Raises AdapterFileError, before any parameter changes, when a file is missing or damaged,
+    the backbone's fingerprint differs, or names, shapes or dtypes do not match.
+    """
+    config, origin = read_adapter_config(folder)
+    tensors = _read_tensors(Path(folder) / WEIGHTS_FILE)
+    if not adapted_linears(model):
+        inject_adapters(model, config)
+    layers = adapted_linears(model)
+    own = next(iter(layers.values())).config
+    if (own.update, own.gate, own.rank, own.scale) != (config.update, config.gate, config.rank, config.scale):
+        raise AdapterFileError(
+            f"{folder}: holds update={config.update} gate={config.gate} rank={config.rank} scale={config.scale:g}, but the "
+            f"model was adapted with update={own.update} gate={own.gate} rank={own.rank} scale={own.scale:g}"
+        )
+    parameters = adapter_parameters(model)
+    problems = _mismatches(parameters, tensors)
+    if problems:
+        raise AdapterFileError(f"{folder}: does not fit this model: {'; '.join(problems)}")
+    fingerprint = backbone_fingerprint({name: layer.base_fingerprint for name, layer in layers.items()})
+    if fingerprint != origin["fingerprint"]:
+        raise AdapterFileError(
+            f"{folder}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the adapted "
+            f"weights differ (fingerprint {origin['fingerprint'][:12]}… there, {fingerprint[:12]}… here). "
+            "A base model and its instruct version are different backbones."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return config
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """A parameter as one CPU tensor; a collective when it is sharded."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise AdapterFileError(f"{path.parent}: incomplete ({WEIGHTS_FILE} is missing)")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterFileError(f"{path}: damaged, not a readable safetensors file ({error})") from error
+
+
+def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> list[str]:
+    """What keeps ``tensors`` from fitting ``parameters``: at most one example of each kind, with the count."""
+    problems = []
+    missing, surplus = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    if missing:
+        problems.append(f"{len(missing)} parameters are not in the file ({missing[0]}, …)")
+    if surplus:
+        problems.append(f"{len(surplus)} tensors have no place in the model ({surplus[0]}, …)")
+    for name in sorted(set(parameters) & set(tensors)):
+        if parameters[name].shape != tensors[name].shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)} there, {tuple(parameters[name].shape)} here")
+            break
+    return problems

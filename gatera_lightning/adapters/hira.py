@@ -1,0 +1,26 @@
+"""HiRA: a high-rank update from low-rank factors by the Hadamard product (Huang et al., ICLR 2025, TwJrTz9cRS)."""
+
+import torch
+from torch import Tensor, nn
+
+from gatera_lightning.adapters.lora import low_rank_factors
+from gatera_lightning.adapters.ops import gated_hadamard
+
+
+class HiRA(nn.Module):
+    """``u(x) = (W0 ⊙ BA) x``, of rank up to ``r · rank(W0)``; A (r, in), B (out, r). It has no scale."""
+
+    def __init__(
+        self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.a, self.b = low_rank_factors(base, rank, dtype, generator)
+
+    def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
+        """``g · u(x)``; x (..., in), weight W0 (out, in), g (...) or None -> (..., out)."""
+        return gated_hadamard(x, weight, self.a, self.b, g)
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """``W0 ⊙ BA`` in the adapter's dtype, (out, in)."""
+        return weight.to(self.a.dtype) * (self.b @ self.a)

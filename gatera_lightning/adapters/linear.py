@@ -1,0 +1,83 @@
+"""An adapted layer: a frozen linear layer, an update and a gate, composed."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.dora import DoRA
+from gatera_lightning.adapters.fingerprint import weight_fingerprint
+from gatera_lightning.adapters.gates import GATES, Gate
+from gatera_lightning.adapters.hira import HiRA
+from gatera_lightning.adapters.lora import LoRA
+
+Update = LoRA | DoRA | HiRA
+UPDATES: dict[str, type[LoRA] | type[DoRA] | type[HiRA]] = {"lora": LoRA, "dora": DoRA, "hira": HiRA}
+
+
+class AdaptedLinear(nn.Module):
+    """``y = W0 x + b + g(x) · u(x)`` with ``W0`` and ``b`` frozen.
+
+    ``update(x, base_out, weight, g)`` returns ``g · u(x)``: each update knows where the gate's product is cheapest.
+    ``gate`` is None for the ungated method. ``on_gate`` is called with the gate's logits in every forward while
+    :func:`~gatera_lightning.adapters.recording.record_gates` listens.
+    """
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        dtype = getattr(torch, config.adapter_dtype)
+        self.config = config
+        self.base = base.requires_grad_(False)
+        self.base_fingerprint = weight_fingerprint(base.weight)
+        self.update: Update = UPDATES[config.update](
+            base, rank=config.rank, scale=config.scale, dtype=dtype, generator=generator
+        )
+        gate_class = GATES[config.gate]
+        self.gate: Gate | None = gate_class and gate_class(
+            base.in_features, bias=config.gate_bias, dtype=dtype, device=base.weight.device
+        )
+        self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self.on_gate: Callable[[Tensor], None] | None = None
+
+    def adapter_params(self) -> dict[str, nn.Parameter]:
+        """The parameters that belong to the adapter, by their names within this layer: everything but the base."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out)."""
+        base_out = F.linear(x, self.base.weight)  # (..., out), without bias: DoRA rescales this part alone
+        g = None
+        if self.gate is not None:
+            z = self.gate(x)  # (...)
+            if self.on_gate is not None:
+                self.on_gate(z)
+            g = torch.sigmoid(z)
+        y = base_out + self.update(self.dropout(x), base_out, self.base.weight, g).to(base_out.dtype)
+        return y if self.base.bias is None else y + self.base.bias
+
+    # Model code asks a linear layer for these (dtype probes, tied heads); the answer is the frozen layer's.
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (out, in)."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias (out,), if any."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.base.out_features
+
+    def extra_repr(self) -> str:
+        """The method in ``print(model)``."""
+        return f"update={self.config.update}, gate={self.config.gate}, rank={self.config.rank}"

@@ -1,0 +1,88 @@
+"""The two products that autograd would compute wastefully: the Hadamard update and the gate's logit.
+
+Both save what the frozen layer saves anyway (the input and the small factors) and rebuild the rest in backward.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``W0 ⊙ (B A)`` in ``weight``'s dtype; weight (out, in), a (r, in), b (out, r)."""
+    return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
+
+
+class _GatedHadamard(torch.autograd.Function):
+    """``g · (W0 ⊙ BA) x``. Nothing of size out·in survives the forward: the dense factor is rebuilt in backward.
+
+    With ``t = (W0 ⊙ BA)ᵀ dy``: ``dx = g·t``, ``dg = x·t`` (so the ungated update need not be kept),
+    ``dP = (g·dy) xᵀ ⊙ W0`` for ``P = BA`` (GateRA, theorem 1), ``dA = Bᵀ dP``, ``dB = dP Aᵀ``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b, g)
+        with torch.autocast(x.device.type, enabled=False):
+            u = F.linear(x.to(weight.dtype), hadamard_weight(weight, a, b))  # (..., out)
+        return u if g is None else u.mul_(g.unsqueeze(-1).to(u.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, g = ctx.saved_tensors
+        dtype = weight.dtype
+        needs_x, _, needs_a, needs_b, needs_g = ctx.needs_input_grad
+        dy = dy.to(dtype)
+        x_ = x.to(dtype)
+        dx = da = db = dg = None
+        if needs_x or needs_g:
+            t = torch.matmul(dy, hadamard_weight(weight, a, b))  # (..., in)
+            if needs_g:
+                dg = (x_ * t).sum(-1, dtype=g.dtype)
+            if needs_x:
+                dx = (t if g is None else t.mul_(g.unsqueeze(-1).to(dtype))).to(x.dtype)
+        if needs_a or needs_b:
+            du = dy if g is None else dy * g.unsqueeze(-1).to(dtype)
+            dp = torch.mm(du.flatten(0, -2).t(), x_.flatten(0, -2)).mul_(weight)  # (out, in)
+            if needs_a:
+                da = torch.mm(b.to(dtype).t(), dp).to(a.dtype)
+            if needs_b:
+                db = torch.mm(dp, a.to(dtype).t()).to(b.dtype)
+        return dx, None, da, db, dg
+
+
+def gated_hadamard(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None = None) -> Tensor:
+    """``g · (W0 ⊙ BA) x``, HiRA's update (Huang et al., ICLR 2025) under GateRA's gate (eq. ``W' = (g·BA + 1) ⊙ W0``).
+
+    Shapes: x (..., in), weight (out, in) frozen, a (r, in), b (out, r), g (...) or None for 1; returns (..., out).
+    The products run in ``weight``'s dtype. ``weight`` gets no gradient.
+    """
+    return cast(Tensor, _GatedHadamard.apply(x, weight, a, b, g))
+
+
+class _TokenLogit(torch.autograd.Function):
+    """``x·w + b`` in w's dtype, keeping x in its own: autograd would hold an fp32 copy of every bf16 input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.matmul(x.to(w.dtype), w) + b
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        dx = (dz.unsqueeze(-1) * w).to(x.dtype) if ctx.needs_input_grad[0] else None
+        flat = dz.flatten()  # (tokens,)
+        dw = torch.mv(x.to(w.dtype).flatten(0, -2).t(), flat)
+        return dx, dw, flat.sum().unsqueeze(0)
+
+
+def token_logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """``z = w·x + b`` for every token, in w's dtype (fp32 masters); x (..., in), w (in,), b (1,); returns (...)."""
+    return cast(Tensor, _TokenLogit.apply(x, w, b))
