@@ -1,0 +1,1 @@
+"""The shipped recipes: one YAML per recipe, overlays to combine with them by several ``--config``."""

@@ -1,0 +1,7 @@
+"""Data: rows become prompts and answers, prompts become tokens and masks, tokens become planned optimizer steps."""
+
+from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.datamodules.commonsense import CommonsenseDataModule
+from gatera_lightning.datamodules.tokens import Batch, Example
+
+__all__ = ["Batch", "CommonsenseDataModule", "Example", "SupervisedDataModule"]

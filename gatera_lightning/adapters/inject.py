@@ -45,9 +45,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def inject_adapters(
-    model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None
-) -> InjectionReport:
+def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> InjectionReport:
     """Freeze ``model`` and replace every matching ``nn.Linear`` by an :class:`AdaptedLinear`, in place.
 
     ``generator`` (CPU) draws the initial values; with the same generator every rank gets the same adapter.

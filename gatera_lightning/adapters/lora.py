@@ -14,9 +14,9 @@ def low_rank_factors(
 
     Drawn on the CPU: the same generator gives the same adapter on every device and every rank.
     """
-    a = torch.empty(rank, base.in_features, dtype=dtype)
+    a = torch.empty(rank, base.in_features, dtype=dtype, device="cpu")
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-    b = torch.zeros(base.out_features, rank, dtype=dtype)
+    b = torch.zeros(base.out_features, rank, dtype=dtype, device="cpu")
     return nn.Parameter(a.to(base.weight.device)), nn.Parameter(b.to(base.weight.device))
 
 

@@ -1,0 +1,1 @@
+"""Everything periodic: each callback watches training and changes nothing in it."""

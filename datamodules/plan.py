@@ -1,0 +1,130 @@
+"""Optimizer steps planned before training: which rows form a step, and how its micro-batches are shared out.
+
+Batches are formed once, from cached lengths, so the number of batches is the same in every epoch and on every rank,
+each step's totals are known before its first forward, and resuming needs only a position in a shuffled list of steps.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader.sampler import RandomSampler
+
+_WINDOW = 16
+"""Rows are sorted by length within windows of this many steps: little padding, and steps stay mixed."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its micro-batches (rows of each, in order) and its totals over all of them."""
+
+    micro_batches: tuple[tuple[int, ...], ...]
+    targets: int
+    tokens: int
+
+
+def plan_steps(
+    lengths: Sequence[int],
+    targets: Sequence[int],
+    *,
+    batch_size: int,
+    micro_batches: int,
+    seed: int,
+    token_budget: int | None = None,
+    group_by_length: bool = True,
+) -> list[Step]:
+    """Cut rows into optimizer steps of ``batch_size`` rows (fewer where ``token_budget`` real tokens are reached).
+
+    ``lengths`` and ``targets`` are real and target tokens per row; ``micro_batches`` = accumulation × ranks. Every row
+    is used exactly once. A last step with fewer rows than micro-batches joins the one before it, so that no
+    micro-batch is empty. Raises ValueError when there are fewer rows than micro-batches.
+    """
+    if len(lengths) < micro_batches:
+        raise ValueError(f"{len(lengths)} rows cannot fill {micro_batches} micro-batches (accumulation × processes)")
+    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    if group_by_length:
+        span = _WINDOW * batch_size
+        windows = [sorted(order[i : i + span], key=lambda row: lengths[row]) for i in range(0, len(order), span)]
+        order = [row for window in windows for row in window]
+
+    groups: list[list[int]] = [[]]
+    for row in order:
+        full = len(groups[-1]) >= batch_size
+        spent = token_budget is not None and sum(lengths[r] for r in groups[-1]) + lengths[row] > token_budget
+        if full or (spent and len(groups[-1]) >= micro_batches):
+            groups.append([])
+        groups[-1].append(row)
+    if len(groups) > 1 and len(groups[-1]) < micro_batches:
+        last = groups.pop()
+        groups[-1] += last
+
+    steps = []
+    for rows in groups:
+        rows = sorted(rows, key=lambda row: lengths[row])
+        cuts = np.array_split(np.array(rows), micro_batches)
+        steps.append(
+            Step(
+                tuple(tuple(cut.tolist()) for cut in cuts),
+                sum(targets[row] for row in rows),
+                sum(lengths[row] for row in rows),
+            )
+        )
+    return steps
+
+
+class StepSampler(Sampler[int]):
+    """Indices of micro-batches: the steps in a new random order each epoch, each step's ``accumulate`` in order.
+
+    Index ``i`` is micro-batch ``i % accumulate`` of step ``i // accumulate``. The order comes from torchdata's
+    stateful RandomSampler with one generator, seeded alike on every rank, so a saved position resumes exactly and does
+    not depend on the rank (only rank 0's is saved).
+    """
+
+    def __init__(self, steps: int, accumulate: int, seed: int) -> None:
+        self.steps = steps
+        self.accumulate = accumulate
+        self._shuffled = RandomSampler(range(steps), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[int]:
+        return _StepIterator(iter(self._shuffled), self.accumulate)
+
+
+class _StepIterator(Iterator[int]):
+    """Position = the shuffled iterator's state and the micro-batches already emitted of the current step."""
+
+    def __init__(self, shuffled: Any, accumulate: int) -> None:
+        self.shuffled = shuffled
+        self.accumulate = accumulate
+        self.step = 0
+        self.emitted = accumulate
+
+    def __next__(self) -> int:
+        if self.emitted == self.accumulate:
+            self.step = next(self.shuffled)
+            self.emitted = 0
+        self.emitted += 1
+        return self.step * self.accumulate + self.emitted - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shuffled": self.shuffled.state_dict(), "step": self.step, "emitted": self.emitted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shuffled.load_state_dict(state["shuffled"])
+        self.step, self.emitted = state["step"], state["emitted"]
+
+
+def share_evenly(lengths: Sequence[int], batch_size: int, ranks: int, rank: int) -> list[list[int]]:
+    """Evaluation batches of one rank: every item on exactly one rank, and the same number of batches on every rank.
+
+    Longest first, so that running out of memory happens at once. A rank without an item left gets an empty batch,
+    which the collator fills with a row that counts for nothing: sharded models hang when ranks run unequal forwards.
+    """
+    order = sorted(range(len(lengths)), key=lambda item: -lengths[item])
+    rounds = [order[i : i + batch_size * ranks] for i in range(0, len(order), batch_size * ranks)]
+    return [items[rank::ranks] for items in rounds]

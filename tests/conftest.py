@@ -1,0 +1,30 @@
+"""Shared by every test: no network, one thread, and a Llama small enough to run in milliseconds."""
+
+import os
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """A factory: ``tiny_llama(dtype=torch.float32, layers=2, seed=0, **config)``; the same seed, the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(dtype=torch.float32, layers=2, seed=0, **config):
+        sizes = {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **(sizes | config))).to(dtype)
+
+    return build
