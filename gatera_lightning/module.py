@@ -17,7 +17,7 @@ from gatera_lightning.backbone import BackboneConfig, load_backbone
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.datamodules.tokens import Batch
 from gatera_lightning.errors import NonFiniteLossError
-from gatera_lightning.evaluation.ranking import OptionRanking, answer_log_likelihoods
+from gatera_lightning.evaluation.ranking import OptionRanking, answer_log_likelihoods, ranked
 from gatera_lightning.losses import (
     IGNORE,
     next_token_labels,
@@ -203,7 +203,7 @@ class GateRAModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log accuracy by summed and by per-token likelihood, and the loss of the right answers."""
-        result = self.ranking.compute()
+        result = ranked(*self.ranking.compute())
         self.log_dict(
             {
                 "test/loss": result.gold_loss,

@@ -1,9 +1,7 @@
 """Sharding a frozen backbone with trainable adapters: PyTorch FSDP2 (``fully_shard``) under Lightning's Trainer."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -58,7 +56,3 @@ class AdapterShardingStrategy(ModelParallelStrategy):
             full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
         )
         return get_model_state_dict(self.model, options=options)
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint written by this strategy."""
-        return super().load_checkpoint(checkpoint_path, weights_only)

@@ -78,24 +78,31 @@ class OptionRanking(Metric):
         """Add one batch; rows with example id -1 stand for no example and are left out when computing."""
         columns = [batch["example_ids"], batch["answer_ids"], batch["gold_ids"], batch["task_ids"], tokens]
         self.keys.append(torch.stack(columns, dim=1))  # type: ignore[union-attr, operator]
-        self.scores.append(log_likelihoods.double())  # type: ignore[union-attr, operator]
+        self.scores.append(log_likelihoods)  # type: ignore[union-attr, operator]
 
-    def compute(self) -> RankingResult:
-        """Questions in the order of their ids. Raises ValueError when a candidate was scored twice or never."""
-        by_example: dict[int, dict[int, tuple[int, int, int, float]]] = defaultdict(dict)
-        keys, scores = dim_zero_cat(self.keys).tolist(), dim_zero_cat(self.scores).tolist()  # type: ignore[arg-type]
-        for (example, answer, gold, task, tokens), score in zip(keys, scores, strict=True):
-            if example < 0:
-                continue
-            if answer in by_example[example]:
-                raise ValueError(f"candidate {answer} of example {example} was scored twice")
-            by_example[example][answer] = (gold, task, tokens, score)
-        questions = []
-        for example in sorted(by_example):
-            answers = by_example[example]
-            if sorted(answers) != list(range(len(answers))):
-                raise ValueError(f"example {example} lacks a candidate: only {sorted(answers)} were scored")
-            rows = [answers[i] for i in range(len(answers))]
-            gold, task = rows[0][:2]
-            questions.append(RankedQuestion(example, task, gold, tuple(row[3] for row in rows), tuple(row[2] for row in rows)))
-        return RankingResult(tuple(questions))
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """``keys`` and ``scores`` of every process; :func:`ranked` makes a result of them."""
+        return dim_zero_cat(self.keys), dim_zero_cat(self.scores)  # type: ignore[arg-type]
+
+
+def ranked(keys: Tensor, scores: Tensor) -> RankingResult:
+    """Questions in the order of their ids, from the two states of :class:`OptionRanking`.
+
+    Raises ValueError when a candidate was scored twice or never.
+    """
+    by_example: dict[int, dict[int, tuple[int, int, int, float]]] = defaultdict(dict)
+    for (example, answer, gold, task, tokens), score in zip(keys.tolist(), scores.tolist(), strict=True):
+        if example < 0:
+            continue
+        if answer in by_example[example]:
+            raise ValueError(f"candidate {answer} of example {example} was scored twice")
+        by_example[example][answer] = (gold, task, tokens, score)
+    questions = []
+    for example in sorted(by_example):
+        answers = by_example[example]
+        if sorted(answers) != list(range(len(answers))):
+            raise ValueError(f"example {example} lacks a candidate: only {sorted(answers)} were scored")
+        rows = [answers[i] for i in range(len(answers))]
+        gold, task = rows[0][:2]
+        questions.append(RankedQuestion(example, task, gold, tuple(row[3] for row in rows), tuple(row[2] for row in rows)))
+    return RankingResult(tuple(questions))

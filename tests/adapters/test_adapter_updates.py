@@ -9,6 +9,7 @@ from torch import nn
 
 from gatera_lightning import AdapterConfig
 from gatera_lightning.adapters.linear import AdaptedLinear
+from gatera_lightning.adapters.ops import gated_hadamard
 
 UPDATES, GATES = ("lora", "dora", "hira"), ("none", "static", "token")
 METHODS = list(itertools.product(UPDATES, GATES))
@@ -238,6 +239,28 @@ def test_autocast_over_a_float32_backbone(randomise, update, gate, x_dtype):
     grads = {n: p.grad for n, p in layer.adapter_params().items()} | {"x": x.grad}
     assert x.grad.dtype == x_dtype
     _assert_all_close((y.detach(), grads), _reference(layer, x, dy), 3e-2)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_logit_of_the_token_gate_is_exact_to_float32(randomise, kind, autocast):
+    layer = randomise(_layer("hira", "token", dtype=DTYPES[kind][0]))
+    x, _ = _inputs(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        z = layer.gate(x)
+    assert z.dtype == torch.float32
+    _assert_close("z", z.detach(), x.detach().double() @ layer.gate.weight.double() + layer.gate.bias.double(), 1e-6)
+
+
+def test_autocast_leaves_the_hadamard_update_in_the_dtype_of_the_frozen_weight(randomise):
+    layer = randomise(_layer("hira", "none"))
+    x, dy = _inputs(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        u = gated_hadamard(x, layer.weight, layer.update.a, layer.update.b)
+    u.backward(dy)
+    dense = layer.weight.double() * (layer.update.b.double() @ layer.update.a.double())
+    _assert_close("u", u.detach(), x.detach().double() @ dense.t(), 1e-5)
+    _assert_close("dx", x.grad, dy.double() @ dense, 1e-5)
 
 
 @pytest.mark.parametrize("update", ["lora", "dora"])

@@ -1,0 +1,8 @@
+"""``python -m gatera_lightning``."""
+
+import sys
+
+from gatera_lightning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Checkpoints to resume from, each beside the adapter folder that users keep."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+from gatera_lightning.adapters.files import save_adapter
+
+
+class AdapterCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint by ``monitor`` and the last one; ``NAME.ckpt`` has its adapter in the folder ``NAME/``.
+
+    A checkpoint resumes a run (adapter, optimizer, schedule, data position, random state; never the backbone). An
+    adapter folder is what :func:`~gatera_lightning.load_adapter` reads. Both lie in ``<run>/checkpoints``.
+    """
+
+    def __init__(
+        self, monitor: str | None = "val/loss", mode: str = "min", save_top_k: int = 1, every_n_train_steps: int | None = None
+    ) -> None:
+        """Keep best and last.
+
+        Args:
+            monitor: Logged value that decides which checkpoint is best; null keeps the last only.
+            mode: min or max of the monitored value.
+            save_top_k: How many of the best to keep.
+            every_n_train_steps: Save every so many optimizer steps as well as after each validation.
+        """
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k if monitor else 0,
+            save_last=True,
+            filename="best-{step}",
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,
+        )
+
+    @override
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        module: Any = trainer.lightning_module
+        save_adapter(
+            module.model, Path(filepath).with_suffix(""), backbone=module.backbone.id, revision=module.backbone.revision
+        )
+
+    @override
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            shutil.rmtree(Path(filepath).with_suffix(""), ignore_errors=True)

@@ -1,0 +1,58 @@
+"""What is about to be trained, said once before it starts."""
+
+from collections import Counter
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from gatera_lightning.datamodules.tokens import Batch
+from gatera_lightning.losses import IGNORE
+
+
+class RunSummary(L.Callback):
+    """Prints one decoded training example with its loss mask, parameter counts by dtype, and where the logs go.
+
+    Tokens that carry loss are green; where there is no colour they stand between ``⟦`` and ``⟧``.
+    """
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        console = Console(highlight=False, soft_wrap=True)
+        module: Any = pl_module
+        console.print(Text(str(module.report)))
+        counts: Counter[tuple[str, str]] = Counter()
+        for parameter in module.model.parameters():
+            kind = "trainable" if parameter.requires_grad else "frozen"
+            counts[kind, str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        for (kind, dtype), count in sorted(counts.items(), reverse=True):
+            console.print(f"  {kind:<9} {dtype:<9} {count:>15,}")
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is not None and trainer.train_dataloader is not None:
+            batch = trainer.train_dataloader.dataset[0]
+            console.print("first training example, tokens with loss marked:")
+            console.print(masked_text(data.tokenizer, batch, row=0, colour=console.is_terminal))
+        console.print(f"logs and checkpoints: {trainer.log_dir or trainer.default_root_dir}")
+
+
+def masked_text(tokenizer: PreTrainedTokenizerBase, batch: Batch, row: int, *, colour: bool) -> Text:
+    """Row ``row`` of a batch, decoded, with the stretches that carry loss marked; padding is left out."""
+    length = int(batch["attention_mask"][row].sum())
+    ids, labels = batch["input_ids"][row, :length].tolist(), batch["labels"][row, :length].tolist()
+    text = Text("  ")
+    start = 0
+    for end in range(1, length + 1):
+        marked = labels[start] != IGNORE
+        if end == length or (labels[end] != IGNORE) != marked:
+            piece = tokenizer.decode(ids[start:end]).replace("\n", "\n  ")
+            if marked:
+                text.append(piece if colour else f"⟦{piece}⟧", style="bold green" if colour else "")
+            else:
+                text.append(piece, style="dim" if colour else "")
+            start = end
+    return text

@@ -1,0 +1,138 @@
+"""The command line: LightningCLI's ``fit``, ``validate``, ``test``, ``predict``, and this project's own verbs.
+
+Configs combine by several ``--config``: later ones win, flags win over configs. A config that is no file is looked up
+among the shipped ones (``llama_commonsense.yaml``, ``overlays/lora.yaml`` or just ``lora.yaml``).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from gatera_lightning.backbone import load_tokenizer
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.evaluation_report import EvaluationReport
+from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.callbacks.run_summary import RunSummary
+from gatera_lightning.callbacks.throughput import Throughput
+from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.errors import ConfigError, NonFiniteLossError
+from gatera_lightning.module import GateRAModule
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+PROG = "python -m gatera_lightning"
+
+
+class GateRACLI(LightningCLI):
+    """GateRAModule with any of the data modules, every setting checked before a weight is loaded."""
+
+    def __init__(self, args: ArgsType) -> None:
+        super().__init__(
+            GateRAModule,
+            SupervisedDataModule,
+            subclass_mode_data=True,
+            args=args,
+            seed_everything_default=0,
+            trainer_defaults={
+                "precision": "32-true",
+                "use_distributed_sampler": False,
+                "callbacks": [RunSummary(), EvaluationReport()],
+            },
+            parser_kwargs={"prog": PROG},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks that every run has, each with its own section."""
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(GateHistogram, "gate_histogram")
+        parser.add_lightning_class_args(Throughput, "throughput")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.set_defaults(verbose=False)  # EvaluationReport prints the table
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, then report every semantic problem at once; also before ``--print_config``, which exits inside."""
+        assert isinstance(args, list)
+        settings_only = [arg for arg in args if not arg.startswith("--print_config")]
+        config = parser.parse_args(settings_only)
+        raise_problems(parser, config)
+        self.config = config if settings_only == args else parser.parse_args(args)
+
+    def after_instantiate_classes(self) -> None:
+        """The data speaks the backbone's tokens."""
+        self.datamodule.connect(load_tokenizer(self.model.backbone))
+
+
+def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Raise ConfigError with all semantic problems of a parsed config. Builds objects, but loads nothing."""
+    settings = parser.instantiate_classes(config)[config.subcommand]
+    problems = settings.model.problems() + settings.data.problems()
+    trainer = settings.trainer
+    if str(trainer.precision) not in ("32-true", "32", "None"):
+        problems.append(
+            f"trainer.precision: {trainer.precision!r} would cast the adapter's masters; accepted: 32-true. "
+            "The backbone's dtype is model.backbone.dtype"
+        )
+    if trainer.use_distributed_sampler:
+        problems.append("trainer.use_distributed_sampler: true would cut up planned steps; accepted: false")
+    if isinstance(trainer.strategy, str) and trainer.strategy.startswith("fsdp"):
+        problems.append(
+            f"trainer.strategy: {trainer.strategy!r} is FSDP1, which cannot clip by norm and charges gradient memory for "
+            "frozen weights; accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2)"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def find_config(name: str) -> str:
+    """The path of a config: the file itself, or a shipped one by its name. Raises ConfigError listing those."""
+    if os.path.exists(name):
+        return name
+    shipped = Path(str(resources.files("gatera_lightning.cli_configs")))
+    for candidate in (shipped / name, shipped / "overlays" / name):
+        if candidate.is_file():
+            return str(candidate)
+    listed = ", ".join(sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.yaml")))
+    raise ConfigError(f"--config: {name!r} is neither a file nor a shipped config; shipped: {listed}")
+
+
+def with_found_configs(argv: Sequence[str]) -> list[str]:
+    """``argv`` with every config given as ``--config NAME``, ``--config=NAME`` or ``-c NAME`` looked up."""
+    found: list[str] = []
+    for arg in argv:
+        if found and found[-1] in ("--config", "-c"):
+            arg = find_config(arg)
+        elif arg.startswith("--config="):
+            arg = f"--config={find_config(arg.removeprefix('--config='))}"
+        found.append(arg)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for a configuration that cannot work, 1 for a failed run."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if args[:1] == ["demo"]:
+            from gatera_lightning.demo import demo
+
+            demo(args[1:])
+        else:
+            GateRACLI(with_found_configs(args))
+    except ConfigError as error:
+        count = len(error.problems)
+        heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
+        print(f"{PROG}: {heading}:", *(f"  - {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 1
+    return 0
