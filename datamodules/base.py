@@ -101,8 +101,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
     def examples(self, split: str) -> Iterator[Example]:
         """Every example of ``train``, ``validation`` or ``test``. Raises ConfigError naming file, row and field."""
 
-    def problems(self) -> list[str]:
-        """Everything about these settings that cannot work; empty when all is well."""
+    def problems(self, stage: str) -> list[str]:
+        """Everything about these settings that cannot work in ``stage`` (fit, validate, test, predict); empty if nothing."""
         found = []
         if self.train_on not in get_args(TrainOn):
             found.append(f"data.train_on: {self.train_on!r} is unknown; accepted: {', '.join(get_args(TrainOn))}")
@@ -123,12 +123,13 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Tokenise into the cache, on one process per node; rows are checked here, before any weight is loaded."""
-        for split in self._splits(None):
+        function = self.trainer.state.fn if self.trainer is not None else None
+        for split in self.splits(function.value if function is not None else "fit"):
             self._tokenised(split)
 
     def setup(self, stage: str) -> None:
         """Open the cached tables that a stage needs and hold out validation rows where asked."""
-        for split in self._splits(stage):
+        for split in self.splits(stage):
             if split not in self.tables:
                 self.tables[split] = self._tokenised(split)
         if self.held_out_rows is not None and "train" in self.tables and "validation" not in self.tables:
@@ -140,11 +141,11 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             self.tables["train"] = table.select(np.sort(order[self.held_out_rows :]))
         self.task_names = sorted({task for table in self.tables.values() for task in table.unique("task")})
 
-    def _splits(self, stage: str | None) -> list[str]:
+    def splits(self, stage: str) -> list[str]:
+        """The splits that a stage reads; held-out validation rows come from the training split."""
         by_stage = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
-        stage = stage or (self.trainer.state.fn.value if self.trainer and self.trainer.state.fn else "fit")
-        splits = by_stage[stage]
-        return ["train"] if self.held_out_rows is not None and "validation" in splits else splits
+        held_out = self.held_out_rows is not None and "validation" in by_stage[stage]
+        return ["train"] if held_out else by_stage[stage]
 
     def _tokenised(self, split: str) -> Dataset:
         """Columns ``prompt`` (ids), ``answers`` (ids of each), ``lengths`` (prompt with each answer), ``gold``, ``task``,

@@ -146,15 +146,15 @@ class CommonsenseDataModule(SupervisedDataModule):
             "test": test if test is not None else ["everyday"],
         }
 
-    def problems(self) -> list[str]:
+    def problems(self, stage: str) -> list[str]:
         """Everything about these settings that cannot work, missing files included; reads no rows."""
-        found = super().problems()
+        found = super().problems(stage)
         for name, accepted in (("template", Template), ("answer_format", AnswerFormat)):
             if getattr(self, name) not in get_args(accepted):
                 value = getattr(self, name)
                 found.append(f"data.{name}: {value!r} is unknown; accepted: {', '.join(get_args(accepted))}")
-        for split, sources in self.sources.items():
-            for source in sources:
+        for split in self.splits(stage):
+            for source in self.sources[split]:
                 found += [f"data.{split}: {text}" for text in self._source_problems(source, split)]
         return found
 

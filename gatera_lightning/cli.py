@@ -75,7 +75,7 @@ class GateRACLI(LightningCLI):
 def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
     """Raise ConfigError with all semantic problems of a parsed config. Builds objects, but loads nothing."""
     settings = parser.instantiate_classes(config)[config.subcommand]
-    problems = settings.model.problems() + settings.data.problems()
+    problems = settings.model.problems() + settings.data.problems(config.subcommand)
     trainer = settings.trainer
     if str(trainer.precision) not in ("32-true", "32", "None"):
         problems.append(

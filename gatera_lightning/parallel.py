@@ -1,12 +1,13 @@
 """Sharding a frozen backbone with trainable adapters: PyTorch FSDP2 (``fully_shard``) under Lightning's Trainer."""
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from typing_extensions import override
 
 from gatera_lightning.adapters.inject import adapted_linears
 
@@ -34,11 +35,16 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 class AdapterShardingStrategy(ModelParallelStrategy):
     """FSDP2 whose checkpoints hold the adapter only; the backbone is never gathered nor written."""
 
-    def __init__(self, data_parallel_size: int = 2, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        data_parallel_size: int | Literal["auto"] = "auto",
+        save_distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Shard over ``data_parallel_size`` processes.
 
         Args:
-            data_parallel_size: Processes to shard over: devices × nodes. Lightning's "auto" means nodes; say it.
+            data_parallel_size: Processes to shard over; auto means all of them (to Lightning it means the nodes).
             save_distributed_checkpoint: One file per rank instead of one file. An adapter fits one.
             kwargs: As ModelParallelStrategy takes them.
         """
@@ -49,6 +55,13 @@ class AdapterShardingStrategy(ModelParallelStrategy):
             **kwargs,
         )
 
+    @override
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The trainable parameters, gathered on rank 0 or sharded as configured."""
         assert self.model is not None
