@@ -5,13 +5,20 @@ from gatera_lightning.adapters.files import AdapterFileError, load_adapter, save
 from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.merge import merge_adapter
 from gatera_lightning.adapters.recording import record_gates
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.backbone import BackboneConfig
+from gatera_lightning.errors import ConfigError, NonFiniteLossError
+from gatera_lightning.module import GateRAModule
+from gatera_lightning.optimization import OptimizerConfig
 
 __all__ = [
     "AdapterConfig",
     "AdapterFileError",
+    "BackboneConfig",
     "ConfigError",
+    "GateRAModule",
     "InjectionReport",
+    "NonFiniteLossError",
+    "OptimizerConfig",
     "adapter_parameters",
     "inject_adapters",
     "load_adapter",

@@ -85,7 +85,7 @@ class GateRAModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Exact resume needs the random state of every rank, whoever builds the Trainer."""
-        return [RNGState()]
+        return [] if any(isinstance(c, RNGState) for c in self.trainer.callbacks) else [RNGState()]  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Load the backbone, inject the adapter, shard if the strategy has a mesh; does nothing the second time."""
@@ -113,8 +113,9 @@ class GateRAModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the adapter's parameters; the schedule counts optimizer steps."""
-        total = self.trainer.estimated_stepping_batches
-        optimizer, scheduler = build_optimizer(self.optimizer, adapter_parameters(self.model), total)
+        optimizer, scheduler = build_optimizer(
+            self.optimizer, adapter_parameters(self.model), lambda: self.trainer.estimated_stepping_batches
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # --- the step ---

@@ -44,21 +44,25 @@ class OptimizerConfig:
         return found
 
 
-def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: float) -> Callable[[int], float]:
-    """The multiple of lr at each optimizer step, step 0 first: (s + 1)/warmup rising, then falling to 0 at the end."""
+def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: Callable[[], float]) -> Callable[[int], float]:
+    """The multiple of lr at optimizer step s = 0, 1, …: (s + 1)/(warmup + 1) rising, then falling to 0 at the end.
+
+    ``total_steps`` is asked only after the warm-up, when training runs. Asking Lightning's Trainer earlier makes it build
+    the training loader before a checkpoint is restored, and it then never restores the loader's position.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        if schedule == "constant":
+        if schedule == "constant" or step == warmup_steps:
             return 1.0
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps() - warmup_steps))
         return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
 
 
-def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter], total_steps: float) -> tuple[AdamW, LambdaLR]:
+def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter], total_steps: Callable[[], float]) -> tuple[AdamW, LambdaLR]:
     """AdamW over adapter parameters by name, gates as a group of their own, with the configured schedule."""
     gates = [p for name, p in parameters.items() if ".gate." in name]
     updates = [p for name, p in parameters.items() if ".gate." not in name]

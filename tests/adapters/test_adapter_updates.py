@@ -130,14 +130,16 @@ def test_step_zero_is_the_frozen_layer(update, gate, bias, kind):
     assert torch.equal(y, F.linear(x, layer.base.weight) + (layer.base.bias if bias else 0))
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_initial_values(update):
-    layer = _layer(update, "token", (64, 48, 8), gate_bias=-2.0)
+@pytest.mark.parametrize(("update", "gate"), METHODS)
+def test_initial_values(update, gate):
+    layer = _layer(update, gate, (64, 48, 8), gate_bias=-2.0)
     bound = 1 / 64**0.5  # Kaiming-uniform with a = sqrt(5)
     assert 0.9 * bound < layer.update.a.abs().max() <= bound
     assert not layer.update.b.any()
-    assert not layer.gate.weight.any()
-    assert layer.gate.bias.tolist() == [-2.0]
+    if gate == "token":
+        assert not layer.gate.weight.any()
+    if gate != "none":
+        assert layer.gate.bias.tolist() == [-2.0]
     if update == "dora":
         torch.testing.assert_close(layer.update.magnitude.detach(), layer.base.weight.norm(dim=1))
 

@@ -1,0 +1,150 @@
+"""One small fit in a process of its own (or two): prints nothing, writes what a test compares.
+
+``python fit_script.py '{"backbone": FOLDER, "out": FOLDER, …}'`` — see ``Job`` for the rest. Rank 0 writes ``losses.json``
+(hex floats, one per optimizer step) and ``norms.json``, every rank ``ids_RANK.json`` (example ids per micro-batch), and the adapter goes to
+``out/adapter``.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.tensor import DTensor
+
+from gatera_lightning import AdapterConfig, GateRAModule, adapter_parameters, save_adapter
+from gatera_lightning.backbone import BackboneConfig, load_tokenizer
+from gatera_lightning.datamodules import Example, SupervisedDataModule
+from gatera_lightning.optimization import OptimizerConfig
+from gatera_lightning.parallel import AdapterShardingStrategy
+
+
+@dataclass
+class Job:
+    backbone: str
+    out: str
+    strategy: str = "single"  # single, ddp, fsdp
+    accumulate: int = 1
+    checkpointing: bool = False
+    clip: float | None = None
+    dropout: float = 0.0
+    workers: int = 0
+    epochs: int = 1
+    dtype: str = "float64"
+    resume: str | None = None
+    save_at: list[int] = field(default_factory=list)  # optimizer steps after which a checkpoint is written
+    save_epoch_ends: bool = False
+    kill_at: int | None = None  # the process dies after this optimizer step, without a chance to clean up
+    poison: int | None = None  # the loss of the micro-batch with this example id becomes NaN
+
+
+class Rows(SupervisedDataModule):
+    """Eighteen made-up rows whose prompts and answers differ a lot in length."""
+
+    def examples(self, split):
+        words = "stone river lamp paper green cold hat boat seven winter garden loud".split()
+        for i in range(18):
+            prompt = "Question: " + " ".join(words[(i * 5 + k) % 12] for k in range(1 + (7 * i) % 9)) + "\nAnswer:"
+            yield Example(prompt, [" " + " ".join(words[(i + k) % 12] for k in range(1 + (5 * i) % 6))], 0, "made-up")
+
+
+class Watch(L.Callback):
+    def __init__(self, job):
+        self.job, self.losses, self.ids, self.norms = job, [], [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        grads = [p.grad for p in adapter_parameters(module.model).values()]
+        norm = torch.nn.utils.get_total_norm(grads)
+        self.norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.ids.append(batch["example_ids"].tolist())
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
+        if trainer.global_step in self.job.save_at:
+            trainer.save_checkpoint(f"{self.job.out}/step_{trainer.global_step}.ckpt")
+        if trainer.global_step == self.job.kill_at:
+            trainer.strategy.barrier()
+            self.write(trainer)
+            os._exit(9)
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.job.save_epoch_ends:
+            trainer.save_checkpoint(f"{self.job.out}/epoch_{trainer.current_epoch}.ckpt")
+
+    def write(self, trainer):
+        out = Path(self.job.out)
+        if trainer.is_global_zero:
+            (out / "losses.json").write_text(json.dumps(self.losses))
+            (out / "norms.json").write_text(json.dumps(self.norms))
+        (out / f"ids_{trainer.global_rank}.json").write_text(json.dumps(self.ids))
+
+
+class Poisoned(GateRAModule):
+    example: int | None = None
+
+    def training_step(self, batch, batch_idx):
+        outputs: dict[str, Any] = super().training_step(batch, batch_idx)
+        if self.example is not None and self.example in batch["example_ids"]:
+            self._step_sums = self._step_sums + torch.nan
+            self._step_history[-1] = (torch.tensor(torch.nan), self._step_history[-1][1])
+        return outputs
+
+
+def run(job: Job) -> Watch:
+    torch.set_num_threads(1)
+    L.seed_everything(3, verbose=False)
+    backbone = BackboneConfig(id=job.backbone, dtype=job.dtype, gradient_checkpointing=job.checkpointing)
+    module = Poisoned(
+        backbone=backbone,
+        adapter=AdapterConfig(
+            rank=4, dropout=job.dropout, gate_bias=0.3, adapter_dtype="float64" if job.dtype == "float64" else "float32"
+        ),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, gate_lr_multiplier=0.5),
+        gate_entropy_weight=0.1,
+    )
+    module.example = job.poison
+    data = Rows(
+        train_on="response",
+        max_length=64,
+        batch_size=8,
+        eval_batch_size=4,
+        token_budget=None,
+        group_by_length=True,
+        num_workers=job.workers,
+        seed=1,
+        held_out_rows=2,
+    )
+    data.connect(load_tokenizer(backbone))
+    strategies = {"single": "auto", "ddp": DDPStrategy(process_group_backend="gloo"), "fsdp": AdapterShardingStrategy()}
+    watch = Watch(job)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1 if job.strategy == "single" else 2,
+        strategy=strategies[job.strategy],
+        accumulate_grad_batches=job.accumulate,
+        gradient_clip_val=job.clip,
+        max_epochs=job.epochs,
+        callbacks=[watch],
+        default_root_dir=job.out,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=job.resume)
+    watch.write(trainer)
+    save_adapter(module.model, Path(job.out) / "adapter")
+    return watch
+
+
+if __name__ == "__main__":
+    run(Job(**json.loads(sys.argv[1])))

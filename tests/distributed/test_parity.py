@@ -1,0 +1,98 @@
+"""One optimizer step is one large batch, however it is cut up: micro-batches, processes, shards, recomputation."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "fit_script.py"
+
+
+def fit(backbone, out, check=True, **job):
+    out.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({"backbone": str(backbone), "out": str(out), **job})
+    done = subprocess.run([sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def read(out):
+    losses = [float.fromhex(x) for x in json.loads((out / "losses.json").read_text())]
+    norms = json.loads((out / "norms.json").read_text())
+    return losses, norms, load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(out, reference):
+    losses, norms, adapter = read(out)
+    expected_losses, expected_norms, expected_adapter = read(reference)
+    assert losses == pytest.approx(expected_losses, rel=1e-13)
+    # Adam hides a wrong factor on the whole gradient, its norm does not.
+    assert norms == pytest.approx(expected_norms, rel=1e-11)
+    assert adapter.keys() == expected_adapter.keys()
+    for name, tensor in adapter.items():
+        assert (tensor - expected_adapter[name]).abs().max() < 1e-12, name
+
+
+@pytest.fixture(scope="module")
+def large_batch(tiny_backbone, tmp_path_factory):
+    """8 rows in one forward of one process, six steps."""
+    out = tmp_path_factory.mktemp("large_batch")
+    fit(tiny_backbone, out, epochs=3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def large_batch_clipped(tiny_backbone, tmp_path_factory, large_batch):
+    out = tmp_path_factory.mktemp("large_batch_clipped")
+    clip = min(read(large_batch)[1]) / 2
+    fit(tiny_backbone, out, epochs=3, clip=clip)
+    assert any(not math.isclose(a, b) for a, b in zip(read(out)[0][1:], read(large_batch)[0][1:], strict=True))
+    return out, clip
+
+
+def test_six_steps_that_move(large_batch):
+    losses, _, _ = read(large_batch)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_micro_batches_equal_one_large_batch(tiny_backbone, tmp_path, large_batch, accumulate):
+    fit(tiny_backbone, tmp_path, epochs=3, accumulate=accumulate)
+    assert_same(tmp_path, large_batch)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_backbone, tmp_path, large_batch):
+    fit(tiny_backbone, tmp_path, epochs=3, checkpointing=True)
+    assert_same(tmp_path, large_batch)
+
+
+@pytest.mark.slow
+def test_two_ddp_processes_equal_one(tiny_backbone, tmp_path, large_batch):
+    fit(tiny_backbone, tmp_path, epochs=3, strategy="ddp", accumulate=2)
+    assert_same(tmp_path, large_batch)
+
+
+@pytest.mark.slow
+def test_two_ddp_processes_with_checkpointing_and_clipping_equal_one(tiny_backbone, tmp_path, large_batch_clipped):
+    reference, clip = large_batch_clipped
+    fit(tiny_backbone, tmp_path, epochs=3, strategy="ddp", accumulate=2, checkpointing=True, clip=clip)
+    assert_same(tmp_path, reference)
+
+
+def test_two_fsdp2_processes_with_checkpointing_and_clipping_equal_one(tiny_backbone, tmp_path, large_batch_clipped):
+    reference, clip = large_batch_clipped
+    fit(tiny_backbone, tmp_path, epochs=3, strategy="fsdp", accumulate=2, checkpointing=True, clip=clip)
+    assert_same(tmp_path, reference)
+
+
+@pytest.mark.slow
+def test_a_non_finite_loss_ends_every_process_and_names_the_example(tiny_backbone, tmp_path):
+    done = fit(tiny_backbone, tmp_path, check=False, strategy="ddp", accumulate=2, poison=7)
+    assert done.returncode != 0
+    assert "NonFiniteLossError" in done.stderr
+    assert "7" in done.stderr.split("micro-batches concerned: [")[1].split("]")[0]
