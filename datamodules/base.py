@@ -96,6 +96,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.tables: dict[str, Dataset] = {}
         self.task_names: list[str] = []
+        self._train_loader: StatefulDataLoader[Batch] | None = None
+        self._train_position: dict[str, Any] | None = None
 
     @abstractmethod
     def examples(self, split: str) -> Iterator[Example]:
@@ -235,13 +237,25 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
                 f"data.batch_size: {self.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
                 f"{ranks} processes; accepted: at least {accumulate * ranks}"
             )
-        return StatefulDataLoader(
+        self._train_loader = StatefulDataLoader(
             _TrainingBatches(table, steps, self, ranks, rank),
             batch_size=None,
             sampler=StepSampler(len(steps), accumulate, self.seed),
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),
         )
+        if self._train_position is not None:
+            self._train_loader.load_state_dict(self._train_position)
+            self._train_position = None
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's position. Lightning saves it too, but does not restore what on_train_epoch_end saved."""
+        return {} if self._train_loader is None else {"train_position": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader start from a saved position."""
+        self._train_position = state_dict.get("train_position")
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The right answers of the validation split."""

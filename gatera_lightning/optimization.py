@@ -62,7 +62,9 @@ def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: Callable[[], f
     return factor
 
 
-def build_optimizer(config: OptimizerConfig, parameters: dict[str, nn.Parameter], total_steps: Callable[[], float]) -> tuple[AdamW, LambdaLR]:
+def build_optimizer(
+    config: OptimizerConfig, parameters: dict[str, nn.Parameter], total_steps: Callable[[], float]
+) -> tuple[AdamW, LambdaLR]:
     """AdamW over adapter parameters by name, gates as a group of their own, with the configured schedule."""
     gates = [p for name, p in parameters.items() if ".gate." in name]
     updates = [p for name, p in parameters.items() if ".gate." not in name]

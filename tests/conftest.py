@@ -28,3 +28,16 @@ def tiny_llama():
             return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **(sizes | config))).to(dtype)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory):
+    """The folder of a tiny Llama with its tokenizer; tokenised tables go to a cache of this session's own."""
+    import datasets
+    from tiny_backbone import tiny_backbone_folder
+
+    cache = str(tmp_path_factory.mktemp("datasets"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that a test starts
+        yield tiny_backbone_folder(tmp_path_factory.mktemp("backbone"))

@@ -1,22 +1,40 @@
-"""A whole backbone folder, small enough to train in a second: what ``model.backbone.id`` may name."""
+"""A whole backbone folder, small enough to train in a second, and runs on it: by CLI flags or by hand."""
 
 import json
+import re
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import lightning as L
 import torch
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+SAMPLES = Path(str(resources.files("gatera_lightning.datamodules"))) / "samples" / "everyday"
 
 
-def sample_texts():
-    """Question and answer text of every embedded sample row."""
-    folder = Path(str(resources.files("gatera_lightning.datamodules"))) / "samples" / "everyday"
-    rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text(encoding="utf-8"))]
-    return [f"{row['instruction']}\n{row['output']}" for row in rows]
+def sample_rows(split):
+    """The embedded rows of a split, as they stand in the file."""
+    return json.loads((SAMPLES / f"{split}.json").read_text(encoding="utf-8"))
 
 
-def tiny_tokenizer(pad=True, bos=True):
+@dataclass
+class PlainQuestion:
+    """One row read without the package's parser: the ``plain`` prompt and its candidate answers."""
+
+    prompt: str
+    answers: list[str]
+    gold: int
+
+    @classmethod
+    def of(cls, row):
+        head, options = row["instruction"].split("\n\n")[:2]
+        asked = head.removeprefix("Please choose the correct answer to the question: ")
+        answers = [" " + text.strip() for text in re.split(r"Answer\d+:", options)[1:]]
+        return cls(f"Question: {asked}\nAnswer:", answers, int(row["answer"].removeprefix("answer")) - 1)
+
+
+def tiny_tokenizer(pad=True):
     """A byte-level BPE of 400 entries, trained on the embedded samples."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -24,35 +42,105 @@ def tiny_tokenizer(pad=True, bos=True):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[BOS, EOS, PAD], initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
-    backend.train_from_iterator(sample_texts(), trainer)
-    special = {"eos_token": EOS} | ({"pad_token": PAD} if pad else {}) | ({"bos_token": BOS} if bos else {})
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    rows = [row for split in ("train", "validation", "test") for row in sample_rows(split)]
+    backend.train_from_iterator((f"{row['instruction']}\n{row['output']}" for row in rows), trainer)
+    special = {"pad_token": PAD} if pad else {}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, **special)
 
 
-def tiny_backbone_folder(path, **tokenizer):
-    """Save a two-layer Llama (hidden 32) and its tokenizer to ``path``, which AutoModelForCausalLM can load."""
+def tiny_backbone_folder(path, pad=True):
+    """Save a two-layer Llama (hidden 32) and its tokenizer to ``path``, where Auto classes find them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    own = tiny_tokenizer(**tokenizer)
+    tokenizer = tiny_tokenizer(pad)
     config = LlamaConfig(
-        vocab_size=len(own),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        bos_token_id=own.convert_tokens_to_ids(BOS),
-        eos_token_id=own.eos_token_id,
-        pad_token_id=own.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     model.save_pretrained(path)
-    own.save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return Path(path)
+
+
+def tiny_args(folder):
+    """CLI flags that make any recipe a run of a second."""
+    return [
+        *("--model.backbone.id", str(folder), "--model.backbone.dtype", "float32", "--model.adapter.rank", "4"),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.max_steps", "3", "--trainer.limit_val_batches", "2"),
+        *("--data.init_args.train", '["everyday[:48]"]', "--data.init_args.validation", '["everyday[:16]"]'),
+        *("--data.init_args.test", '["everyday[:6]"]'),
+    ]
+
+
+def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, **adapter):
+    """A GateRAModule on the backbone in ``folder``, rank 4."""
+    from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
+
+    return GateRAModule(
+        backbone=BackboneConfig(id=str(folder), dtype="float32"),
+        adapter=AdapterConfig(**({"rank": 4} | adapter)),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=warmup_steps),
+        gate_entropy_weight=entropy_weight,
+    )
+
+
+def tiny_data(folder, **settings):
+    """The first embedded questions, connected to the tokenizer in ``folder``; batches of unequal lengths."""
+    from gatera_lightning import BackboneConfig
+    from gatera_lightning.backbone import load_tokenizer
+    from gatera_lightning.datamodules import CommonsenseDataModule
+
+    defaults = {
+        "template": "plain",
+        "answer_format": "content",
+        "train_on": "response",
+        "train": ["everyday[:48]"],
+        "validation": ["everyday[:7]"],
+        "test": ["everyday[:6]"],
+        "batch_size": 8,
+        "eval_batch_size": 5,
+        "group_by_length": False,
+    }
+    data = CommonsenseDataModule(**(defaults | settings))
+    data.connect(load_tokenizer(BackboneConfig(id=str(folder))))
+    return data
+
+
+def tiny_trainer(root, *callbacks, **settings):
+    """A quiet CPU Trainer for four optimizer steps."""
+    defaults = {
+        "max_steps": 4,
+        "logger": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "enable_checkpointing": any(isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks),
+    }
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        default_root_dir=root,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **(defaults | settings),
+    )

@@ -1,8 +1,8 @@
 """One small fit in a process of its own (or two): prints nothing, writes what a test compares.
 
 ``python fit_script.py '{"backbone": FOLDER, "out": FOLDER, …}'`` — see ``Job`` for the rest. Rank 0 writes ``losses.json``
-(hex floats, one per optimizer step) and ``norms.json``, every rank ``ids_RANK.json`` (example ids per micro-batch), and the adapter goes to
-``out/adapter``.
+(hex floats, one per optimizer step) and ``norms.json``, every rank ``ids_RANK.json`` (example ids per micro-batch), and
+the adapter goes to ``out/adapter``.
 """
 
 import json
@@ -44,11 +44,11 @@ class Job:
 
 
 class Rows(SupervisedDataModule):
-    """Eighteen made-up rows whose prompts and answers differ a lot in length."""
+    """Thirty made-up rows, 28 to train on, whose prompts and answers differ a lot in length."""
 
     def examples(self, split):
-        words = "stone river lamp paper green cold hat boat seven winter garden loud".split()
-        for i in range(18):
+        words = ["stone", "river", "lamp", "paper", "green", "cold", "hat", "boat", "seven", "winter", "garden", "loud"]
+        for i in range(30):
             prompt = "Question: " + " ".join(words[(i * 5 + k) % 12] for k in range(1 + (7 * i) % 9)) + "\nAnswer:"
             yield Example(prompt, [" " + " ".join(words[(i + k) % 12] for k in range(1 + (5 * i) % 6))], 0, "made-up")
 

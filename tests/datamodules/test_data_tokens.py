@@ -1,0 +1,295 @@
+"""Where an answer begins, what is cut, and what carries loss."""
+
+import pytest
+import torch
+
+from gatera_lightning.datamodules.prompts import render
+from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate, tokenise
+from gatera_lightning.losses import IGNORE
+
+EOS, BOS = 0, 1
+ROW = {
+    "instruction": "Please choose the correct answer to the question: Where is milk kept?\n\n"
+    "Answer1: shed Answer2: fridge\n\nAnswer format: answer1/answer2",
+    "input": "",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:\n"
+)
+KINDS = ["plain", "bos", "closing", "closing_without_bos", "bos_is_eos", "pieces", "spanning"]
+X = IGNORE
+
+
+def _texts(template):
+    return render(template, ROW["instruction"], "the correct answer is answer2")
+
+
+def _padded(rows, width):
+    return [row + [X] * (width - len(row)) for row in rows]
+
+
+# --- targets of whole data modules, as text ---
+
+EXPECTED = {  # (template, answer_format): prompt, answer
+    ("alpaca", "label"): (ALPACA.format(ROW["instruction"]), "the correct answer is answer2"),
+    ("plain", "label"): (f"Question: {ROW['instruction']}\nAnswer:", " the correct answer is answer2"),
+    ("alpaca", "content"): (ALPACA.format("Where is milk kept?"), "fridge"),
+    ("plain", "content"): ("Question: Where is milk kept?\nAnswer:", " fridge"),
+}
+
+
+@pytest.mark.parametrize("kind", ["bos", "closing", "bos_is_eos"])
+@pytest.mark.parametrize("train_on", ["response", "all"])
+@pytest.mark.parametrize(("template", "answer_format"), EXPECTED)
+def test_targets_as_text(template, answer_format, train_on, kind, make_data, write, tokenizers_by_kind):
+    tokenizer = tokenizers_by_kind[kind]
+    sources = [write("row.json", [ROW])]
+    data = make_data(
+        template=template,
+        answer_format=answer_format,
+        train_on=train_on,
+        validation=sources,
+        tokenizer=tokenizer,
+        stage="validate",
+    )
+    (batch,) = data.val_dataloader()
+    labels, ids, response = batch["labels"][0], batch["input_ids"][0], batch["response_mask"][0]
+    prompt, answer = EXPECTED[template, answer_format]
+    wanted = prompt + answer if train_on == "all" else answer
+    assert tokenizer.decode(labels[labels != IGNORE]) == wanted + "<eos>"
+    assert tokenizer.decode(ids[1:]) == prompt + answer + "<eos>"
+    assert tokenizer.decode(ids[response]) == answer + "<eos>"
+    assert torch.equal(labels[labels != IGNORE], ids[labels != IGNORE])
+    assert ids.tolist().count(tokenizer.bos_token_id) == (2 if kind == "bos_is_eos" else 1)
+
+
+# --- label ids, by hand ---
+
+
+def test_label_ids_of_a_small_case(tokenizers_by_kind):
+    prompt, answers, shortened = tokenise(tokenizers_by_kind["words"], "Question: cat?\nAnswer:", [" yes", " no never"], 99)
+    assert (prompt, answers, shortened) == ([3, 4, 5], [[6, EOS], [7, 8, EOS]], False)
+
+    rows = [AnsweredPrompt(prompt, ids, example_id=9 + i, answer=i, gold=1, task=2) for i, ids in enumerate(answers)]
+    batch = collate(rows, pad_id=EOS, train_on="response")
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 0], [3, 4, 5, 7, 8, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[X, X, X, 6, 0, X], [X, X, X, 7, 8, 0]]
+    assert batch["response_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    assert (batch["step_targets"], batch["step_tokens"]) == (5, 11)
+    assert batch["example_ids"].tolist() == [9, 10]
+    assert batch["answer_ids"].tolist() == [0, 1]
+    assert batch["gold_ids"].tolist() == [1, 1]
+    assert batch["task_ids"].tolist() == [2, 2]
+
+    batch = collate(rows, pad_id=EOS, train_on="all")
+    assert batch["labels"].tolist() == [[X, 4, 5, 6, 0, X], [X, 4, 5, 7, 8, 0]]
+    assert (batch["step_targets"], batch["step_tokens"]) == (9, 11)
+    assert batch["response_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+
+
+def test_label_ids_with_bos(tokenizers_by_kind):
+    prompt, answers, _ = tokenise(tokenizers_by_kind["words_bos"], "Question: cat?\nAnswer:", [" yes"], 99)
+    assert (prompt, answers) == ([BOS, 3, 4, 5], [[6, EOS]])
+    rows = [AnsweredPrompt(prompt, answers[0], example_id=0)]
+    assert collate(rows, pad_id=EOS, train_on="response")["labels"].tolist() == [[X, X, X, X, 6, 0]]
+    assert collate(rows, pad_id=EOS, train_on="all")["labels"].tolist() == [[X, 3, 4, 5, 6, 0]]
+
+
+@pytest.mark.parametrize("train_on", ["response", "all"])
+def test_the_first_token_of_a_row_is_never_a_target(train_on):
+    """It has no predecessor: shifted labels would drop it, and the totals must know."""
+    batch = collate([AnsweredPrompt([], [6, 7, 0], example_id=0)], pad_id=0, train_on=train_on)
+    assert batch["labels"].tolist() == [[X, 7, 0]]
+    assert batch["response_mask"].tolist() == [[True, True, True]]
+    assert batch["step_targets"] == 2
+
+
+def test_pad_tokens_inside_a_text_are_targets():
+    """The pad id may occur as a real token anywhere; masks go by length."""
+    rows = [AnsweredPrompt([5, 0], [0, 6, 0], example_id=0), AnsweredPrompt([5], [0], example_id=1)]
+    batch = collate(rows, pad_id=0, train_on="all")
+    assert batch["labels"].tolist() == _padded([[X, 0, 0, 6, 0], [X, 0]], 5)
+    assert batch["attention_mask"].sum(1).tolist() == [5, 2]
+
+
+def test_rows_are_padded_on_the_right_with_the_pad_id():
+    batch = collate([AnsweredPrompt([5], [6]), AnsweredPrompt([5, 5], [6, 6])], pad_id=77, train_on="response")
+    assert batch["input_ids"].tolist() == [[5, 6, 77, 77], [5, 5, 6, 6]]
+
+
+@pytest.mark.parametrize("train_on", ["response", "all"])
+def test_a_row_that_counts_for_nothing_has_no_targets(train_on):
+    rows = [AnsweredPrompt([3, 4], [6, 0], example_id=5), AnsweredPrompt([3, 4], [6, 0], example_id=-1)]
+    batch = collate(rows, pad_id=0, train_on=train_on)
+    assert (batch["labels"][1] == X).all()
+    assert (batch["labels"][0] != X).any()
+    assert batch["attention_mask"][1].any()  # attention over nothing is NaN
+    alone = collate(rows[1:], pad_id=0, train_on=train_on)
+    assert alone["step_targets"] == 0
+    assert alone["example_ids"].tolist() == [-1]
+
+
+def test_counts_are_plain_integers():
+    batch = collate([AnsweredPrompt([3], [6, 0], example_id=0)], pad_id=0, train_on="all")
+    assert type(batch["step_targets"]) is type(batch["step_tokens"]) is int
+
+
+# --- the boundary between prompt and answer ---
+
+
+def _running_text(tokenizer, text):
+    """Ids of a whole text as the tokenizer gives them, closed by exactly one EOS."""
+    ids = tokenizer(text).input_ids
+    return ids if ids[-1] == EOS else [*ids, EOS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_the_answer_continues_the_prompt(kind, template, tokenizers_by_kind):
+    tokenizer = tokenizers_by_kind[kind]
+    prompt, answer = _texts(template)
+    prompt_ids, (answer_ids,), _ = tokenise(tokenizer, prompt, [answer], 9999)
+    assert answer_ids[-1] == EOS
+    assert EOS not in answer_ids[:-1]
+    assert prompt_ids[-1] != EOS
+    assert tokenizer.decode(prompt_ids, skip_special_tokens=True) == prompt
+    if kind != "spanning":
+        assert prompt_ids + answer_ids == _running_text(tokenizer, prompt + answer)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos", "closing", "pieces"])
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_the_prompt_is_what_generation_will_see(kind, template, tokenizers_by_kind):
+    tokenizer = tokenizers_by_kind[kind]
+    prompt, answer = _texts(template)
+    seen = tokenizer(prompt).input_ids
+    assert tokenise(tokenizer, prompt, [answer], 9999)[0] == (seen[:-1] if kind == "closing" else seen)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_a_token_that_spans_the_boundary_leaves_the_prompt_alone(template, tokenizers_by_kind):
+    """``\\nt`` and ``: `` are single tokens here: the running text has no boundary where the prompt ends."""
+    tokenizer = tokenizers_by_kind["spanning"]
+    prompt, answer = _texts(template)
+    joint = tokenizer(prompt + answer).input_ids
+    prompt_ids, (answer_ids,), _ = tokenise(tokenizer, prompt, [answer], 9999)
+    assert joint[: len(prompt_ids)] != prompt_ids  # the case is the one meant
+    assert prompt_ids == tokenizer(prompt).input_ids
+    assert tokenizer.decode(answer_ids) == answer + "<eos>"
+
+
+@pytest.mark.parametrize("kind", ["bos", "closing", "pieces", "words_bos"])
+def test_bos_stands_once_and_first(kind, tokenizers_by_kind):
+    prompt, answer = _texts("plain")
+    prompt_ids, (answer_ids,), _ = tokenise(tokenizers_by_kind[kind], prompt, [answer], 9999)
+    assert [i for i, token in enumerate(prompt_ids + answer_ids) if token == BOS] == [0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "closing_without_bos", "words"])
+def test_no_bos_where_the_tokenizer_adds_none(kind, tokenizers_by_kind):
+    prompt, answer = _texts("plain")
+    prompt_ids, (answer_ids,), _ = tokenise(tokenizers_by_kind[kind], prompt, [answer], 9999)
+    assert BOS not in prompt_ids + answer_ids
+
+
+def test_bos_that_is_also_eos_stays(tokenizers_by_kind):
+    """OPT: one token opens every text and closes answers."""
+    prompt_ids, (answer_ids,), _ = tokenise(tokenizers_by_kind["bos_is_eos"], "Question:", [" milk"], 99)
+    assert prompt_ids[0] == answer_ids[-1] == EOS
+    assert (prompt_ids + answer_ids).count(EOS) == 2
+    assert tokenise(tokenizers_by_kind["bos_is_eos"], "", [" milk"], 99)[0] == [EOS]
+
+
+def test_a_closing_token_that_is_also_bos_is_no_part_of_the_prompt(tokenizers_by_kind):
+    """One token opens and closes every text: the prompt keeps the first and loses the last."""
+    tokenizer = tokenizers_by_kind["bos_is_eos_closing"]
+    prompt_ids, (answer_ids,), _ = tokenise(tokenizer, "Question:", [" milk"], 99)
+    assert prompt_ids + answer_ids == tokenizer("Question: milk").input_ids
+
+
+def test_every_candidate_shares_the_prompt(tokenizers_by_kind):
+    tokenizer = tokenizers_by_kind["bos"]
+    prompt, _ = _texts("plain")
+    answers = [" a shed", " the fridge", " answer1", "\n"]
+    together = tokenise(tokenizer, prompt, answers, 9999)
+    apart = [tokenise(tokenizer, prompt, [answer], 9999) for answer in answers]
+    assert together == (apart[0][0], [answer_ids for _, (answer_ids,), _ in apart], False)
+
+
+# --- too long ---
+
+
+def _whole(tokenizer, answers):
+    return tokenise(tokenizer, "Question: " + "cat? " * 20 + "Answer:", answers, 9999)
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_length", "prompt", "shortened"),
+    [
+        ("words", 6, [3, 4, 5], False),
+        ("words", 5, [4, 5], True),
+        ("words", 4, [5], True),
+        ("words_bos", 7, [BOS, 3, 4, 5], False),
+        ("words_bos", 6, [BOS, 4, 5], True),
+        ("words_bos", 5, [BOS, 5], True),
+    ],
+)
+def test_truncation_by_hand(kind, max_length, prompt, shortened, tokenizers_by_kind):
+    """The longest candidate has three tokens; what it leaves is the prompt's, BOS first and then the end of the text."""
+    answers = [" yes", " no never"]
+    result = tokenise(tokenizers_by_kind[kind], "Question: cat?\nAnswer:", answers, max_length)
+    assert result == (prompt, [[6, EOS], [7, 8, EOS]], shortened)
+
+
+@pytest.mark.parametrize(("kind", "max_length"), [("words", 3), ("words_bos", 4), ("words", 1)])
+def test_an_answer_too_long_for_any_prompt_raises(kind, max_length, tokenizers_by_kind):
+    with pytest.raises(ValueError, match=f"an answer has 3 tokens.*max_length {max_length}$"):
+        tokenise(tokenizers_by_kind[kind], "Question: cat?\nAnswer:", [" yes", " no never"], max_length)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos", "closing", "pieces", "bos_is_eos"])
+def test_truncation_cuts_after_bos_and_never_the_answer(kind, tokenizers_by_kind):
+    tokenizer = tokenizers_by_kind[kind]
+    candidates = [" yes", " the correct answer is answer2"]
+    prompt, answers, _ = _whole(tokenizer, candidates)
+    longest = max(map(len, answers))
+    bos = 0 if kind == "plain" else 1
+    for max_length in range(longest + bos + 1, longest + len(prompt)):
+        cut, same, shortened = tokenise(tokenizer, "Question: " + "cat? " * 20 + "Answer:", candidates, max_length)
+        assert (same, shortened) == (answers, True)
+        assert len(cut) + longest == max_length
+        assert cut[:bos] == prompt[:bos]
+        assert cut[bos:] == prompt[len(prompt) - len(cut) + bos :]
+
+
+# --- a real tokenizer ---
+
+
+def test_smollm2_boundary_labels_and_eos(smollm2):
+    assert smollm2.pad_token_id == smollm2.eos_token_id
+    for template in ("alpaca", "plain"):
+        prompt, answer = _texts(template)
+        prompt_ids, (answer_ids,), _ = tokenise(smollm2, prompt, [answer], 9999)
+        assert prompt_ids + answer_ids == [*smollm2(prompt + answer).input_ids, smollm2.eos_token_id]
+        rows = [AnsweredPrompt(prompt_ids, answer_ids, example_id=0), AnsweredPrompt(prompt_ids, [7], example_id=1)]
+        labels = collate(rows, pad_id=smollm2.pad_token_id, train_on="response")["labels"]
+        assert smollm2.decode(labels[0][labels[0] != X]) == answer + smollm2.eos_token
+        assert labels[1][labels[1] != X].tolist() == [7]
+
+
+def test_smollm2_real_rows_through_the_data_module(smollm2, make_data, write, rows):
+    data = make_data(template="plain", answer_format="content", tokenizer=smollm2, test=[write("test.json", rows(3))])
+    data.setup("test")
+    found = {}
+    for batch in data.test_dataloader():
+        for ids, mask, example, answer in zip(
+            batch["input_ids"], batch["response_mask"], batch["example_ids"], batch["answer_ids"], strict=True
+        ):
+            found[int(example), int(answer)] = smollm2.decode(ids[mask])
+    texts = {(0, 0): "thing 0", (0, 1): "thing 0", (1, 0): "thing 1", (1, 1): "very thing 1", (1, 2): "very very thing 1"}
+    texts |= {(2, k): "very very " * k + "thing 2" for k in range(4)}
+    assert found == {key: f" {text}<|im_end|>" for key, text in texts.items()}
