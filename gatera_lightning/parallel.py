@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from typing_extensions import override
@@ -33,7 +32,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 class AdapterShardingStrategy(ModelParallelStrategy):
-    """FSDP2 whose checkpoints hold the adapter only; the backbone is never gathered nor written."""
+    """FSDP2 over all processes.
+
+    Checkpoints hold the adapter only, because GateRAModule's ``state_dict`` does; the backbone is never gathered.
+    """
 
     def __init__(
         self,
@@ -60,12 +62,3 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         if self._data_parallel_size == "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The trainable parameters, gathered on rank 0 or sharded as configured."""
-        assert self.model is not None
-        options = StateDictOptions(
-            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
-        )
-        return get_model_state_dict(self.model, options=options)

@@ -1,5 +1,6 @@
 """Shared by every test: no network, one thread, and a Llama small enough to run in milliseconds."""
 
+import functools
 import os
 
 import pytest
@@ -41,3 +42,13 @@ def tiny_backbone(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that a test starts
         yield tiny_backbone_folder(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _docstrings_once():
+    """Every command line reads the docstrings of the same classes for its help; once a session is enough."""
+    import docstring_parser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstring_parser, "parse_from_object", functools.cache(docstring_parser.parse_from_object))
+        yield

@@ -1,5 +1,6 @@
 """What to adapt and how: two independent choices, the update ``u`` and the gate ``g``, make a method."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -47,25 +48,26 @@ class AdapterConfig:
             value, choices = getattr(self, name), get_args(accepted)
             if value not in choices:
                 found.append(f"adapter.{name}: {value!r} is unknown; accepted: {', '.join(choices)}")
-        if self.rank <= 0:
-            found.append(f"adapter.rank: {self.rank} is not a rank; accepted: an integer of at least 1")
+        if not _is_int(self.rank) or self.rank < 1:
+            found.append(f"adapter.rank: {self.rank!r} is not a rank; accepted: an integer of at least 1")
         if self.update == "hira" and self.alpha is not None:
             found.append(
-                f"adapter.alpha: {self.alpha} given, but update 'hira' has no scale; accepted: null, or update lora or dora"
+                f"adapter.alpha: {self.alpha!r}, but update 'hira' has no scale; accepted: null, or update lora or dora"
             )
-        if self.alpha is not None and self.alpha <= 0:
-            found.append(f"adapter.alpha: {self.alpha}; accepted: a number above 0, or null for alpha = rank")
-        if not 0.0 <= self.dropout < 1.0:
-            found.append(f"adapter.dropout: {self.dropout}; accepted: a probability of at least 0 and below 1")
-        if not self.target_modules:
-            found.append("adapter.target_modules: the list is empty; accepted: at least one name or regular expression")
-        for pattern in self.target_modules:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                found.append(f"adapter.target_modules: {pattern!r} is no regular expression ({error})")
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            found.append(f"adapter.layers: {self.layers}; accepted: null for all, or a list of indices from 0 on")
+        elif self.alpha is not None and not (_is_finite(self.alpha) and self.alpha > 0):
+            found.append(f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank")
+        if not (_is_finite(self.dropout) and 0 <= self.dropout < 1):
+            found.append(f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1")
+        if not _is_finite(self.gate_bias):
+            found.append(f"adapter.gate_bias: {self.gate_bias!r}; accepted: a finite number")
+        if not isinstance(self.target_modules, list) or not self.target_modules:
+            found.append(f"adapter.target_modules: {self.target_modules!r}; accepted: a list of at least one name or regex")
+        else:
+            found += [f"adapter.target_modules: {text}" for text in map(_regex_problem, self.target_modules) if text]
+        if self.layers is not None and not (
+            isinstance(self.layers, list) and self.layers and all(_is_int(i) and i >= 0 for i in self.layers)
+        ):
+            found.append(f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices from 0 on")
         return found
 
     @property
@@ -74,9 +76,19 @@ class AdapterConfig:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def as_adapter_config(values: dict[str, Any]) -> AdapterConfig:
-    """An AdapterConfig from an adapter folder's JSON; raises ValueError for names this version does not know."""
-    unknown = sorted(set(values) - set(AdapterConfig.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"unknown adapter settings {unknown}; accepted: {sorted(AdapterConfig.__dataclass_fields__)}")
-    return AdapterConfig(**values)
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _regex_problem(pattern: Any) -> str | None:
+    if not isinstance(pattern, str):
+        return f"{pattern!r} is no text"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"{pattern!r} is no regular expression ({error})"
+    return None

@@ -13,13 +13,16 @@ class DoRA(nn.Module):
     The norm is detached from the graph (the paper's section 4.3). Dropout acts on the low-rank path only.
     """
 
+    reads_base_out = True
+
     def __init__(
         self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
     ) -> None:
         super().__init__()
         self.a, self.b = low_rank_factors(base, rank, dtype, generator)
         self.scale = scale
-        self.magnitude = nn.Parameter(self.row_norm(base.weight))
+        own = torch.linalg.vector_norm(base.weight.detach(), dim=1, dtype=dtype)
+        self.magnitude = nn.Parameter(own)
 
     @torch.no_grad()
     def row_norm(self, weight: Tensor) -> Tensor:
@@ -28,7 +31,8 @@ class DoRA(nn.Module):
         own = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
         cross = (F.linear(weight, self.a.to(weight.dtype)).to(dtype) * self.b).sum(1)
         low_rank = ((self.b @ (self.a @ self.a.t())) * self.b).sum(1)
-        return (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
+        norm = (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
+        return norm.masked_fill(norm == 0, 1.0)  # a row of zeros (pruned, padded) has no direction, and must not divide
 
     def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
         """``g · u(x)``; x (..., in), base_out = W0 x (..., out) -> (..., out)."""

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gatera_lightning.adapters.config import AdapterConfig, as_adapter_config
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import backbone_fingerprint
-from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters, inject_adapters
+from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters, inject_adapters, replace_module
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -69,26 +69,60 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
         raise AdapterFileError(f"{folder}: no adapter here ({CONFIG_FILE} is missing)")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format_version"]
-        if version != FORMAT_VERSION:
-            raise AdapterFileError(f"{path}: format_version {version}; this version reads {FORMAT_VERSION}")
-        return as_adapter_config(description["adapter"]), description["backbone"]
-    except AdapterFileError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterFileError(f"{path}: malformed ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: malformed, not JSON ({error})") from error
+    if not isinstance(description, dict) or "format_version" not in description:
+        raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
+    version = description["format_version"]
+    if version != FORMAT_VERSION:
+        raise AdapterFileError(f"{path}: format_version {version!r}; this version reads {FORMAT_VERSION}")
+    values, origin = description.get("adapter"), description.get("backbone")
+    known = AdapterConfig.__dataclass_fields__
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{path}: malformed: 'adapter' is {values!r}; accepted: a table of {', '.join(known)}")
+    if set(values) - set(known):
+        unknown = sorted(set(values) - set(known))
+        raise AdapterFileError(f"{path}: unknown adapter settings {unknown}; accepted: {', '.join(known)}")
+    if not isinstance(origin, dict) or {"id", "revision", "fingerprint"} - set(origin):
+        raise AdapterFileError(f"{path}: malformed: 'backbone' is {origin!r}; it must hold id, revision, fingerprint")
+    config = AdapterConfig(**values)
+    if config.problems():
+        raise AdapterFileError(f"{path}: {'; '.join(config.problems())}")
+    return config, origin
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     """Load an adapter folder into ``model``, injecting the adapter first if the model has none; returns its config.
 
-    Nothing is unpickled. Raises AdapterFileError, before any parameter changes, when a file is missing or damaged,
-    the backbone's fingerprint differs, or names, shapes or dtypes do not match.
+    Nothing is unpickled. Raises AdapterFileError when a file is missing or damaged, the backbone's fingerprint differs,
+    or names, shapes or dtypes do not match, and ConfigError when the adapter cannot be injected; the model is as it was
+    before then.
     """
     config, origin = read_adapter_config(folder)
     tensors = _read_tensors(Path(folder) / WEIGHTS_FILE)
-    if not adapted_linears(model):
+    was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    injected = not adapted_linears(model)
+    if injected:
         inject_adapters(model, config)
+    try:
+        _check_fit(model, config, origin, tensors, folder)
+    except AdapterFileError:
+        if injected:
+            for name, layer in adapted_linears(model).items():
+                replace_module(model, name, layer.base)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(was_trainable[name])
+        raise
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_(tensors[name])
+    return config
+
+
+def _check_fit(
+    model: nn.Module, config: AdapterConfig, origin: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path
+) -> None:
+    """Raise AdapterFileError unless method, names, shapes, dtypes and backbone agree."""
     layers = adapted_linears(model)
     own = next(iter(layers.values())).config
     if (own.update, own.gate, own.rank, own.scale) != (config.update, config.gate, config.rank, config.scale):
@@ -96,21 +130,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
             f"{folder}: holds update={config.update} gate={config.gate} rank={config.rank} scale={config.scale:g}, but the "
             f"model was adapted with update={own.update} gate={own.gate} rank={own.rank} scale={own.scale:g}"
         )
-    parameters = adapter_parameters(model)
-    problems = _mismatches(parameters, tensors)
+    problems = _mismatches(adapter_parameters(model), tensors)
     if problems:
         raise AdapterFileError(f"{folder}: does not fit this model: {'; '.join(problems)}")
     fingerprint = backbone_fingerprint({name: layer.base_fingerprint for name, layer in layers.items()})
     if fingerprint != origin["fingerprint"]:
         raise AdapterFileError(
             f"{folder}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the adapted "
-            f"weights differ (fingerprint {origin['fingerprint'][:12]}… there, {fingerprint[:12]}… here). "
+            f"weights differ (fingerprint {str(origin['fingerprint'])[:12]}… there, {fingerprint[:12]}… here). "
             "A base model and its instruct version are different backbones."
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    return config
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
@@ -137,7 +166,8 @@ def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor])
     if surplus:
         problems.append(f"{len(surplus)} tensors have no place in the model ({surplus[0]}, …)")
     for name in sorted(set(parameters) & set(tensors)):
-        if parameters[name].shape != tensors[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)} there, {tuple(parameters[name].shape)} here")
+        here, there = parameters[name], tensors[name]
+        if here.shape != there.shape or here.dtype != there.dtype:
+            problems.append(f"{name} is {tuple(there.shape)} {there.dtype} there, {tuple(here.shape)} {here.dtype} here")
             break
     return problems

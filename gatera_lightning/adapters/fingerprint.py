@@ -10,7 +10,7 @@ _SAMPLES = 4096
 
 
 def weight_fingerprint(weight: Tensor) -> str:
-    """SHA-256 of the shape and of 4,096 evenly strided elements, as bfloat16.
+    """SHA-256 of the shape and of at least 4,096 evenly strided elements, as bfloat16.
 
     A base model and its instruct version differ nearly everywhere, so a sample tells them apart at no cost, while
     the same checkpoint loaded in bf16 and in fp32 keeps one identity.

@@ -10,6 +10,8 @@ from gatera_lightning.adapters.ops import gated_hadamard
 class HiRA(nn.Module):
     """``u(x) = (W0 ⊙ BA) x``, of rank up to ``r · rank(W0)``; A (r, in), B (out, r). It has no scale."""
 
+    reads_base_out = False
+
     def __init__(
         self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
     ) -> None:

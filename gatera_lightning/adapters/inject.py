@@ -45,6 +45,12 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name``."""
+    parent_name, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent_name), child, module)
+
+
 def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> InjectionReport:
     """Freeze ``model`` and replace every matching ``nn.Linear`` by an :class:`AdaptedLinear`, in place.
 
@@ -61,8 +67,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Ge
 
     model.requires_grad_(False)
     for name, linear in targets.items():
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, AdaptedLinear(linear, config, generator))
+        replace_module(model, name, AdaptedLinear(linear, config, generator))
     adapter = {id(p): p.numel() for p in adapter_parameters(model).values()}
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
     return InjectionReport(tuple(targets), matches, sum(adapter.values()), frozen)
@@ -89,7 +94,9 @@ def _find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn
         found = {name: linear for name, linear in in_layers.items() if _matches(pattern, name)}
         matches[pattern] = len(found)
         targets.update(found)
-        if not found:
+        if not found and any(_matches(pattern, name) for name in linears):
+            problems.append(f"adapter.target_modules: {pattern!r} matches nothing in adapter.layers {config.layers}")
+        elif not found:
             problems.append(_no_match(model, pattern, linears, head))
     for name, linear in targets.items():
         smaller = min(linear.in_features, linear.out_features)

@@ -21,6 +21,7 @@ class AdaptedLinear(nn.Module):
     """``y = W0 x + b + g(x) · u(x)`` with ``W0`` and ``b`` frozen.
 
     ``update(x, base_out, weight, g)`` returns ``g · u(x)``: each update knows where the gate's product is cheapest.
+    ``base_out`` is ``W0 x`` for an update that ``reads_base_out``; others must not look at it.
     ``gate`` is None for the ungated method. ``on_gate`` is called with the gate's logits in every forward while
     :func:`~gatera_lightning.adapters.recording.record_gates` listens.
     """
@@ -47,15 +48,18 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
-        base_out = F.linear(x, self.base.weight)  # (..., out), without bias: DoRA rescales this part alone
+        if self.update.reads_base_out and self.base.bias is not None:
+            base_out = F.linear(x, self.base.weight)  # (..., out): DoRA rescales this part, not the bias
+            y = base_out + self.base.bias
+        else:
+            y = base_out = self.base(x)  # as the frozen model rounds it
         g = None
         if self.gate is not None:
             z = self.gate(x)  # (...)
             if self.on_gate is not None:
                 self.on_gate(z)
             g = torch.sigmoid(z)
-        y = base_out + self.update(self.dropout(x), base_out, self.base.weight, g).to(base_out.dtype)
-        return y if self.base.bias is None else y + self.base.bias
+        return y + self.update(self.dropout(x), base_out, self.base.weight, g).to(y.dtype)
 
     # Model code asks a linear layer for these (dtype probes, tied heads); the answer is the frozen layer's.
     @property

@@ -23,6 +23,8 @@ def low_rank_factors(
 class LoRA(nn.Module):
     """``u(x) = (α/r) · B (A x)``; A (r, in), B (out, r)."""
 
+    reads_base_out = False
+
     def __init__(
         self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
     ) -> None:

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import nn
 
-from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.adapters.inject import adapted_linears, replace_module
 
 
 @torch.no_grad()
@@ -38,6 +38,5 @@ def merge_adapter(model: nn.Module) -> nn.Module:
             delta = delta * torch.sigmoid(layer.gate.bias)
         merged = layer.base.weight.to(delta.dtype) + delta
         layer.base.weight.copy_(merged.to(layer.base.weight.dtype))
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, layer.base)
+        replace_module(model, name, layer.base)
     return model

@@ -60,11 +60,12 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     finally:
         for layer in gated.values():
             layer.on_gate = None
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and model.training:
+        # no grad_fn: a static gate's expanded bias "requires grad" even where no graph was built
         lost = [
             name
             for name, z in zip(record.names, record.logits, strict=True)
-            if not z.requires_grad and any(p.requires_grad for p in gated[name].adapter_params().values())
+            if z.grad_fn is None and any(p.requires_grad for p in gated[name].gate.parameters())  # type: ignore[union-attr]
         ]
         if lost:
             raise RuntimeError(

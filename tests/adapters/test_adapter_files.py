@@ -19,7 +19,6 @@ from gatera_lightning import (
     load_adapter,
     save_adapter,
 )
-from gatera_lightning.adapters.config import as_adapter_config
 from gatera_lightning.adapters.fingerprint import backbone_fingerprint, weight_fingerprint
 from gatera_lightning.adapters.inject import adapted_linears
 
@@ -136,7 +135,7 @@ def test_the_folder_says_what_it_holds(tiny_llama, tmp_path):
         },
     }
     config, origin = files.read_adapter_config(tmp_path)
-    assert config == as_adapter_config(description["adapter"]) == next(iter(layers.values())).config
+    assert config == AdapterConfig(**description["adapter"]) == next(iter(layers.values())).config
     assert origin == description["backbone"]
 
 
@@ -302,7 +301,7 @@ def test_another_shape_is_refused(folder, tiny_llama, adapted):
     model = tiny_llama(hidden_size=48)
     text = _refusal(_adapted(model) if adapted else model, folder)
     assert "does not fit this model" in text
-    assert "model.layers.0.mlp.down_proj.update.b is (32, 3) there, (48, 3) here" in text
+    assert "model.layers.0.mlp.down_proj.update.b is (32, 3) torch.float32 there, (48, 3) torch.float32 here" in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)

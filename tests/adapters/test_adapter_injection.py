@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gatera_lightning import AdapterConfig, ConfigError, adapter_parameters, inject_adapters
-from gatera_lightning.adapters.config import GateName, UpdateName, as_adapter_config
+from gatera_lightning.adapters.config import GateName, UpdateName
 from gatera_lightning.adapters.gates import GATES
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.adapters.linear import UPDATES, AdaptedLinear
@@ -161,7 +161,7 @@ def test_every_problem_with_the_model_is_named_at_once(tiny_llama):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"alpha": 2.0}, "adapter.alpha: 2.0 given, but update 'hira' has no scale"),
+        ({"alpha": 2.0}, "adapter.alpha: 2.0, but update 'hira' has no scale"),
         ({"update": "lora", "alpha": 0.0}, "adapter.alpha: 0.0"),
         ({"update": "lora", "alpha": float("nan")}, "adapter.alpha: nan"),
         ({"gate_bias": float("nan")}, "adapter.gate_bias: nan"),
@@ -169,7 +169,7 @@ def test_every_problem_with_the_model_is_named_at_once(tiny_llama):
         ({"rank": -1}, "adapter.rank: -1"),
         ({"dropout": -0.1}, "adapter.dropout: -0.1"),
         ({"dropout": float("nan")}, "adapter.dropout: nan"),
-        ({"target_modules": []}, "adapter.target_modules: the list is empty"),
+        ({"target_modules": []}, "adapter.target_modules: []; accepted: a list of at least one"),
         ({"layers": [-1]}, "adapter.layers: [-1]"),
         ({"gate": "threshold"}, "'threshold' is unknown"),
     ],
@@ -266,12 +266,6 @@ def test_the_adapter_has_its_own_dtype(tiny_llama):
 def test_names_in_the_configuration_are_the_names_of_the_code():
     assert tuple(UPDATES) == get_args(UpdateName)
     assert tuple(GATES) == get_args(GateName)
-
-
-def test_settings_of_another_version_are_refused():
-    assert as_adapter_config({"update": "lora", "gate": "none", "rank": 4}) == AdapterConfig("lora", "none", 4)
-    with pytest.raises(ValueError, match=r"unknown adapter settings \['tau'\].*'update'"):
-        as_adapter_config({"update": "lora", "tau": 0.5})
 
 
 def test_a_bare_module_can_be_adapted():

@@ -1,7 +1,7 @@
 """The plan of optimizer steps, the order of its steps, and the sharing of evaluation items."""
 
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -135,9 +135,7 @@ def test_token_budget_with_rows_of_ten_tokens(budget, micro_batches, sizes):
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_token_budget_is_kept_unless_micro_batches_force_more(grouped, micro_batches):
-    *steps, last = _plan(
-        _skewed(300), batch_size=8, micro_batches=micro_batches, token_budget=250, group_by_length=grouped
-    )
+    *steps, last = _plan(_skewed(300), batch_size=8, micro_batches=micro_batches, token_budget=250, group_by_length=grouped)
     assert all(step.tokens <= 250 or len(_rows(step)) == micro_batches for step in steps)
     assert max(_sizes(steps)) <= 8
     assert len(_rows(last)) >= micro_batches
@@ -252,13 +250,11 @@ def test_share_evenly_of_nothing():
 
 
 @PROPERTY
-@given(
-    lengths=st.lists(st.integers(1, 50), max_size=40), batch_size=st.integers(1, 6), ranks=st.integers(1, 5)
-)
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), batch_size=st.integers(1, 6), ranks=st.integers(1, 5))
 def test_share_evenly_gives_every_item_to_one_rank_and_every_rank_as_many_batches(lengths, batch_size, ranks):
     shares = [share_evenly(lengths, batch_size, ranks, rank) for rank in range(ranks)]
     assert Counter(chain.from_iterable(chain.from_iterable(shares))) == Counter(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1
     assert all(len(batch) <= batch_size for share in shares for batch in share)
     rounds = [[lengths[item] for batch in together for item in batch] for together in zip(*shares, strict=True)]
-    assert all(min(before) >= max(after) for before, after in zip(rounds, rounds[1:], strict=False))
+    assert all(min(before) >= max(after) for before, after in pairwise(rounds))

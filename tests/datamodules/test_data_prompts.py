@@ -36,5 +36,5 @@ def test_braces_in_a_request_are_text(template):
 
 
 def test_unknown_template_names_the_known_ones():
-    with pytest.raises(ValueError, match="'vicuna'.*alpaca, plain"):
+    with pytest.raises(ValueError, match=r"'vicuna'.*alpaca, plain"):
         render("vicuna", "Where?", "here")

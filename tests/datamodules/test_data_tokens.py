@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gatera_lightning.datamodules.commonsense import TASKS
 from gatera_lightning.datamodules.prompts import render
 from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate, tokenise
 from gatera_lightning.losses import IGNORE
@@ -281,7 +282,7 @@ def test_smollm2_boundary_labels_and_eos(smollm2):
         assert labels[1][labels[1] != X].tolist() == [7]
 
 
-def test_smollm2_real_rows_through_the_data_module(smollm2, make_data, write, rows):
+def test_smollm2_through_the_data_module(smollm2, make_data, write, rows):
     data = make_data(template="plain", answer_format="content", tokenizer=smollm2, test=[write("test.json", rows(3))])
     data.setup("test")
     found = {}
@@ -293,3 +294,17 @@ def test_smollm2_real_rows_through_the_data_module(smollm2, make_data, write, ro
     texts = {(0, 0): "thing 0", (0, 1): "thing 0", (1, 0): "thing 1", (1, 1): "very thing 1", (1, 2): "very very thing 1"}
     texts |= {(2, k): "very very " * k + "thing 2" for k in range(4)}
     assert found == {key: f" {text}<|im_end|>" for key, text in texts.items()}
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+@pytest.mark.parametrize("answer_format", ["label", "content"])
+def test_smollm2_continues_real_prompts(template, answer_format, smollm2, real_data, make_data):
+    """Ten real rows of every task: prompt and answer are the running text's ids, so no token spans the boundary."""
+    tasks = [f"{task}[:10]" for task in TASKS if task != "everyday"]
+    data = make_data(template=template, answer_format=answer_format, test=tasks, data_dir=str(real_data))
+    examples = list(data.examples("test"))
+    assert len(examples) == 80
+    for example in examples:
+        prompt_ids, candidates, _ = tokenise(smollm2, example.prompt, example.answers, 9999)
+        for answer, answer_ids in zip(example.answers, candidates, strict=True):
+            assert prompt_ids + answer_ids == [*smollm2(example.prompt + answer).input_ids, smollm2.eos_token_id]

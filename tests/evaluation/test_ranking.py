@@ -1,5 +1,8 @@
 """Candidate ranking: batched, padded and shuffled, it must say what one plain forward a row says."""
 
+import contextlib
+import json
+
 import pytest
 import torch
 from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_trainer
@@ -7,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatera_lightning import adapter_parameters, load_adapter, save_adapter
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.evaluation.ranking import RankedQuestion, RankingResult, answer_log_likelihoods, ranked
+from gatera_lightning.evaluation.ranking import OptionRanking, RankedQuestion, RankingResult, answer_log_likelihoods, ranked
 
 ROWS = 6
 
@@ -138,16 +141,29 @@ def test_a_right_answer_never_scored_is_an_error():
         ranked(state, scores)
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3])
-def test_part_of_a_split_is_never_taken_for_the_whole(tiny_backbone, tmp_path, batches):
-    """Batches are sorted by length, so a limit cuts questions: those may be left out or refused, but not judged."""
+def test_part_of_a_split_is_never_judged_as_the_whole(tiny_backbone, tmp_path):
+    """Batches go from long to short, so a limit may cut off just the last candidate of a question."""
+    row = {
+        "instruction": "Please choose the correct answer to the question: Where is milk kept?\n\nAnswer1: in the fridge next "
+        "to the butter Answer2: in the shed Answer3: no\n\nAnswer format: answer1/answer2/answer3",
+        "input": "",
+        "output": "the correct answer is answer1",
+        "answer": "answer1",
+    }
+    path = tmp_path / "milk.json"
+    path.write_text(json.dumps([row]))
+    data = tiny_data(tiny_backbone, test=[str(path)], eval_batch_size=1)
     report = EvaluationReport()
-    trainer = tiny_trainer(tmp_path, report, limit_test_batches=batches)
-    data = tiny_data(tiny_backbone, test=["everyday[:3]"], eval_batch_size=3)
-    try:
+    trainer = tiny_trainer(tmp_path, report, limit_test_batches=2)
+    with contextlib.suppress(ValueError):  # refusing is as good as leaving the question out
         trainer.test(tiny_module(tiny_backbone), datamodule=data, verbose=False)
-    except ValueError as error:
-        assert "lacks a candidate" in str(error)  # noqa: PT017
-        return
-    options = [len(PlainQuestion.of(row).answers) for row in sample_rows("test")]
-    assert all(len(q.tokens) == options[q.example] for q in report.result.questions)
+    assert all(len(q.tokens) == 3 for q in (report.result.questions if report.result else ()))
+
+
+def test_a_single_candidate_is_ranked(tiny_backbone):
+    data = tiny_data(tiny_backbone)
+    data.setup("test")
+    batch = data.batch(data.tables["test"], [(0, 0)], "response")
+    ranking = OptionRanking()
+    ranking.update(batch, torch.tensor([-2.0]), torch.tensor([3]))
+    assert ranked(*ranking.compute()).questions[0].log_likelihoods == (-2.0,)

@@ -1,0 +1,173 @@
+"""Checkpoints: what is in them, what lies beside them, what is removed."""
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_backbone import tiny_data, tiny_module, tiny_trainer
+
+from gatera_lightning import BackboneConfig, GateRAModule, adapter_parameters, load_adapter
+from gatera_lightning.backbone import load_backbone
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+def fit(folder, root, checkpoint, **settings):
+    module = tiny_module(folder, warmup_steps=100)  # so that the learning rate rises: something to monitor
+    defaults = {"limit_val_batches": 1.0, "val_check_interval": 2}
+    trainer = tiny_trainer(root, checkpoint, **(defaults | settings))
+    trainer.fit(module, datamodule=tiny_data(folder))
+    return module, trainer
+
+
+def names(root):
+    return sorted(path.name for path in (root / "checkpoints").iterdir())
+
+
+def tensors(value):
+    """Every tensor inside nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from tensors(inner)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_backbone, tmp_path_factory):
+    """Four steps with validation after every second; best and last by the default settings."""
+    root = tmp_path_factory.mktemp("run")
+    module, trainer = fit(tiny_backbone, root, AdapterCheckpoint())
+    return root, module, trainer
+
+
+def test_best_and_last_lie_beside_their_adapter_folders(trained):
+    root, _, trainer = trained
+    (best,) = (name for name in names(root) if name.startswith("best-step=") and name.endswith(".ckpt"))
+    assert names(root) == sorted([best, best.removesuffix(".ckpt"), "last", "last.ckpt"])
+    assert trainer.checkpoint_callback.best_model_path.endswith(best)
+    for folder in ("last", best.removesuffix(".ckpt")):
+        assert {path.name for path in (root / "checkpoints" / folder).iterdir()} == FILES
+
+
+def test_best_is_the_lowest_validation_loss(tiny_backbone, trained):
+    root, _, trainer = trained
+    losses = {}
+    for name in names(root):
+        if name.endswith(".ckpt"):
+            module = tiny_module(tiny_backbone)
+            module.warm_start = str(root / "checkpoints" / name.removesuffix(".ckpt"))
+            (metrics,) = tiny_trainer(root, limit_val_batches=1.0).validate(
+                module, datamodule=tiny_data(tiny_backbone), verbose=False
+            )
+            losses[name] = metrics["val/loss"]
+    assert min(losses.values()) == pytest.approx(float(trainer.checkpoint_callback.best_model_score))
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_checkpoint_holds_no_tensor_of_the_backbone(trained, name):
+    root, module, _ = trained
+    (path,) = (root / "checkpoints").glob(f"{name}*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    adapter = adapter_parameters(module.model)
+    assert set(checkpoint["state_dict"]) == {f"model.{key}" for key in adapter}
+    size = sum(p.numel() * p.element_size() for p in adapter.values())
+    moments = list(tensors(checkpoint["optimizer_states"][0]["state"]))
+    assert sum(t.numel() for t in moments if t.ndim) == 2 * sum(p.numel() for p in adapter.values())
+    random_state = sum(t.numel() * t.element_size() for t in tensors(checkpoint["callbacks"]))
+    assert 0 < random_state < 12_000
+    everything = sum(t.numel() * t.element_size() for t in tensors(checkpoint))
+    assert everything <= 3 * size + random_state + 4096  # loader position, step counters, last metrics
+    backbone = [p for key, p in module.model.named_parameters() if key not in adapter]
+    assert everything < sum(p.numel() * p.element_size() for p in backbone)
+    assert not any(t.shape == p.shape and torch.equal(t, p.to(t.dtype)) for t in tensors(checkpoint) for p in backbone)
+    assert path.stat().st_size < everything + 100_000
+
+
+def test_last_is_the_module_as_it_is(tiny_backbone, trained):
+    root, module, _ = trained
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    files = load_file(root / "checkpoints" / "last" / "adapter_model.safetensors")
+    for key, parameter in adapter_parameters(module.model).items():
+        assert torch.equal(checkpoint["state_dict"][f"model.{key}"], parameter)
+        assert torch.equal(files[key], parameter)
+
+
+def test_the_folder_gives_the_modules_logits(tiny_backbone, trained):
+    root, module, _ = trained
+    fresh = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
+    untrained = fresh(IDS).logits
+    load_adapter(fresh, root / "checkpoints" / "last")
+    with torch.no_grad():
+        assert torch.equal(fresh(IDS).logits, module.model.eval()(IDS).logits)
+        assert not torch.allclose(fresh(IDS).logits, untrained)
+
+
+def test_a_module_loads_from_the_checkpoint_alone(trained):
+    root, module, _ = trained
+    again = GateRAModule.load_from_checkpoint(root / "checkpoints" / "last.ckpt", map_location="cpu")
+    assert (again.backbone, again.adapter, again.optimizer) == (module.backbone, module.adapter, module.optimizer)
+    with torch.no_grad():
+        assert torch.equal(again.model.eval()(IDS).logits, module.model.eval()(IDS).logits)
+
+
+def test_another_adapters_checkpoint_is_refused(tiny_backbone, trained):
+    root, *_ = trained
+    other = tiny_module(tiny_backbone, update="lora", gate="none")
+    with pytest.raises(KeyError, match=r"does not hold this adapter: 0 tensors missing \[\], \d+ without a place"):
+        tiny_trainer(root, limit_val_batches=1).validate(
+            other, datamodule=tiny_data(tiny_backbone), ckpt_path=str(root / "checkpoints" / "last.ckpt")
+        )
+
+
+def test_a_beaten_checkpoint_goes_with_its_folder(tiny_backbone, tmp_path):
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="max"))
+    assert names(tmp_path) == ["best-step=4", "best-step=4.ckpt", "last", "last.ckpt"]
+
+
+def test_an_unbeaten_checkpoint_stays(tiny_backbone, tmp_path):
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="min"))
+    assert names(tmp_path) == ["best-step=2", "best-step=2.ckpt", "last", "last.ckpt"]
+    assert torch.load(tmp_path / "checkpoints" / "best-step=2.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_several_best(tiny_backbone, tmp_path):
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="max", save_top_k=2))
+    assert names(tmp_path) == ["best-step=2", "best-step=2.ckpt", "best-step=4", "best-step=4.ckpt", "last", "last.ckpt"]
+
+
+def test_without_a_monitor_only_the_last_is_kept(tiny_backbone, tmp_path):
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor=None))
+    assert names(tmp_path) == ["last", "last.ckpt"]
+
+
+class PowerCut(L.Callback):
+    """The run dies after step 3, before any validation."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise KeyError("power cut")
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", None])
+def test_every_n_train_steps_saves_before_the_first_validation(tiny_backbone, tmp_path, monitor):
+    trainer = tiny_trainer(
+        tmp_path, AdapterCheckpoint(monitor=monitor, every_n_train_steps=2), PowerCut(), limit_val_batches=1.0
+    )
+    with pytest.raises(KeyError, match="power cut"):
+        trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("every_n_train_steps", "steps"), [(2, 3), (3, 4)])
+def test_every_n_train_steps_also_saves_after_validations(tiny_backbone, tmp_path, every_n_train_steps, steps):
+    """Validation follows the last step, at which no regular checkpoint is due."""
+    checkpoint = AdapterCheckpoint(monitor="lr", mode="max", every_n_train_steps=every_n_train_steps)
+    fit(tiny_backbone, tmp_path, checkpoint, val_check_interval=steps, max_steps=steps)
+    assert names(tmp_path) == [f"best-step={steps}", f"best-step={steps}.ckpt", "last", "last.ckpt"]

@@ -1,0 +1,182 @@
+"""Gate histograms: counts against numpy, and what reaches TensorBoard and CSV files."""
+
+import csv
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_backbone import tiny_data, tiny_module, tiny_trainer
+
+from gatera_lightning.callbacks.gate_histogram import BINS, PHASES, GateCounts, GateHistogram
+
+EDGES = np.linspace(0, 1, BINS + 1)
+
+
+def numpy_counts(z, batch):
+    """``{phase: (counts (layers, bins), g of each layer, H of each layer)}`` token by token, in float64."""
+    found = {}
+    for phase in PHASES:
+        values = [[] for _ in z]
+        for row, example in enumerate(batch["example_ids"].tolist()):
+            for token in range(z.shape[2]):
+                real = batch["attention_mask"][row, token] == 1 and example >= 0
+                if real and bool(batch["response_mask"][row, token]) == (phase == "response"):
+                    for layer in range(len(z)):
+                        values[layer].append(float(z[layer, row, token]))
+        g = [1 / (1 + np.exp(-np.array(v))) for v in values]
+        found[phase] = np.stack([np.histogram(x, EDGES)[0] for x in g]), g
+    return found
+
+
+def entropy(g):
+    return -sum(p * np.log(np.where(p > 0, p, 1)) for p in (g, 1 - g))
+
+
+def batch_of(mask, response, example_ids):
+    return {
+        "attention_mask": torch.tensor(mask),
+        "response_mask": torch.tensor(response, dtype=torch.bool),
+        "example_ids": torch.tensor(example_ids),
+    }
+
+
+def test_counts_by_hand():
+    """Two layers; row 0 has a padded end, row 1 stands for no example: neither counts anywhere."""
+    batch = batch_of([[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 1], [0, 0, 1, 1]], [5, -1])
+    z = torch.zeros(2, 2, 4)
+    z[:, 0] = torch.tensor([[0.0, 100.0, -100.0, 3.0], [1.0, 0.0, 0.0, 3.0]])
+    counts = GateCounts(2, z.device)
+    counts.update(z, batch)
+    counts.update(z, batch)
+    nonzero = {(phase, layer, b): int(counts.bins[phase, layer, b]) for phase, layer, b in counts.bins.nonzero().tolist()}
+    # g = 0.5 opens bin 25 of 50; g(100) = 1 belongs to the last bin, g(-100) = 0 to the first; g(1) = 0.731 to bin 36.
+    assert nonzero == {(0, 0, 25): 2, (1, 0, 49): 2, (1, 0, 0): 2, (0, 1, 36): 2, (1, 1, 25): 4}
+    assert counts.sums[0].flatten().tolist() == pytest.approx([1.0, 2 * 0.7310586, 2.0, 2.0])
+    assert counts.sums[1].flatten().tolist() == pytest.approx([2 * np.log(2), 2 * 0.5822034, 0.0, 4 * np.log(2)], abs=1e-6)
+    assert counts.sums[2].flatten().tolist() == pytest.approx([0.5, 2 * 0.7310586**2, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_equal_numpy(dtype):
+    generator = torch.Generator().manual_seed(0)
+    counts, expected = GateCounts(3, torch.device("cpu")), {phase: 0 for phase in PHASES}
+    for _ in range(2):
+        lengths = torch.randint(1, 9, (5,), generator=generator)
+        mask = (torch.arange(8) < lengths[:, None]).long()
+        batch = batch_of(mask.tolist(), (torch.rand(5, 8, generator=generator) < 0.5).tolist(), [0, -1, 7, 3, -1])
+        z = (4 * torch.randn(3, 5, 8, generator=generator)).to(dtype)
+        counts.update(z, batch)
+        for phase, (bins, g) in numpy_counts(z, batch).items():
+            sums = [[f(x).sum() for x in g] for f in (lambda x: x, entropy, np.square)]
+            expected[phase] = expected[phase] + np.concatenate([bins.T, sums])
+    for phase, name in enumerate(PHASES):
+        np.testing.assert_array_equal(counts.bins[phase].T, expected[name][:BINS])
+        np.testing.assert_allclose(counts.sums[:, phase], expected[name][BINS:], rtol=1e-4, atol=1e-4)
+
+
+class Tape(L.Callback):
+    """Every micro-batch's gate logits and batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seen.append((outputs["gate_logits"], batch))
+
+
+def fit(folder, root, logger, accumulate=1, every_n_steps=2, **adapter):
+    """Four optimizer steps; returns the module and the tape."""
+    tape, module = Tape(), tiny_module(folder, **adapter)
+    trainer = tiny_trainer(root, tape, GateHistogram(every_n_steps), logger=logger, accumulate_grad_batches=accumulate)
+    trainer.fit(module, datamodule=tiny_data(folder))
+    return module, tape
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"histograms": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.mark.parametrize(("gate", "accumulate"), [("token", 1), ("token", 2), ("static", 1)])
+def test_tensorboard_has_a_histogram_of_every_layer_and_phase(tiny_backbone, tmp_path, gate, accumulate):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    module, tape = fit(tiny_backbone, tmp_path, logger, accumulate, gate=gate, gate_bias=1.3)
+    accumulator = events(logger.log_dir)
+    layers = module.report.layers
+    assert len(layers) == 10
+    tags = {f"gates/{layer}/{phase}" for layer in layers for phase in PHASES}
+    assert set(accumulator.Tags()["histograms"]) == tags
+    for step in (2, 4):
+        seen = tape.seen[(step - 2) * accumulate : step * accumulate]
+        parts = [numpy_counts(z, batch) for z, batch in seen]
+        for phase in PHASES:
+            every_g = []
+            for i, layer in enumerate(layers):
+                (event,) = (e for e in accumulator.Histograms(f"gates/{layer}/{phase}") if e.step == step)
+                value, g = event.histogram_value, np.concatenate([part[phase][1][i] for part in parts])
+                every_g.append(g)
+                found = dict(zip(np.round(value.bucket_limit, 6), value.bucket, strict=True))
+                expected = sum(part[phase][0][i] for part in parts)
+                assert {limit: n for limit, n in found.items() if n} == {
+                    round(float(limit), 6): n for limit, n in zip(EDGES[1:], expected, strict=True) if n
+                }
+                assert (value.num, value.sum, value.sum_squares) == pytest.approx((len(g), g.sum(), (g**2).sum()), rel=1e-5)
+                assert_scalars(accumulator, f"gate_layers/{layer}/{phase}", step, g)
+            assert_scalars(accumulator, f"gates/{phase}", step, np.concatenate(every_g))
+
+
+def assert_scalars(accumulator, prefix, step, g):
+    def scalar(name):
+        (event,) = (e for e in accumulator.Scalars(f"{prefix}/{name}") if e.step == step)
+        return event.value
+
+    names = ("mean", "share_closed", "share_open", "entropy")
+    expected = (g.mean(), (g < 0.1).mean(), (g > 0.9).mean(), entropy(g).mean())
+    assert tuple(map(scalar, names)) == pytest.approx(expected, rel=1e-4, abs=1e-6), prefix
+
+
+def test_shares_of_closed_and_open_gates(tiny_backbone, tmp_path):
+    """Gates that start at 0.007 and at 0.993 are counted as what they are."""
+    for bias, share in ((-5.0, "share_closed"), (5.0, "share_open")):
+        logger = TensorBoardLogger(tmp_path, name=share)
+        fit(tiny_backbone, tmp_path, logger, gate_bias=bias)
+        assert [e.value for e in events(logger.log_dir).Scalars(f"gates/prompt/{share}")] == [1.0, 1.0]
+
+
+def test_other_loggers_keep_the_scalars_and_say_so_once(tiny_backbone, tmp_path, capsys):
+    logger = CSVLogger(tmp_path)
+    fit(tiny_backbone, tmp_path, logger)
+    assert capsys.readouterr().out.count("gate histograms need the TensorBoard logger") == 1
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["gates/response/mean"]]
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert all(0 < float(row["gates/prompt/mean"]) < 1 for row in rows)
+    assert sum(name.startswith("gate_layers/") for name in rows[0]) == 10 * 2 * 4
+
+
+def test_beside_tensorboard_other_loggers_are_not_warned_about(tiny_backbone, tmp_path, capsys):
+    fit(tiny_backbone, tmp_path, [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)])
+    assert "gate histograms" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{"gate": "none"}, {"every_n_steps": 0}], ids=str)
+def test_without_gates_or_switched_off_nothing_happens(tiny_backbone, tmp_path, capsys, settings):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(tiny_backbone, tmp_path, [logger, CSVLogger(tmp_path)], **settings)
+    tags = events(logger.log_dir).Tags()
+    assert tags["histograms"] == []
+    assert not [tag for tag in tags["scalars"] if tag.startswith("gate")]
+    assert "gate histograms" not in capsys.readouterr().out
+
+
+def test_without_a_logger_training_runs(tiny_backbone, tmp_path):
+    fit(tiny_backbone, tmp_path, logger=False)
+
+
+def test_a_negative_interval_is_refused():
+    with pytest.raises(ValueError, match=r"gate_histogram\.every_n_steps: -1; accepted: at least 1, or 0 for never"):
+        GateHistogram(-1)
