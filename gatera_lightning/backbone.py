@@ -151,6 +151,6 @@ def _restore_digit_split(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     from tokenizers import pre_tokenizers
 
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend = tokenizer.backend_tokenizer
     if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])

@@ -1,6 +1,7 @@
 """GateRAModule: a frozen backbone, its adapter, and one step."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -65,7 +66,7 @@ class GateRAModule(L.LightningModule):
         self.gate_entropy_weight = gate_entropy_weight
         self.warm_start = warm_start
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint is strict about that
-        self.model: PreTrainedModel | None = None
+        self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
         self.val_loss = MeanMetric()
         self.ranking = OptionRanking()
@@ -152,7 +153,7 @@ class GateRAModule(L.LightningModule):
         Raises NonFiniteLossError on every rank alike, with the step and the example ids.
         """
         sums = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
-        task, entropy, gate_mean = sums.unbind()  # type: ignore[union-attr]
+        task, entropy, gate_mean = sums.unbind()
         loss = task + self.gate_entropy_weight * entropy
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._describe_non_finite(float(loss)))
@@ -216,7 +217,7 @@ class GateRAModule(L.LightningModule):
 
     # --- checkpoints ---
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter's tensors only: a checkpoint never holds the backbone."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
@@ -225,6 +226,15 @@ class GateRAModule(L.LightningModule):
             if name not in own:
                 del state[name]
         return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the adapter's tensors; the frozen backbone's absence is no news and is not reported."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        own = {f"model.{name}" for name in adapter_parameters(self.model)}
+        missing, unexpected = [name for name in result.missing_keys if name in own], result.unexpected_keys
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"adapter tensors missing: {missing}; without a place: {unexpected}")
+        return type(result)(missing, unexpected)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise KeyError unless the checkpoint holds exactly this adapter."""

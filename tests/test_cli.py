@@ -245,7 +245,17 @@ def test_help_shows_what_every_setting_means(capsys):
         "Optimizer steps between two readings; 0 switches them off.",
     ):
         assert said in text
-    assert "--lr_scheduler" not in text, "offers a second optimizer beside model.optimizer, which cannot work"
+
+
+def test_there_is_no_second_place_for_the_optimizer(args, capsys):
+    """LightningCLI's own --optimizer would silently take the place of model.optimizer."""
+    assert "--optimizer" in refused(capsys, *args, "--optimizer", "SGD", "--optimizer.lr", "0.1")
+
+
+def test_help_names_the_projects_own_verbs(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "demo" in capsys.readouterr().out
 
 
 def test_a_first_word_that_is_no_verb(capsys):
@@ -444,7 +454,6 @@ def test_python_m_help():
     )
     assert "python -m gatera_lightning" in shown.stdout
     assert all(verb in shown.stdout for verb in ("fit", "validate", "test", "predict"))
-    assert "demo" in shown.stdout
 
 
 @pytest.mark.slow

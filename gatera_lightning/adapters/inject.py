@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.linear import AdaptedLinear
@@ -75,7 +76,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Ge
 
 def _find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
     """The linear layers to adapt and the matches per pattern; raises ConfigError as inject_adapters says."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n}
     problems = []
     in_layers = linears

@@ -36,9 +36,9 @@ class AdaptedLinear(nn.Module):
             base, rank=config.rank, scale=config.scale, dtype=dtype, generator=generator
         )
         gate_class = GATES[config.gate]
-        self.gate: Gate | None = gate_class and gate_class(
-            base.in_features, bias=config.gate_bias, dtype=dtype, device=base.weight.device
-        )
+        self.gate: Gate | None = None
+        if gate_class is not None:
+            self.gate = gate_class(base.in_features, bias=config.gate_bias, dtype=dtype, device=base.weight.device)
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.on_gate: Callable[[Tensor], None] | None = None
 

@@ -54,7 +54,7 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     for name, layer in gated.items():
         if layer.on_gate is not None:
             raise RuntimeError("record_gates is already active on this model; recordings cannot be nested")
-        layer.on_gate = lambda z, name=name: record.add(name, z)  # type: ignore[misc]
+        layer.on_gate = lambda z, name=name: record.add(name, z)
     try:
         yield record
     finally:

@@ -28,17 +28,17 @@ class EvaluationReport(L.Callback):
         if not trainer.is_global_zero:
             return
         names = trainer.datamodule.task_names  # type: ignore[attr-defined]
-        rows = [(names[task], task) for task in sorted({q.task for q in self.result.questions})]
+        rows: list[tuple[str, int | None]] = [(names[task], task) for task in sorted({q.task for q in self.result.questions})]
         if len(rows) > 1:
             rows.append(("all", None))
         table = Table(
             "task", "n", "accuracy, summed likelihood", "accuracy, per token", title="candidate ranking (95 % interval)"
         )
-        report = {"nats_per_target_token": self.result.gold_loss, "tasks": {}}
+        tasks = {}
         for name, task in rows:
             by_sum, by_token = self.result.accuracy("sum", task), self.result.accuracy("per_token", task)
             table.add_row(name, str(by_sum.n), str(by_sum), str(by_token))
-            report["tasks"][name] = {
+            tasks[name] = {
                 "n": by_sum.n,
                 "accuracy_sum": by_sum.value,
                 "accuracy_sum_interval": by_sum.interval,
@@ -48,6 +48,7 @@ class EvaluationReport(L.Callback):
         console = Console()
         console.print(table)
         console.print(f"right answers: {self.result.gold_loss:.4f} nats per target token")
+        report = {"nats_per_target_token": self.result.gold_loss, "tasks": tasks}
         self._folder(trainer).joinpath("test_results.json").write_text(json.dumps(report, indent=2) + "\n")
 
     @override

@@ -63,7 +63,8 @@ class GateHistogram(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.names = [name for name, layer in adapted_linears(pl_module.model).items() if layer.gate is not None]
+        module: Any = pl_module
+        self.names = [name for name, layer in adapted_linears(module.model).items() if layer.gate is not None]
         tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         if self.names and self.every_n_steps and trainer.loggers and not tensorboard and trainer.is_global_zero:
             print("gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures")
@@ -85,8 +86,8 @@ class GateHistogram(L.Callback):
     def _log(self, trainer: L.Trainer) -> None:
         """Sum the counts over ranks, write them, and start anew."""
         assert self.counts is not None
-        bins = trainer.strategy.reduce(self.counts.bins, reduce_op="sum").cpu().double()  # type: ignore[union-attr]
-        sums = trainer.strategy.reduce(self.counts.sums, reduce_op="sum").cpu().double()  # type: ignore[union-attr]
+        bins = trainer.strategy.reduce(self.counts.bins, reduce_op="sum").cpu().double()
+        sums = trainer.strategy.reduce(self.counts.sums, reduce_op="sum").cpu().double()
         self.counts = None
         if not trainer.is_global_zero:
             return

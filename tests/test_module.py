@@ -1,0 +1,203 @@
+"""GateRAModule: equal to a plain loop, holding the adapter only, refusing what would train something else."""
+
+import math
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gatera_lightning import (
+    AdapterConfig,
+    BackboneConfig,
+    ConfigError,
+    GateRAModule,
+    NonFiniteLossError,
+    OptimizerConfig,
+    adapter_parameters,
+    inject_adapters,
+    save_adapter,
+)
+from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.backbone import load_backbone, load_tokenizer
+from gatera_lightning.datamodules.plan import StepSampler
+from gatera_lightning.losses import IGNORE
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from fit_script import Job, Rows, run
+
+
+def build(folder, **settings):
+    adapter = AdapterConfig(**({"rank": 4, "gate_bias": 0.3} | settings.pop("adapter", {})))
+    backbone = BackboneConfig(id=str(folder), dtype="float32", **settings.pop("backbone", {}))
+    module = GateRAModule(backbone=backbone, adapter=adapter, optimizer=OptimizerConfig(), **settings)
+    module.configure_model()
+    return module
+
+
+def batch_of(labels, padding=()):
+    labels = torch.tensor(labels)
+    mask = torch.ones_like(labels)
+    for row, start in padding:
+        mask[row, start:] = 0
+    return {
+        "input_ids": torch.arange(labels.numel()).reshape(labels.shape) % 90 + 3,
+        "attention_mask": mask,
+        "labels": labels,
+        "response_mask": labels != IGNORE,
+        "example_ids": torch.arange(len(labels)),
+        "step_targets": int((labels[:, 1:] != IGNORE).sum()),
+        "step_tokens": int(mask.sum()),
+    }
+
+
+def twin_losses(folder, epochs):
+    """The training loop in plain PyTorch: one forward of the whole step, full logits, means, entropy from its definition."""
+    backbone = BackboneConfig(id=str(folder), dtype="float64")
+    model = load_backbone(backbone)
+    config = AdapterConfig(rank=4, gate_bias=0.3, adapter_dtype="float64")
+    inject_adapters(model, config, torch.Generator().manual_seed(3))
+    model.train()
+    seen = {}
+    for name, layer in adapted_linears(model).items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+
+    data = Rows(
+        train_on="response", max_length=64, batch_size=8, eval_batch_size=4, token_budget=None, group_by_length=True,
+        num_workers=0, seed=1, held_out_rows=2,
+    )  # fmt: skip
+    data.connect(load_tokenizer(backbone))
+    data.setup("fit")
+    planned = data.train_dataloader().dataset
+    parameters = adapter_parameters(model)
+    gates = [p for name, p in parameters.items() if ".gate." in name]
+    updates = [p for name, p in parameters.items() if ".gate." not in name]
+    optimizer = torch.optim.AdamW([{"params": updates, "lr": 1e-2}, {"params": gates, "lr": 5e-3}], weight_decay=0.0)
+    peak = [group["lr"] for group in optimizer.param_groups]
+    total, losses = epochs * len(planned), []
+    sampler = StepSampler(len(planned), 1, 1)
+    for step in range(total):
+        batch = planned[sampler.order(step // len(planned))[step % len(planned)]]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+        entropies = []
+        for name, layer in adapted_linears(model).items():
+            g = torch.sigmoid(seen[name] @ layer.gate.weight + layer.gate.bias)[batch["attention_mask"] > 0]
+            entropies.append(-(g * g.log() + (1 - g) * (1 - g).log()).mean())
+        loss = task + 0.1 * torch.stack(entropies).mean()
+        factor = (step + 1) / 3 if step < 2 else 1 - (step - 2) / (total - 2)
+        for group, lr in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = lr * factor
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_losses_equal_a_plain_loop(tiny_backbone, tmp_path):
+    watched = run(Job(str(tiny_backbone), str(tmp_path), accumulate=2, epochs=2))
+    assert [float.fromhex(x) for x in watched.losses] == pytest.approx(twin_losses(tiny_backbone, 2), rel=1e-12)
+
+
+def test_no_target_tokens_is_no_nan(tiny_backbone, monkeypatch):
+    module = build(tiny_backbone, gate_entropy_weight=0.0)
+    batch = batch_of([[IGNORE] * 5, [IGNORE] * 5])
+    monkeypatch.setattr(module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    loss = module.training_step(batch, 0)["loss"]
+    loss.backward()
+    assert float(loss) == 0
+    assert all(not p.grad.any() for p in adapter_parameters(module.model).values())
+
+
+def test_padding_changes_neither_loss_nor_entropy(tiny_backbone, monkeypatch):
+    module = build(tiny_backbone, gate_entropy_weight=0.5)
+    torch.manual_seed(0)
+    for parameter in adapter_parameters(module.model).values():
+        parameter.data.normal_(std=0.3)
+    monkeypatch.setattr(module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    short = batch_of([[IGNORE, IGNORE, 7, 8]])
+    padded = {k: F.pad(v, (0, 3), value=IGNORE if k == "labels" else 0) if v.ndim == 2 else v
+              for k, v in short.items() if isinstance(v, torch.Tensor)}  # fmt: skip
+    padded |= {"step_targets": short["step_targets"], "step_tokens": short["step_tokens"]}
+    assert float(module.training_step(padded, 0)["loss"]) == pytest.approx(
+        float(module.training_step(short, 0)["loss"]), rel=1e-5
+    )
+
+
+def test_state_dict_holds_the_adapter_only(tiny_backbone):
+    module = build(tiny_backbone)
+    assert set(module.state_dict()) == {f"model.{name}" for name in adapter_parameters(module.model)}
+
+
+def test_backbone_is_in_training_mode_frozen_and_in_its_own_dtype(tiny_backbone):
+    module = build(tiny_backbone, adapter={"dropout": 0.5})
+    assert all(m.training for m in module.model.modules())
+    adapter = {id(p) for p in adapter_parameters(module.model).values()}
+    assert all(p.requires_grad == (id(p) in adapter) for p in module.model.parameters())
+
+
+def test_configure_model_twice_keeps_the_model(tiny_backbone):
+    module = build(tiny_backbone)
+    model = module.model
+    module.configure_model()
+    assert module.model is model
+
+
+def test_load_from_checkpoint_without_the_cli(tiny_backbone, tmp_path):
+    run(Job(str(tiny_backbone), str(tmp_path), dtype="float32", save_at=[2]))
+    module = GateRAModule.load_from_checkpoint(tmp_path / "step_2.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "step_2.ckpt", weights_only=True)["state_dict"]
+    assert module.adapter.rank == 4
+    assert module.optimizer.gate_lr_multiplier == 0.5
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, saved[name])
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tiny_backbone, tmp_path):
+    run(Job(str(tiny_backbone), str(tmp_path), dtype="float32", save_at=[2]))
+    checkpoint = torch.load(tmp_path / "step_2.ckpt", weights_only=True)
+    checkpoint["state_dict"].pop(next(iter(checkpoint["state_dict"])))
+    with pytest.raises(KeyError, match="1 tensors missing"):
+        build(tiny_backbone).on_load_checkpoint(checkpoint)
+
+
+def test_warm_start_takes_the_folder_s_values(tiny_backbone, tmp_path):
+    first = build(tiny_backbone)
+    for parameter in adapter_parameters(first.model).values():
+        parameter.data.normal_()
+    save_adapter(first.model, tmp_path / "adapter")
+    second = build(tiny_backbone, warm_start=str(tmp_path / "adapter"))
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name])
+
+
+def test_mixed_precision_is_refused(tiny_backbone):
+    module = build(tiny_backbone)
+    trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"trainer\.precision: bf16-true"):
+        trainer.fit(module, train_dataloaders=[batch_of([[IGNORE, 7, 8]])])
+
+
+def test_problems_are_collected():
+    module = GateRAModule(
+        backbone=BackboneConfig(id="./nowhere"),
+        adapter=AdapterConfig(rank=0),
+        optimizer=OptimizerConfig(lr=-1.0, schedule="cubic"),
+        gate_entropy_weight=math.nan,
+        warm_start="./nowhere",
+    )
+    found = "\n".join(module.problems())
+    for name in ("backbone.id", "adapter.rank", "optimizer.lr", "optimizer.schedule", "gate_entropy_weight", "warm_start"):
+        assert f"model.{name}: " in found
+    with pytest.raises(ConfigError):
+        module.configure_model()
+
+
+def test_a_poisoned_loss_stops_before_the_step_and_names_it(tiny_backbone, tmp_path):
+    third_step = run(Job(str(tiny_backbone), str(tmp_path), dtype="float32")).ids[2]
+    with pytest.raises(NonFiniteLossError, match="optimizer step 2 is nan") as caught:
+        run(Job(str(tiny_backbone), str(tmp_path), dtype="float32", poison=third_step[0]))
+    assert str(sorted(third_step)) in str(caught.value)
