@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow stress lint format clean
+.PHONY: demo test slow stress lint format picture clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ lint: $(INSTALLED)  ## ruff and mypy; mypy reads the tree as it is installed
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+picture: $(INSTALLED)  ## the README's picture, from a real run
+	FORCE_COLOR=1 $(BIN)/python -m gatera_lightning demo --trainer.enable_progress_bar false 2>/dev/null \
+		| $(BIN)/python docs/picture.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,11 @@
+"""Draw a terminal log, with its colours, as docs/demo.svg:  make picture."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+console = Console(record=True, width=104, file=sys.stderr, force_terminal=True)
+console.print(Text.from_ansi(sys.stdin.read()))
+console.save_svg(str(Path(__file__).with_name("demo.svg")), title="make demo")
