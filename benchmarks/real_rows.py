@@ -82,7 +82,6 @@ def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, ba
         "accuracy_sum": result.accuracy("sum").value,
         "train_seconds": seconds,
         "train_cpu_seconds": cpu_seconds,
-        "gate_mean": float(trainer.callback_metrics.get("train/gate_mean", float("nan"))),
         "torch": torch.__version__,
     }
 
@@ -103,7 +102,7 @@ def main() -> None:
     wanted = [("gatera", 0.0, 0, 0)] + [
         (run_.split(":")[0], float(run_.split(":")[1]), seed, args.steps) for run_ in args.runs for seed in args.seeds
     ]
-    print("method     lr       seed  nats/token  accuracy per token     gate mean  train CPU s")
+    print("method     lr       seed  nats/token  accuracy per token     train CPU s")
     for method, lr, seed, steps in wanted:
         name, gated = (method, METHODS[method][1] != "none") if steps else ("untrained", True)
         key = (name, lr, seed, steps, args.entropy_weight if gated else None)
@@ -116,7 +115,7 @@ def main() -> None:
         low, high = r["interval"]
         print(
             f"{r['method']:<10} {r['lr']:<8g} {r['seed']:<5} {r['nats']:<11.3f} {r['accuracy_per_token']:.3f} "
-            f"[{low:.3f}, {high:.3f}]   {r['gate_mean']:<10.3f} {r['train_cpu_seconds']:.0f}",
+            f"[{low:.3f}, {high:.3f}]   {r['train_cpu_seconds']:.0f}",
             flush=True,
         )
 

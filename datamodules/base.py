@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -21,47 +21,15 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.plan import Step, StepSampler, plan_steps, share_evenly
-from gatera_lightning.datamodules.tokens import AnsweredPrompt, Batch, Example, TrainOn, collate, tokenise
+from gatera_lightning.datamodules.batches import EvaluationBatches, TokenTable, TrainingBatches
+from gatera_lightning.datamodules.plan import StepSampler, plan_steps, share_evenly
+from gatera_lightning.datamodules.tokens import Batch, Example, TrainOn, tokenise
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 _CACHE_VERSION = 1
 """Raise it when tokenisation changes, so that no table of an older version is read."""
-
-
-class _TrainingBatches(torch.utils.data.Dataset[Batch]):
-    """Item ``step · accumulate + k``: this rank's share of micro-batch ``k`` of a planned step."""
-
-    def __init__(self, table: Dataset, steps: list[Step], module: "SupervisedDataModule", ranks: int, rank: int) -> None:
-        self.table, self.steps, self.module, self.ranks, self.rank = table, steps, module, ranks, rank
-        self.accumulate = len(steps[0].micro_batches) // ranks
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.accumulate
-
-    def __getitem__(self, index: int) -> Batch:
-        step = self.steps[index // self.accumulate]
-        rows = step.micro_batches[(index % self.accumulate) * self.ranks + self.rank]
-        batch = self.module.batch(self.table, [(row, int(self.table[row]["gold"])) for row in rows], self.module.train_on)
-        batch["step_targets"], batch["step_tokens"] = step.targets, step.tokens
-        return batch
-
-
-class _EvaluationBatches(torch.utils.data.Dataset[Batch]):
-    """Item ``i``: this rank's share of evaluation batch ``i``, made of (row, answer) pairs."""
-
-    def __init__(
-        self, table: Dataset, batches: list[list[tuple[int, int]]], module: "SupervisedDataModule", train_on: TrainOn
-    ) -> None:
-        self.table, self.batches, self.module, self.train_on = table, batches, module, train_on
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.module.batch(self.table, self.batches[index], self.train_on)
 
 
 class SupervisedDataModule(L.LightningDataModule, ABC):
@@ -194,23 +162,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     # --- batches ---
 
-    def batch(self, table: Dataset, pairs: Sequence[tuple[int, int]], train_on: TrainOn) -> Batch:
-        """The batch of (row, answer) pairs; no pairs give one row that counts for nothing."""
-        assert self.tokenizer is not None
-        rows = []
-        for row, answer in pairs or [(0, 0)]:
-            entry = table[row]
-            rows.append(
-                AnsweredPrompt(
-                    entry["prompt"],
-                    entry["answers"][answer],
-                    example_id=entry["example"] if pairs else -1,
-                    answer=answer,
-                    gold=entry["gold"],
-                    task=self.task_names.index(entry["task"]),
-                )
-            )
-        return collate(rows, pad_id=int(self.tokenizer.pad_token_id), train_on=train_on)
+    def _table(self, split: str) -> TokenTable:
+        assert self.tokenizer is not None  # setup has tokenised
+        return TokenTable(self.tables[split], self.task_names, int(self.tokenizer.pad_token_id))
 
     def train_dataloader(self) -> StatefulDataLoader[Batch]:
         """Planned optimizer steps; the loader's state is its exact position."""
@@ -218,8 +172,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         ranks, rank, accumulate = 1, 0, 1
         if trainer is not None:
             ranks, rank, accumulate = trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
-        table = self.tables["train"]
-        lengths, targets = self._lengths(table)
+        table = self._table("train")
+        lengths, targets = self._lengths(table.rows)
         try:
             steps = plan_steps(
                 lengths,
@@ -238,7 +192,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
                 f"{ranks} processes; accepted: at least {accumulate * ranks}"
             )
         self._train_loader = StatefulDataLoader(
-            _TrainingBatches(table, steps, self, ranks, rank),
+            TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank),
             batch_size=None,
             sampler=StepSampler(len(steps), accumulate, self.seed),
             num_workers=self.num_workers,
@@ -270,9 +224,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         return self.test_dataloader()
 
     def _evaluation_loader(self, split: str, *, every_answer: bool) -> DataLoader[Batch]:
-        table = self.tables[split]
+        table = self._table(split)
         pairs, lengths = [], []
-        for row, (gold, candidates) in enumerate(zip(table["gold"], table["lengths"], strict=True)):
+        for row, (gold, candidates) in enumerate(zip(table.rows["gold"], table.rows["lengths"], strict=True)):
             for answer, length in enumerate(candidates):
                 if every_answer or answer == gold:
                     pairs.append((row, answer))
@@ -281,10 +235,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         ranks, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
         batches = share_evenly(lengths, self.eval_batch_size, ranks, rank)
         return DataLoader(
-            _EvaluationBatches(
+            EvaluationBatches(
                 table,
                 [[pairs[i] for i in items] for items in batches],
-                self,
                 "response" if every_answer else self.train_on,  # candidates compete by their own tokens alone
             ),
             batch_size=None,

@@ -97,7 +97,7 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
         raise ConfigError(f"backbone.id: the tokenizer of {config.id!r} has no EOS token, which ends every answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-        log.info("the tokenizer has no pad token; padding with EOS (%s)", tokenizer.eos_token)
+        log.warning("the tokenizer has no pad token; padding with EOS (%s)", tokenizer.eos_token)
     return tokenizer
 
 

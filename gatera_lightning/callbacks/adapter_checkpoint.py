@@ -27,7 +27,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             monitor: Logged value that decides which checkpoint is best; null keeps the last only.
             mode: min or max of the monitored value.
             save_top_k: How many of the best to keep.
-            every_n_train_steps: Save every so many optimizer steps as well as after each validation.
+            every_n_train_steps: Save every so many optimizer steps instead of after each validation.
         """
         super().__init__(
             monitor=monitor,

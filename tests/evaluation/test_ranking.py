@@ -163,7 +163,7 @@ def test_part_of_a_split_is_never_judged_as_the_whole(tiny_backbone, tmp_path):
 def test_a_single_candidate_is_ranked(tiny_backbone):
     data = tiny_data(tiny_backbone)
     data.setup("test")
-    batch = data.batch(data.tables["test"], [(0, 0)], "response")
+    batch = data._table("test").batch([(0, 0)], "response")
     ranking = OptionRanking()
     ranking.update(batch, torch.tensor([-2.0]), torch.tensor([3]))
     assert ranked(*ranking.compute()).questions[0].log_likelihoods == (-2.0,)
