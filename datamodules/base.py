@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.batches import EvaluationBatches, TokenTable, TrainingBatches
-from gatera_lightning.datamodules.plan import StepSampler, plan_steps, share_evenly
+from gatera_lightning.datamodules.loader import PlannedLoader
+from gatera_lightning.datamodules.plan import plan_steps, share_evenly
 from gatera_lightning.datamodules.tokens import Batch, Example, TrainOn, tokenise
 from gatera_lightning.errors import ConfigError
 
@@ -64,7 +64,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.tables: dict[str, Dataset] = {}
         self.task_names: list[str] = []
-        self._train_loader: StatefulDataLoader[Batch] | None = None
+        self._train_loader: PlannedLoader | None = None
         self._train_position: dict[str, Any] | None = None
 
     @abstractmethod
@@ -86,8 +86,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the data the backbone's tokenizer."""
+        """Give the data the backbone's tokenizer; tables of an earlier one are closed."""
         self.tokenizer = tokenizer
+        self.tables.clear()
 
     # --- tables: one row per example, tokenised once and cached on disk ---
 
@@ -166,7 +167,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         assert self.tokenizer is not None  # setup has tokenised
         return TokenTable(self.tables[split], self.task_names, int(self.tokenizer.pad_token_id))
 
-    def train_dataloader(self) -> StatefulDataLoader[Batch]:
+    def train_dataloader(self) -> PlannedLoader:
         """Planned optimizer steps; the loader's state is its exact position."""
         trainer = self.trainer
         ranks, rank, accumulate = 1, 0, 1
@@ -191,12 +192,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
                 f"data.batch_size: {self.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
                 f"{ranks} processes; accepted: at least {accumulate * ranks}"
             )
-        self._train_loader = StatefulDataLoader(
-            TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank),
-            batch_size=None,
-            sampler=StepSampler(len(steps), accumulate, self.seed),
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(self.seed),
+        self._train_loader = PlannedLoader(
+            TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank), seed=self.seed, num_workers=self.num_workers
         )
         if self._train_position is not None:
             self._train_loader.load_state_dict(self._train_position)

@@ -216,9 +216,12 @@ class CommonsenseDataModule(SupervisedDataModule):
 
 def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a JSON list or of JSON lines, each with ``file, row N`` (from 1). Raises ConfigError when malformed."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     yield f"{path}, row {number}", json.loads(line)
@@ -243,7 +246,7 @@ def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
         table = load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types; all of them mean "not to be had"
         raise ConfigError(
-            f"data.{split}: cannot fetch {name!r} from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"data.{split}: cannot fetch {name!r} from the hub ({type(error).__name__}: {error}). "
             "Without network, give local .json files or a data_dir."
         ) from error
     for number, row in enumerate(table, 1):

@@ -4,12 +4,10 @@ Batches are formed once, from cached lengths, so the number of batches is the sa
 each step's totals are known before its first forward, and resuming needs only a position in a shuffled list of steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.utils.data import Sampler
 
 _WINDOW = 16
 """Rows are sorted by length within windows of this many steps: little padding, and steps stay mixed."""
@@ -71,64 +69,6 @@ def plan_steps(
             )
         )
     return steps
-
-
-class StepSampler(Sampler[int]):
-    """Indices of micro-batches: the steps in a new random order each epoch, each step's ``accumulate`` in order.
-
-    Index ``i`` is micro-batch ``i % accumulate`` of step ``i // accumulate``. The order of epoch e is a function of
-    (seed, e) alone, and the position is two integers that do not depend on the rank, because only rank 0's is saved.
-    An epoch counts as begun with its first index, not with ``iter()``: loaders and trainers call that at will, more often
-    with workers, and once too seldom after resuming. For the same reason a position restored at the very end of an epoch
-    continues with the next one.
-    """
-
-    def __init__(self, steps: int, accumulate: int, seed: int) -> None:
-        self.steps = steps
-        self.accumulate = accumulate
-        self.seed = seed
-        self.epoch = 0
-        self.begun = False
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulate
-
-    def __iter__(self) -> Iterator[int]:
-        if self.begun:
-            self.epoch += 1
-            self.begun = False
-        return _StepIterator(self)
-
-    def order(self, epoch: int) -> list[int]:
-        """The steps of an epoch in their order."""
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-        return torch.randperm(self.steps, generator=generator).tolist()
-
-
-class _StepIterator(Iterator[int]):
-    def __init__(self, sampler: StepSampler) -> None:
-        self.sampler = sampler
-        self.epoch = sampler.epoch
-        self.order = sampler.order(self.epoch)
-        self.emitted = 0
-
-    def __next__(self) -> int:
-        step, micro_batch = divmod(self.emitted, self.sampler.accumulate)
-        if step == self.sampler.steps:
-            raise StopIteration
-        self.sampler.begun = True
-        self.emitted += 1
-        return self.order[step] * self.sampler.accumulate + micro_batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "emitted": self.emitted}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        finished = state["emitted"] == len(self.sampler)
-        self.epoch = self.sampler.epoch = state["epoch"] + finished
-        self.emitted = 0 if finished else state["emitted"]
-        self.sampler.begun = self.emitted > 0
-        self.order = self.sampler.order(self.epoch)
 
 
 def share_evenly(lengths: Sequence[int], batch_size: int, ranks: int, rank: int) -> list[list[int]]:

@@ -48,7 +48,7 @@ def tokenise(
     for every candidate. Raises ValueError when an answer leaves no room for any prompt token.
     """
     prompt_ids = list(tokenizer(prompt).input_ids)
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and prompt_ids[-1] != tokenizer.bos_token_id:
+    if len(prompt_ids) > 1 and prompt_ids[-1] == tokenizer.eos_token_id:
         prompt_ids.pop()  # some tokenizers close every text; this one goes on
     candidates = []
     for answer in answers:

@@ -123,7 +123,7 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
         if Path(source).is_dir():
             raise ConfigError(f"backbone.id: cannot load the folder {source!r}: {error}") from error
         raise ConfigError(
-            f"backbone.id: cannot fetch {source!r} from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"backbone.id: cannot fetch {source!r} from the hub ({type(error).__name__}: {error}). "
             "Without network, give a local folder (config.json, weights, tokenizer) or a .gguf file."
         ) from error
 

@@ -121,7 +121,7 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a configuration that cannot work, 1 for a failed run."""
     args = list(sys.argv[1:] if argv is None else argv)
-    for noise in ("'set_vital' is deprecated", ".*isinstance\\(treespec, LeafSpec\\)", ".*does not have many workers"):
+    for noise in (".*isinstance\\(treespec, LeafSpec\\)", ".*does not have many workers"):
         warnings.filterwarnings("ignore", message=noise)  # of our dependencies about each other; nothing a user could change
     try:
         if args[:1] == ["demo"]:

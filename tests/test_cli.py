@@ -2,21 +2,18 @@
 
 import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_backbone import sample_rows, tiny_args
+from tiny_backbone import run_program, sample_rows, tiny_args
 
 import gatera_lightning.cli
 import gatera_lightning.module
-from gatera_lightning import ConfigError
+from gatera_lightning import ConfigError, GateRAModule
 from gatera_lightning.cli import find_config, main, with_found_configs
 
 SHIPPED = Path(find_config("quickstart.yaml")).parent
@@ -302,6 +299,16 @@ def test_a_run_can_be_repeated_from_its_own_config(runs, capsys):
     assert printed_config(capsys, "fit", "--config", str(config)) == yaml.safe_load(config.read_text())
 
 
+def test_a_module_loads_from_a_checkpoint_of_the_command_line(runs, tiny_backbone):
+    root, _ = runs
+    checkpoints = root / "runs" / "quickstart" / "version_0" / "checkpoints"
+    module = GateRAModule.load_from_checkpoint(checkpoints / "last.ckpt", map_location="cpu")
+    assert (module.adapter.rank, module.backbone.id) == (4, str(tiny_backbone))
+    parameters = dict(module.model.named_parameters())
+    saved = load_file(checkpoints / "last" / "adapter_model.safetensors")
+    assert all(torch.equal(parameters[name], saved[name]) for name in saved)
+
+
 def test_test_with_a_trained_adapter(runs, args, elsewhere, capsys):
     root, _ = runs
     adapter = root / "runs" / "quickstart" / "version_0" / "checkpoints" / "last"
@@ -448,12 +455,10 @@ def test_demo_reports_problems_like_fit(args, capsys):
 # --- as a program ---
 
 
-def test_python_m_help():
-    shown = subprocess.run(
-        [sys.executable, "-m", "gatera_lightning", "--help"], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "python -m gatera_lightning" in shown.stdout
-    assert all(verb in shown.stdout for verb in ("fit", "validate", "test", "predict"))
+def test_python_m_help(elsewhere):
+    shown = run_program("--help", cwd=elsewhere)
+    assert "usage: python -m gatera_lightning" in shown
+    assert all(verb in shown for verb in ("fit", "validate", "test", "predict"))
 
 
 @pytest.mark.slow
@@ -462,9 +467,7 @@ def test_fit_beside_folders_of_the_same_names(args, elsewhere):
         (elsewhere / name).mkdir()
         (elsewhere / name / "__init__.py").write_text("raise RuntimeError('the folder of the user')\n")
     (elsewhere / "cli_configs" / "quickstart.yaml").write_text("nonsense: true\n")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "gatera_lightning", *args], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_program(*args, cwd=elsewhere)
     assert (elsewhere / "runs/quickstart/version_0/checkpoints/last/adapter_model.safetensors").is_file()
 
 

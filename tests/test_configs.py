@@ -1,16 +1,13 @@
 """Every shipped YAML runs, says what it is for, and its command can be typed as it stands."""
 
-import os
 import shlex
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny_backbone import tiny_args
+from tiny_backbone import run_program, tiny_args
 
 from gatera_lightning import BackboneConfig, load_adapter
 from gatera_lightning.backbone import load_backbone
@@ -69,7 +66,7 @@ def test_there_are_recipes_and_overlays():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs(name, tiny_backbone, tmp_path, monkeypatch):
     checkpoint = fit(tmp_path, monkeypatch, "--config", name, *tiny_args(tiny_backbone), *HERE.get(name, []))
-    assert checkpoint["global_step"] == (2 if name == "llama_commonsense.yaml" else 3)  # 48 rows at most once: 32 + 16
+    assert checkpoint["global_step"] == 3
 
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "overlays/fsdp.yaml"])
@@ -78,23 +75,20 @@ def test_overlay_runs_over_the_quickstart(name, tiny_backbone, tmp_path, monkeyp
     assert checkpoint["global_step"] == 3
     adapter, wanted = checkpoint["hyper_parameters"]["adapter"], yaml.safe_load((SHIPPED / name).read_text())
     for key, value in wanted.get("model", {}).get("adapter", {}).items():
-        assert getattr(adapter, key) == value
+        assert adapter[key] == value
     gates = [key for key in checkpoint["state_dict"] if ".gate." in key]
-    assert bool(gates) == (adapter.gate != "none")
+    assert bool(gates) == (adapter["gate"] != "none")
 
 
 @pytest.mark.slow
 def test_fsdp_overlay_runs_in_two_processes(tiny_backbone, tmp_path):
-    args = ["fit", "--config", "quickstart.yaml", "--config", "fsdp.yaml", *tiny_args(tiny_backbone), "--trainer.devices", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gatera_lightning", *args]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (last,) = tmp_path.glob("runs/*/version_0/checkpoints/last")
+    configs = ["--config", "quickstart.yaml", "--config", "fsdp.yaml", *tiny_args(tiny_backbone), "--trainer.devices", "2"]
+    run_program("fit", *configs, cwd=tmp_path)
+    last = tmp_path / "runs" / "quickstart" / "version_0" / "checkpoints" / "last"
+    assert torch.load(last.with_suffix(".ckpt"), weights_only=True)["global_step"] == 3
     model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
     load_adapter(model, last)
     assert any(p.abs().sum() for name, p in model.named_parameters() if name.endswith("update.b"))
-    assert torch.load(last.with_suffix(".ckpt"), weights_only=True)["global_step"] == 3
 
 
 @pytest.mark.parametrize("name", ALL)

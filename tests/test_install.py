@@ -1,5 +1,6 @@
 """Installed as a wheel and as an editable, from a folder with a ``datamodules/`` and ``cli_configs/`` of its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -63,8 +64,6 @@ def foreign_folder(tmp_path):
 def look(folder, **env):
     """What Python sees from a folder; the copy of the source tree is not on its path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    import json
-
     return json.loads(run("-c", SNIPPET, cwd=folder, env=environment | env).splitlines()[-1])
 
 

@@ -22,7 +22,6 @@ from gatera_lightning import (
 )
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.backbone import load_backbone, load_tokenizer
-from gatera_lightning.datamodules.plan import StepSampler
 from gatera_lightning.losses import IGNORE
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
@@ -70,16 +69,16 @@ def twin_losses(folder, epochs):
     )  # fmt: skip
     data.connect(load_tokenizer(backbone))
     data.setup("fit")
-    planned = data.train_dataloader().dataset
+    loader = data.train_dataloader()
+    planned = loader.dataset
     parameters = adapter_parameters(model)
     gates = [p for name, p in parameters.items() if ".gate." in name]
     updates = [p for name, p in parameters.items() if ".gate." not in name]
     optimizer = torch.optim.AdamW([{"params": updates, "lr": 1e-2}, {"params": gates, "lr": 5e-3}], weight_decay=0.0)
     peak = [group["lr"] for group in optimizer.param_groups]
     total, losses = epochs * len(planned), []
-    sampler = StepSampler(len(planned), 1, 1)
     for step in range(total):
-        batch = planned[sampler.order(step // len(planned))[step % len(planned)]]
+        batch = planned[loader.order(step // len(planned))[step % len(planned)]]
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
         entropies = []

@@ -1,7 +1,12 @@
 """A whole backbone folder, small enough to train in a second, and runs on it: by CLI flags or by hand."""
 
+import contextlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -88,6 +93,22 @@ def tiny_args(folder):
         *("--data.init_args.train", '["everyday[:48]"]', "--data.init_args.validation", '["everyday[:16]"]'),
         *("--data.init_args.test", '["everyday[:6]"]'),
     ]
+
+
+def run_program(*args, cwd, timeout=120):
+    """``python -m gatera_lightning ARGS`` in a folder; a program that hangs is ended with all its processes."""
+    command = [sys.executable, "-m", "gatera_lightning", *args]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options) as program:
+        try:
+            output, _ = program.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s: {' '.join(args)}") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    assert program.returncode == 0, output[-4000:]
+    return output
 
 
 def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, **adapter):

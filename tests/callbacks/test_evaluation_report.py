@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import PlainQuestion, run_program, sample_rows, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 
@@ -71,3 +71,19 @@ def test_a_second_evaluation_forgets_the_first(tiny_backbone, tmp_path):
     for rows in (6, 2):
         trainer.test(module, datamodule=tiny_data(tiny_backbone, test=[f"everyday[:{rows}]"]), verbose=False)
         assert len(report.result.questions) == rows
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_results(tiny_backbone, tmp_path):
+    args = ["--config", "quickstart.yaml", *tiny_args(tiny_backbone)]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    run_program("test", *args, *two, cwd=tmp_path, timeout=90)
+    run_program("predict", *args, *two, cwd=tmp_path, timeout=90)
+    trainer = tiny_trainer(tmp_path / "one", EvaluationReport())
+    trainer.test(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), verbose=False)
+    (found,) = tmp_path.glob("runs/quickstart/*/test_results.json")
+    found, expected = json.loads(found.read_text()), json.loads((tmp_path / "one" / "test_results.json").read_text())
+    assert found["tasks"] == expected["tasks"]
+    assert found["nats_per_target_token"] == pytest.approx(expected["nats_per_target_token"], rel=1e-5)
+    (predictions,) = tmp_path.glob("runs/quickstart/*/predictions.jsonl")
+    assert [json.loads(line)["example"] for line in predictions.read_text().splitlines()] == list(range(6))

@@ -2,7 +2,7 @@
 
 import lightning as L
 import pytest
-from tiny_backbone import tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.run_summary import RunSummary, masked_text
 from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate
@@ -24,7 +24,9 @@ def batch_of(tokenizer, *texts, train_on="response"):
 def test_the_answer_is_marked_and_padding_left_out(tokenizer):
     batch = batch_of(tokenizer, ("Question: why?\nAnswer:", " so"), ("Question: what on earth?\nAnswer:", " a very long one"))
     assert str(masked_text(tokenizer, batch, 0, colour=False)) == "  Question: why?\n  Answer:⟦ so<|eos|>⟧"
-    assert str(masked_text(tokenizer, batch, 1, colour=False)) == "  Question: what on earth?\n  Answer:⟦ a very long one<|eos|>⟧"
+    assert (
+        str(masked_text(tokenizer, batch, 1, colour=False)) == "  Question: what on earth?\n  Answer:⟦ a very long one<|eos|>⟧"
+    )
 
 
 def test_with_colour_the_answer_is_green_and_has_no_brackets(tokenizer):
@@ -106,3 +108,12 @@ def test_it_changes_no_random_number(tiny_backbone, tmp_path):
         return float(trainer.callback_metrics["train/loss"])
 
     assert losses(RunSummary()) == losses()
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_wait_for_each_other(tiny_backbone, tmp_path):
+    """``trainer.log_dir`` is asked of all processes at once: only one of them asking would hang the run."""
+    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)]
+    printed = run_program(*args, "--trainer.devices", "2", "--trainer.strategy", "ddp", cwd=tmp_path, timeout=90)
+    assert printed.count("first training example, tokens with loss marked:") == 1
+    assert "logs and checkpoints: runs/quickstart/version_0" in printed

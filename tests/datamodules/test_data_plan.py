@@ -1,4 +1,4 @@
-"""The plan of optimizer steps, the order of its steps, and the sharing of evaluation items."""
+"""The plan of optimizer steps, and the sharing of evaluation items."""
 
 from collections import Counter
 from itertools import chain, pairwise
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatera_lightning.datamodules.plan import StepSampler, plan_steps, share_evenly
+from gatera_lightning.datamodules.plan import plan_steps, share_evenly
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
@@ -185,50 +185,6 @@ def test_any_plan(lengths, accumulate, ranks, extra, budget, grouped, seed):
     assert [step.targets for step in steps] == [sum(targets[row] for row in _rows(step)) for step in steps]
     if budget is None:
         assert set(_sizes(steps)[:-1]) <= {batch_size}
-
-
-# --- the order of steps ---
-
-
-def _steps_of(indices, accumulate):
-    """The steps in the order of an epoch, having checked that each one's micro-batches come in order."""
-    chunks = [indices[i : i + accumulate] for i in range(0, len(indices), accumulate)]
-    assert all(chunk == list(range(chunk[0], chunk[0] + accumulate)) and chunk[0] % accumulate == 0 for chunk in chunks)
-    return [chunk[0] // accumulate for chunk in chunks]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 5])
-def test_micro_batches_of_a_step_come_in_order_and_every_step_once(accumulate):
-    sampler = StepSampler(9, accumulate, seed=1)
-    for _ in range(3):
-        epoch = list(sampler)
-        assert len(epoch) == len(sampler) == 9 * accumulate
-        assert sorted(_steps_of(epoch, accumulate)) == list(range(9))
-
-
-def test_epochs_differ():
-    sampler = StepSampler(20, 2, seed=1)
-    orders = [tuple(sampler) for _ in range(4)]
-    assert len(set(orders)) == 4
-
-
-def test_the_first_epoch_is_shuffled():
-    assert _steps_of(list(StepSampler(20, 2, seed=1)), 2) != list(range(20))
-
-
-def test_samplers_of_one_seed_agree_in_every_epoch():
-    one, two, other = StepSampler(20, 2, seed=1), StepSampler(20, 2, seed=1), StepSampler(20, 2, seed=2)
-    assert [list(one) for _ in range(3)] == [list(two) for _ in range(3)]
-    assert list(other) != list(StepSampler(20, 2, seed=1))
-
-
-def test_the_order_is_its_own_whatever_the_global_generator_does():
-    import torch
-
-    torch.manual_seed(1)
-    first = list(StepSampler(20, 1, seed=7))
-    torch.manual_seed(2)
-    assert list(StepSampler(20, 1, seed=7)) == first
 
 
 # --- evaluation items ---

@@ -1,4 +1,4 @@
-"""A saved position continues exactly: the sampler's, the loader's, and the one that Lightning writes into checkpoints."""
+"""The order of steps, and its saved position: the loader's, the data module's, and the one in Lightning's checkpoints."""
 
 import itertools
 import logging
@@ -7,145 +7,181 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from gatera_lightning.datamodules.plan import StepSampler
+from gatera_lightning.datamodules.loader import PlannedLoader
 
 STEPS, ACCUMULATE = 5, 2
 PER_EPOCH = STEPS * ACCUMULATE
 
 
-def _sampler():
-    return StepSampler(STEPS, ACCUMULATE, seed=3)
-
-
-def _epochs(iterable, count):
-    return [list(iterable) for _ in range(count)]
-
-
-# --- the sampler alone ---
-
-
-def _interrupted(epoch, position):
-    """Of a run stopped in an epoch after some indices: what was done, the state, the rest, the two epochs after."""
-    sampler = _sampler()
-    _epochs(sampler, epoch)
-    iterator = iter(sampler)
-    done = [next(iterator) for _ in range(position)]
-    return done, iterator.state_dict(), list(iterator), _epochs(sampler, 2)
-
-
-def _resumed(state):
-    """What a new process does from a state: the first epoch's indices and the two epochs after."""
-    sampler = _sampler()
-    iterator = iter(sampler)
-    iterator.load_state_dict(state)
-    return list(iterator), _epochs(sampler, 2)
-
-
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-@pytest.mark.parametrize("position", range(PER_EPOCH))
-def test_sampler_continues_at_any_position(epoch, position):
-    done, state, rest, later = _interrupted(epoch, position)
-    assert sorted(done + rest) == list(range(PER_EPOCH))
-    assert _resumed(state) == (rest, later)
-
-
-@pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_the_end_of_an_epoch_continues_with_the_next(epoch):
-    """Lightning has no use for an iterator that is at its end."""
-    _, state, rest, later = _interrupted(epoch, PER_EPOCH)
-    first, (second, _) = _resumed(state)
-    assert rest == []
-    assert [first, second] == later
-
-
-def test_iterators_that_nobody_uses_do_not_count():
-    """Loaders and trainers call ``iter()`` at will; an epoch begins with its first index."""
-    sampler, other = _sampler(), _sampler()
-    orders = []
-    for _ in range(3):
-        iter(other)
-        orders.append(list(other))
-        iter(other)
-    assert orders == _epochs(sampler, 3)
-
-
-def test_a_state_does_not_change_afterwards():
-    iterator = iter(_sampler())
-    first = next(iterator)
-    state = iterator.state_dict()
-    rest = list(iterator)
-    resumed = iter(_sampler())
-    resumed.load_state_dict(state)
-    assert [first, *resumed] == [first, *rest]
-
-
-# --- through the loader ---
-
-
 class _Indices(torch.utils.data.Dataset):
+    """In place of training batches: item ``i`` is ``i``."""
+
+    def __init__(self, steps, accumulate):
+        self.steps, self.accumulate = steps, accumulate
+
     def __len__(self):
-        return PER_EPOCH
+        return self.steps * self.accumulate
 
     def __getitem__(self, index):
         return index
 
 
-def _loader(workers):
-    generator = torch.Generator().manual_seed(0)
-    return StatefulDataLoader(_Indices(), batch_size=None, sampler=_sampler(), num_workers=workers, generator=generator)
+def _loader(steps=STEPS, accumulate=ACCUMULATE, *, seed=3, workers=0):
+    return PlannedLoader(_Indices(steps, accumulate), seed=seed, num_workers=workers)
+
+
+def _epochs(loader, count):
+    return [list(loader) for _ in range(count)]
+
+
+# --- the order ---
+
+
+def _steps_of(indices, accumulate):
+    """The steps in the order of an epoch, having checked that each one's micro-batches come in order."""
+    chunks = [indices[i : i + accumulate] for i in range(0, len(indices), accumulate)]
+    assert all(chunk == list(range(chunk[0], chunk[0] + accumulate)) and chunk[0] % accumulate == 0 for chunk in chunks)
+    return [chunk[0] // accumulate for chunk in chunks]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 5])
+def test_micro_batches_of_a_step_come_in_order_and_every_step_once(accumulate):
+    loader = _loader(9, accumulate)
+    for epoch in _epochs(loader, 3):
+        assert len(epoch) == len(loader) == 9 * accumulate
+        assert sorted(_steps_of(epoch, accumulate)) == list(range(9))
+
+
+def test_epochs_differ():
+    orders = _epochs(_loader(20), 4)
+    assert len(set(map(tuple, orders))) == 4
+
+
+def test_the_first_epoch_is_shuffled():
+    assert _steps_of(list(_loader(20)), ACCUMULATE) != list(range(20))
+
+
+def test_loaders_of_one_seed_agree_in_every_epoch():
+    whole = _epochs(_loader(20, seed=1), 3)
+    assert _epochs(_loader(20, seed=1), 3) == whole
+    assert all(other != order for other, order in zip(_epochs(_loader(20, seed=2), 3), whole, strict=True))
+
+
+def test_the_order_is_its_own_whatever_the_global_generator_does():
+    torch.manual_seed(1)
+    first = list(_loader(20))
+    torch.manual_seed(2)
+    assert list(_loader(20)) == first
+
+
+def test_an_epoch_draws_nothing_from_the_global_generator():
+    """Dropout would differ between a run that was resumed and one that was not."""
+    before = torch.get_rng_state()
+    _epochs(_loader(), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_do_not_change_the_order():
+    assert _epochs(_loader(workers=2), 3) == _epochs(_loader(), 3)
+
+
+def test_iterators_that_nobody_uses_do_not_count():
+    """Trainers call ``iter()`` at will; an epoch begins with its first batch."""
+    loader = _loader()
+    orders = []
+    for _ in range(3):
+        iter(loader)
+        orders.append(list(loader))
+        iter(loader)
+    assert orders == _epochs(_loader(), 3)
+
+
+def test_an_epoch_left_early_is_followed_by_the_next():
+    """``limit_train_batches``"""
+    loader = _loader()
+    heads = [list(itertools.islice(loader, 4)) for _ in range(3)]
+    assert heads == [order[:4] for order in _epochs(_loader(), 3)]
+
+
+# --- the position ---
 
 
 def _continues(workers, epoch, position):
-    loader = _loader(workers)
+    loader = _loader(workers=workers)
     _epochs(loader, epoch)
     iterator = iter(loader)
     done = list(itertools.islice(iterator, position))
-    state = loader.state_dict()
+    state = loader.state_dict() if epoch or position else _loader().state_dict()
     rest, later = list(iterator), _epochs(loader, 2)
     assert sorted(done + rest) == list(range(PER_EPOCH))
 
-    other = _loader(workers)
-    other.load_state_dict(state)
-    assert _epochs(other, 2) == ([rest, later[0]] if rest else later)
+    resumed = _loader(workers=workers)
+    resumed.load_state_dict(state)
+    assert _epochs(resumed, 2) == ([rest, later[0]] if 0 < position < PER_EPOCH or not epoch + position else later)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize("position", range(PER_EPOCH + 1))
-def test_loader_continues_at_any_position(epoch, position):
+def test_it_continues_at_any_position(epoch, position):
     _continues(0, epoch, position)
 
 
 @pytest.mark.parametrize(("epoch", "position"), [(0, 0), (0, 3), (1, 1), (1, PER_EPOCH), (2, 4)])
-def test_loader_with_workers_continues(epoch, position):
+def test_it_continues_with_workers(epoch, position):
     """Workers fetch ahead: the position is what was handed out, not what was asked for."""
     _continues(2, epoch, position)
 
 
-def test_workers_do_not_change_the_order():
-    assert _epochs(_loader(2), 3) == _epochs(_loader(0), 3)
+def test_a_resumed_loader_can_be_saved_again():
+    whole = [index for epoch in _epochs(_loader(), 3) for index in epoch]
+    seen, state = [], _loader().state_dict()
+    while len(seen) < len(whole):
+        loader = _loader()
+        loader.load_state_dict(state)
+        seen += itertools.islice(loader, 3)
+        state = loader.state_dict()
+    assert seen == whole
+
+
+def test_a_restored_position_survives_iterators_that_nobody_uses():
+    loader = _loader()
+    whole = _epochs(loader, 2)
+    loader.load_state_dict({"epoch": 0, "handed_out": 6})
+    iter(loader)
+    assert _epochs(loader, 2) == [whole[0][6:], whole[1]]
+
+
+def test_a_state_does_not_change_afterwards():
+    loader = _loader()
+    iterator = iter(loader)
+    first = next(iterator)
+    state = loader.state_dict()
+    rest = list(iterator)
+    resumed = _loader()
+    resumed.load_state_dict(state)
+    assert [first, *resumed] == [first, *rest]
 
 
 def test_asking_for_the_state_changes_nothing():
-    loader = _loader(0)
+    loader = _loader()
     loader.state_dict()
     orders = []
     for _ in range(3):
         orders.append([index for index in loader if loader.state_dict()])
         loader.state_dict()
-    assert orders == _epochs(_loader(0), 3)
+    assert orders == _epochs(_loader(), 3)
 
 
-def test_loader_state_survives_a_checkpoint(tmp_path):
+def test_the_state_survives_a_checkpoint(tmp_path):
     """It holds nothing that needs unpickling."""
-    loader = _loader(0)
+    loader = _loader()
     iterator = iter(loader)
     next(iterator)
     torch.save(loader.state_dict(), tmp_path / "state.pt")
-    other = _loader(0)
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert list(other) == list(iterator)
+    resumed = _loader()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert list(resumed) == list(iterator)
 
 
 # --- through the data module ---

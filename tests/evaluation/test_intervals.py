@@ -7,7 +7,13 @@ import pytest
 from gatera_lightning.evaluation.intervals import Proportion
 
 # 8/10 by hand; the others: Newcombe 1998, table I, method 3 (score interval without continuity correction).
-KNOWN = [(8, 10, 0.4902, 0.9433), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+KNOWN = [
+    (8, 10, 0.4902, 0.9433),
+    (81, 263, 0.2553, 0.3662),
+    (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0, 0.1611),
+    (1, 29, 0.0061, 0.1718),
+]
 
 
 @pytest.mark.parametrize(("hits", "n", "low", "high"), KNOWN)

@@ -105,7 +105,12 @@ def test_accuracy_by_task_and_gold_loss():
             RankedQuestion(2, 1, 1, (-6.0, -2.0), (3, 4)),
         )
     )
-    assert [(a.hits, a.n) for a in (result.accuracy("sum", task) for task in (0, 1, None, 9))] == [(1, 1), (1, 2), (2, 3), (0, 0)]
+    assert [(a.hits, a.n) for a in (result.accuracy("sum", task) for task in (0, 1, None, 9))] == [
+        (1, 1),
+        (1, 2),
+        (2, 3),
+        (0, 0),
+    ]
     assert result.gold_loss == pytest.approx((1.0 + 6.0 + 2.0) / (1 + 3 + 4))
 
 
