@@ -30,6 +30,7 @@ class TokenTable:
                     example_id=entry["example"] if pairs else -1,
                     answer=answer,
                     gold=entry["gold"],
+                    candidates=len(entry["answers"]),
                     task=self.task_names.index(entry["task"]),
                 )
             )

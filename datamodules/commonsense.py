@@ -246,7 +246,7 @@ def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
         table = load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types; all of them mean "not to be had"
         raise ConfigError(
-            f"data.{split}: cannot fetch {name!r} from the hub ({type(error).__name__}: {error}). "
+            f"data.{split}: cannot fetch {name!r} from the hub ({type(error).__name__}: {' '.join(str(error).split())}). "
             "Without network, give local .json files or a data_dir."
         ) from error
     for number, row in enumerate(table, 1):

@@ -35,6 +35,7 @@ class Batch(TypedDict):
     step_tokens: int  # real tokens, likewise
     answer_ids: Tensor  # (batch,), which candidate answer this row holds
     gold_ids: Tensor  # (batch,), which candidate is right
+    candidate_counts: Tensor  # (batch,), how many candidates the example has
     task_ids: Tensor  # (batch,), index into the data module's ``task_names``
 
 
@@ -79,6 +80,7 @@ class AnsweredPrompt:
     example_id: int = -1
     answer: int = 0
     gold: int = 0
+    candidates: int = 1
     task: int = 0
 
 
@@ -113,5 +115,6 @@ def collate(rows: Sequence[AnsweredPrompt], *, pad_id: int, train_on: TrainOn) -
         step_tokens=int(attention_mask.sum()),
         answer_ids=torch.tensor([row.answer for row in rows]),
         gold_ids=torch.tensor([row.gold for row in rows]),
+        candidate_counts=torch.tensor([row.candidates for row in rows]),
         task_ids=torch.tensor([row.task for row in rows]),
     )

@@ -48,7 +48,7 @@ class BackboneConfig:
             value, choices = getattr(self, name), get_args(accepted)
             if value not in choices:
                 found.append(f"backbone.{name}: {value!r} is unknown; accepted: {', '.join(choices)}")
-        source = os.path.expandvars(self.id)
+        source = expanded(self.id)
         if source.startswith(_PACKAGE):
             if _package_gguf(source) is None:
                 name = source.removeprefix(_PACKAGE)
@@ -115,22 +115,31 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
 
             options["quantization_config"] = GgufConfig(dequantize=True)
         return auto.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
-    source = os.path.expandvars(config.id)
+    source = expanded(config.id)
     options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         return auto.from_pretrained(source, **options)
+    except ImportError as error:
+        raise ConfigError(
+            f"backbone.attn_implementation: {config.attn_implementation!r} cannot be used here: {' '.join(str(error).split())}"
+        ) from error
     except (OSError, ConnectionError) as error:
         if Path(source).is_dir():
             raise ConfigError(f"backbone.id: cannot load the folder {source!r}: {error}") from error
         raise ConfigError(
-            f"backbone.id: cannot fetch {source!r} from the hub ({type(error).__name__}: {error}). "
+            f"backbone.id: cannot fetch {source!r} from the hub ({type(error).__name__}: {' '.join(str(error).split())}). "
             "Without network, give a local folder (config.json, weights, tokenizer) or a .gguf file."
         ) from error
 
 
+def expanded(path: str) -> str:
+    """``path`` with ``~`` and ``$VARIABLES`` replaced."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
 def _gguf_file(source: str) -> Path | None:
     """The GGUF file that a backbone id names, or None for a folder or hub id."""
-    source = os.path.expandvars(source)
+    source = expanded(source)
     if source.startswith(_PACKAGE):
         return _package_gguf(source)
     return Path(source) if source.endswith(".gguf") else None
@@ -138,7 +147,10 @@ def _gguf_file(source: str) -> Path | None:
 
 def _package_gguf(source: str) -> Path | None:
     """The first GGUF file inside an installed package, which is not imported."""
-    spec = importlib.util.find_spec(source.removeprefix(_PACKAGE))
+    try:
+        spec = importlib.util.find_spec(source.removeprefix(_PACKAGE))
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return None
     folders = list(spec.submodule_search_locations or []) if spec else []
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 

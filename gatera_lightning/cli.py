@@ -4,6 +4,7 @@ Configs combine by several ``--config``: later ones win, flags win over configs.
 among the shipped ones (``llama_commonsense.yaml``, ``overlays/lora.yaml`` or just ``lora.yaml``).
 """
 
+import itertools
 import os
 import sys
 import warnings
@@ -14,7 +15,9 @@ from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from gatera_lightning.adapters.files import AdapterFileError
 from gatera_lightning.backbone import load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
@@ -27,7 +30,9 @@ from gatera_lightning.module import GateRAModule
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+CALLBACKS = {"checkpoint": AdapterCheckpoint, "gate_histogram": GateHistogram, "throughput": Throughput}
 PROG = "python -m gatera_lightning"
+VERBS = "Beside these: demo, which evaluates a small model, fine-tunes it by quickstart.yaml, and evaluates it again."
 
 
 class GateRACLI(LightningCLI):
@@ -40,19 +45,19 @@ class GateRACLI(LightningCLI):
             subclass_mode_data=True,
             args=args,
             seed_everything_default=0,
+            auto_configure_optimizers=False,  # model.optimizer is the one place
             trainer_defaults={
                 "precision": "32-true",
                 "use_distributed_sampler": False,
                 "callbacks": [RunSummary(), EvaluationReport()],
             },
-            parser_kwargs={"prog": PROG},
+            parser_kwargs={"prog": PROG, "description": "GateRA and its relatives on frozen language models.", "epilog": VERBS},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that every run has, each with its own section."""
-        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(GateHistogram, "gate_histogram")
-        parser.add_lightning_class_args(Throughput, "throughput")
+        for section, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, section)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -75,8 +80,15 @@ class GateRACLI(LightningCLI):
 
 def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
     """Raise ConfigError with all semantic problems of a parsed config. Builds objects, but loads nothing."""
+    problems = []
+    config = config.clone()
+    for section, callback in CALLBACKS.items():
+        try:
+            callback(**config[config.subcommand].pop(section).as_dict())
+        except (ValueError, MisconfigurationException) as error:
+            problems.append(str(error))
     settings = parser.instantiate_classes(config)[config.subcommand]
-    problems = settings.model.problems() + settings.data.problems(config.subcommand)
+    problems += settings.model.problems() + settings.data.problems(config.subcommand)
     trainer = settings.trainer
     if str(trainer.precision) not in ("32-true", "32", "None"):
         problems.append(
@@ -90,13 +102,16 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
             f"trainer.strategy: {trainer.strategy!r} is FSDP1, which cannot clip by norm and charges gradient memory for "
             "frozen weights; accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2)"
         )
+    checkpoint = settings.get("ckpt_path")
+    if checkpoint not in (None, "best", "last", "hpc") and not os.path.exists(checkpoint):
+        problems.append(f"ckpt_path: {checkpoint!r} does not exist; accepted: a checkpoint, best, last, or null")
     if problems:
         raise ConfigError(problems)
 
 
 def find_config(name: str) -> str:
     """The path of a config: the file itself, or a shipped one by its name. Raises ConfigError listing those."""
-    if os.path.exists(name):
+    if os.path.isfile(name):
         return name
     shipped = Path(str(resources.files("gatera_lightning.cli_configs")))
     for candidate in (shipped / name, shipped / "overlays" / name):
@@ -107,15 +122,21 @@ def find_config(name: str) -> str:
 
 
 def with_found_configs(argv: Sequence[str]) -> list[str]:
-    """``argv`` with every config given as ``--config NAME``, ``--config=NAME`` or ``-c NAME`` looked up."""
-    found: list[str] = []
-    for arg in argv:
-        if found and found[-1] in ("--config", "-c"):
-            arg = find_config(arg)
+    """``argv`` with every ``--config NAME``, ``--config=NAME`` or ``-c NAME`` looked up and put before the other flags.
+
+    Flags win over configs wherever they stand; jsonargparse lets whatever comes last win.
+    """
+    verb = list(itertools.takewhile(lambda arg: not arg.startswith("-"), argv))
+    configs, others = [], []
+    rest = iter(argv[len(verb) :])
+    for arg in rest:
+        if arg in ("--config", "-c"):
+            configs += ["--config", find_config(next(rest, ""))]
         elif arg.startswith("--config="):
-            arg = f"--config={find_config(arg.removeprefix('--config='))}"
-        found.append(arg)
-    return found
+            configs += ["--config", find_config(arg.removeprefix("--config="))]
+        else:
+            others.append(arg)
+    return [*verb, *configs, *others]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             demo(args[1:])
         else:
             GateRACLI(with_found_configs(args))
+    except AdapterFileError as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
     except ConfigError as error:
         count = len(error.problems)
         heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"

@@ -21,7 +21,8 @@ class _Demo(GateRACLI):
         self.before = self._evaluate(None)
 
     def after_fit(self) -> None:
-        self.after = self._evaluate("best")
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        self.after = self._evaluate(best or None)  # without a validation there is no best: the last state then
 
     def _evaluate(self, checkpoint: str | None) -> RankingResult:
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)

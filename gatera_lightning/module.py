@@ -11,8 +11,8 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.files import load_adapter
-from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
+from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
+from gatera_lightning.adapters.inject import InjectionReport, adapted_linears, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.backbone import BackboneConfig, load_backbone
 from gatera_lightning.callbacks.rng_state import RNGState
@@ -78,8 +78,18 @@ class GateRAModule(L.LightningModule):
         found = self.backbone.problems() + self.adapter.problems() + self.optimizer.problems()
         if not self.gate_entropy_weight >= 0:
             found.append(f"gate_entropy_weight: {self.gate_entropy_weight}; accepted: a number of at least 0")
-        if self.warm_start is not None and not os.path.isdir(self.warm_start):
-            found.append(f"warm_start: {self.warm_start!r} is no folder; accepted: an adapter folder, or null")
+        if self.warm_start is not None:
+            try:
+                there, _ = read_adapter_config(self.warm_start)
+            except AdapterFileError as error:
+                found.append(f"warm_start: {error}")
+            else:
+                for name in ("update", "gate", "rank", "alpha"):
+                    if getattr(there, name) != getattr(self.adapter, name):
+                        found.append(
+                            f"warm_start: {self.warm_start} has {name} {getattr(there, name)}, but model.adapter.{name} is "
+                            f"{getattr(self.adapter, name)}"
+                        )
         return [f"model.{problem}" for problem in found]
 
     # --- set-up ---
@@ -114,8 +124,12 @@ class GateRAModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the adapter's parameters; the schedule counts optimizer steps."""
+        layers = adapted_linears(self.model).values()
         optimizer, scheduler = build_optimizer(
-            self.optimizer, adapter_parameters(self.model), lambda: self.trainer.estimated_stepping_batches
+            self.optimizer,
+            updates=[p for layer in layers for p in layer.update.parameters()],
+            gates=[p for layer in layers if layer.gate is not None for p in layer.gate.parameters()],
+            total_steps=lambda: self.trainer.estimated_stepping_batches,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,7 +1,7 @@
 """AdamW on the adapter's fp32 masters, and learning-rate schedules counted in optimizer steps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,7 +39,7 @@ class OptimizerConfig:
         if not self.lr > 0:
             found.append(f"optimizer.lr: {self.lr}; accepted: a number above 0")
         for name in ("gate_lr_multiplier", "weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 found.append(f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0")
         return found
 
@@ -63,13 +63,14 @@ def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: Callable[[], f
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: dict[str, nn.Parameter], total_steps: Callable[[], float]
+    config: OptimizerConfig,
+    updates: Sequence[nn.Parameter],
+    gates: Sequence[nn.Parameter],
+    total_steps: Callable[[], float],
 ) -> tuple[AdamW, LambdaLR]:
-    """AdamW over adapter parameters by name, gates as a group of their own, with the configured schedule."""
-    gates = [p for name, p in parameters.items() if ".gate." in name]
-    updates = [p for name, p in parameters.items() if ".gate." not in name]
-    groups = [{"params": updates, "lr": config.lr, "name": "update"}]
+    """AdamW over the updates' and the gates' parameters, the gates as a group of their own, with the configured schedule."""
+    groups = [{"params": list(updates), "lr": config.lr, "name": "update"}]
     if gates:
-        groups.append({"params": gates, "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
+        groups.append({"params": list(gates), "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))

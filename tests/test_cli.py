@@ -180,7 +180,6 @@ def test_all_problems_at_once_before_any_weight_is_loaded(args, capsys, monkeypa
     [
         ("gate_histogram.every_n_steps", "-1", "accepted: at least 1, or 0 for never"),
         ("throughput.every_n_steps", "-1", "accepted: at least 1, or 0 for never"),
-        ("checkpoint.mode", "highest", "min"),
         ("model.backbone.id", "package:no_such_package.part", "needs the Python package no_such_package.part"),
     ],
 )
@@ -190,6 +189,17 @@ def test_a_problem_of_any_section_is_a_configuration_problem(args, capsys, monke
     error = capsys.readouterr().err
     assert said in error
     assert "model.adapter.rank: -1" in error
+
+
+def test_a_wrong_mode_of_the_checkpoint_lists_the_right_ones(args, capsys):
+    """As a type or as a problem, but not as a traceback."""
+    try:
+        status = main([*args, "--checkpoint.mode", "highest"])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert all(word in error for word in ("checkpoint.mode", "min", "max", "highest"))
 
 
 def test_a_type_error_names_the_dotted_key(args, capsys):
@@ -410,7 +420,7 @@ def test_a_malformed_row_is_named_before_weights_are_loaded(args, elsewhere, cap
 
 
 def test_rows_of_a_task_may_be_limited_as_documented(args, capsys, tiny_backbone):
-    data = printed_config(capsys, *args, "--data.init_args.train", "[everyday[:48]]")["data"]
+    data = printed_config(capsys, *args, "--data.init_args.train", '["everyday[:48]"]')["data"]
     assert data["init_args"]["train"] == ["everyday[:48]"]
 
 

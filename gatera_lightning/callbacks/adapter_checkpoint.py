@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,16 +18,13 @@ class AdapterCheckpoint(ModelCheckpoint):
     adapter folder is what :func:`~gatera_lightning.load_adapter` reads. Both lie in ``<run>/checkpoints``.
     """
 
-    def __init__(
-        self, monitor: str | None = "val/loss", mode: str = "min", save_top_k: int = 1, every_n_train_steps: int | None = None
-    ) -> None:
-        """Keep best and last.
+    def __init__(self, monitor: str | None = "val/loss", mode: Literal["min", "max"] = "min", save_top_k: int = 1) -> None:
+        """Keep best and last, written after each validation.
 
         Args:
             monitor: Logged value that decides which checkpoint is best; null keeps the last only.
             mode: min or max of the monitored value.
             save_top_k: How many of the best to keep.
-            every_n_train_steps: Save every so many optimizer steps instead of after each validation.
         """
         super().__init__(
             monitor=monitor,
@@ -35,7 +32,6 @@ class AdapterCheckpoint(ModelCheckpoint):
             save_top_k=save_top_k if monitor else 0,
             save_last=True,
             filename="best-{step}",
-            every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
 

@@ -48,6 +48,8 @@ class EvaluationReport(L.Callback):
         console = Console()
         console.print(table)
         console.print(f"right answers: {self.result.gold_loss:.4f} nats per target token")
+        if self.result.incomplete:
+            console.print(f"left out: {self.result.incomplete} questions, of which a limit on the batches cut off candidates")
         report = {"nats_per_target_token": self.result.gold_loss, "tasks": tasks}
         self._folder(trainer).joinpath("test_results.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -37,7 +37,7 @@ class RunSummary(L.Callback):
             batch = trainer.train_dataloader.dataset[0]
             console.print("first training example, tokens with loss marked:")
             console.print(masked_text(data.tokenizer, batch, row=0, colour=console.is_terminal))
-        console.print(f"logs and checkpoints: {trainer.log_dir or trainer.default_root_dir}")
+        console.print(Text(f"logs and checkpoints: {trainer.log_dir or trainer.default_root_dir}"))
 
 
 def masked_text(tokenizer: PreTrainedTokenizerBase, batch: Batch, row: int, *, colour: bool) -> Text:

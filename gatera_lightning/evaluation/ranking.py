@@ -48,6 +48,8 @@ class RankingResult:
     """All questions of a split."""
 
     questions: tuple[RankedQuestion, ...]
+    incomplete: int
+    """Questions left out because a limit on the batches cut off some of their candidates."""
 
     def accuracy(self, score: Score, task: int | None = None) -> Proportion:
         """Share of questions whose choice is the gold answer, of one task or of all."""
@@ -64,7 +66,7 @@ class RankingResult:
 class OptionRanking(Metric):
     """Collects candidate scores by example id, over batches and processes, in any order.
 
-    State: ``keys`` (n, 5) = example, candidate, gold, task, tokens; ``scores`` (n,) = summed log-likelihood.
+    State: ``keys`` (n, 6) = example, candidate, gold, candidates, task, tokens; ``scores`` (n,) = summed log-likelihood.
     """
 
     full_state_update = False
@@ -76,7 +78,8 @@ class OptionRanking(Metric):
 
     def update(self, batch: Batch, log_likelihoods: Tensor, tokens: Tensor) -> None:
         """Add one batch; rows with example id -1 stand for no example and are left out when computing."""
-        columns = [batch["example_ids"], batch["answer_ids"], batch["gold_ids"], batch["task_ids"], tokens]
+        names = ("example_ids", "answer_ids", "gold_ids", "candidate_counts", "task_ids")
+        columns = [*(batch[name] for name in names), tokens]  # type: ignore[literal-required]
         self.keys.append(torch.stack(columns, dim=1))  # type: ignore[union-attr, operator]
         self.scores.append(log_likelihoods)  # type: ignore[union-attr, operator]
 
@@ -88,21 +91,22 @@ class OptionRanking(Metric):
 def ranked(keys: Tensor, scores: Tensor) -> RankingResult:
     """Questions in the order of their ids, from the two states of :class:`OptionRanking`.
 
-    Raises ValueError when a candidate was scored twice or never.
+    A question is judged only with all its candidates; others are counted as incomplete. Raises ValueError when a
+    candidate was scored twice.
     """
-    by_example: dict[int, dict[int, tuple[int, int, int, float]]] = defaultdict(dict)
-    for (example, answer, gold, task, tokens), score in zip(keys.tolist(), scores.tolist(), strict=True):
+    by_example: dict[int, dict[int, tuple[list[int], float]]] = defaultdict(dict)
+    for key, score in zip(keys.reshape(-1, 6).tolist(), scores.reshape(-1).tolist(), strict=True):
+        example, answer = key[:2]
         if example < 0:
             continue
         if answer in by_example[example]:
             raise ValueError(f"candidate {answer} of example {example} was scored twice")
-        by_example[example][answer] = (gold, task, tokens, score)
+        by_example[example][answer] = (key[2:], score)
     questions = []
     for example in sorted(by_example):
         answers = by_example[example]
-        if sorted(answers) != list(range(len(answers))):
-            raise ValueError(f"example {example} lacks a candidate: only {sorted(answers)} were scored")
-        rows = [answers[i] for i in range(len(answers))]
-        gold, task = rows[0][:2]
-        questions.append(RankedQuestion(example, task, gold, tuple(row[3] for row in rows), tuple(row[2] for row in rows)))
-    return RankingResult(tuple(questions))
+        (gold, candidates, task, _), _ = next(iter(answers.values()))
+        if len(answers) == candidates:
+            rows = [answers[i] for i in range(candidates)]
+            questions.append(RankedQuestion(example, task, gold, tuple(ll for _, ll in rows), tuple(key[3] for key, _ in rows)))
+    return RankingResult(tuple(questions), incomplete=len(by_example) - len(questions))

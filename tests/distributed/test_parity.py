@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from fit_script import Job, run
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "fit_script.py"
 
 
-def fit(backbone, out, check=True, **job):
+def fit(backbone, out, check=True, strategy="single", **job):
+    """One process runs in this one; two are started."""
     out.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({"backbone": str(backbone), "out": str(out), **job})
+    if strategy == "single":
+        return run(Job(str(backbone), str(out), **job))
+    settings = json.dumps({"backbone": str(backbone), "out": str(out), "strategy": strategy, **job})
     done = subprocess.run([sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
