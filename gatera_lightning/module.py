@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
-from gatera_lightning.adapters.inject import InjectionReport, adapted_linears, adapter_parameters, inject_adapters
+from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.backbone import BackboneConfig, load_backbone
 from gatera_lightning.callbacks.rng_state import RNGState
@@ -82,7 +82,7 @@ class GateRAModule(L.LightningModule):
             try:
                 there, _ = read_adapter_config(self.warm_start)
             except AdapterFileError as error:
-                found.append(f"warm_start: {error}")
+                found.append(f"warm_start: {error}; accepted: an adapter folder, or null")
             else:
                 for name in ("update", "gate", "rank", "alpha"):
                     if getattr(there, name) != getattr(self.adapter, name):
@@ -124,12 +124,8 @@ class GateRAModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over the adapter's parameters; the schedule counts optimizer steps."""
-        layers = adapted_linears(self.model).values()
         optimizer, scheduler = build_optimizer(
-            self.optimizer,
-            updates=[p for layer in layers for p in layer.update.parameters()],
-            gates=[p for layer in layers if layer.gate is not None for p in layer.gate.parameters()],
-            total_steps=lambda: self.trainer.estimated_stepping_batches,
+            self.optimizer, self.model, total_steps=lambda: self.trainer.estimated_stepping_batches
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

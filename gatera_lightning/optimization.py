@@ -1,13 +1,15 @@
 """AdamW on the adapter's fp32 masters, and learning-rate schedules counted in optimizer steps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from gatera_lightning.adapters.inject import adapted_linears
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -62,15 +64,13 @@ def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: Callable[[], f
     return factor
 
 
-def build_optimizer(
-    config: OptimizerConfig,
-    updates: Sequence[nn.Parameter],
-    gates: Sequence[nn.Parameter],
-    total_steps: Callable[[], float],
-) -> tuple[AdamW, LambdaLR]:
-    """AdamW over the updates' and the gates' parameters, the gates as a group of their own, with the configured schedule."""
-    groups = [{"params": list(updates), "lr": config.lr, "name": "update"}]
+def build_optimizer(config: OptimizerConfig, model: nn.Module, total_steps: Callable[[], float]) -> tuple[AdamW, LambdaLR]:
+    """AdamW over the adapter of ``model``, its gates as a group of their own, with the configured schedule."""
+    layers = adapted_linears(model).values()
+    updates = [p for layer in layers for p in layer.update.parameters()]
+    gates = [p for layer in layers if layer.gate is not None for p in layer.gate.parameters()]
+    groups = [{"params": updates, "lr": config.lr, "name": "update"}]
     if gates:
-        groups.append({"params": list(gates), "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
+        groups.append({"params": gates, "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))

@@ -72,7 +72,7 @@ def adapted(tiny_llama, update="hira", gate="token"):
 @pytest.mark.parametrize(("update", "gate"), METHODS)
 def test_every_adapter_parameter_is_in_exactly_one_group(tiny_llama, update, gate):
     model = adapted(tiny_llama, update, gate)
-    optimizer, _ = build_optimizer(OptimizerConfig(), adapter_parameters(model), lambda: 10)
+    optimizer, _ = build_optimizer(OptimizerConfig(), model, lambda: 10)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     gates = {id(p) for layer in model.modules() if getattr(layer, "gate", None) for p in layer.gate.parameters()}
@@ -83,7 +83,7 @@ def test_every_adapter_parameter_is_in_exactly_one_group(tiny_llama, update, gat
 
 def test_the_gates_rate_is_a_multiple_at_every_step(tiny_llama):
     config = OptimizerConfig(lr=1e-2, gate_lr_multiplier=0.25, weight_decay=0.1, schedule="linear", warmup_steps=1)
-    optimizer, scheduler = build_optimizer(config, adapter_parameters(adapted(tiny_llama)), lambda: 3)
+    optimizer, scheduler = build_optimizer(config, adapted(tiny_llama), lambda: 3)
     rates = []
     for _ in range(4):
         rates.append([group["lr"] for group in optimizer.param_groups])
@@ -97,7 +97,7 @@ def test_a_gate_multiplier_of_0_freezes_the_gates_alone(tiny_llama):
     model = adapted(tiny_llama)
     parameters = adapter_parameters(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer, _ = build_optimizer(OptimizerConfig(gate_lr_multiplier=0.0, warmup_steps=0), parameters, lambda: 3)
+    optimizer, _ = build_optimizer(OptimizerConfig(gate_lr_multiplier=0.0, warmup_steps=0), model, lambda: 3)
     for p in parameters.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -108,7 +108,7 @@ def test_a_gate_multiplier_of_0_freezes_the_gates_alone(tiny_llama):
 def test_a_layer_called_gate_is_not_taken_for_a_gate():
     model = nn.ModuleDict({"router": nn.ModuleDict({"gate": nn.Linear(8, 8)})})
     inject_adapters(model, AdapterConfig(update="lora", gate="none", rank=2, target_modules=["gate"]))
-    optimizer, _ = build_optimizer(OptimizerConfig(), adapter_parameters(model), lambda: 10)
+    optimizer, _ = build_optimizer(OptimizerConfig(), model, lambda: 10)
     assert [(group["name"], len(group["params"])) for group in optimizer.param_groups] == [("update", 2)]
 
 

@@ -25,6 +25,7 @@ class EvaluationReport(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module: Any = pl_module
         self.result = ranked(*module.ranking.compute())
+        folder = _run_folder(trainer)
         if not trainer.is_global_zero:
             return
         names = trainer.datamodule.task_names  # type: ignore[attr-defined]
@@ -51,16 +52,17 @@ class EvaluationReport(L.Callback):
         if self.result.incomplete:
             console.print(f"left out: {self.result.incomplete} questions, of which a limit on the batches cut off candidates")
         report = {"nats_per_target_token": self.result.gold_loss, "tasks": tasks}
-        self._folder(trainer).joinpath("test_results.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "test_results.json").write_text(json.dumps(report, indent=2) + "\n")
 
     @override
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module: Any = pl_module
         self.result = ranked(*module.ranking.compute())
+        folder = _run_folder(trainer)
         if not trainer.is_global_zero:
             return
         names = trainer.datamodule.task_names  # type: ignore[attr-defined]
-        path = self._folder(trainer) / "predictions.jsonl"
+        path = folder / "predictions.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for q in self.result.questions:
                 line = {
@@ -75,8 +77,9 @@ class EvaluationReport(L.Callback):
                 file.write(json.dumps(line) + "\n")
         print(f"{len(self.result.questions)} predictions: {path}")
 
-    @staticmethod
-    def _folder(trainer: L.Trainer) -> Path:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+
+def _run_folder(trainer: L.Trainer) -> Path:
+    """The log folder, made; every rank must ask, because Lightning broadcasts it."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -24,7 +24,7 @@ class GateCounts:
     """
 
     def __init__(self, layers: int, device: torch.device) -> None:
-        self.bins = torch.zeros(len(PHASES), layers, BINS, device=device)
+        self.bins = torch.zeros(len(PHASES), layers, BINS, dtype=torch.long, device=device)
         self.sums = torch.zeros(3, len(PHASES), layers, device=device)  # Σg, ΣH, Σg²
 
     def update(self, z: Tensor, batch: Batch) -> None:
@@ -34,7 +34,7 @@ class GateCounts:
         index = (g * BINS).long().clamp_(max=BINS - 1)
         for phase, mask in enumerate((real & ~batch["response_mask"], real & batch["response_mask"])):
             weight = mask.to(g.dtype).expand_as(g)  # (layers, batch, tokens)
-            self.bins[phase].scatter_add_(1, index.flatten(1), weight.flatten(1))
+            self.bins[phase].scatter_add_(1, index.flatten(1), mask.long().expand_as(index).flatten(1))
             self.sums[0, phase] += (g * weight).sum((1, 2))
             self.sums[1, phase] += (entropy * weight).sum((1, 2))
             self.sums[2, phase] += (g * g * weight).sum((1, 2))

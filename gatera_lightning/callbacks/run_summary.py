@@ -21,6 +21,7 @@ class RunSummary(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a broadcast: every rank asks
         if not trainer.is_global_zero:
             return
         console = Console(highlight=False, soft_wrap=True)
@@ -37,7 +38,7 @@ class RunSummary(L.Callback):
             batch = trainer.train_dataloader.dataset[0]
             console.print("first training example, tokens with loss marked:")
             console.print(masked_text(data.tokenizer, batch, row=0, colour=console.is_terminal))
-        console.print(Text(f"logs and checkpoints: {trainer.log_dir or trainer.default_root_dir}"))
+        console.print(Text(f"logs and checkpoints: {folder}"))
 
 
 def masked_text(tokenizer: PreTrainedTokenizerBase, batch: Batch, row: int, *, colour: bool) -> Text:

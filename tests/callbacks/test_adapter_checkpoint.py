@@ -1,6 +1,5 @@
 """Checkpoints: what is in them, what lies beside them, what is removed."""
 
-import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,29 +144,3 @@ def test_several_best(tiny_backbone, tmp_path):
 def test_without_a_monitor_only_the_last_is_kept(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor=None))
     assert names(tmp_path) == ["last", "last.ckpt"]
-
-
-class PowerCut(L.Callback):
-    """The run dies after step 3, before any validation."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == 3:
-            raise KeyError("power cut")
-
-
-@pytest.mark.parametrize("monitor", ["val/loss", None])
-def test_every_n_train_steps_saves_before_the_first_validation(tiny_backbone, tmp_path, monitor):
-    trainer = tiny_trainer(
-        tmp_path, AdapterCheckpoint(monitor=monitor, every_n_train_steps=2), PowerCut(), limit_val_batches=1.0
-    )
-    with pytest.raises(KeyError, match="power cut"):
-        trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
-
-
-@pytest.mark.parametrize(("every_n_train_steps", "steps"), [(2, 3), (3, 4)])
-def test_every_n_train_steps_also_saves_after_validations(tiny_backbone, tmp_path, every_n_train_steps, steps):
-    """Validation follows the last step, at which no regular checkpoint is due."""
-    checkpoint = AdapterCheckpoint(monitor="lr", mode="max", every_n_train_steps=every_n_train_steps)
-    fit(tiny_backbone, tmp_path, checkpoint, val_check_interval=steps, max_steps=steps)
-    assert names(tmp_path) == [f"best-step={steps}", f"best-step={steps}.ckpt", "last", "last.ckpt"]

@@ -1,6 +1,5 @@
 """Candidate ranking: batched, padded and shuffled, it must say what one plain forward a row says."""
 
-import contextlib
 import json
 
 import pytest
@@ -88,7 +87,7 @@ def test_log_likelihoods_go_to_their_rows():
 def test_choice_by_sum_and_per_token():
     question = RankedQuestion(example=0, task=0, gold=1, log_likelihoods=(-3.0, -4.0, -9.0), tokens=(1, 2, 4))
     assert (question.choice("sum"), question.choice("per_token")) == (0, 1)
-    result = RankingResult((question,))
+    result = RankingResult((question,), incomplete=0)
     assert (result.accuracy("sum").value, result.accuracy("per_token").value) == (0.0, 1.0)
 
 
@@ -103,7 +102,8 @@ def test_accuracy_by_task_and_gold_loss():
             RankedQuestion(0, 0, 0, (-1.0, -2.0), (1, 1)),
             RankedQuestion(1, 1, 0, (-6.0, -2.0), (3, 1)),
             RankedQuestion(2, 1, 1, (-6.0, -2.0), (3, 4)),
-        )
+        ),
+        incomplete=0,
     )
     assert [(a.hits, a.n) for a in (result.accuracy("sum", task) for task in (0, 1, None, 9))] == [
         (1, 1),
@@ -114,15 +114,17 @@ def test_accuracy_by_task_and_gold_loss():
     assert result.gold_loss == pytest.approx((1.0 + 6.0 + 2.0) / (1 + 3 + 4))
 
 
-def keys(*rows):
+def keys(*rows, candidates=2):
     """Rows of (example, candidate), all gold 0, task 0, one token."""
-    return torch.tensor([[example, candidate, 0, 0, 1] for example, candidate in rows]), -torch.arange(float(len(rows)))
+    table = torch.tensor([[example, candidate, 0, candidates, 0, 1] for example, candidate in rows])
+    return table, -torch.arange(float(len(rows)))
 
 
 def test_any_order_gives_the_same_questions():
-    result = ranked(*keys((7, 1), (2, 0), (7, 0), (2, 1), (7, 2)))
+    result = ranked(*keys((7, 1), (2, 0), (7, 0), (2, 1)))
     assert [q.example for q in result.questions] == [2, 7]
-    assert [q.log_likelihoods for q in result.questions] == [(-1.0, -3.0), (-2.0, -0.0, -4.0)]
+    assert [q.log_likelihoods for q in result.questions] == [(-1.0, -3.0), (-2.0, -0.0)]
+    assert result.incomplete == 0
 
 
 def test_rows_that_stand_for_no_example_are_left_out():
@@ -134,16 +136,12 @@ def test_a_candidate_scored_twice_is_an_error():
         ranked(*keys((4, 0), (4, 1), (4, 1)))
 
 
-def test_a_candidate_never_scored_is_an_error():
-    with pytest.raises(ValueError, match=r"example 4 lacks a candidate: only \[0, 2\] were scored"):
-        ranked(*keys((4, 0), (4, 2)))
-
-
-def test_a_right_answer_never_scored_is_an_error():
-    state, scores = keys((4, 0), (4, 1))
-    state[:, 2] = 2
-    with pytest.raises(ValueError, match="example 4 lacks a candidate"):
-        ranked(state, scores)
+@pytest.mark.parametrize("scored", [[(4, 0), (4, 2)], [(4, 0), (4, 1)], [(4, 2)]], ids=str)
+def test_a_question_without_all_its_candidates_is_left_out_and_counted(scored):
+    whole = [(5, 0), (5, 1), (5, 2)]
+    result = ranked(*keys(*scored, *whole, candidates=3))
+    assert [q.example for q in result.questions] == [5]
+    assert result.incomplete == 1
 
 
 def test_part_of_a_split_is_never_judged_as_the_whole(tiny_backbone, tmp_path):
@@ -160,9 +158,8 @@ def test_part_of_a_split_is_never_judged_as_the_whole(tiny_backbone, tmp_path):
     data = tiny_data(tiny_backbone, test=[str(path)], eval_batch_size=1)
     report = EvaluationReport()
     trainer = tiny_trainer(tmp_path, report, limit_test_batches=2)
-    with contextlib.suppress(ValueError):  # refusing is as good as leaving the question out
-        trainer.test(tiny_module(tiny_backbone), datamodule=data, verbose=False)
-    assert all(len(q.tokens) == 3 for q in (report.result.questions if report.result else ()))
+    trainer.test(tiny_module(tiny_backbone), datamodule=data, verbose=False)
+    assert (report.result.questions, report.result.incomplete) == ((), 1)
 
 
 def test_a_single_candidate_is_ranked(tiny_backbone):
