@@ -175,6 +175,11 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             ranks, rank, accumulate = trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
         table = self._table("train")
         lengths, targets = self._lengths(table.rows)
+        if self.batch_size < accumulate * ranks:
+            raise ConfigError(
+                f"data.batch_size: {self.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
+                f"{ranks} processes; accepted: at least {accumulate * ranks}"
+            )
         try:
             steps = plan_steps(
                 lengths,
@@ -187,11 +192,6 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             )
         except ValueError as error:
             raise ConfigError(f"data.train: {error}") from error
-        if self.batch_size < accumulate * ranks:
-            raise ConfigError(
-                f"data.batch_size: {self.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
-                f"{ranks} processes; accepted: at least {accumulate * ranks}"
-            )
         self._train_loader = PlannedLoader(
             TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank), seed=self.seed, num_workers=self.num_workers
         )

@@ -114,7 +114,8 @@ class CommonsenseDataModule(SupervisedDataModule):
             answer_format: label trains and scores "the correct answer is answer3"; content the option's own text,
                 with the options left out of the prompt.
             train_on: response computes the loss on the answer only, all on the prompt as well.
-            train: Sources of the training split; default: the embedded sample task.
+            train: Sources of the training split; default: the embedded sample task. A source with a slice is quoted in
+                YAML lists: ``["openbookqa[:2000]"]``.
             validation: Sources of the validation split, or a number of rows held out of training.
             test: Sources of the test split.
             data_dir: Folder with one folder per task; samples means the embedded rows. $VARIABLES are expanded.
@@ -140,10 +141,11 @@ class CommonsenseDataModule(SupervisedDataModule):
         self.template = template
         self.answer_format = answer_format
         self.data_dir = data_dir
+        default = ["everyday"] if data_dir == "samples" else []
         self.sources = {
-            "train": train if train is not None else ["everyday"],
-            "validation": validation if isinstance(validation, list) else ([] if validation else ["everyday"]),
-            "test": test if test is not None else ["everyday"],
+            "train": train if train is not None else default,
+            "validation": validation if isinstance(validation, list) else default,
+            "test": test if test is not None else default,
         }
 
     def problems(self, stage: str) -> list[str]:
@@ -154,6 +156,9 @@ class CommonsenseDataModule(SupervisedDataModule):
                 value = getattr(self, name)
                 found.append(f"data.{name}: {value!r} is unknown; accepted: {', '.join(get_args(accepted))}")
         for split in self.splits(stage):
+            if not self.sources[split]:
+                also = ", or a number of rows to hold out of training" if split == "validation" else ""
+                found.append(f"data.{split}: no source given; accepted: a list of task names, files or hub ids{also}")
             for source in self.sources[split]:
                 found += [f"data.{split}: {text}" for text in self._source_problems(source, split)]
         return found
@@ -172,8 +177,7 @@ class CommonsenseDataModule(SupervisedDataModule):
                     request = row["instruction"]
                     answers = tuple(f"the correct answer is {label}" for label in question.labels)
                 rendered = [render(self.template, request, answer) for answer in answers]
-                task = _SLICE.match(source)["name"]  # type: ignore[index]
-                yield Example(rendered[0][0], [answer for _, answer in rendered], question.gold, Path(task).stem)
+                yield Example(rendered[0][0], [answer for _, answer in rendered], question.gold, _task_name(source))
 
     def _file(self, name: str, split: str) -> Path | None:
         """The local file of a source, or None for a hub id."""
@@ -212,6 +216,12 @@ class CommonsenseDataModule(SupervisedDataModule):
                 if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
                     raise ConfigError(f"{where}: field {field!r} is missing or not a text; a row needs {', '.join(_FIELDS)}")
             yield where, row
+
+
+def _task_name(source: str) -> str:
+    """What a source is called in results: the task, the file's own name, or its folder's where that is just a split's."""
+    path = Path(_SLICE.match(source)["name"])  # type: ignore[index]
+    return path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -49,10 +49,19 @@ class PlannedLoader:
         return [step * accumulate + k for step in steps for k in range(accumulate)]
 
     def state_dict(self) -> dict[str, int]:
-        """The position: epoch, and batches handed out in it."""
-        return {"epoch": self.epoch, "handed_out": self.handed_out}
+        """The position, epoch and batches handed out in it, and what gives it its meaning."""
+        position = {"epoch": self.epoch, "handed_out": self.handed_out}
+        return position | {"accumulate": self.dataset.accumulate, "batches": len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a position."""
+        """Continue from a position. Raises ValueError when it was taken under another cut of the data."""
+        there = state_dict["accumulate"], state_dict["batches"]
+        here = self.dataset.accumulate, len(self)
+        if there != here:
+            raise ValueError(
+                f"the checkpoint's position counts {there[1]} micro-batches an epoch at accumulate_grad_batches {there[0]}; "
+                f"here there are {here[1]} at {here[0]}. Resume with the same data, data.batch_size, accumulation and "
+                "processes, or start a new run with model.warm_start set to the adapter folder."
+            )
         self.epoch, self.handed_out = state_dict["epoch"], state_dict["handed_out"]
         self._restored = True

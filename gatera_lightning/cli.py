@@ -6,8 +6,6 @@ among the shipped ones (``llama_commonsense.yaml``, ``overlays/lora.yaml`` or ju
 
 import itertools
 import os
-import sys
-import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,7 +15,6 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gatera_lightning.adapters.files import AdapterFileError
 from gatera_lightning.backbone import load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
@@ -25,14 +22,14 @@ from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.callbacks.throughput import Throughput
 from gatera_lightning.datamodules.base import SupervisedDataModule
-from gatera_lightning.errors import ConfigError, NonFiniteLossError
+from gatera_lightning.errors import ConfigError
 from gatera_lightning.module import GateRAModule
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 CALLBACKS = {"checkpoint": AdapterCheckpoint, "gate_histogram": GateHistogram, "throughput": Throughput}
 PROG = "python -m gatera_lightning"
-VERBS = "Beside these: demo, which evaluates a small model, fine-tunes it by quickstart.yaml, and evaluates it again."
+OWN_VERBS = "Beside these: demo, which evaluates a small model, fine-tunes it by quickstart.yaml, and evaluates it again."
 
 
 class GateRACLI(LightningCLI):
@@ -51,7 +48,11 @@ class GateRACLI(LightningCLI):
                 "use_distributed_sampler": False,
                 "callbacks": [RunSummary(), EvaluationReport()],
             },
-            parser_kwargs={"prog": PROG, "description": "GateRA and its relatives on frozen language models.", "epilog": VERBS},
+            parser_kwargs={
+                "prog": PROG,
+                "description": "GateRA and its relatives on frozen language models.",
+                "epilog": OWN_VERBS,
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -137,29 +138,3 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
         else:
             others.append(arg)
     return [*verb, *configs, *others]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a configuration that cannot work, 1 for a failed run."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    for noise in (".*isinstance\\(treespec, LeafSpec\\)", ".*does not have many workers"):
-        warnings.filterwarnings("ignore", message=noise)  # of our dependencies about each other; nothing a user could change
-    try:
-        if args[:1] == ["demo"]:
-            from gatera_lightning.demo import demo
-
-            demo(args[1:])
-        else:
-            GateRACLI(with_found_configs(args))
-    except AdapterFileError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 2
-    except ConfigError as error:
-        count = len(error.problems)
-        heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
-        print(f"{PROG}: {heading}:", *(f"  - {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        return 2
-    except NonFiniteLossError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -14,7 +14,8 @@ from tiny_backbone import run_program, sample_rows, tiny_args
 import gatera_lightning.cli
 import gatera_lightning.module
 from gatera_lightning import ConfigError, GateRAModule
-from gatera_lightning.cli import find_config, main, with_found_configs
+from gatera_lightning.__main__ import main
+from gatera_lightning.cli import find_config, with_found_configs
 
 SHIPPED = Path(find_config("quickstart.yaml")).parent
 DATA = """
@@ -380,11 +381,12 @@ def test_a_checkpoint_that_is_not_there_is_a_configuration_problem(args, capsys,
 def test_a_loss_that_is_not_finite_stops_the_run(args, capsys):
     """A step at lr 1e30 is taken; the next loss is not a number. The checkpoint in between stays."""
     flags = ["--model.optimizer.lr", "1e30", "--model.optimizer.warmup_steps", "0"]
-    assert main([*args, *flags, "--checkpoint.monitor", "null", "--checkpoint.every_n_train_steps", "1"]) == 1
+    flags += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "2"]
+    assert main([*args, *flags]) == 1
     error = capsys.readouterr().err
     assert "the loss of optimizer step 1 is nan" in error
     ids = [int(i) for i in re.search(r"example ids of the micro-batches concerned: \[(.*?)\]", error)[1].split(", ")]
-    assert len(set(ids)) == 16
+    assert 8 <= len(set(ids)) <= 16  # of one micro-batch at least
     assert set(ids) <= set(range(48))
     assert "optimizer.lr too large (1e+30)" in error
     assert "Traceback" not in error

@@ -1,6 +1,8 @@
 """Every shipped YAML runs, says what it is for, and its command can be typed as it stands."""
 
+import json
 import shlex
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import torch
 import yaml
 from tiny_backbone import run_program, tiny_args
 
-from gatera_lightning import BackboneConfig, load_adapter
+from gatera_lightning import AdapterConfig, BackboneConfig, load_adapter
+from gatera_lightning.__main__ import main
 from gatera_lightning.backbone import load_backbone
-from gatera_lightning.cli import find_config, main
+from gatera_lightning.cli import find_config
 from gatera_lightning.datamodules.commonsense import TASKS
 
 SHIPPED = Path(str(resources.files("gatera_lightning.cli_configs")))
@@ -99,11 +102,19 @@ def test_header_says_what_one_needs_to_know(name):
     assert commands(name)
 
 
+def write_adapter(folder):
+    """An adapter folder of the default method, as far as a configuration is checked against it."""
+    folder.mkdir(parents=True)
+    backbone = {"id": None, "revision": None, "fingerprint": ""}
+    description = {"format_version": 1, "adapter": asdict(AdapterConfig()), "backbone": backbone}
+    (folder / "adapter_config.json").write_text(json.dumps(description))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_commands_of_the_header_parse(name, tiny_backbone, tmp_path, monkeypatch, capsys):
     """From a folder that holds what the header says one has."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "RUN" / "checkpoints" / "last").mkdir(parents=True)
+    write_adapter(tmp_path / "RUN" / "checkpoints" / "last")
     for task in TASKS:
         (tmp_path / "LLM-Adapters" / "dataset" / task).mkdir(parents=True)
         (tmp_path / "LLM-Adapters" / "dataset" / task / "test.json").write_text("[]")

@@ -30,6 +30,7 @@ class GateCounts:
     def update(self, z: Tensor, batch: Batch) -> None:
         """Add the logits (layers, batch, tokens) of one forward; padding and empty rows count nowhere."""
         real = (batch["attention_mask"] > 0) & (batch["example_ids"] >= 0).unsqueeze(1)
+        z = torch.nan_to_num(z)  # a diverged step is stopped by its loss, not by its picture
         g, entropy = torch.sigmoid(z.float()), gate_entropy(z.float())
         index = (g * BINS).long().clamp_(max=BINS - 1)
         for phase, mask in enumerate((real & ~batch["response_mask"], real & batch["response_mask"])):

@@ -144,10 +144,18 @@ def test_a_resumed_loader_can_be_saved_again():
     assert seen == whole
 
 
+def test_a_position_under_another_cut_of_the_data_is_refused():
+    """It counts micro-batches: under another accumulation it would stand somewhere else, without a word."""
+    state = _loader().state_dict()
+    for other in (_loader(accumulate=1), _loader(steps=STEPS + 1)):
+        with pytest.raises(ValueError, match="10 micro-batches an epoch at accumulate_grad_batches 2"):
+            other.load_state_dict(state)
+
+
 def test_a_restored_position_survives_iterators_that_nobody_uses():
     loader = _loader()
     whole = _epochs(loader, 2)
-    loader.load_state_dict({"epoch": 0, "handed_out": 6})
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0, "handed_out": 6})
     iter(loader)
     assert _epochs(loader, 2) == [whole[0][6:], whole[1]]
 
@@ -155,7 +163,7 @@ def test_a_restored_position_survives_iterators_that_nobody_uses():
 def test_a_resumed_epoch_left_early_is_followed_by_the_next():
     loader = _loader()
     whole = _epochs(loader, 2)
-    loader.load_state_dict({"epoch": 0, "handed_out": 4})
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0, "handed_out": 4})
     assert list(itertools.islice(loader, 2)) == whole[0][4:6]
     assert list(loader) == whole[1]
 

@@ -165,7 +165,8 @@ def test_part_of_a_split_is_never_judged_as_the_whole(tiny_backbone, tmp_path):
 def test_a_single_candidate_is_ranked(tiny_backbone):
     data = tiny_data(tiny_backbone)
     data.setup("test")
-    batch = data._table("test").batch([(0, 0)], "response")
+    batch = data._table("test").batch([(0, 0)], "response") | {"candidate_counts": torch.tensor([1])}
+    batch["gold_ids"] = torch.tensor([0])
     ranking = OptionRanking()
     ranking.update(batch, torch.tensor([-2.0]), torch.tensor([3]))
     assert ranked(*ranking.compute()).questions[0].log_likelihoods == (-2.0,)
