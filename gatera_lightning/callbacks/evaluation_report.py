@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import override
 
 from gatera_lightning.evaluation.ranking import RankingResult, ranked
@@ -23,63 +24,65 @@ class EvaluationReport(L.Callback):
 
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module: Any = pl_module
-        self.result = ranked(*module.ranking.compute())
-        folder = _run_folder(trainer)
-        if not trainer.is_global_zero:
-            return
-        names = trainer.datamodule.task_names  # type: ignore[attr-defined]
-        rows: list[tuple[str, int | None]] = [(names[task], task) for task in sorted({q.task for q in self.result.questions})]
-        if len(rows) > 1:
-            rows.append(("all", None))
-        table = Table(
-            "task", "n", "accuracy, summed likelihood", "accuracy, per token", title="candidate ranking (95 % interval)"
-        )
-        tasks = {}
-        for name, task in rows:
-            by_sum, by_token = self.result.accuracy("sum", task), self.result.accuracy("per_token", task)
-            table.add_row(name, str(by_sum.n), str(by_sum), str(by_token))
-            tasks[name] = {
-                "n": by_sum.n,
-                "accuracy_sum": by_sum.value,
-                "accuracy_sum_interval": by_sum.interval,
-                "accuracy_per_token": by_token.value,
-                "accuracy_per_token_interval": by_token.interval,
-            }
-        console = Console()
-        console.print(table)
-        console.print(f"right answers: {self.result.gold_loss:.4f} nats per target token")
-        if self.result.incomplete:
-            console.print(f"left out: {self.result.incomplete} questions, of which a limit on the batches cut off candidates")
-        report = {"nats_per_target_token": self.result.gold_loss, "tasks": tasks}
-        (folder / "test_results.json").write_text(json.dumps(report, indent=2) + "\n")
+        result, folder, names = self._gather(trainer, pl_module)
+        if trainer.is_global_zero:
+            _print_table(result, names)
+            (folder / "test_results.json").write_text(json.dumps(_summary(result, names), indent=2) + "\n")
 
     @override
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        result, folder, names = self._gather(trainer, pl_module)
+        if trainer.is_global_zero:
+            path = folder / "predictions.jsonl"
+            with path.open("w", encoding="utf-8") as file:
+                for question in result.questions:
+                    line = {
+                        "example": question.example,
+                        "task": names[question.task],
+                        "gold": question.gold,
+                        "choice_sum": question.choice("sum"),
+                        "choice_per_token": question.choice("per_token"),
+                        "log_likelihoods": question.log_likelihoods,
+                        "tokens": question.tokens,
+                    }
+                    file.write(json.dumps(line) + "\n")
+            print(f"{len(result.questions)} predictions: {path}")
+
+    def _gather(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[RankingResult, Path, list[str]]:
+        """The ranking of all processes, the log folder, made, and the tasks' names; collectives, so every rank calls."""
         module: Any = pl_module
         self.result = ranked(*module.ranking.compute())
-        folder = _run_folder(trainer)
-        if not trainer.is_global_zero:
-            return
-        names = trainer.datamodule.task_names  # type: ignore[attr-defined]
-        path = folder / "predictions.jsonl"
-        with path.open("w", encoding="utf-8") as file:
-            for q in self.result.questions:
-                line = {
-                    "example": q.example,
-                    "task": names[q.task],
-                    "gold": q.gold,
-                    "choice_sum": q.choice("sum"),
-                    "choice_per_token": q.choice("per_token"),
-                    "log_likelihoods": q.log_likelihoods,
-                    "tokens": q.tokens,
-                }
-                file.write(json.dumps(line) + "\n")
-        print(f"{len(self.result.questions)} predictions: {path}")
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.result, folder, trainer.datamodule.task_names  # type: ignore[attr-defined]
 
 
-def _run_folder(trainer: L.Trainer) -> Path:
-    """The log folder, made; every rank must ask, because Lightning broadcasts it."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _summary(result: RankingResult, names: list[str]) -> dict[str, Any]:
+    """What ``test_results.json`` holds: numbers per task, and over all where there are several."""
+    present: dict[str, int | None] = {names[task]: task for task in sorted({q.task for q in result.questions})}
+    tasks = {}
+    for name, task in (present | {"all": None} if len(present) > 1 else present).items():
+        by_sum, by_token = result.accuracy("sum", task), result.accuracy("per_token", task)
+        tasks[name] = {
+            "n": by_sum.n,
+            "accuracy_sum": by_sum.value,
+            "accuracy_sum_interval": by_sum.interval,
+            "accuracy_per_token": by_token.value,
+            "accuracy_per_token_interval": by_token.interval,
+        }
+    return {"nats_per_target_token": result.gold_loss, "tasks": tasks}
+
+
+def _print_table(result: RankingResult, names: list[str]) -> None:
+    table = Table("task", "n", "accuracy, summed likelihood", "accuracy, per token", title="candidate ranking (95 % interval)")
+    for name, row in _summary(result, names)["tasks"].items():
+        cells = [
+            "{:.3f} [{:.3f}, {:.3f}]".format(row[f"accuracy_{score}"], *row[f"accuracy_{score}_interval"])
+            for score in ("sum", "per_token")
+        ]
+        table.add_row(Text(name), str(row["n"]), *cells)
+    console = Console()
+    console.print(table)
+    console.print(f"right answers: {result.gold_loss:.4f} nats per target token")
+    if result.incomplete:
+        console.print(f"left out: {result.incomplete} questions, of which a limit on the batches cut off candidates")
