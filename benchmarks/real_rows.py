@@ -2,11 +2,12 @@
 
     GATERA_DATA=… python benchmarks/real_rows.py gatera:1e-2 hira:1e-2 lora:2e-3 --seeds 0 1 2 --out results.json
 
-Trains on ARC-Easy, ARC-Challenge and the first 2,000 OpenBookQA rows (prompt ``Question: {q}\\nAnswer:``, answer the option's
-text and EOS): 80 steps of 16 rows, rank 16 on q, k, v, up, down, bf16 backbone, linear decay after 10 warm-up steps, clipping
-at 1. Evaluates on the first 300 rows of ARC-Easy's test file: nats per target token of the right answers, and accuracy by
-per-token likelihood with its 95 % interval. All methods share data, order of rows and schedule; only the learning rate is each
-method's own, and every one tried is printed. Results already in ``--out`` are not computed again.
+Trains on ARC-Easy, ARC-Challenge and the first 2,000 OpenBookQA rows, less 16 held out and not used (prompt
+``Question: {q}\\nAnswer:``, answer the option's text and EOS): 80 steps of 16 rows, rank 16 on q, k, v, up, down, bf16
+backbone, linear decay after 10 warm-up steps, clipping at 1. Evaluates on the first 300 rows of ARC-Easy's test file: nats
+per target token of the right answers, and accuracy by per-token likelihood with its 95 % interval. All methods share data,
+order of rows and schedule; only the learning rate is each method's own, and every one tried is printed. Results already in
+``--out`` are not computed again.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, ba
     result = ranked(*module.ranking.compute())
     accuracy = result.accuracy("per_token")
     return {
+        "backbone": backbone_id,
         "method": method if steps else "untrained",
         "lr": lr,
         "seed": seed,
@@ -105,8 +107,8 @@ def main() -> None:
     print("method     lr       seed  nats/token  accuracy per token     train CPU s")
     for method, lr, seed, steps in wanted:
         name, gated = (method, METHODS[method][1] != "none") if steps else ("untrained", True)
-        key = (name, lr, seed, steps, args.entropy_weight if gated else None)
-        found = [r for r in results if (r["method"], r["lr"], r["seed"], r["steps"], r["entropy_weight"]) == key]
+        key = (args.backbone, name, lr, seed, steps, args.entropy_weight if gated else None)
+        found = [r for r in results if (r["backbone"], r["method"], r["lr"], r["seed"], r["steps"], r["entropy_weight"]) == key]
         if not found:
             found = [run(method, lr, seed, steps, args.entropy_weight, args.backbone)]
             results += found

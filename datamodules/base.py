@@ -42,15 +42,28 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self,
         *,
         train_on: TrainOn,
-        max_length: int,
-        batch_size: int,
-        eval_batch_size: int,
-        token_budget: int | None,
-        group_by_length: bool,
-        num_workers: int,
-        seed: int,
-        held_out_rows: int | None,
+        max_length: int = 256,
+        batch_size: int = 32,
+        eval_batch_size: int = 16,
+        token_budget: int | None = None,
+        group_by_length: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+        held_out_rows: int | None = None,
     ) -> None:
+        """What every family can be told.
+
+        Args:
+            train_on: response computes the loss on the answer only, all on the prompt as well.
+            max_length: Tokens of prompt and answer together; a longer prompt loses its beginning, never its answer.
+            batch_size: Rows in one optimizer step, over all micro-batches and processes.
+            eval_batch_size: Sequences in one evaluation forward, per process.
+            token_budget: Close a step before it holds more real tokens than this; null for no limit.
+            group_by_length: Form steps from rows of similar length, so that less padding is computed.
+            num_workers: Loader processes.
+            seed: Seed of the plan (which rows form a step) and of the order of the steps.
+            held_out_rows: Rows of the training split to validate on; null reads a validation split.
+        """
         super().__init__()
         self.train_on = train_on
         self.max_length = max_length
@@ -100,6 +113,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Open the cached tables that a stage needs and hold out validation rows where asked."""
+        self._train_position = None  # what an earlier evaluation loaded is not this run's
         for split in self.splits(stage):
             if split not in self.tables:
                 self.tables[split] = self._tokenised(split)

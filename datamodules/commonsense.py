@@ -33,7 +33,7 @@ TASKS = (
 )
 """The eight published tasks by their LLM-Adapters folder names, and the embedded sample task."""
 
-_FIELDS = ("instruction", "output", "answer")
+_FIELDS = ("instruction", "answer")
 _LEAD_IN = re.compile(r"^Please (?:choose|answer)[^:]*:\s*")
 _SLICE = re.compile(r"^(?P<name>.*?)(?:\[:(?P<rows>\d+)\])?$")
 
@@ -57,13 +57,7 @@ def parse_question(row: dict[str, Any]) -> Question:
 
     Raises ValueError, saying what was expected, when the options or the gold cannot be read.
     """
-    head, marker, listed = row["instruction"].rpartition("Answer format:")
-    labels = tuple(listed.strip().split("/"))
-    if not marker or len(labels) < 2:
-        raise ValueError("field 'instruction': expected a last line 'Answer format: label1/label2/…'")
-    if row["answer"] not in labels:
-        raise ValueError(f"field 'answer': {row['answer']!r} is not among the options {'/'.join(labels)}")
-    gold = labels.index(row["answer"])
+    head, labels, gold = _labels_and_gold(row)
     if labels == ("true", "false"):
         return Question(_LEAD_IN.sub("", head).strip(), labels, labels, gold)
 
@@ -81,6 +75,17 @@ def parse_question(row: dict[str, Any]) -> Question:
     if not all(options):
         raise ValueError("field 'instruction': an option has no text")
     return Question(_LEAD_IN.sub("", head[: starts[0][0]]).strip(), labels, options, gold)
+
+
+def _labels_and_gold(row: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
+    """What stands before the answer format, the labels it lists, and which of them is the answer."""
+    head, marker, listed = row["instruction"].rpartition("Answer format:")
+    labels = tuple(listed.strip().split("/"))
+    if not marker or len(labels) < 2:
+        raise ValueError("field 'instruction': expected a last line 'Answer format: label1/label2/…'")
+    if row["answer"] not in labels:
+        raise ValueError(f"field 'answer': {row['answer']!r} is not among the options {'/'.join(labels)}")
+    return head, labels, labels.index(row["answer"])
 
 
 class CommonsenseDataModule(SupervisedDataModule):
@@ -168,27 +173,27 @@ class CommonsenseDataModule(SupervisedDataModule):
         for source in self.sources[split]:
             for where, row in self._rows(source, split):
                 try:
-                    question = parse_question(row)
+                    if self.answer_format == "content":
+                        question = parse_question(row)
+                        request, answers, gold = question.question, question.options, question.gold
+                    else:  # the options' texts stay in the instruction and need not be read
+                        _, labels, gold = _labels_and_gold(row)
+                        request, answers = row["instruction"], tuple(f"the correct answer is {label}" for label in labels)
                 except ValueError as error:
                     raise ConfigError(f"{where}: {error}") from error
-                if self.answer_format == "content":
-                    request, answers = question.question, question.options
-                else:
-                    request = row["instruction"]
-                    answers = tuple(f"the correct answer is {label}" for label in question.labels)
                 rendered = [render(self.template, request, answer) for answer in answers]
-                yield Example(rendered[0][0], [answer for _, answer in rendered], question.gold, _task_name(source))
+                yield Example(rendered[0][0], [answer for _, answer in rendered], gold, _task_name(source))
 
     def _file(self, name: str, split: str) -> Path | None:
         """The local file of a source, or None for a hub id."""
-        expanded = os.path.expandvars(name)
-        if expanded.endswith((".json", ".jsonl")):
-            return Path(expanded)
-        if "/" in expanded:
+        local = os.path.expanduser(os.path.expandvars(name))
+        if local.endswith((".json", ".jsonl")):
+            return Path(local)
+        if "/" in local:
             return None
         if self.data_dir == "samples":
             return Path(str(resources.files("gatera_lightning.datamodules") / "samples")) / name / f"{split}.json"
-        return Path(os.path.expandvars(self.data_dir)) / name / f"{split}.json"
+        return Path(os.path.expanduser(os.path.expandvars(self.data_dir))) / name / f"{split}.json"
 
     def _source_problems(self, source: str, split: str) -> list[str]:
         name = _SLICE.match(source)["name"]  # type: ignore[index]
@@ -215,6 +220,10 @@ class CommonsenseDataModule(SupervisedDataModule):
             for field in _FIELDS:
                 if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
                     raise ConfigError(f"{where}: field {field!r} is missing or not a text; a row needs {', '.join(_FIELDS)}")
+            if row.get("input"):
+                raise ConfigError(
+                    f"{where}: field 'input' is {row['input']!r:.60}; expected nothing: the question is in 'instruction'"
+                )
             yield where, row
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.errors import ConfigError
 
@@ -84,6 +84,18 @@ def load_backbone(config: BackboneConfig) -> PreTrainedModel:
     return model
 
 
+def load_skeleton(config: BackboneConfig) -> PreTrainedModel | None:
+    """The model's modules without weights, on the meta device, to check settings against; None for a GGUF file.
+
+    Raises ConfigError like :func:`load_backbone`.
+    """
+    if _gguf_file(config.id) is not None:
+        return None
+    hf_config = _from_pretrained(AutoConfig, config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+
+
 def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a backbone, with a pad token.
 
@@ -108,8 +120,8 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
         raise ConfigError(problems)
     gguf = _gguf_file(config.id)
     if gguf is not None:
-        if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
-            raise ConfigError(f"backbone.id: reading {gguf.name} needs two packages: pip install gguf accelerate")
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"backbone.id: reading {gguf.name} needs a package: pip install gguf")
         if auto is AutoModelForCausalLM:
             from transformers import GgufConfig
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gatera_lightning.backbone import load_tokenizer
+from gatera_lightning.adapters.inject import find_targets
+from gatera_lightning.backbone import load_skeleton, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
@@ -74,8 +76,18 @@ class GateRACLI(LightningCLI):
         raise_problems(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer, or what keeps this machine from having one."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {error} To run on a CPU, add --config overlays/cpu.yaml") from error
+
     def after_instantiate_classes(self) -> None:
-        """The data speaks the backbone's tokens."""
+        """Check the adapter against the model's modules, without its weights; the data speaks the backbone's tokens."""
+        skeleton = load_skeleton(self.model.backbone)
+        if skeleton is not None:
+            find_targets(skeleton, self.model.adapter)
         self.datamodule.connect(load_tokenizer(self.model.backbone))
 
 

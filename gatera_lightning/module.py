@@ -1,5 +1,6 @@
 """GateRAModule: a frozen backbone, its adapter, and one step."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +8,18 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
 from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
-from gatera_lightning.adapters.recording import record_gates
+from gatera_lightning.adapters.recording import GateRecord, record_gates
 from gatera_lightning.backbone import BackboneConfig, load_backbone
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.datamodules.tokens import Batch
-from gatera_lightning.errors import NonFiniteLossError
+from gatera_lightning.errors import ConfigError, NonFiniteLossError
 from gatera_lightning.evaluation.ranking import OptionRanking, answer_log_likelihoods, ranked
 from gatera_lightning.losses import (
     IGNORE,
@@ -68,7 +70,7 @@ class GateRAModule(L.LightningModule):
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint is strict about that
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy=float("inf"))  # a NaN must not be dropped from the mean
         self.ranking = OptionRanking()
         self._step_sums = torch.zeros(3)
         self._step_history: list[tuple[Tensor, Tensor]] = []
@@ -76,7 +78,7 @@ class GateRAModule(L.LightningModule):
     def problems(self) -> list[str]:
         """Everything about the settings that cannot work; empty when all is well. Reads no weights."""
         found = self.backbone.problems() + self.adapter.problems() + self.optimizer.problems()
-        if not self.gate_entropy_weight >= 0:
+        if not 0 <= self.gate_entropy_weight < math.inf:
             found.append(f"gate_entropy_weight: {self.gate_entropy_weight}; accepted: a number of at least 0")
         if self.warm_start is not None:
             try:
@@ -84,7 +86,7 @@ class GateRAModule(L.LightningModule):
             except AdapterFileError as error:
                 found.append(f"warm_start: {error}; accepted: an adapter folder, or null")
             else:
-                for name in ("update", "gate", "rank", "alpha"):
+                for name in ("update", "gate", "rank", "scale"):
                     if getattr(there, name) != getattr(self.adapter, name):
                         found.append(
                             f"warm_start: {self.warm_start} has {name} {getattr(there, name)}, but model.adapter.{name} is "
@@ -93,6 +95,11 @@ class GateRAModule(L.LightningModule):
         return [f"model.{problem}" for problem in found]
 
     # --- set-up ---
+
+    def setup(self, stage: str) -> None:
+        """Refuse Lightning's sampler: the data module has shared out rows already, and it would share them out again."""
+        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigError("trainer.use_distributed_sampler: true would cut up planned batches; accepted: false")
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Exact resume needs the random state of every rank, whoever builds the Trainer."""
@@ -131,17 +138,18 @@ class GateRAModule(L.LightningModule):
 
     # --- the step ---
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (1, targets, vocabulary), labels (targets,), gate logits (layers, batch, tokens) or None."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, GateRecord]:
+        """Logits (1, targets, vocabulary), labels (targets,), and the gates that were met."""
         labels = next_token_labels(batch["labels"])
         keep = labels != IGNORE  # (batch, tokens)
         with target_positions_only(self.model, keep), record_gates(self.model) as gates:
             logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return logits, labels[keep], gates.stacked(batch["attention_mask"])
+        return logits, labels[keep], gates
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """This micro-batch's part of the loss of its whole optimizer step."""
-        logits, targets, z = self(batch)
+        logits, targets, gates = self(batch)
+        z = gates.stacked(batch["attention_mask"])  # (layers, batch, tokens)
         task = summed_cross_entropy(logits, targets) / max(1, batch["step_targets"])
         entropy = gate_mean = task.new_zeros(())
         if z is not None:
@@ -155,18 +163,21 @@ class GateRAModule(L.LightningModule):
         self._step_history.append((loss.detach(), batch["example_ids"]))
         # Lightning divides by the accumulation and averages gradients over ranks; whole-step totals want a plain sum.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return {"loss": parts * loss, "gate_logits": None if z is None else z.detach()}
+        return {"loss": parts * loss, "gate_logits": None if z is None else z.detach(), "gate_names": gates.names}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the loss of the whole step, and stop before a step that is not finite.
 
         Raises NonFiniteLossError on every rank alike, with the step and the example ids.
         """
-        sums = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
-        task, entropy, gate_mean = sums.unbind()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        norms = torch.stack(torch._foreach_norm(local)).sum().to(self._step_sums.dtype)  # not finite iff any gradient is not
+        sums = self.trainer.strategy.reduce(torch.cat([self._step_sums, norms[None]]), reduce_op="sum")
+        task, entropy, gate_mean, norms = sums.unbind()
         loss = task + self.gate_entropy_weight * entropy
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._describe_non_finite(float(loss)))
+        if not torch.isfinite(loss + norms):
+            raise NonFiniteLossError(self._describe_non_finite(float(loss), float(norms)))
         self.log_dict({"train/loss": loss, "train/task_loss": task}, prog_bar=True)
         if self.adapter.gate != "none":
             self.log_dict({"train/gate_entropy": entropy, "train/gate_mean": gate_mean}, prog_bar=True)
@@ -174,16 +185,18 @@ class GateRAModule(L.LightningModule):
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_history.clear()
 
-    def _describe_non_finite(self, loss: float) -> str:
-        """Step and example ids of the micro-batches to blame, gathered from every rank."""
-        blamed = [int(i) for value, ids in self._step_history if not torch.isfinite(value) for i in ids]
+    def _describe_non_finite(self, loss: float, norms: float) -> str:
+        """Step and example ids of the micro-batches to blame (all of the step's, if it is a gradient), from every rank."""
+        by_loss = not math.isfinite(loss)
+        blamed = [int(i) for value, ids in self._step_history if not (by_loss and torch.isfinite(value)) for i in ids]
         everyone: list[Any] = [blamed]
         if torch.distributed.is_initialized():
             everyone = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(everyone, blamed)
         ids = sorted(i for part in everyone for i in part)
         return (
-            f"the loss of optimizer step {self.trainer.global_step} is {loss}; example ids of the micro-batches concerned: "
+            f"the loss of optimizer step {self.trainer.global_step} is {loss} and its gradients' norms add up to "
+            f"{norms}; example ids of the micro-batches concerned: "
             f"{ids}. The step was not taken and earlier checkpoints are untouched. Usual causes: optimizer.lr too large "
             f"({self.optimizer.lr}), or gradient clipping off (trainer.gradient_clip_val)."
         )
@@ -250,6 +263,7 @@ class GateRAModule(L.LightningModule):
         """Raise KeyError unless the checkpoint holds exactly this adapter."""
         if not checkpoint.get("state_dict"):
             return  # a sharded checkpoint brings its tensors by itself
+        self.warm_start = None  # the checkpoint holds every value; the folder may be gone
         self.configure_model()
         own = {f"model.{name}" for name in adapter_parameters(self.model)}
         there = set(checkpoint["state_dict"])

@@ -38,10 +38,10 @@ class OptimizerConfig:
         found = []
         if self.schedule not in get_args(Schedule):
             found.append(f"optimizer.schedule: {self.schedule!r} is unknown; accepted: {', '.join(get_args(Schedule))}")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             found.append(f"optimizer.lr: {self.lr}; accepted: a number above 0")
         for name in ("gate_lr_multiplier", "weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0")
         return found
 

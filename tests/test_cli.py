@@ -406,9 +406,9 @@ def test_a_hub_id_without_network_says_what_would_work(args, capsys):
     [
         ({"answer": "answer9"}, "field 'answer': 'answer9' is not among the options"),
         ({"instruction": "Why?"}, "field 'instruction': expected a last line 'Answer format"),
-        ({"output": None}, "field 'output' is missing or not a text"),
+        ({"input": "more"}, "field 'input' is 'more'; expected nothing"),
     ],
-    ids=["answer", "instruction", "output"],
+    ids=["answer", "instruction", "input"],
 )
 def test_a_malformed_row_is_named_before_weights_are_loaded(args, elsewhere, capsys, monkeypatch, change, said):
     monkeypatch.setattr(gatera_lightning.module, "load_backbone", lambda _: pytest.fail("weights were loaded"))
@@ -429,6 +429,22 @@ def test_the_debug_overlay_serves_every_verb(args, elsewhere):
     debug = ["--config", "quickstart.yaml", "--config", "debug.yaml", *args[3:], "--data.init_args.eval_batch_size", "7"]
     assert main(["test", *debug]) == 0
     assert main(["predict", *debug]) == 0
+
+
+def test_targets_that_match_nothing_are_told_from_the_model_s_config_alone(args, capsys, monkeypatch, elsewhere):
+    without_weights(monkeypatch)
+    flags = ["--model.adapter.target_modules", "[q_proj, nothing]", "--model.adapter.layers", "[0, 9]"]
+    assert main([*args, *flags]) == 2
+    error = capsys.readouterr().err
+    assert "'nothing' matches no linear layer; this model has q_proj × 2" in error
+    assert "adapter.layers: [9] do not exist" in error
+
+
+def test_no_gpu_says_what_to_do(args, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main([*args, "--trainer.accelerator", "gpu"]) == 2
+    assert "add --config overlays/cpu.yaml" in capsys.readouterr().err
 
 
 # --- demo ---

@@ -200,3 +200,48 @@ def test_a_poisoned_loss_stops_before_the_step_and_names_it(tiny_backbone, tmp_p
     with pytest.raises(NonFiniteLossError, match="optimizer step 2 is nan") as caught:
         run(Job(str(tiny_backbone), str(tmp_path), dtype="float32", poison=third_step[0]))
     assert str(sorted(third_step)) in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_backbone, tmp_path, monkeypatch):
+    def poison(self, *args):
+        next(iter(adapter_parameters(self.model).values())).grad[0, 0] = torch.inf
+
+    monkeypatch.setattr(GateRAModule, "on_after_backward", poison)
+    with pytest.raises(NonFiniteLossError, match="gradients' norms add up to inf"):
+        run(Job(str(tiny_backbone), str(tmp_path), dtype="float32"))
+
+
+def test_a_validation_with_a_nan_is_never_a_good_one(tiny_backbone):
+    module = build(tiny_backbone)
+    module.val_loss.update(torch.tensor(torch.nan), weight=5)
+    module.val_loss.update(torch.tensor(2.0), weight=3)
+    assert not math.isfinite(float(module.val_loss.compute()))
+
+
+def test_a_two_process_checkpoint_can_be_evaluated_by_one(tiny_backbone, tmp_path):
+    run(Job(str(tiny_backbone), str(tmp_path), dtype="float32", save_at=[2]))
+    path = tmp_path / "step_2.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"]["RNGState"]["ranks"] *= 2
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="random state of 2 processes, this run has 1"):
+        run(Job(str(tiny_backbone), str(tmp_path), dtype="float32", resume=str(path)))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.validate(
+        build(tiny_backbone),
+        torch.utils.data.DataLoader([batch_of([[IGNORE, 7, 8]])], batch_size=None),
+        ckpt_path=path,
+        verbose=False,
+    )
+
+
+def test_a_checkpoint_outlives_the_folder_it_was_warm_started_from(tiny_backbone, tmp_path):
+    module = build(tiny_backbone)
+    folder = save_adapter(module.model, tmp_path / "adapter")
+    module = build(tiny_backbone, warm_start=str(folder))
+    checkpoint = {"state_dict": module.state_dict()}
+    fresh = GateRAModule(
+        backbone=module.backbone, adapter=module.adapter, optimizer=OptimizerConfig(), warm_start=str(tmp_path / "gone")
+    )
+    fresh.on_load_checkpoint(checkpoint)
+    assert set(fresh.state_dict()) == set(checkpoint["state_dict"])

@@ -64,7 +64,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Ge
         problems.append("the model is already adapted; load its backbone anew to inject another adapter")
     if problems:
         raise ConfigError(problems)
-    targets, matches = _find_targets(model, config)
+    targets, matches = find_targets(model, config)
 
     model.requires_grad_(False)
     for name, linear in targets.items():
@@ -74,8 +74,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Ge
     return InjectionReport(tuple(targets), matches, sum(adapter.values()), frozen)
 
 
-def _find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
-    """The linear layers to adapt and the matches per pattern; raises ConfigError as inject_adapters says."""
+def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
+    """The linear layers to adapt, by name, and the matches per pattern; raises ConfigError as inject_adapters says."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n}
     problems = []

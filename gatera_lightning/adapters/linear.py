@@ -1,6 +1,7 @@
 """An adapted layer: a frozen linear layer, an update and a gate, composed."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
+        if x.ndim == 1:
+            return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
         if self.update.reads_base_out and self.base.bias is not None:
             base_out = F.linear(x, self.base.weight)  # (..., out): DoRA rescales this part, not the bias
             y = base_out + self.base.bias

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.adapters.files import save_adapter
@@ -19,7 +20,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str | None = "val/loss", mode: Literal["min", "max"] = "min", save_top_k: int = 1) -> None:
-        """Keep best and last, written after each validation.
+        """Keep best and last, written after each validation; last also when training ends.
 
         Args:
             monitor: Logged value that decides which checkpoint is best; null keeps the last only.
@@ -34,6 +35,18 @@ class AdapterCheckpoint(ModelCheckpoint):
             filename="best-{step}",
             enable_version_counter=False,
         )
+
+    @override
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        # Lightning moves "last" only where a best one was written too; here it follows every validation.
+        self._last_global_step_saved = trainer.global_step
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):  # also when this step is saved already
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:

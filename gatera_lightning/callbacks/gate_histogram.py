@@ -61,13 +61,15 @@ class GateHistogram(L.Callback):
         self.every_n_steps = every_n_steps
         self.counts: GateCounts | None = None
         self.names: list[str] = []
+        self._logged_step = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._logged_step = trainer.global_step
         module: Any = pl_module
-        self.names = [name for name, layer in adapted_linears(module.model).items() if layer.gate is not None]
+        gated = any(layer.gate is not None for layer in adapted_linears(module.model).values())
         tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-        if self.names and self.every_n_steps and trainer.loggers and not tensorboard and trainer.is_global_zero:
+        if gated and self.every_n_steps and trainer.loggers and not tensorboard and trainer.is_global_zero:
             print("gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures")
 
     @override
@@ -79,9 +81,10 @@ class GateHistogram(L.Callback):
         z = outputs["gate_logits"]  # (layers, batch, tokens)
         if self.counts is None:
             self.counts = GateCounts(len(z), z.device)
+            self.names = outputs["gate_names"]  # in the order in which the layers ran, as the logits are
         self.counts.update(z, batch)
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step > self._logged_step and trainer.global_step % self.every_n_steps == 0:
+            self._logged_step = trainer.global_step
             self._log(trainer)
 
     def _log(self, trainer: L.Trainer) -> None:

@@ -17,6 +17,7 @@ class RNGState(L.Callback):
     """
 
     def __init__(self) -> None:
+        self._saved: list[dict[str, Any]] | None = None
         self._pending: dict[str, Any] | None = None
 
     @override
@@ -30,15 +31,22 @@ class RNGState(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ranks = state_dict["ranks"]
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        if len(ranks) != world:
+        self._saved = state_dict["ranks"]
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._saved = None  # what an earlier evaluation loaded is not this run's
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._saved is None:
+            return
+        if len(self._saved) != trainer.world_size:
             raise ValueError(
-                f"the checkpoint holds the random state of {len(ranks)} processes, this run has {world}; resume with "
-                f"{len(ranks)}, or start a new run with model.warm_start set to the adapter folder"
+                f"the checkpoint holds the random state of {len(self._saved)} processes, this run has {trainer.world_size}; "
+                f"resume with {len(self._saved)}, or start a new run with model.warm_start set to the adapter folder"
             )
-        self._pending = ranks[rank]
+        self._pending, self._saved = self._saved[trainer.global_rank], None
 
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -57,6 +65,8 @@ def _current() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -68,3 +78,5 @@ def _restore(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())

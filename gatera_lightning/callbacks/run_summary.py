@@ -36,7 +36,7 @@ class RunSummary(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if data is not None and trainer.train_dataloader is not None:
             batch = trainer.train_dataloader.dataset[0]
-            console.print("first training example, tokens with loss marked:")
+            console.print("a training example, tokens with loss marked:")
             console.print(masked_text(data.tokenizer, batch, row=0, colour=console.is_terminal))
         console.print(Text(f"logs and checkpoints: {folder}"))
 

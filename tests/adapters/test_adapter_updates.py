@@ -294,3 +294,15 @@ def test_delta_weight_is_what_the_update_applies(randomise, update):
     x, _ = _inputs(layer)
     expected = layer(x) - layer.base(x)
     torch.testing.assert_close(F.linear(x, layer.update.delta_weight(layer.weight)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("update", "gate"), METHODS)
+def test_one_token_without_a_batch(update, gate):
+    """As nn.Linear takes it."""
+    layer = _layer(update, gate)
+    x, _ = _inputs(layer)
+    token = x.detach()[0, 0].clone().requires_grad_()
+    y = layer(token)
+    assert torch.allclose(y, layer(x)[0, 0], atol=1e-6)
+    y.sum().backward()
+    assert token.grad.shape == token.shape

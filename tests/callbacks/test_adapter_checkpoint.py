@@ -144,3 +144,11 @@ def test_several_best(tiny_backbone, tmp_path):
 def test_without_a_monitor_only_the_last_is_kept(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor=None))
     assert names(tmp_path) == ["last", "last.ckpt"]
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(2, 6), (4, 6)], ids=["on a validation", "between two"])
+def test_last_is_where_training_ended_though_nothing_got_better(tiny_backbone, tmp_path, interval, steps):
+    """The learning rate rises, so its lowest value is the first one."""
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="min"), val_check_interval=interval, max_steps=steps)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
+    assert f"best-step={interval}.ckpt" in names(tmp_path)

@@ -251,7 +251,7 @@ def _without(field):
     ("bad", "field"),
     [
         (_without("instruction"), "'instruction'"),
-        (_without("output"), "'output'"),
+        (GOOD | {"input": "more of the question"}, "'input'"),
         (_without("answer"), "'answer'"),
         (GOOD | {"answer": 1}, "'answer'"),
         (GOOD | {"instruction": None}, "'instruction'"),
