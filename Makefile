@@ -29,7 +29,7 @@ slow: $(INSTALLED)  ## several processes, a real model, wheels
 
 stress: $(INSTALLED)  ## what takes longer than CI has: every test, then real rows (needs GATERA_DATA)
 	$(BIN)/python -m pytest
-	$(BIN)/python benchmarks/real_rows.py gatera:1e-2 hira:1e-2 lora:2e-3 dora:2e-3 --seeds 0 1 2
+	$(BIN)/python benchmarks/real_rows.py gatera:1e-2 hira:1e-2 lora:2e-3 dora:2e-3
 
 lint: $(INSTALLED)  ## ruff and mypy; mypy reads the tree as it is installed
 	$(BIN)/ruff check .
