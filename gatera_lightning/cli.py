@@ -81,7 +81,8 @@ class GateRACLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:
-            raise ConfigError(f"trainer: {error} To run on a CPU, add --config overlays/cpu.yaml") from error
+            hint = " To run on a CPU, add --config overlays/cpu.yaml" if "gpu" in str(error).lower() else ""
+            raise ConfigError(f"trainer: {error}{hint}") from error
 
     def after_instantiate_classes(self) -> None:
         """Check the adapter against the model's modules, without its weights; the data speaks the backbone's tokens."""

@@ -45,7 +45,10 @@ class AdaptedLinear(nn.Module):
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to the adapter, by their names within this layer: everything but the base."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+        own = {f"update.{name}": p for name, p in self.update.named_parameters()}
+        if self.gate is not None:
+            own |= {f"gate.{name}": p for name, p in self.gate.named_parameters()}
+        return own
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""

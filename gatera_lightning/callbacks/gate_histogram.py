@@ -18,7 +18,7 @@ PHASES = ("prompt", "response")
 
 
 class GateCounts:
-    """Counts of g in 50 equal bins, and sums of g, of H and of tokens, per phase and layer.
+    """Counts of g in 50 equal bins, and sums of g, of H and of g², per phase and layer.
 
     Everything stays on the device; one pass over the stacked logits of all layers, no synchronisation.
     """
