@@ -6,7 +6,7 @@ A family yields :class:`Example` objects; everything after that is here, once.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
 import numpy as np
@@ -36,6 +36,12 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     A family implements :meth:`examples`. Before the first loader, :meth:`connect` gives it the tokenizer.
     """
+
+    free_text: ClassVar[bool] = False
+    """Generated texts are compared with the right answer's by metrics of text; nothing in them is right or wrong."""
+
+    ranking: ClassVar[str] = "accuracy"
+    """What the share of questions is called whose right answer is ranked first."""
 
     def __init__(
         self,
@@ -242,7 +248,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         loaders: list[DataLoader[Any]] = []
         for kind in self.evaluate_by:
             if kind == "likelihood":  # candidates compete by their own tokens alone
-                loaders.append(self._likelihood_loader("test", "response", every_answer=True))
+                several = any(len(answers) > 1 for answers in self.tables["test"]["lengths"])
+                loaders.append(self._likelihood_loader("test", "response", every_answer=several))
             else:
                 prompts = [len(ids) for ids in self.tables["test"]["prompt"]]
                 batches = self._shared(prompts, self.eval_batch_size, self.answered["generation"])

@@ -35,6 +35,8 @@ class DialogueDataModule(TaskFamily):
     The right reply is always kept, the others where they are ranked: ``test``, and validation with ``rank_validation``.
     """
 
+    free_text = True
+    ranking = "hits@1"
     tasks = ("convai2", "smalltalk")
     sample_tasks = ("smalltalk",)
 

@@ -56,7 +56,7 @@ class Batch(TypedDict):
     answer_ids: Tensor  # (batch,), which candidate answer this row holds
     gold_ids: Tensor  # (batch,), which candidate is right
     answer_characters: Tensor  # (batch,), length of the answer's text
-    whole_questions: bool  # every candidate of every example is here, and none is elsewhere
+    whole_questions: bool  # every candidate of every example is here, those of one behind each other; none is elsewhere
 
 
 class PromptBatch(TypedDict):

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["bfloat16", "float32", "float64"]
+Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 _PACKAGE = "package:"
 
@@ -29,8 +30,9 @@ class BackboneConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
-    dtype: Dtype = "bfloat16"
-    """Dtype of the frozen weights and of the large products. float16 is not offered: it overflows without a scaler."""
+    dtype: Dtype = "auto"
+    """Dtype of the frozen weights and of the large products; auto is bfloat16 where the processor multiplies it natively, else
+    float32, since emulating it takes ten times as long. float16 is not offered: it overflows without a scaler."""
 
     attn_implementation: Attention = "sdpa"
     """Attention kernel, as Transformers names it."""
@@ -67,21 +69,35 @@ class BackboneConfig:
         return found
 
 
-def load_backbone(config: BackboneConfig) -> PreTrainedModel:
-    """The model in ``config.dtype``, without cache, with checkpointing as configured; still trainable.
+def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTrainedModel:
+    """The model in ``config.dtype``, without cache, with checkpointing as configured; still trainable, and not yet moved.
 
-    Raises ConfigError when the source cannot work or cannot be reached.
+    ``device_type`` (cpu, cuda, …) is where it will run, which decides what ``auto`` is. Raises ConfigError when the source
+    cannot work or cannot be reached.
     """
     model = _from_pretrained(
         AutoModelForCausalLM,
         config,
-        dtype=getattr(torch, config.dtype),
+        dtype=native_dtype(device_type) if config.dtype == "auto" else getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
     )
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def native_dtype(device_type: str) -> torch.dtype:
+    """bfloat16 where processors of this type multiply it natively, as far as PyTorch can tell; else float32."""
+    if device_type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device_type == "cpu" and platform.machine() in ("arm64", "aarch64"):
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif device_type == "cpu":  # mkldnn's answer is about AVX512, with which bf16 products are emulated
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
 
 
 def load_skeleton(config: BackboneConfig) -> PreTrainedModel | None:

@@ -19,6 +19,7 @@ from gatera_lightning.adapters.recording import GateRecord, record_gates
 from gatera_lightning.backbone import BackboneConfig, load_backbone
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
+from gatera_lightning.candidates import candidate_log_likelihoods
 from gatera_lightning.datamodules.tokens import Batch, PromptBatch
 from gatera_lightning.errors import ConfigError, NonFiniteLossError
 from gatera_lightning.evaluation.ranking import Score, answer_log_likelihoods, ranked_questions
@@ -116,7 +117,8 @@ class GateRAModule(L.LightningModule):
         """Load the backbone, inject the adapter, shard if the strategy has a mesh; does nothing the second time."""
         if self.model is not None:
             return
-        model = load_backbone(self.backbone)
+        device = self.device if self._trainer is None else self.trainer.strategy.root_device
+        model = load_backbone(self.backbone, device.type)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self.report = inject_adapters(model, self.adapter, torch.Generator().manual_seed(seed))
         if self.warm_start is not None:
@@ -236,8 +238,12 @@ class GateRAModule(L.LightningModule):
         """The log-likelihood of each candidate answer, or what the model generates after each prompt."""
         if "labels" not in batch:
             return {"generated": generate(self.model, batch, self.decoding, in_step=self.device_mesh is not None)}
+        batch = cast(Batch, batch)
+        if batch["whole_questions"] and self.decoding.use_cache and not self.model._is_stateful:
+            log_likelihoods, tokens = candidate_log_likelihoods(self.model, batch)
+            return {"log_likelihoods": log_likelihoods, "tokens": tokens}
         logits, targets, _ = self(batch)
-        kept = next_token_labels(cast(Batch, batch)["labels"]) != IGNORE
+        kept = next_token_labels(batch["labels"]) != IGNORE
         log_likelihoods, tokens = answer_log_likelihoods(logits, targets, kept, counted=kept)
         return {"log_likelihoods": log_likelihoods, "tokens": tokens}
 

@@ -55,7 +55,7 @@ def test_package_without_a_gguf_file(name):
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [
-        ("dtype", "float16", "bfloat16, float32, float64"),
+        ("dtype", "float16", "auto, bfloat16, float32, float64"),
         ("attn_implementation", "fast", "sdpa, eager, flash_attention_2"),
     ],
 )

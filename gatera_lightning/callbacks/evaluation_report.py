@@ -27,6 +27,7 @@ from gatera_lightning.evaluation.predictions import (
     FORMAT,
     IDENTITY,
     MERGED,
+    Compared,
     Generated,
     PartFile,
     Records,
@@ -40,6 +41,7 @@ from gatera_lightning.evaluation.predictions import (
 )
 from gatera_lightning.evaluation.ranking import ranked_questions
 from gatera_lightning.evaluation.results import LABELS, SUMMARY, EvaluationResult
+from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, ROW_METRICS, RowScores, corpus_metrics, row_scores
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +55,20 @@ class EvaluationReport(L.Callback):
     any number of processes, and ends with the same files. ``result`` keeps the last one for whoever runs the Trainer.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str | None = None, bert_model: str = "roberta-large", bert_layer: int = 17) -> None:
         """Where predictions go, and whether earlier ones are kept.
 
         Args:
             folder: Folder of the evaluation; what it holds is not computed again. null: the run's log folder, anew.
+            bert_model: The model of BERTScore, a hub id that was downloaded before, or a folder; without it the metric is
+                skipped, and the report says so.
+            bert_layer: The layer of it that is compared; 17 is its authors' choice for roberta-large.
         """
+        if bert_layer < 1:
+            raise ValueError(f"evaluation.bert_layer: {bert_layer}; accepted: an integer of at least 1")
         self.folder = folder
+        self.bert_model = bert_model
+        self.bert_layer = bert_layer
         self.result: EvaluationResult | None = None
 
     @override
@@ -91,7 +100,7 @@ class EvaluationReport(L.Callback):
             "adapter": adapter_identity(module.model),
             "method": {name: getattr(module.adapter, name) for name in ("update", "gate", "scale")},  # in no tensor
             "data": data_hash(data.tables["test"]),
-            "dtype": module.backbone.dtype,
+            "dtype": str(module.model.get_input_embeddings().weight.dtype).removeprefix("torch."),  # what auto came to
             "attn_implementation": module.backbone.attn_implementation,
             "decoding": asdict(module.decoding),
         }
@@ -123,12 +132,16 @@ class EvaluationReport(L.Callback):
         assert isinstance(outputs, Mapping)
         records: Records = {}
         if "generated" in outputs:
-            labels = data.tables["test"]["labels"]
+            labels, golds = data.tables["test"]["labels"], data.tables["test"]["gold"]
             for example, ids in zip(batch["example_ids"].tolist(), outputs["generated"], strict=True):
                 if example >= 0:
                     text = data.tokenizer.decode(ids, skip_special_tokens=True)
-                    record = generation_record(Generated(text, *data.read_answer(text, labels[example])))
-                    records["generation", example] = record
+                    found = (
+                        Compared(text.strip(), labels[example][golds[example]])
+                        if data.free_text
+                        else Generated(text, *data.read_answer(text, labels[example]))
+                    )
+                    records["generation", example] = generation_record(found)
         else:
             for question in ranked_questions(batch, outputs["log_likelihoods"], outputs["tokens"]):
                 records["likelihood", question.example] = likelihood_record(question)
@@ -146,14 +159,17 @@ class EvaluationReport(L.Callback):
             pl_module.log(f"test/{name}", result.average(measure).value, rank_zero_only=True)
         if result.gold_loss is not None:
             pl_module.log("test/loss", result.gold_loss, rank_zero_only=True)
+        for metric, value in result.text_metrics().items():
+            pl_module.log(f"test/{metric}", value, rank_zero_only=True)
         if trainer.is_global_zero:
-            print_table(result)
+            _, data = _parts(trainer, pl_module)
+            print_table(result, ranking=data.ranking)
             about = _about(trainer, *_parts(trainer, pl_module)) | {"identity": self._identity, "wall_seconds": seconds}
             about |= {
                 "resumed_predictions": len(self._resumed),
                 "computed_predictions": len(self._records) - len(self._resumed),
             }
-            if len(self._records) > len(self._resumed) or not (self._path / SUMMARY).is_file():
+            if len(self._records) > len(self._resumed) or not _says(self._path / SUMMARY, result.summary()):
                 write_whole(self._path / SUMMARY, json.dumps(result.summary() | about, indent=2, default=str) + "\n")
             Console(soft_wrap=True).print(Text(f"every prediction: {self._path / MERGED}"))
 
@@ -189,14 +205,38 @@ class EvaluationReport(L.Callback):
             if found:
                 rows.append(question | found)
         rows.sort(key=lambda row: (row["task"], row["example"]))
+        skipped = self._compare_texts(trainer, [row["generation"] for row in rows if "generation" in row])
         if trainer.is_global_zero:
             write_merged(self._path, rows)
         trainer.strategy.barrier()
-        self.result = EvaluationResult(rows, expected=len(table))
+        self.result = EvaluationResult(rows, len(table), skipped)
         return self.result
 
+    def _compare_texts(self, trainer: L.Trainer, generations: list[dict[str, Any]]) -> dict[str, str]:
+        """Put ``scores`` beside every text with a reference, each process those of its share; what could not be and why.
 
-def _from_every_rank(value: Records) -> list[Records]:
+        Anew each time: a metric whose library has come since costs no new generation. A collective.
+        """
+        texts = [generation for generation in generations if "reference" in generation]
+        if not texts:
+            return {}
+        share = texts[trainer.global_rank :: trainer.world_size]
+        own = row_scores(
+            [text["text"] for text in share],
+            [text["reference"] for text in share],
+            bert_model=self.bert_model,
+            bert_layer=self.bert_layer,
+        )
+        parts: list[RowScores] = _from_every_rank(own)
+        names = [name for name in ROW_METRICS if all(name in part.values for part in parts)]
+        for rank, part in enumerate(parts):
+            for number, text in enumerate(texts[rank :: len(parts)]):
+                text["scores"] = {name: part.values[name][number] for name in names}
+        skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
+        return skipped | corpus_metrics([], [])[1]
+
+
+def _from_every_rank(value: Any) -> list[Any]:
     """Each process's value, by rank; a collective."""
     if not torch.distributed.is_initialized():
         return [value]
@@ -247,9 +287,43 @@ def _origin(trainer: L.Trainer, module: Any) -> str:
     return "this run" if trainer.global_step else module.warm_start or "untrained"
 
 
-def print_table(result: EvaluationResult) -> None:
-    """Accuracies per task and on average, with 95 % intervals."""
-    table = Table("task", "n", *(LABELS[measure] for measure in result.measures), title="accuracy [95 % interval]")
+def _says(path: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether the file of an earlier run holds these numbers."""
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    return all(name in stored and stored[name] == value for name, value in json.loads(json.dumps(summary)).items())
+
+
+def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
+    """Accuracies per task and on average, with 95 % intervals; loss; metrics of text."""
+    console = Console()
+    if not console.is_terminal:  # rich takes 80 columns where there are none, and would break every interval
+        console.width = max(console.width, 120)
+    if result.measures:
+        console.print(_accuracies(result, ranking))
+    if result.gold_loss is not None:
+        console.print(
+            f"right answers: {result.gold_loss:.4f} nats per target token (perplexity {result.perplexity:.2f}), "
+            f"{result.counts['likelihood']} rows"
+        )
+    if text := result.text_metrics():
+        names = {name: label for name, label in (ROW_METRICS | CORPUS_METRICS).items() if name in text}
+        table = Table("task", "n", *names.values(), title="generated texts against their references")
+        for task in [*result.tasks, None] if len(result.tasks) > 1 else result.tasks:
+            found = result.text_metrics(task)
+            count = sum("generation" in row for row in result.rows if task in (None, row["task"]))
+            table.add_row(Text(task or "all"), str(count), *(f"{found[name]:.3f}" if found else "–" for name in names))
+        console.print(table)
+    for metric, reason in result.skipped.items():
+        console.print(Text(f"skipped: {metric}, since {reason}"))
+    if "generation" in result.measures:
+        console.print(f"generated texts without an answer (counted as wrong): {result.unanswered()}")
+    for kind, count in result.counts.items():
+        if count < result.expected:
+            console.print(f"{kind}: only {count} of {result.expected} rows; a limit on the batches left out the others")
+
+
+def _accuracies(result: EvaluationResult, ranking: str) -> Table:
+    table = Table("task", "n", *(LABELS[measure] for measure in result.measures), title=f"{ranking} [95 % interval]")
     for task in result.tasks:
         found = [result.accuracy(measure, task) for measure in result.measures]
         counts = list(dict.fromkeys(str(share.n) for share in found))  # one, unless a limit cut the ways differently
@@ -257,14 +331,4 @@ def print_table(result: EvaluationResult) -> None:
     if len(result.tasks) > 1:
         table.add_section()
         table.add_row("average", str(len(result.rows)), *(str(result.average(measure)) for measure in result.measures))
-    console = Console()
-    if not console.is_terminal:  # rich takes 80 columns where there are none, and would break every interval
-        console.width = max(console.width, 120)
-    console.print(table)
-    if result.gold_loss is not None:
-        console.print(f"right answers: {result.gold_loss:.4f} nats per target token")
-    if "generation" in result.measures:
-        console.print(f"generated texts without an answer (counted as wrong): {result.unanswered()}")
-    for kind, count in result.counts.items():
-        if count < result.expected:
-            console.print(f"{kind}: only {count} of {result.expected} rows; a limit on the batches left out the others")
+    return table

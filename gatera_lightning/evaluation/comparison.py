@@ -9,8 +9,9 @@ import numpy as np
 
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.intervals import Average, Proportion
-from gatera_lightning.evaluation.paired import Difference, PairedOutcomes, macro_difference, pooled_loss_difference
-from gatera_lightning.evaluation.recorded_run import MEASURES, RecordedRun, Row, labels
+from gatera_lightning.evaluation.paired import Difference, PairedOutcomes, macro_difference, pooled_difference
+from gatera_lightning.evaluation.recorded_run import MEASURES, RecordedRun, Row, labels, named
+from gatera_lightning.evaluation.text_metrics import corpus_metrics
 
 Pairs = Sequence[tuple[Row, Row]]
 
@@ -26,6 +27,8 @@ class RunResult:
     nats: float | None
     """Of the right answers together; None without likelihoods."""
     tokens: int | None
+    texts: dict[str, float]
+    """Metrics of the generated texts against their references; empty where texts are judged right or wrong."""
 
     @property
     def loss(self) -> float | None:
@@ -59,6 +62,8 @@ class PairResult:
     accuracies: tuple[AccuracyDifference, ...]
     loss: Difference | None
     """Of pooled nats per token; None if a run has no likelihoods or ``retokenized`` is not 0."""
+    texts: dict[str, Difference]
+    """Of the mean of each metric of text that both runs have."""
     retokenized: int
     """Common rows whose right answer is another number of tokens in the other run: nats per token do not compare then."""
 
@@ -106,45 +111,53 @@ def common_rows(first: RecordedRun, second: RecordedRun) -> Pairs:
 
 
 def _result(run: RecordedRun, label: str) -> RunResult:
-    by_task = {task: list(rows) for task, rows in groupby(run.rows, key=lambda row: row.task)}  # rows are sorted by task
+    accuracies: dict[str, dict[str, Proportion]] = {measure: {} for measure in run.measures}
+    for task, of_task in groupby(run.rows, key=lambda row: row.task):  # rows are sorted by task
+        rows = list(of_task)
+        for measure in run.measures:
+            if judged := [row.right(measure) for row in rows if measure in row.choices]:
+                accuracies[measure][task] = Proportion(sum(judged), len(judged))
     scored = [(row.nats, row.tokens) for row in run.rows if row.nats is not None and row.tokens is not None]
     return RunResult(
         label,
         str(run.path),
         len(run.rows),
-        {
-            measure: {task: Proportion(sum(r.right(measure) for r in rows), len(rows)) for task, rows in by_task.items()}
-            for measure in run.measures
-        },
+        accuracies,
         math.fsum(nats for nats, _ in scored) if scored else None,
         sum(tokens for _, tokens in scored) if scored else None,
+        {metric: math.fsum(row.scores[metric] for row in run.rows) / len(run.rows) for metric in run.metrics} | _corpus(run),
     )
+
+
+def _corpus(run: RecordedRun) -> dict[str, float]:
+    texts = [row.text for row in run.rows if row.text is not None]
+    return corpus_metrics(*zip(*texts, strict=True))[0] if texts else {}
 
 
 def _pair(first: RecordedRun, second: RecordedRun, first_label: str, second_label: str, seed: int) -> PairResult:
     pairs = common_rows(first, second)
     if not pairs:
         raise ConfigError(f"{second.path}: no row has task and key of a row in {first.path}; expected common questions")
-    measures = [measure for measure in MEASURES if measure in first.measures and measure in second.measures]
-    if not measures:
+    if not set(first.kinds) & set(second.kinds):
         raise ConfigError(
-            f"{second.path}: has {second.measures[0].partition(',')[0]} only, {first.path} has "
-            f"{first.measures[0].partition(',')[0]} only; expected a measure that both have"
+            f"{second.path}: has {named(second.kinds)}, {first.path} has {named(first.kinds)}; "
+            "expected a measure that both have"
         )
     by_task = {task: list(rows) for task, rows in groupby(pairs, key=lambda pair: pair[0].task)}
     accuracies = []
-    for measure in measures:
-        outcomes = {
-            task: PairedOutcomes.of([a.right(measure) for a, _ in rows], [b.right(measure) for _, b in rows])
-            for task, rows in by_task.items()
-        }
+    for measure in MEASURES:
+        outcomes = {}
+        for task, rows in by_task.items():
+            if judged := [(a, b) for a, b in rows if measure in a.choices and measure in b.choices]:
+                outcomes[task] = PairedOutcomes.of([a.right(measure) for a, _ in judged], [b.right(measure) for _, b in judged])
         accuracies += [AccuracyDifference(measure, task, table, table.difference) for task, table in outcomes.items()]
         if len(outcomes) > 1:  # the average of one task is that task: a second p for it would only confuse
             macro = macro_difference(list(outcomes.values()), np.random.default_rng(seed))
             accuracies.append(AccuracyDifference(measure, None, None, macro))
     loss, retokenized = _loss(pairs, seed)
+    texts = {metric: _text(pairs, metric, seed) for metric in first.metrics if metric in second.metrics}
     alone = (len(first.rows) - len(pairs), len(second.rows) - len(pairs))
-    return PairResult(first_label, second_label, len(pairs), alone, tuple(accuracies), loss, retokenized)
+    return PairResult(first_label, second_label, len(pairs), alone, tuple(accuracies), loss, texts, retokenized)
 
 
 def _loss(pairs: Pairs, seed: int) -> tuple[Difference | None, int]:
@@ -156,4 +169,9 @@ def _loss(pairs: Pairs, seed: int) -> tuple[Difference | None, int]:
         return None, retokenized
     first, second = (np.array([pair[i].nats for pair in pairs], dtype=np.float64) for i in (0, 1))
     counts = np.array([one for one, _ in tokens], dtype=np.int64)
-    return pooled_loss_difference(first, second, counts, np.random.default_rng(seed)), 0
+    return pooled_difference(first, second, counts, np.random.default_rng(seed)), 0
+
+
+def _text(pairs: Pairs, metric: str, seed: int) -> Difference:
+    first, second = (np.array([pair[i].scores[metric] for pair in pairs], dtype=np.float64) for i in (0, 1))
+    return pooled_difference(first, second, np.ones(len(pairs), dtype=np.int64), np.random.default_rng(seed))

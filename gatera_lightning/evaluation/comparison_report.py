@@ -9,12 +9,14 @@ from typing import Any
 from gatera_lightning.evaluation.comparison import Comparison, PairResult, RunResult
 from gatera_lightning.evaluation.paired import MIN_BOOTSTRAP_ROWS, RESAMPLES, Difference
 from gatera_lightning.evaluation.recorded_run import MEASURES
+from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, ROW_METRICS
 
 _CAVEATS = (
     "Brackets are 95 % intervals over the questions. Difference: run minus baseline on their common rows. b / c: questions "
     "that only the baseline / only the run answers right.",
-    "p: McNemar's mid-p for one task, interval by Newcombe's method 10; for the average over tasks and the nats a paired "
-    f"bootstrap of {RESAMPLES:,} resamples (none below {MIN_BOOTSTRAP_ROWS} rows). The verdict is p's at the 5 % level.",
+    "p: McNemar's mid-p for one task, interval by Newcombe's method 10; for the average over tasks, the nats and the means of "
+    f"metrics of text a paired bootstrap of {RESAMPLES:,} resamples (none below {MIN_BOOTSTRAP_ROWS} rows). The verdict is p's at "
+    "the 5 % level.",
     "p-values are not corrected for the number of comparisons: of 20 between equal runs, one is expected below 0.05.",
     "One run per method says nothing about seeds: training again may move a method by more than these intervals, which are "
     "about the questions alone.",
@@ -26,13 +28,13 @@ def as_markdown(comparison: Comparison) -> str:
     blocks = [
         f"# {len(comparison.runs)} runs, compared with {_cell(comparison.runs[0].label)}",
         "\n".join(f"- {_cell(run.label)}: {run.rows} rows, `{run.path}`" for run in comparison.runs),
-        "## Accuracy",
-        _accuracy_table(comparison),
     ]
+    if any(run.accuracies for run in comparison.runs):
+        blocks += ["## Accuracy", _accuracy_table(comparison)]
     for pair in comparison.pairs:
+        blocks += [f"## {_cell(pair.label)} minus {_cell(pair.baseline)}"]
+        blocks += [_difference_table(pair)] if pair.accuracies else []
         blocks += [
-            f"## {_cell(pair.label)} minus {_cell(pair.baseline)}",
-            _difference_table(pair),
             f"{pair.common} rows are common; {_cell(pair.baseline)} has {pair.alone[0]} more, "
             f"{_cell(pair.label)} {pair.alone[1]} more.",
         ]
@@ -44,6 +46,8 @@ def as_markdown(comparison: Comparison) -> str:
             for pair in comparison.pairs
             if pair.retokenized
         ]
+    if any(run.texts for run in comparison.runs):
+        blocks += ["## Generated texts against their references", _text_table(comparison)]
     return "\n\n".join([*blocks, "\n".join(f"- {caveat}" for caveat in _CAVEATS)]) + "\n"
 
 
@@ -64,6 +68,7 @@ def as_json(comparison: Comparison) -> str:
             },
             "tokens": run.tokens,
             "nats_per_token": run.loss,
+            "text": run.texts,
         }
         for run in comparison.runs
     ]
@@ -85,6 +90,7 @@ def as_json(comparison: Comparison) -> str:
             ],
             "nats_per_token": pair.loss and _difference_fields(pair.loss, higher_is_better=False),
             "retokenized": pair.retokenized,
+            "text": {metric: _difference_fields(found, higher_is_better=True) for metric, found in pair.texts.items()},
         }
         for pair in comparison.pairs
     ]
@@ -128,6 +134,19 @@ def _loss_table(comparison: Comparison) -> str:
             cells = [difference, *rest]
         rows.append([run.label, "–" if run.tokens is None else str(run.tokens), _number(run.loss, "{:.4f}"), *cells])
     return _table(["run", "tokens", "nats per token", "difference on common rows", "p", "verdict"], rows)
+
+
+def _text_table(comparison: Comparison) -> str:
+    rows = []
+    for metric, label in (ROW_METRICS | CORPUS_METRICS).items():
+        for run, pair in zip(comparison.runs, (None, *comparison.pairs), strict=True):
+            if metric in run.texts:
+                cells = ["", "", "baseline" if pair is None else "not tested"]
+                if pair is not None and metric in pair.texts:
+                    difference, _, *rest = _difference_cells(pair.texts[metric], "", higher_is_better=True)
+                    cells = [difference, *rest]
+                rows.append([label, run.label, f"{run.texts[metric]:.3f}", *cells])
+    return _table(["metric", "run", "value", "difference on common rows", "p", "verdict"], rows)
 
 
 def _difference_cells(difference: Difference, counts: str, *, higher_is_better: bool) -> list[str]:

@@ -131,30 +131,31 @@ def macro_difference(tasks: Sequence[PairedOutcomes], rng: np.random.Generator, 
     return _percentile(value, drawn / len(tasks))
 
 
-def pooled_loss_difference(
+def pooled_difference(
     first: NDArray[np.float64],
     second: NDArray[np.float64],
-    tokens: NDArray[np.int64],
+    weights: NDArray[np.int64],
     rng: np.random.Generator,
     *,
     resamples: int = RESAMPLES,
 ) -> Difference:
-    """Difference of ``Σ nats / Σ tokens`` over the same rows, by a paired bootstrap of the rows.
+    """Difference of ``Σ values / Σ weights`` over the same rows, by a paired bootstrap of the rows.
 
-    first, second (n,): nats of every row's right answer under the two runs; tokens (n,): their number, the same for both.
-    NaN interval and p for fewer than 20 rows; ValueError for unequal shapes or no tokens at all.
+    first, second (n,): every row's value under the two runs, such as nats of its right answer; weights (n,): the same for both,
+    such as its tokens, or ones for a mean over rows. NaN interval and p for fewer than 20 rows; ValueError for unequal shapes
+    or no weight at all.
     """
-    if not (first.shape == second.shape == tokens.shape) or not tokens.sum():
-        raise ValueError(f"expected three (n,) arrays with tokens, got {first.shape}, {second.shape}, {tokens.shape}")
-    nats, n = second - first, len(tokens)
-    value = float(nats.sum() / tokens.sum())
+    if not (first.shape == second.shape == weights.shape) or not weights.sum():
+        raise ValueError(f"expected three (n,) arrays with weights, got {first.shape}, {second.shape}, {weights.shape}")
+    values, n = second - first, len(weights)
+    value = float(values.sum() / weights.sum())
     if n < MIN_BOOTSTRAP_ROWS:
         return Difference(value, math.nan, math.nan, math.nan)
     chunk = max(1, _CHUNK // n)
     drawn = []
     for start in range(0, resamples, chunk):
         rows = rng.integers(n, size=(min(chunk, resamples - start), n))  # one draw of a row serves both runs: that pairs them
-        drawn.append(nats[rows].sum(1) / np.maximum(1, tokens[rows].sum(1)))
+        drawn.append(values[rows].sum(1) / np.maximum(1, weights[rows].sum(1)))
     return _percentile(value, np.concatenate(drawn))
 
 

@@ -12,7 +12,7 @@ from gatera_lightning.evaluation.ranking import RankedQuestion, Score
 
 MERGED = "predictions.jsonl"
 IDENTITY = "evaluation.json"
-FORMAT = 1
+FORMAT = 2
 """Raise it when records or the way answers are read change, so that no older prediction is taken for a new one."""
 
 Kind = Literal["likelihood", "generation"]
@@ -29,6 +29,14 @@ class Generated:
     choice: int | None
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What the model wrote where nothing is right or wrong, and the text that its words are compared with."""
+
+    text: str
+    reference: str
+
+
 def likelihood_record(question: RankedQuestion) -> dict[str, Any]:
     """What is kept of a ranked question."""
     return {
@@ -39,7 +47,7 @@ def likelihood_record(question: RankedQuestion) -> dict[str, Any]:
     }
 
 
-def generation_record(generated: Generated) -> dict[str, Any]:
+def generation_record(generated: Generated | Compared) -> dict[str, Any]:
     """What is kept of a completed prompt."""
     return asdict(generated)
 

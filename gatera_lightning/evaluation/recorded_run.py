@@ -26,11 +26,17 @@ class Row:
     example: int
     key: str
     gold: int
+    kinds: tuple[str, ...]
+    """How the row was evaluated: likelihood, generation, or both."""
     choices: Mapping[str, int | None]
-    """The answer chosen by each measure of the run; None where a generated text holds no answer."""
+    """The answer chosen by each measure that can judge the row; None where a generated text holds no answer."""
     nats: float | None
     """Of the right answer; None without likelihoods."""
     tokens: int | None
+    text: tuple[str, str] | None
+    """What was generated, and its reference; None where a text is judged right or wrong."""
+    scores: Mapping[str, float]
+    """Metrics of the text against its reference."""
 
     def right(self, measure: str) -> bool:
         """Whether the measure's choice is the gold answer; no answer is a wrong one."""
@@ -46,9 +52,19 @@ class RecordedRun:
     rows: tuple[Row, ...]
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """How every row was evaluated."""
+        return self.rows[0].kinds
+
+    @cached_property
     def measures(self) -> tuple[str, ...]:
-        """The measures that every row has."""
-        return tuple(self.rows[0].choices)
+        """The measures that judge some of the rows: a single candidate always ranks first, and is none."""
+        return tuple(measure for measure in MEASURES if any(measure in row.choices for row in self.rows))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of text that every row has."""
+        return tuple(self.rows[0].scores)
 
     @cached_property
     def by_question(self) -> dict[tuple[str, str, int], Row]:
@@ -68,18 +84,22 @@ def read_run(path: Path) -> RecordedRun:
     if not file.is_file():
         raise ConfigError(_nothing_at(path))
     rows: dict[tuple[str, int], Row] = {}
-    measures: tuple[str, ...] | None = None
+    first: Row | None = None
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{file}, line {number}"
             row = _row(number, line, where)
             if (same := rows.get((row.task, row.example))) is not None:
                 raise ConfigError(f"{where}: task {row.task!r}, example {row.example} is line {same.line} already")
-            measures = measures or tuple(row.choices)
-            if tuple(row.choices) != measures:
+            first = first or row
+            if row.kinds != first.kinds:
                 raise ConfigError(
-                    f"{where}: has {_named(row.choices)}; expected {_named(measures)} as in line 1. "
+                    f"{where}: has {named(row.kinds)}; expected {named(first.kinds)} as in line 1. "
                     "Was the evaluation limited, or stopped? Run test again into this folder, without a limit"
+                )
+            if tuple(row.scores) != tuple(first.scores):
+                raise ConfigError(
+                    f"{where}: its text has the scores {listed(row.scores)}; expected {listed(first.scores)} as in line 1"
                 )
             rows[row.task, row.example] = row
     if not rows:
@@ -113,9 +133,14 @@ def _nothing_at(path: Path) -> str:
     return f"{path}: has no {PREDICTIONS}, which `test` writes; these have: {listed}"
 
 
-def _named(measures: Sequence[str] | Mapping[str, Any]) -> str:
-    kinds = {measure.partition(",")[0] for measure in measures}
-    return " and ".join(sorted(kinds, reverse=True)) + (" only" if len(kinds) == 1 else "")
+def named(kinds: Sequence[str]) -> str:
+    """``likelihood only``, or ``likelihood and generation``."""
+    return " and ".join(kinds) + (" only" if len(kinds) == 1 else "")
+
+
+def listed(scores: Mapping[str, float]) -> str:
+    """The names of scores in words."""
+    return ", ".join(scores) or "none"
 
 
 def _row(number: int, line: bytes, where: str) -> Row:
@@ -130,12 +155,13 @@ def _row(number: int, line: bytes, where: str) -> Row:
     key = _get(fields, "key", where, "a text that is not empty", lambda v: isinstance(v, str) and v != "")
     gold = _get(fields, "gold", where, "a whole number from 0", _is_index)
     choices: dict[str, int | None] = {}
-    nats = tokens = None
+    scores: dict[str, float] = {}
+    nats = tokens = text = None
     if "likelihood" in fields:
         likelihood = _get(fields, "likelihood", where, "an object", lambda v: isinstance(v, dict))
         inside = f"{where}, likelihood"
-        scores = _get(likelihood, "log_likelihoods", inside, "a list of finite numbers", _all(_is_finite))
-        n = len(scores)
+        log_p = _get(likelihood, "log_likelihoods", inside, "a list of finite numbers", _all(_is_finite))
+        n = len(log_p)
         counts = {
             name: _get(likelihood, name, inside, f"{n} whole numbers from 0, one a candidate", _all(_is_index, n))
             for name in ("tokens", "characters")
@@ -144,20 +170,25 @@ def _row(number: int, line: bytes, where: str) -> Row:
             raise ConfigError(f"{where}: gold is {gold}; expected one of the {n} candidates, 0 to {n - 1}")
         choice = _get(likelihood, "choice", inside, "an object", lambda v: isinstance(v, dict))
         for score, measure in _SCORES.items():
-            choices[measure] = _get(
-                choice, score, f"{inside}, choice", f"a candidate, 0 to {n - 1}", lambda v: _is_index(v) and v < n
-            )
-        nats, tokens = -float(scores[gold]), counts["tokens"][gold]
+            chosen = _get(choice, score, f"{inside}, choice", f"a candidate, 0 to {n - 1}", lambda v: _is_index(v) and v < n)
+            if n > 1:
+                choices[measure] = chosen
+        nats, tokens = -float(log_p[gold]), counts["tokens"][gold]
     if "generation" in fields:
         generation = _get(fields, "generation", where, "an object", lambda v: isinstance(v, dict))
         inside = f"{where}, generation"
         _get(generation, "text", inside, "a text", lambda v: isinstance(v, str))
-        choices["generation"] = _get(
-            generation, "choice", inside, "a whole number from 0, or null", lambda v: v is None or _is_index(v)
-        )
-    if not choices:
+        if "reference" in generation:
+            text = generation["text"], _get(generation, "reference", inside, "a text", lambda v: isinstance(v, str))
+            scores = _get(generation, "scores", inside, "finite numbers by the metric's name", _are_numbers)
+        else:
+            choices["generation"] = _get(
+                generation, "choice", inside, "a whole number from 0, or null", lambda v: v is None or _is_index(v)
+            )
+    kinds = tuple(kind for kind in ("likelihood", "generation") if kind in fields)
+    if not kinds:
         raise ConfigError(f"{where}: has neither likelihood nor generation; expected at least one")
-    return Row(number, task, example, key, gold, choices, nats, tokens)
+    return Row(number, task, example, key, gold, kinds, choices, nats, tokens, text, scores)
 
 
 def _get(fields: Mapping[str, Any], name: str, where: str, expected: str, valid: Callable[[Any], bool]) -> Any:
@@ -174,6 +205,10 @@ def _is_index(value: object) -> bool:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_finite, value.values()))
 
 
 def _all(valid: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:

@@ -1,11 +1,12 @@
-"""Results of one evaluation: accuracies per task and on average, by every way of reading an answer."""
+"""Results of one evaluation: accuracies by every way of reading an answer, loss, and metrics of generated text."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gatera_lightning.evaluation.intervals import Average, Proportion
+from gatera_lightning.evaluation.text_metrics import corpus_metrics
 
 SUMMARY = "test_results.json"
 
@@ -24,6 +25,8 @@ class EvaluationResult:
 
     rows: Sequence[Mapping[str, Any]]
     expected: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Metrics of text that could not be computed, and why."""
 
     @property
     def tasks(self) -> list[str]:
@@ -51,7 +54,9 @@ class EvaluationResult:
     def unanswered(self, task: str | None = None) -> int:
         """Generated texts without an answer in them."""
         return sum(
-            row["generation"]["answer"] is None for row in self.rows if task in (None, row["task"]) and "generation" in row
+            row["generation"]["answer"] is None
+            for row in self.rows
+            if task in (None, row["task"]) and _judges("generation", row)
         )
 
     @property
@@ -69,6 +74,21 @@ class EvaluationResult:
         tokens = sum(found["tokens"][gold] for found, gold in judged)
         return float(-sum(found["log_likelihoods"][gold] for found, gold in judged) / max(1, tokens))
 
+    @property
+    def perplexity(self) -> float | None:
+        """``exp`` of :attr:`gold_loss`."""
+        return None if self.gold_loss is None else math.exp(self.gold_loss)
+
+    def text_metrics(self, task: str | None = None) -> dict[str, float]:
+        """Metrics of the texts of one task, or of all rows, against their references; {} where texts have none."""
+        texts = [
+            row["generation"] for row in self.rows if task in (None, row["task"]) and "reference" in row.get("generation", ())
+        ]
+        if not texts:
+            return {}
+        means = {name: sum(text["scores"][name] for text in texts) / len(texts) for name in texts[0]["scores"]}
+        return means | corpus_metrics([text["text"] for text in texts], [text["reference"] for text in texts])[0]
+
     def summary(self) -> dict[str, Any]:
         """Every number, as ``test_results.json`` holds it."""
         tasks: dict[str, Any] = {}
@@ -80,6 +100,8 @@ class EvaluationResult:
             }
             if "generation" in accuracies:
                 tasks[task]["generation"]["unanswered"] = self.unanswered(task)
+            if text := self.text_metrics(task):
+                tasks[task]["text"] = text
         averages = {measure: self.average(measure) for measure in self.measures}
         return {
             "rows": len(self.rows),
@@ -89,13 +111,19 @@ class EvaluationResult:
                 m: {"accuracy": _finite(found.value), "interval": _limits(found.interval)} for m, found in averages.items()
             },
             "nats_per_target_token": self.gold_loss,
+            "perplexity": self.perplexity,
+            "text": self.text_metrics(),
+            "text_skipped": dict(self.skipped),
         }
 
 
 def _judges(measure: Measure, row: Mapping[str, Any]) -> bool:
-    """Whether a row can be right or wrong by a measure: a single candidate always ranks first, and says nothing."""
+    """Whether a row can be right or wrong by a measure: a single candidate always ranks first, and says nothing.
+
+    A text that is compared with a reference is neither.
+    """
     if measure == "generation":
-        return "generation" in row
+        return "choice" in row.get("generation", ())
     return "likelihood" in row and len(row["likelihood"]["tokens"]) > 1
 
 

@@ -16,40 +16,64 @@ class Unavailable(RuntimeError):
     """A metric whose library, data or model is not on this machine; says which, and how to get it."""
 
 
-@dataclass(frozen=True)
-class TextMetrics:
-    """What could be computed, and for every other metric the reason why not."""
+ROW_METRICS = {
+    "token_f1": "F1",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "bert_score_precision": "BERTScore P",
+    "bert_score_recall": "BERTScore R",
+    "bert_score_f1": "BERTScore F1",
+}
+"""Metrics of one text, which are averaged, by what tables call them."""
 
-    values: dict[str, float]
+CORPUS_METRICS = {"bleu": "BLEU", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
+"""Metrics of many texts together."""
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Every row's metrics by name, (rows,) each, and for every metric that could not be computed the reason why not."""
+
+    values: dict[str, list[float]]
     skipped: dict[str, str]
 
 
-def text_metrics(
-    generated: Texts, references: Texts, *, bert_model: str = "roberta-large", bert_layer: int = 17
-) -> TextMetrics:
-    """Every metric below of ``generated``, row by row against ``references``.
+def row_scores(generated: Texts, references: Texts, *, bert_model: str = "roberta-large", bert_layer: int = 17) -> RowScores:
+    """Every metric that rows have, of ``generated``, row by row against ``references``.
 
     ``bert_model`` is a hub id that was downloaded before, or a folder, and ``bert_layer`` the layer that is compared; 17 is
-    what BERTScore's authors found best for roberta-large. Raises ValueError for no rows, or unequal numbers of them.
+    what BERTScore's authors found best for roberta-large. Raises ValueError for unequal numbers of texts.
     """
-    if len(generated) != len(references) or not generated:
-        raise ValueError(f"{len(generated)} generated texts and {len(references)} references; accepted: as many, at least one")
-    metrics: dict[str, Callable[[], dict[str, float]]] = {
-        "bleu": lambda: {"bleu": bleu(generated, references)},
+    _check(generated, references)
+    metrics: dict[str, Callable[[], dict[str, list[float]]]] = {
+        "token_f1": lambda: {"token_f1": token_f1(generated, references)},
         "rouge_l": lambda: {"rouge_l": rouge_l(generated, references)},
         "meteor": lambda: {"meteor": meteor(generated, references)},
-        "token_f1": lambda: {"token_f1": token_f1(generated, references)},
-        "distinct": lambda: {f"distinct_{n}": distinct(generated, n) for n in (1, 2)},
         "bert_score": lambda: bert_score(generated, references, model=bert_model, layer=bert_layer),
     }
-    values: dict[str, float] = {}
+    values: dict[str, list[float]] = {}
     skipped = {}
     for name, compute in metrics.items():
         try:
             values |= compute()
         except Unavailable as reason:
             skipped[name] = str(reason)
-    return TextMetrics(values, skipped)
+    return RowScores(values, skipped)
+
+
+def corpus_metrics(generated: Texts, references: Texts) -> tuple[dict[str, float], dict[str, str]]:
+    """BLEU, distinct-1 and distinct-2, and for one that could not be computed the reason. Raises ValueError as above."""
+    _check(generated, references)
+    values = {f"distinct_{n}": distinct(generated, n) for n in (1, 2)}
+    try:
+        return {"bleu": bleu(generated, references)} | values, {}
+    except Unavailable as reason:
+        return values, {"bleu": str(reason)}
+
+
+def _check(generated: Texts, references: Texts) -> None:
+    if len(generated) != len(references):
+        raise ValueError(f"{len(generated)} generated texts and {len(references)} references; accepted: as many")
 
 
 def bleu(generated: Texts, references: Texts) -> float:
@@ -61,19 +85,19 @@ def bleu(generated: Texts, references: Texts) -> float:
     return float(sacrebleu.corpus_bleu(list(generated), [list(references)]).score)
 
 
-def rouge_l(generated: Texts, references: Texts) -> float:
-    """Mean F measure of the longest common subsequence, 0 to 1, without stemming (Lin, 2004; the package rouge-score)."""
+def rouge_l(generated: Texts, references: Texts) -> list[float]:
+    """Each text's F measure of the longest common subsequence, 0 to 1, without stemming (Lin, 2004; package rouge-score)."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise _missing("rouge-score") from error
     scorer = RougeScorer(["rougeL"])
-    scores = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(generated, references, strict=True)]
-    return float(sum(scores) / len(scores))
+    pairs = zip(generated, references, strict=True)
+    return [float(scorer.score(reference, text)["rougeL"].fmeasure) for text, reference in pairs]
 
 
-def meteor(generated: Texts, references: Texts) -> float:
-    """Mean METEOR, 0 to 1, over NLTK's word tokens (Banerjee and Lavie, 2005). Needs NLTK's WordNet."""
+def meteor(generated: Texts, references: Texts) -> list[float]:
+    """Each text's METEOR, 0 to 1, over NLTK's word tokens (Banerjee and Lavie, 2005). Needs NLTK's WordNet."""
     try:
         from nltk.corpus import wordnet
         from nltk.tokenize import NLTKWordTokenizer
@@ -86,19 +110,17 @@ def meteor(generated: Texts, references: Texts) -> float:
         raise Unavailable("NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet") from error
     words = NLTKWordTokenizer().tokenize
     pairs = zip(generated, references, strict=True)
-    return float(
-        sum(single_meteor_score(words(reference), words(text), wordnet=wordnet) for text, reference in pairs) / len(generated)
-    )
+    return [float(single_meteor_score(words(reference), words(text), wordnet=wordnet)) for text, reference in pairs]
 
 
-def token_f1(generated: Texts, references: Texts) -> float:
-    """Mean F1 of shared tokens, 0 to 1, as ConvAI2 counts them (ParlAI's ``F1Metric``, see :func:`normalised_tokens`)."""
-    total = 0.0
+def token_f1(generated: Texts, references: Texts) -> list[float]:
+    """Each text's F1 of shared tokens, 0 to 1, as ConvAI2 counts them (ParlAI's ``F1Metric``, :func:`normalised_tokens`)."""
+    scores = []
     for text, reference in zip(generated, references, strict=True):
         found, wanted = normalised_tokens(text), normalised_tokens(reference)
         shared = sum((Counter(found) & Counter(wanted)).values())
-        total += 2 * shared / (len(found) + len(wanted)) if shared else 0.0
-    return total / len(generated)
+        scores.append(2 * shared / (len(found) + len(wanted)) if shared else 0.0)
+    return scores
 
 
 def distinct(generated: Texts, n: int) -> float:
@@ -110,8 +132,8 @@ def distinct(generated: Texts, n: int) -> float:
     return len(grams) / max(1, grams.total())
 
 
-def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -> dict[str, float]:
-    """Mean BERTScore precision, recall and F1, not rescaled (Zhang et al., ICLR 2020, arXiv 1904.09675; torchmetrics)."""
+def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -> dict[str, list[float]]:
+    """Each text's BERTScore precision, recall and F1, not rescaled (Zhang et al., ICLR 2020; torchmetrics)."""
     import torch
     from torchmetrics.functional.text import bert_score as scores_of
     from transformers import AutoModel, AutoTokenizer
@@ -133,8 +155,10 @@ def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -
         scores_of([text], [reference], **settings) for text, reference in zip(generated, references, strict=True)
     ]
     # A text without tokens has no cosines: torchmetrics says nan, the authors' package 0.
-    totals = {name: sum(float(scores[name].nan_to_num(0.0)) for scores in found) for name in ("precision", "recall", "f1")}
-    return {f"bert_score_{name}": total / len(found) for name, total in totals.items()}
+    return {
+        f"bert_score_{name}": [float(scores[name].nan_to_num(0.0)) for scores in found]
+        for name in ("precision", "recall", "f1")
+    }
 
 
 def normalised_tokens(text: str) -> list[str]:

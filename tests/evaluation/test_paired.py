@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gatera_lightning.evaluation import paired
-from gatera_lightning.evaluation.paired import Difference, PairedOutcomes, macro_difference, pooled_loss_difference
+from gatera_lightning.evaluation.paired import Difference, PairedOutcomes, macro_difference, pooled_difference
 
 Z = 1.959963984540054
 
@@ -111,7 +111,7 @@ def losses(n, generator, shift=0.0, noise=0.3):
 def test_loss_bootstrap_is_a_loop_over_resamples_however_it_is_chunked(chunk, monkeypatch):
     monkeypatch.setattr(paired, "_CHUNK", chunk)
     first, second, tokens = losses(40, rng(3), shift=0.1)
-    found = pooled_loss_difference(first, second, tokens, rng(5), resamples=50)
+    found = pooled_difference(first, second, tokens, rng(5), resamples=50)
     draws, generator = [], rng(5)
     for _ in range(50):
         rows = generator.integers(40, size=40)
@@ -125,7 +125,7 @@ def test_loss_bootstrap_is_a_loop_over_resamples_however_it_is_chunked(chunk, mo
 
 def test_loss_bootstrap_agrees_with_the_delta_method():
     first, second, tokens = losses(800, rng(1), shift=0.02)
-    found = pooled_loss_difference(first, second, tokens, rng(2))
+    found = pooled_difference(first, second, tokens, rng(2))
     residual = second - first - found.value * tokens
     error = residual.std() / tokens.mean() / math.sqrt(800)
     assert (found.low, found.high) == pytest.approx((found.value - Z * error, found.value + Z * error), abs=0.1 * error)
@@ -150,13 +150,13 @@ def test_small_tasks_keep_their_variance():
 
 def test_p_is_never_zero():
     first, second, tokens = losses(100, rng(), shift=5.0)
-    assert pooled_loss_difference(first, second, tokens, rng(), resamples=999).p == pytest.approx(2 / 1000)
+    assert pooled_difference(first, second, tokens, rng(), resamples=999).p == pytest.approx(2 / 1000)
     assert macro_difference([PairedOutcomes(0, 0, 500, 0)] * 2, rng(), resamples=999).p == pytest.approx(2 / 1000)
 
 
 def test_equal_runs_do_not_differ():
     first, _, tokens = losses(100, rng())
-    assert pooled_loss_difference(first, first.copy(), tokens, rng(), resamples=99) == Difference(0.0, 0.0, 0.0, 1.0)
+    assert pooled_difference(first, first.copy(), tokens, rng(), resamples=99) == Difference(0.0, 0.0, 0.0, 1.0)
     assert macro_difference([PairedOutcomes(60, 0, 0, 40)] * 3, rng(), resamples=99) == Difference(0.0, 0.0, 0.0, 1.0)
 
 
@@ -168,7 +168,7 @@ def test_sums_that_only_rounding_keeps_from_zero_count_on_both_sides():
 def test_too_few_rows_have_no_interval():
     first, second, tokens = losses(19, rng())
     for found in (
-        pooled_loss_difference(first, second, tokens, rng()),
+        pooled_difference(first, second, tokens, rng()),
         macro_difference([PairedOutcomes(2, 3, 4, 0)] * 2, rng()),
         macro_difference([PairedOutcomes(20, 3, 4, 10), PairedOutcomes(0, 0, 1, 0)], rng()),
     ):
@@ -181,9 +181,9 @@ def test_impossible_input():
     with pytest.raises(ValueError, match="at least one task"):
         macro_difference([], rng())
     with pytest.raises(ValueError, match="three"):
-        pooled_loss_difference(np.ones(3), np.ones(2), np.ones(3, int), rng())
-    with pytest.raises(ValueError, match="with tokens"):
-        pooled_loss_difference(np.ones(30), np.ones(30), np.zeros(30, int), rng())
+        pooled_difference(np.ones(3), np.ones(2), np.ones(3, int), rng())
+    with pytest.raises(ValueError, match="with weights"):
+        pooled_difference(np.ones(30), np.ones(30), np.zeros(30, int), rng())
 
 
 def test_verdicts():
@@ -231,13 +231,13 @@ def test_mcnemar_finds_ten_points_in_a_thousand_rows():
 @pytest.mark.parametrize("noise", [0.05, 0.5])
 def test_loss_bootstrap_rejects_equal_runs_5_times_in_100(noise):
     generator = rng(14)
-    found = [pooled_loss_difference(*losses(150, generator, noise=noise), generator, resamples=400) for _ in range(1_000)]
+    found = [pooled_difference(*losses(150, generator, noise=noise), generator, resamples=400) for _ in range(1_000)]
     assert 0.03 <= np.mean([d.p < paired.LEVEL for d in found]) <= 0.07
 
 
 def test_loss_bootstrap_finds_a_real_difference():
     generator = rng(15)
-    found = [pooled_loss_difference(*losses(500, generator, shift=-0.1), generator, resamples=400) for _ in range(100)]
+    found = [pooled_difference(*losses(500, generator, shift=-0.1), generator, resamples=400) for _ in range(100)]
     assert np.mean([d.verdict(higher_is_better=False) == "better" for d in found]) >= 0.99
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -220,7 +219,7 @@ def test_another_evaluation_is_refused_before_anything_is_computed(whole, tiny_b
     elif differs == "backbone":
         module = of_another_backbone(tiny_backbone, tmp_path)
     elif differs == "dtype":
-        module.backbone = replace(module.backbone, dtype="float64")
+        module.model.get_input_embeddings().double()
     elif differs == "decoding":
         module.decoding = DecodingConfig(max_new_tokens=5)
     with pytest.raises(ConfigError) as caught:

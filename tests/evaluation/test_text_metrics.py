@@ -16,14 +16,17 @@ from rouge_score.rouge_scorer import RougeScorer
 from torchmetrics.functional.text import bert_score as torchmetrics_bert_score
 
 from gatera_lightning.evaluation.text_metrics import (
+    CORPUS_METRICS,
+    ROW_METRICS,
     Unavailable,
     bert_score,
     bleu,
+    corpus_metrics,
     distinct,
     meteor,
     normalised_tokens,
     rouge_l,
-    text_metrics,
+    row_scores,
     token_f1,
 )
 
@@ -103,8 +106,8 @@ def test_bleu_is_sacrebleu():
 def test_rouge_l_is_rouge_score():
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     each = [scorer.score(target=reference, prediction=text)["rougeL"].fmeasure for text, reference in PAIRS]
-    assert rouge_l(GENERATED, REFERENCES) == pytest.approx(sum(each) / 6)
-    assert rouge_l(["a b c x"], ["a b c d e f"]) == pytest.approx(2 * 3 / (4 + 6))  # by hand
+    assert rouge_l(GENERATED, REFERENCES) == each
+    assert rouge_l(["a b c x"], ["a b c d e f"]) == pytest.approx([2 * 3 / (4 + 6)])  # by hand
 
 
 def test_meteor_is_nltk(wordnet):
@@ -115,7 +118,7 @@ def test_meteor_is_nltk(wordnet):
         *PAIRS[2:],
     ]
     each = [meteor_score([reference.split()], text.split(), wordnet=wordnet) for text, reference in words]
-    assert meteor(GENERATED, REFERENCES) == pytest.approx(sum(each) / 6)
+    assert meteor(GENERATED, REFERENCES) == each
     assert meteor(["the hound"], ["the dog"]) > meteor(["the horse"], ["the dog"])  # by the synonym
 
 
@@ -123,28 +126,28 @@ def test_meteor_is_nltk(wordnet):
 def test_bert_score_is_torchmetrics(layer, tiny_bert):
     """Of each pair alone: see the next test. A text without tokens scores 0, as in the authors' package."""
     names = ("precision", "recall", "f1")
-    totals = dict.fromkeys(names, 0.0)
+    each: dict[str, list[float]] = {name: [] for name in names}
     for text, reference in PAIRS:
         direct = torchmetrics_bert_score([text], [reference], model_name_or_path=tiny_bert, num_layers=layer)
         assert text or math.isnan(direct["precision"])
         for name in names:
-            totals[name] += float(direct[name]) if text else 0.0
+            each[name].append(float(direct[name]) if text else 0.0)
     found = bert_score(GENERATED, REFERENCES, model=tiny_bert, layer=layer)
-    assert found == {f"bert_score_{name}": pytest.approx(total / 6) for name, total in totals.items()}
+    assert found == {f"bert_score_{name}": pytest.approx(values) for name, values in each.items()}
     assert found["bert_score_precision"] != pytest.approx(found["bert_score_recall"], abs=1e-4)
     same = bert_score(REFERENCES, REFERENCES, model=tiny_bert, layer=layer)
-    assert same["bert_score_f1"] == pytest.approx(1, abs=1e-5)
+    assert same["bert_score_f1"] == pytest.approx([1] * 6, abs=1e-5)
 
 
 def test_bert_score_pairs_rows_up(tiny_bert):
     """Lengths that sort in a cycle on one side, which is not its own inverse, and otherwise on the other."""
     texts, references = ["abcdefgh", "xy", "klmn"], ["abc", "xy or other", "klmn !"]
-    each = [bert_score([a], [b], model=tiny_bert, layer=1)["bert_score_f1"] for a, b in zip(texts, references, strict=True)]
-    assert bert_score(texts, references, model=tiny_bert, layer=1)["bert_score_f1"] == pytest.approx(sum(each) / 3)
+    each = [bert_score([a], [b], model=tiny_bert, layer=1)["bert_score_f1"][0] for a, b in zip(texts, references, strict=True)]
+    assert bert_score(texts, references, model=tiny_bert, layer=1)["bert_score_f1"] == pytest.approx(each)
 
 
 def test_bert_score_cuts_what_is_too_long(tiny_bert):
-    assert 0 < bert_score(["long " * 110], ["short"], model=tiny_bert, layer=1)["bert_score_f1"] < 1
+    assert 0 < bert_score(["long " * 110], ["short"], model=tiny_bert, layer=1)["bert_score_f1"][0] < 1
 
 
 # --- what has no library ---
@@ -166,10 +169,9 @@ def _parlai_f1(text, reference):
 
 
 def test_token_f1_is_parlais():
-    assert token_f1(GENERATED, REFERENCES) == pytest.approx(sum(_parlai_f1(*pair) for pair in PAIRS) / 6)
-    assert token_f1(["the Dog's"], ["a dog 's bone ."]) == pytest.approx(2 * 2 / (2 + 3))
-    assert token_f1(["yes yes"], ["yes"]) == pytest.approx(2 / 3)
-    assert token_f1(["the", "", "..."], ["a", "", "!"]) == 0.0
+    assert token_f1(GENERATED, REFERENCES) == pytest.approx([_parlai_f1(*pair) for pair in PAIRS])
+    assert token_f1(["the Dog's", "yes yes"], ["a dog 's bone .", "yes"]) == pytest.approx([2 * 2 / (2 + 3), 2 / 3])
+    assert token_f1(["the", "", "..."], ["a", "", "!"]) == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -199,27 +201,28 @@ def test_distinct_counts_over_all_texts():
 
 
 def test_every_metric_at_once(wordnet, tiny_bert):
-    found = text_metrics(GENERATED, REFERENCES, bert_model=tiny_bert, bert_layer=2)
+    found = row_scores(GENERATED, REFERENCES, bert_model=tiny_bert, bert_layer=2)
     assert found.skipped == {}
     assert found.values == {
-        "bleu": bleu(GENERATED, REFERENCES),
+        "token_f1": token_f1(GENERATED, REFERENCES),
         "rouge_l": rouge_l(GENERATED, REFERENCES),
         "meteor": meteor(GENERATED, REFERENCES),
-        "token_f1": token_f1(GENERATED, REFERENCES),
-        "distinct_1": distinct(GENERATED, 1),
-        "distinct_2": distinct(GENERATED, 2),
         **bert_score(GENERATED, REFERENCES, model=tiny_bert, layer=2),
     }
-    assert all(isinstance(value, float) for value in found.values.values())
+    assert list(found.values) == list(ROW_METRICS)
+    assert all(isinstance(value, float) for values in found.values.values() for value in values)
+    values = {"bleu": bleu(GENERATED, REFERENCES), "distinct_1": distinct(GENERATED, 1), "distinct_2": distinct(GENERATED, 2)}
+    assert corpus_metrics(GENERATED, REFERENCES) == (values, {})
+    assert list(values) == list(CORPUS_METRICS)
 
 
 def test_what_is_not_there_is_skipped_and_said(no_wordnet):
-    found = text_metrics(GENERATED, REFERENCES, bert_model="owner/not-a-model")
+    found = row_scores(GENERATED, REFERENCES, bert_model="owner/not-a-model")
     assert found.skipped == {
         "meteor": "NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet",
         "bert_score": "the model owner/not-a-model is not on this machine: hf download owner/not-a-model",
     }
-    assert set(found.values) == {"bleu", "rouge_l", "token_f1", "distinct_1", "distinct_2"}
+    assert set(found.values) == {"rouge_l", "token_f1"}
 
 
 @pytest.mark.parametrize(
@@ -231,20 +234,21 @@ def test_a_missing_package_is_named(module, package, metric, no_wordnet, monkeyp
     reason = f"the package {package} is not installed: pip install 'gatera-lightning[text]'"
     with pytest.raises(Unavailable, match=re.escape(reason)):
         metric(GENERATED, REFERENCES)
-    assert text_metrics(GENERATED, REFERENCES, bert_model="owner/not-a-model").skipped[metric.__name__] == reason
+    skipped = row_scores(GENERATED, REFERENCES, bert_model="owner/not-a-model").skipped
+    assert (skipped | corpus_metrics(GENERATED, REFERENCES)[1])[metric.__name__] == reason
 
 
-@pytest.mark.parametrize(("generated", "references"), [([], []), (["a"], []), (["a"], ["a", "b"])])
-def test_rows_must_pair_up(generated, references):
-    message = f"^{len(generated)} generated texts and {len(references)} references; accepted: as many, at least one$"
+@pytest.mark.parametrize("compute", [row_scores, corpus_metrics])
+@pytest.mark.parametrize(("generated", "references"), [(["a"], []), (["a"], ["a", "b"])])
+def test_rows_must_pair_up(generated, references, compute):
+    message = f"^{len(generated)} generated texts and {len(references)} references; accepted: as many$"
     with pytest.raises(ValueError, match=message):
-        text_metrics(generated, references)
+        compute(generated, references)
 
 
 def test_no_text_says_anything(wordnet, tiny_bert):
     """A model that stops at once is no error."""
-    found = text_metrics(["", ""], ["a dog .", "yes"], bert_model=tiny_bert, bert_layer=1)
+    found = row_scores(["", ""], ["a dog .", "yes"], bert_model=tiny_bert, bert_layer=1)
     assert found.skipped == {}
-    assert {name: value for name, value in found.values.items() if not name.startswith("bert")} == dict.fromkeys(
-        ("bleu", "rouge_l", "meteor", "token_f1", "distinct_1", "distinct_2"), 0.0
-    )
+    assert [found.values[name] for name in ("token_f1", "rouge_l", "meteor")] == [[0.0, 0.0]] * 3
+    assert set(corpus_metrics(["", ""], ["a dog .", "yes"])[0].values()) == {0.0}
