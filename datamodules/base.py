@@ -19,6 +19,7 @@ from gatera_lightning.datamodules.batches import LikelihoodBatches, PromptBatche
 from gatera_lightning.datamodules.held_out import held_out_rows
 from gatera_lightning.datamodules.leakage import Leakage, find_leakage
 from gatera_lightning.datamodules.loader import PlannedLoader
+from gatera_lightning.datamodules.mixture import mixed_rows
 from gatera_lightning.datamodules.plan import plan_steps, share_batches
 from gatera_lightning.datamodules.statistics import right_lengths, target_counts
 from gatera_lightning.datamodules.tables import token_table
@@ -52,28 +53,34 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         eval_batch_size: int = 16,
         token_budget: int | None = None,
         group_by_length: bool = True,
+        packing: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         held_out: int | float | None = None,
         evaluate_by: list[EvaluateBy] = ["likelihood"],  # noqa: B006  # copied, never changed
         rank_validation: bool = False,
+        weights: dict[str, float] | None = None,
     ) -> None:
         """What every family can be told.
 
         Args:
-            train_on: response computes the loss on the answer only, all on the prompt as well. Has to be said: it decides
-                more of a result than the method does.
+            train_on: response computes the loss on the answer only, every_response on the earlier responses of a conversation
+                as well, all on the whole prompt as well. Has to be said: it decides more of a result than the method does.
             max_length: Tokens of prompt and answer together; a longer prompt loses its beginning, never its answer.
             batch_size: Rows in one optimizer step, over all micro-batches and processes.
             eval_batch_size: Sequences in one evaluation forward, per process.
             token_budget: Close a step before it holds more real tokens than this; null for no limit.
             group_by_length: Form steps from rows of similar length, so that less padding is computed.
+            packing: Lay the rows of a micro-batch behind each other in lines of at most max_length tokens, where that computes
+                less padding. Rows never attend to each other, and losses stay the same.
             num_workers: Loader processes.
             seed: Seed of the plan (which rows form a step) and of the order of the steps.
             held_out: Rows of the training split to validate on, or their share; more where a family's rows stay together
                 in groups. null reads a validation split.
             evaluate_by: How test answers are found: likelihood, generation, or both.
             rank_validation: Score every candidate of a validation row, which gives accuracies to stop or choose by.
+            weights: How often the rows of each training source come, by the name that results call it by: its share of an
+                epoch, which stays as long as the sources are together. null takes every row once.
         """
         super().__init__()
         self.save_hyperparameters(logger=False)  # the subclass's settings, for whoever reports on a run
@@ -83,11 +90,13 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size
         self.token_budget = token_budget
         self.group_by_length = group_by_length
+        self.packing = packing
         self.num_workers = num_workers
         self.seed = seed
         self.held_out = held_out
         self.evaluate_by = list(evaluate_by)
         self.rank_validation = rank_validation
+        self.weights = weights
         self.answered: dict[EvaluateBy, Collection[int]] = {"likelihood": frozenset(), "generation": frozenset()}
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.tables: dict[str, Dataset] = {}
@@ -136,10 +145,10 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self._train_position = None  # what an earlier evaluation loaded is not this run's
         if self.train_on not in get_args(TrainOn):
             raise ConfigError(unknown("train_on", self.train_on, get_args(TrainOn)))
-        for split in self.splits(stage):
-            if split not in self.tables:
-                self.tables[split] = self._tokenised(split)
-        if self.held_out is not None and "train" in self.tables and "validation" not in self.tables:
+        opened = [split for split in self.splits(stage) if split not in self.tables]
+        for split in opened:
+            self.tables[split] = self._tokenised(split)
+        if "train" in opened and self.held_out is not None:
             table = self.tables["train"]
             held_out = held_out_rows(table["group"], self._held_out(len(table)), self.seed)
             if held_out.all():
@@ -149,6 +158,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
                 )
             self.tables["validation"] = table.select(np.flatnonzero(held_out))
             self.tables["train"] = table.select(np.flatnonzero(~held_out))
+        if "train" in opened and self.weights is not None:
+            table = self.tables["train"]
+            self.tables["train"] = table.select(mixed_rows(table["task"], self.weights, self.seed))
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
             for found in self.leakage():
                 log.log(logging.WARNING if found.rows or found.unread else logging.INFO, "%s", found)
@@ -223,8 +235,11 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             )
         except ValueError as error:
             raise ConfigError(f"data.train: {error}") from error
+        line = self.max_length if self.packing else None
         self._train_loader = PlannedLoader(
-            TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank), seed=self.seed, num_workers=self.num_workers
+            TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank, line=line),
+            seed=self.seed,
+            num_workers=self.num_workers,
         )
         if self._train_position is not None:
             self._train_loader.load_state_dict(self._train_position)

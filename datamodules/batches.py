@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import datasets
 from torch.utils.data import Dataset
 
+from gatera_lightning.datamodules.packing import packed_lines
 from gatera_lightning.datamodules.plan import Step
 from gatera_lightning.datamodules.tokens import AnsweredPrompt, Batch, PromptBatch, TrainOn, collate, collate_prompts
 
@@ -18,8 +19,11 @@ class TokenTable:
     pad_id: int
     eos_id: int
 
-    def batch(self, rows: Sequence[int], train_on: TrainOn, *, every_answer: bool) -> Batch:
-        """The batch of some rows, each with its right answer or with every one; no rows give one that counts for nothing."""
+    def batch(self, rows: Sequence[int], train_on: TrainOn, *, every_answer: bool, line: int | None = None) -> Batch:
+        """The batch of some rows, each with its right answer or with every one; no rows give one that counts for nothing.
+
+        ``line`` packs them into lines of at most so many tokens.
+        """
         answered = []
         for row in rows or [0]:
             entry = self.rows[row]
@@ -28,13 +32,15 @@ class TokenTable:
                     AnsweredPrompt(
                         entry["prompt"],
                         entry["answers"][answer],
+                        entry["earlier"],
                         example_id=entry["example"] if rows else -1,
                         answer=answer,
                         gold=entry["gold"],
                         characters=entry["characters"][answer],
                     )
                 )
-        return collate(answered, pad_id=self.pad_id, train_on=train_on, whole_questions=every_answer)
+        lines = None if line is None else packed_lines([row.length for row in answered], line)
+        return collate(answered, pad_id=self.pad_id, train_on=train_on, whole_questions=every_answer, lines=lines)
 
     def prompts(self, rows: Sequence[int]) -> PromptBatch:
         """The prompts of some rows; no rows give one that counts for nothing."""
@@ -44,14 +50,20 @@ class TokenTable:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Item ``step · accumulate + k``: this rank's share of micro-batch ``k`` of a planned step, with the step's totals."""
+    """Item ``step · accumulate + k``: this rank's share of micro-batch ``k`` of a planned step, with the step's totals.
 
-    def __init__(self, table: TokenTable, steps: list[Step], train_on: TrainOn, *, ranks: int, rank: int) -> None:
+    ``line`` packs its rows into lines of at most so many tokens.
+    """
+
+    def __init__(
+        self, table: TokenTable, steps: list[Step], train_on: TrainOn, *, ranks: int, rank: int, line: int | None = None
+    ) -> None:
         self.table = table
         self.steps = steps
         self.train_on: TrainOn = train_on
         self.ranks = ranks
         self.rank = rank
+        self.line = line
         self.accumulate = len(steps[0].micro_batches) // ranks
 
     def __len__(self) -> int:
@@ -60,7 +72,7 @@ class TrainingBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         step = self.steps[index // self.accumulate]
         rows = step.micro_batches[(index % self.accumulate) * self.ranks + self.rank]
-        batch = self.table.batch(rows, self.train_on, every_answer=False)
+        batch = self.table.batch(rows, self.train_on, every_answer=False, line=self.line)
         batch["step_targets"], batch["step_tokens"] = step.targets, step.tokens
         return batch
 

@@ -60,6 +60,8 @@ class DialogueDataModule(TaskFamily):
     def problems(self, stage: str) -> list[str]:
         """Everything about these settings that cannot work, missing files included; reads no rows."""
         found = super().problems(stage)
+        if self.train_on == "every_response":
+            found.append("data.train_on: every_response; accepted: response, all. Every own reply is a row of its own already")
         if self.split_by not in get_args(SplitBy):
             found.append(unknown("split_by", self.split_by, get_args(SplitBy)))
         if self.max_history_turns is not None and self.max_history_turns < 0:

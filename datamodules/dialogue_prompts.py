@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.prompts import Template, chat_prompt, render, turn_end
+from gatera_lightning.datamodules.prompts import Message, Template, chat_prompt, render, shows_system, turn_end
 from gatera_lightning.datamodules.tokens import tokenise
 
 _REQUEST = "Give the next reply of the person called You in this conversation, true to the persona.\n\n"
@@ -46,22 +45,23 @@ class DialoguePrompts:
         an unknown template.
         """
         if self.template == "chat":
-            return self._chat(persona, history), [self._lead + reply for reply in replies]
+            prompt, lead = self._chat(persona, history)
+            return prompt, [lead + reply for reply in replies]
         lines = [f"Persona: {' '.join(persona)}"] if persona else []
         lines += [f"{('You' if place % 2 else 'Partner')}: {text}" for place, text in enumerate(history)]
         if self.template == "plain":
             return "\n".join([*lines, "You:"]), [f" {reply}" for reply in replies]
         return render(self.template, _REQUEST + "\n".join(lines), replies)
 
-    def _chat(self, persona: Sequence[str], history: Sequence[str]) -> str:
+    def _chat(self, persona: Sequence[str], history: Sequence[str]) -> tuple[str, str]:
         about = _CHAT_PERSONA + " ".join(persona) if persona else ""
-        texts, messages = list(history), []
+        texts, messages = list(history), list[Message]()
         if about and self._shows_system:
             messages.append({"role": "system", "content": about})
         elif about:
             texts[0] = f"{about}\n\n{texts[0]}"
         messages += [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(texts)]
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return chat_prompt(self.tokenizer, messages)
 
     def _longest(self, answers: Sequence[str]) -> list[str]:
         """The answers that may need the most room: behind a prompt, a boundary may add or save a token."""
@@ -71,17 +71,8 @@ class DialoguePrompts:
         return [answer for answer, count in zip(answers, counts, strict=True) if count >= max(counts) - 2]
 
     @cached_property
-    def _lead(self) -> str:
-        return chat_prompt(self.tokenizer, "a question")[1]
-
-    @cached_property
     def _shows_system(self) -> bool:
-        """Some templates refuse a system message, and some leave it out."""
-        messages = [{"role": "system", "content": _CHAT_PERSONA}, {"role": "user", "content": "a question"}]
-        try:
-            return _CHAT_PERSONA.strip() in self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except TemplateError:
-            return False
+        return shows_system(self.tokenizer)
 
     @cached_property
     def _special(self) -> dict[str, Any]:

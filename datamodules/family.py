@@ -11,8 +11,18 @@ from typing import Any, ClassVar, get_args
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.base import SupervisedDataModule, unknown
+from gatera_lightning.datamodules.mixture import weight_problems
 from gatera_lightning.datamodules.prompts import Template
-from gatera_lightning.datamodules.sources import SUFFIXES, file_rows, hub_rows, is_address, local_path, source_name, split_slice
+from gatera_lightning.datamodules.sources import (
+    ROW_SUFFIXES,
+    SUFFIXES,
+    file_rows,
+    hub_rows,
+    is_address,
+    local_path,
+    source_name,
+    split_slice,
+)
 from gatera_lightning.datamodules.tokens import Example
 from gatera_lightning.errors import ConfigError
 
@@ -51,7 +61,8 @@ class TaskFamily(SupervisedDataModule):
     ) -> None:
         """A source is a task name (the file ``data_dir/NAME/<split>.json``), a path or web address, or a hub id.
 
-        ``[:2000]`` after a source takes its first 2,000 rows, ``[2000:]`` the others.
+        A file is a JSON list, JSON lines, CSV with a header or Parquet, by its ending. A hub id may name a configuration and a
+        split, ``owner/name:config@split``. ``[:2000]`` after a source takes its first 2,000 rows, ``[2000:]`` the others.
 
         Args:
             template: alpaca, plain, or chat, the tokenizer's own chat template.
@@ -91,6 +102,8 @@ class TaskFamily(SupervisedDataModule):
                 found.append(f"data.{split}: no source given; accepted: a list of task names, files or hub ids{also}")
             for source in self.sources[split]:
                 found += [f"data.{split}: {text}" for text in self._source_problems(source, split)]
+        if self.weights is not None and "train" in self.splits(stage):
+            found += weight_problems(self.weights, [source_name(source) for source in self.sources["train"]])
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -124,8 +137,10 @@ class TaskFamily(SupervisedDataModule):
             log.warning("data.%s: %d rows without an answer to judge by are left out: %s", split, len(left_out), listed)
 
     def task_file(self, task: str, split: str) -> str:
-        """The file of a task under ``data_dir``."""
-        return f"{task}/{split}.json"
+        """The file of a task under ``data_dir``: the first of the formats that is there; ``.json`` where none is to be seen."""
+        folder = self._folder()
+        there = (f"{task}/{split}{suffix}" for suffix in ROW_SUFFIXES)
+        return next((file for file in there if Path(f"{folder}/{file}").is_file()), f"{task}/{split}.json")
 
     def file_rows(self, file: str) -> Iterator[tuple[str, Any]]:
         """Every row of a file with the words that say where it stands."""
@@ -133,14 +148,18 @@ class TaskFamily(SupervisedDataModule):
 
     def _file(self, name: str, split: str) -> str | None:
         """The path or web address of a source's file, or None for a hub id."""
-        name, folder = local_path(name), local_path(self.data_dir)
+        name = local_path(name)
         if name.endswith(SUFFIXES) or is_address(name):
             return name
         if "/" in name:
             return None
-        if folder == "samples":
-            folder = str(resources.files("gatera_lightning.datamodules") / "samples")
-        return f"{folder.rstrip('/')}/{self.task_file(name, split)}"
+        return f"{self._folder()}/{self.task_file(name, split)}"
+
+    def _folder(self) -> str:
+        """The path or web address of ``data_dir``."""
+        if self.data_dir == "samples":
+            return str(resources.files("gatera_lightning.datamodules") / "samples")
+        return local_path(self.data_dir).rstrip("/")
 
     def _source_problems(self, source: str, split: str) -> list[str]:
         name, _ = split_slice(source)

@@ -8,12 +8,10 @@ al., EMNLP 2023, arXiv 2304.01933). The ``output`` of the last is a machine's ra
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gatera_lightning.datamodules.family import TaskFamily, UnusableRow
 from gatera_lightning.datamodules.prompts import render
-from gatera_lightning.datamodules.sources import local_path
 from gatera_lightning.datamodules.tokens import Example
 from gatera_lightning.evaluation.answers import Reading
 from gatera_lightning.evaluation.math_answers import final_answer, number, option_letter, same_number
@@ -103,11 +101,6 @@ class MathDataModule(TaskFamily):
                 "data.rank_validation: true, and a math row has one candidate, which always ranks first; accepted: false"
             )
         return found
-
-    def task_file(self, task: str, split: str) -> str:
-        """JSON lines where ``data_dir`` has them, as GSM8K is published; else ``.json``, as in LLM-Adapters."""
-        lines = f"{task}/{split}.jsonl"
-        return lines if (Path(local_path(self.data_dir)) / lines).is_file() else f"{task}/{split}.json"
 
     def example(self, row: dict[str, Any], task: str) -> Example:
         """Prompt and solution of a row; its one label is the gold. Raises UnusableRow without a gold to judge by.

@@ -9,8 +9,9 @@ import numpy as np
 from datasets import Dataset
 
 from gatera_lightning.datamodules.batches import LikelihoodBatches, PromptBatches
+from gatera_lightning.datamodules.packing import packed_lines
 from gatera_lightning.datamodules.plan import Step
-from gatera_lightning.datamodules.tokens import TrainOn
+from gatera_lightning.datamodules.tokens import TrainOn, target_ranges
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,15 @@ def padding_share(batches: Iterable[Sequence[int]]) -> float:
     return 1 - real / computed
 
 
-def planned_lengths(steps: Iterable[Step], lengths: Sequence[int]) -> list[list[int]]:
-    """The lengths of the sequences of every micro-batch of a plan over rows of these ``lengths``."""
-    return [[lengths[row] for row in rows] for step in steps for rows in step.micro_batches]
+def planned_lengths(steps: Iterable[Step], lengths: Sequence[int], line: int | None = None) -> list[list[int]]:
+    """The real tokens in the lines of every micro-batch of a plan over rows of these ``lengths``.
+
+    A row is a line of its own, or rows are packed into lines of at most ``line`` tokens.
+    """
+    found = [[lengths[row] for row in rows] for step in steps for rows in step.micro_batches]
+    if line is None:
+        return found
+    return [[sum(rows[row] for row in packed) for packed in packed_lines(rows, line)] for rows in found]
 
 
 def evaluation_lengths(evaluation: LikelihoodBatches | PromptBatches) -> list[list[int]]:
@@ -79,6 +86,6 @@ def right_lengths(table: Dataset) -> list[int]:
 
 def target_counts(table: Dataset, train_on: TrainOn) -> list[int]:
     """Tokens that carry loss in each row, as :func:`collate` will label them."""
-    # The first token of a row has no predecessor, and is no target even where there is no prompt.
-    unlabelled = [max(1, len(ids)) if train_on == "response" else 1 for ids in table["prompt"]]
-    return [length - without for length, without in zip(right_lengths(table), unlabelled, strict=True)]
+    rows = zip(table["prompt"], right_lengths(table), table["earlier"], strict=True)
+    ranges = (target_ranges(len(prompt), length, earlier, train_on) for prompt, length, earlier in rows)
+    return [sum(end - start for start, end in found) for found in ranges]

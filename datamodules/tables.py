@@ -13,17 +13,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.prompts import turn_end
-from gatera_lightning.datamodules.tokens import Example, tokenise
+from gatera_lightning.datamodules.tokens import Example, token_ranges, tokenise
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 """Raise it when tokenisation changes, so that no table of an older version is read."""
 
 _COLUMNS = datasets.Features(
     {
         "prompt": datasets.List(datasets.Value("int32")),  # token ids
+        "earlier": datasets.List(datasets.List(datasets.Value("int32"))),  # token ranges of earlier responses in the prompt
         "answers": datasets.List(datasets.List(datasets.Value("int32"))),  # token ids of each candidate, EOS included
         "lengths": datasets.List(datasets.Value("int32")),  # tokens of the prompt with each candidate
         "characters": datasets.List(datasets.Value("int32")),  # of each candidate's text
@@ -49,18 +50,22 @@ def token_table(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase,
     closing = turn_end(tokenizer) if any(row["chat"] for row in rows) else ""
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        special: dict[str, Any] = {"special_tokens": False, "turn_end": closing} if row["chat"] else {}
+        special, ends = not row["chat"], closing if row["chat"] else ""
         try:
-            prompt, answers, shortened = tokenise(tokenizer, row["prompt"], row["answers"], max_length, **special)
+            prompt, answers, shortened = tokenise(
+                tokenizer, row["prompt"], row["answers"], max_length, special_tokens=special, turn_end=ends
+            )
+            earlier = row["earlier"] and token_ranges(tokenizer, row["prompt"], row["earlier"], prompt, special_tokens=special)
         except ValueError as error:
             raise ConfigError(f"data.{split}, example {row['example']} ({row['prompt'][:60]!r}…): {error}") from error
         return {
             "prompt": prompt,
+            "earlier": earlier,
             "answers": answers,
             "lengths": [len(prompt) + len(answer) for answer in answers],
             "characters": [len(answer.strip()) for answer in row["answers"]],
             "labels": list(row["labels"] or row["answers"]),
-            "shortened": shortened,
+            "shortened": shortened or row["shortened"],
         }
 
     inputs = [_CACHE_VERSION, rows, max_length, closing, _identity(tokenizer)]

@@ -100,6 +100,27 @@ def native_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+@torch.no_grad()
+def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether rows that stand behind each other in one line, with positions from 0 each, leave each other alone.
+
+    Tried, not looked up: the logits of a second row of three tokens may not depend on what stands before it, and must be those
+    that it has by itself. Models with a recurrent state fail, and so do those that ignore ``position_ids``.
+    """
+    device = model.get_input_embeddings().weight.device
+    lines = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 3, 1, 2, 5, 6, 7]], device=device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device).expand(2, -1)
+    training = model.training
+    model.eval()  # dropout would tell them apart too
+    try:
+        one, other = model(input_ids=lines, attention_mask=None, position_ids=positions).logits[:, 4:].float()
+        alone = model(input_ids=lines[:1, 4:]).logits[0].float()
+    finally:
+        model.train(training)
+    spread = float(alone.std())
+    return all(float((packed - alone).abs().max()) <= 0.05 * spread for packed in (one, other))
+
+
 def load_skeleton(config: BackboneConfig) -> PreTrainedModel | None:
     """The model's modules without weights, on the meta device, to check settings against; None for a GGUF file.
 

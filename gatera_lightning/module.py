@@ -16,7 +16,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
 from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.recording import GateRecord, record_gates
-from gatera_lightning.backbone import BackboneConfig, load_backbone
+from gatera_lightning.backbone import BackboneConfig, keeps_packed_rows_apart, load_backbone
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.candidates import candidate_log_likelihoods
@@ -137,6 +137,11 @@ class GateRAModule(L.LightningModule):
         for name, parameter in adapter_parameters(self.model).items():
             if parameter.dtype != wanted or not parameter.requires_grad:
                 raise RuntimeError(f"{name} should be trainable in {wanted}, but is {parameter.dtype}")
+        if getattr(getattr(trainer, "datamodule", None), "packing", False) and not keeps_packed_rows_apart(self.model):
+            raise ConfigError(
+                f"data.packing: true, and packed rows see each other in {type(self.model).__name__} with "
+                f"backbone.attn_implementation {self.backbone.attn_implementation}; accepted: false"
+            )
 
     def configure_optimizers(self) -> Any:
         """AdamW over the adapter's parameters; the schedule counts optimizer steps."""
@@ -152,7 +157,11 @@ class GateRAModule(L.LightningModule):
         labels = next_token_labels(batch["labels"])
         keep = labels != IGNORE  # (batch, tokens)
         with target_positions_only(self.model, keep), record_gates(self.model) as gates:
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            if "position_ids" in batch:  # packed: without a mask, positions that begin anew keep rows apart
+                seen = {"attention_mask": None, "position_ids": batch["position_ids"]}
+            else:
+                seen = {"attention_mask": batch["attention_mask"]}
+            logits = self.model(input_ids=batch["input_ids"], **seen).logits
         return logits, labels[keep], gates
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

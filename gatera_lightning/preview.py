@@ -153,11 +153,14 @@ class _Preview(GateRACLI):
             token_budget=data.token_budget,
             group_by_length=not data.group_by_length,
         )
-        padding, other = (padding_share(planned_lengths(plan, lengths)) for plan in (steps, others))
+        line, other_line = (data.max_length, None) if data.packing else (None, data.max_length)
+        padding = padding_share(planned_lengths(steps, lengths, line))
+        ungrouped = padding_share(planned_lengths(others, lengths, line))
+        other = padding_share(planned_lengths(steps, lengths, other_line))
         budget = "" if data.token_budget is None else f" (and token_budget {data.token_budget})"
         return [
-            f"  padding     {_percent(padding)} of the computed positions; {_percent(other)} with group_by_length: "
-            f"{str(not data.group_by_length).lower()}",
+            f"  padding     {_percent(padding)} of the computed positions; {_percent(ungrouped)} with group_by_length: "
+            f"{str(not data.group_by_length).lower()}, {_percent(other)} with packing: {str(not data.packing).lower()}",
             f"  steps       {len(steps):,} optimizer steps an epoch, of batch_size {data.batch_size}{budget} over "
             f"accumulate_grad_batches {self.accumulate} × {self.processes} processes{self.remark}",
         ]

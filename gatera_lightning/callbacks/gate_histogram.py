@@ -29,7 +29,9 @@ class GateCounts:
 
     def update(self, z: Tensor, batch: Batch) -> None:
         """Add the logits (layers, batch, tokens) of one forward; padding and empty rows count nowhere."""
-        real = (batch["attention_mask"] > 0) & (batch["example_ids"] >= 0).unsqueeze(1)
+        real = batch["attention_mask"] > 0
+        if "position_ids" not in batch:  # packed lines hold rows of training, all of which count
+            real &= (batch["example_ids"] >= 0).unsqueeze(1)
         z = torch.nan_to_num(z)  # a diverged step is stopped by its loss, not by its picture
         g, entropy = torch.sigmoid(z.float()), gate_entropy(z.float())
         index = (g * BINS).long().clamp_(max=BINS - 1)

@@ -15,8 +15,8 @@ _CAVEATS = (
     "Brackets are 95 % intervals over the questions. Difference: run minus baseline on their common rows. b / c: questions "
     "that only the baseline / only the run answers right.",
     "p: McNemar's mid-p for one task, interval by Newcombe's method 10; for the average over tasks, the nats and the means of "
-    f"metrics of text a paired bootstrap of {RESAMPLES:,} resamples (none below {MIN_BOOTSTRAP_ROWS} rows). The verdict is p's at "
-    "the 5 % level.",
+    f"metrics of text a paired bootstrap of {RESAMPLES:,} resamples (none below {MIN_BOOTSTRAP_ROWS} rows). The verdict is p's "
+    "at the 5 % level.",
     "p-values are not corrected for the number of comparisons: of 20 between equal runs, one is expected below 0.05.",
     "One run per method says nothing about seeds: training again may move a method by more than these intervals, which are "
     "about the questions alone.",

@@ -460,7 +460,7 @@ def test_hub_without_network_says_what_to_do(make_data):
         data.setup("fit")
     message = str(caught.value)
     assert message.startswith("data.train: cannot fetch 'zwhe99/commonsense_170k' from the hub (")
-    assert "Without network, give local .json files." in message
+    assert "Without network, give local files." in message
 
 
 @pytest.mark.parametrize("error", [ConnectionError(), ConnectionError("\nno route"), OSError("no route\nmore")])

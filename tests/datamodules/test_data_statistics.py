@@ -121,7 +121,8 @@ def test_prompts_shortened_are_those_that_would_be_longer(data):
 
 
 def test_a_row_without_a_prompt_has_no_target_at_its_start():
-    rows = {"prompt": [[], [1, 2]], "lengths": [[3, 4], [5]], "gold": [1, 0], "task": ["a", "a"], "shortened": [False, True]}
+    rows = {"prompt": [[], [1, 2]], "lengths": [[3, 4], [5]], "gold": [1, 0], "task": ["a", "a"]}
+    rows |= {"shortened": [False, True], "earlier": [[], []]}
     table = Dataset.from_dict(rows)
     found = SplitStatistics.of(table, "response")
     assert (found.lengths, found.targets, found.shortened) == ([4, 5], 3 + 3, 1)
