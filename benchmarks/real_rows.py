@@ -3,8 +3,8 @@
     GATERA_DATA=… python benchmarks/real_rows.py gatera:1e-2 hira:1e-2 lora:2e-3 --seeds 0 1 2 --out results.json
 
 Trains on ARC-Easy, ARC-Challenge and the first 2,000 OpenBookQA rows, less 16 held out and not used (prompt
-``Question: {q}\\nAnswer:``, answer the option's text and EOS): 80 steps of 16 rows, rank 16 on q, k, v, up, down, bf16
-backbone, linear decay after 10 warm-up steps, clipping at 1. Evaluates on the first 300 rows of ARC-Easy's test file: nats
+``Question: {q}\\nAnswer:``, answer the option's text and EOS): 80 steps of 16 rows, rank 16 on q, k, v, up, down, linear
+decay after 10 warm-up steps, clipping at 1. Evaluates on the first 300 rows of ARC-Easy's test file: nats
 per target token of the right answers, and accuracy by per-token likelihood with its 95 % interval. All methods share data,
 order of rows and schedule; only the learning rate is each method's own, and every one tried is printed. Results already in
 ``--out`` are not computed again.
@@ -33,7 +33,7 @@ def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, ba
     """Train and evaluate once; ``steps`` 0 evaluates the untrained backbone."""
     L.seed_everything(seed, verbose=False)
     update, gate = METHODS[method]
-    backbone = BackboneConfig(id=backbone_id, dtype="bfloat16")
+    backbone = BackboneConfig(id=backbone_id)
     module = GateRAModule(
         backbone=backbone,
         adapter=AdapterConfig(update=update, gate=gate, rank=16),
@@ -88,6 +88,7 @@ def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, ba
         "train_seconds": seconds,
         "train_cpu_seconds": cpu_seconds,
         "torch": torch.__version__,
+        "dtype": str(module.model.dtype),
     }
 
 
