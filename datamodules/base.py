@@ -160,7 +160,10 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             self.tables["train"] = table.select(np.flatnonzero(~held_out))
         if "train" in opened and self.weights is not None:
             table = self.tables["train"]
-            self.tables["train"] = table.select(mixed_rows(table["task"], self.weights, self.seed))
+            try:
+                self.tables["train"] = table.select(mixed_rows(table["task"], self.weights, self.seed))
+            except ValueError as error:
+                raise ConfigError(f"data.weights: {error}") from error
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
             for found in self.leakage():
                 log.log(logging.WARNING if found.rows or found.unread else logging.INFO, "%s", found)

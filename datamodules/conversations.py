@@ -48,24 +48,26 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Instruction | Ch
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
-    fields = {column: row.get(columns.get(column, column)) for column in COLUMNS}
+    names = {column: columns.get(column, column) for column in COLUMNS}
+    fields = {column: row.get(name) for column, name in names.items()}
     if fields["messages"] is not None:
+        if fields["instruction"] is not None and fields["output"] is not None:
+            raise ValueError(f"columns {names['messages']!r} and {names['instruction']!r}: expected one of the two in a row")
         return Chat(tuple(_messages(fields["messages"])))
     for column in ("instruction", "output"):
-        if fields[column] is None:
-            name = columns.get(column, column)
-            also = "" if any(fields.values()) else f", and so is {columns.get('messages', 'messages')!r}"
+        name = names[column]
+        if name not in row:
+            also = "" if any(fields.values()) else f", and so is {names['messages']!r}"
             raise ValueError(
                 f"column {name!r} is missing{also}; the row has {', '.join(map(str, row)) or 'no columns'}. "
                 f"data.columns: {{{column}: NAME}} reads another one"
             )
     for column in ("instruction", "input", "output"):
-        if not isinstance(fields[column], str) and (column != "input" or fields[column] is not None):
-            raise ValueError(f"column {columns.get(column, column)!r}: expected a text, found {fields[column]!r:.60}")
+        if not isinstance(fields[column], str) and fields[column] is not None:
+            raise ValueError(f"column {names[column]!r}: expected a text, found {fields[column]!r:.60}")
     request, context, response = ((fields[column] or "").strip() for column in ("instruction", "input", "output"))
     if not request or not response:
-        empty = "output" if request else "instruction"
-        raise ValueError(f"column {columns.get(empty, empty)!r} is empty")
+        raise ValueError(f"column {names['output' if request else 'instruction']!r} is empty")
     return Instruction(request, context, response)
 
 
@@ -132,7 +134,7 @@ class ConversationPrompts:
         return prompt
 
     def _fits(self, prompt: Prompt, max_length: int) -> bool:
-        special = {"special_tokens": False, "turn_end": turn_end(self.tokenizer)} if self.template == "chat" else {}
+        special: dict[str, Any] = {"special_tokens": False, "turn_end": self._end} if self.template == "chat" else {}
         return not tokenise(self.tokenizer, prompt.text, [prompt.answer], max_length, **special)[2]
 
     def _chat(self, messages: Sequence[Message], *, shortened: bool) -> Prompt:
@@ -147,10 +149,13 @@ class ConversationPrompts:
             text, places = "", []
             for message in before:
                 text += _NAMES[message["role"]]
-                if message["role"] == "assistant":
-                    places.append((len(text) - 1, len(text) + len(message["content"])))  # with the space, as the answer's
-                text += message["content"] + "\n"
-            return Prompt(text + _NAMES["assistant"].rstrip(), f" {last['content']}", tuple(places), shortened)
+                said = message["content"]
+                if message["role"] == "assistant":  # closed as an answer is: else the model would learn to talk on
+                    said += self.tokenizer.eos_token
+                    places.append((len(text) - 1, len(text) + len(said)))  # with the space before it, as the answer has
+                text += said + "\n"
+            earlier = tuple(places) if self.earlier else ()
+            return Prompt(text + _NAMES["assistant"].rstrip(), f" {last['content']}", earlier, shortened)
         if [message["role"] for message in before] not in (["user"], ["system", "user"]):
             raise ValueError(f"a chat of {len(messages)} messages; template {self.template} has one turn: use chat or plain")
         request = "\n\n".join(message["content"] for message in before)
@@ -170,12 +175,19 @@ class ConversationPrompts:
                         "last one, so it cannot be trained on where it stands; accepted: response, all"
                     )
                 end = start + len(message["content"])
-                places.append((len(lead), end + len(self._close) * text.startswith(self._close, end)))
+                close = end + len(text[end:]) - len(text[end:].lstrip())
+                if self._close and text.startswith(self._close, close):
+                    end = close + len(self._close)
+                places.append((len(lead), end))
         return tuple(places)
 
     @cached_property
     def _close(self) -> str:
         return turn_close(self.tokenizer)
+
+    @cached_property
+    def _end(self) -> str:
+        return turn_end(self.tokenizer)
 
     @cached_property
     def _shows_system(self) -> bool:

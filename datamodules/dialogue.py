@@ -37,6 +37,7 @@ class DialogueDataModule(TaskFamily):
 
     free_text = True
     ranking = "hits@1"
+    suffixes = (".txt", ".json", ".jsonl")
     tasks = ("convai2", "smalltalk")
     sample_tasks = ("smalltalk",)
 

@@ -46,6 +46,9 @@ class TaskFamily(SupervisedDataModule):
     tasks: ClassVar[tuple[str, ...]]
     """Names that stand for a file under ``data_dir``."""
 
+    suffixes: ClassVar[tuple[str, ...]] = ROW_SUFFIXES
+    """What the names of this family's files end in."""
+
     sample_tasks: ClassVar[tuple[str, ...]] = ()
     """Those that are embedded: what ``data_dir: samples`` trains and tests on by default."""
 
@@ -149,7 +152,7 @@ class TaskFamily(SupervisedDataModule):
     def _file(self, name: str, split: str) -> str | None:
         """The path or web address of a source's file, or None for a hub id."""
         name = local_path(name)
-        if name.endswith(SUFFIXES) or is_address(name):
+        if name.lower().endswith(SUFFIXES) or is_address(name):
             return name
         if "/" in name:
             return None
@@ -164,6 +167,8 @@ class TaskFamily(SupervisedDataModule):
     def _source_problems(self, source: str, split: str) -> list[str]:
         name, _ = split_slice(source)
         file = self._file(name, split)
+        if file is not None and not file.lower().endswith(self.suffixes):
+            return [f"{source!r} is no file of rows; accepted: {', '.join(self.suffixes)}"]
         if file is None or is_address(file) or Path(file).is_file():
             return []
         if "$" in file:
@@ -172,7 +177,7 @@ class TaskFamily(SupervisedDataModule):
             folder = Path(file).parent.parent
             there = ", ".join(sorted(p.name for p in folder.glob("*") if p.is_dir())) or "no task folders"
             return [f"task {name!r} needs the file {file}, which does not exist; {folder} holds {there}"]
-        if name.endswith(SUFFIXES):
+        if name.lower().endswith(SUFFIXES):
             return [f"the file {file} does not exist"]
-        accepted = f"{', '.join(self.tasks)}, a file ({', '.join(SUFFIXES)}), or a hub id (owner/name)"
+        accepted = f"{', '.join(self.tasks)}, a file ({', '.join(self.suffixes)}), or a hub id (owner/name)"
         return [f"task {name!r} is unknown; accepted: {accepted}"]

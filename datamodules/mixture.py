@@ -9,7 +9,8 @@ def mixed_rows(tasks: Sequence[str], weights: Mapping[str, float], seed: int) ->
     """The rows of an epoch in which tasks have the shares of ``weights``: numbers into ``tasks``, some perhaps several times.
 
     The epoch is as long as the tasks that have a weight are together. A task's rows are used whole times over, and the rest
-    of its share is drawn from them at random, the same in every epoch.
+    of its share is drawn from them at random, the same in every epoch. Raises ValueError for a task with a weight that has no
+    row, or whose share is less than one row.
 
     >>> mixed_rows(["a", "a", "b", "b"], {"a": 1, "b": 0}, seed=0)
     [0, 1]
@@ -17,10 +18,14 @@ def mixed_rows(tasks: Sequence[str], weights: Mapping[str, float], seed: int) ->
     rng = np.random.default_rng(seed)
     task_of = np.array(tasks)
     rows = {task: np.flatnonzero(task_of == task) for task, weight in weights.items() if weight > 0}
+    if empty := [task for task, own in rows.items() if not len(own)]:
+        raise ValueError(f"{', '.join(empty)} has a weight, and no row that is left to train on")
     total, whole = sum(map(len, rows.values())), sum(weights[task] for task in rows)
-    ends = np.rint(np.cumsum([weights[task] / whole * total for task in rows])).astype(int)  # so that counts add up to total
+    ends = np.floor(np.cumsum([weights[task] / whole * total for task in rows]) + 0.5).astype(int)  # counts add up to total
     mixed: list[int] = []
-    for own, count in zip(rows.values(), np.diff(ends, prepend=0), strict=True):
+    for (task, own), count in zip(rows.items(), np.diff(ends, prepend=0), strict=True):
+        if not count:
+            raise ValueError(f"{task}: {weights[task]} of {whole} is less than one of {total} rows")
         times, rest = divmod(int(count), len(own))
         mixed += np.tile(own, times).tolist() + rng.choice(own, rest, replace=False).tolist()
     return sorted(mixed)

@@ -1,5 +1,6 @@
 """People's own data: instructions with responses, or chats, from any file of rows or from the hub."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -7,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from gatera_lightning.datamodules.conversations import COLUMNS, Chat, ConversationPrompts, parse_conversation
 from gatera_lightning.datamodules.family import TaskFamily
 from gatera_lightning.datamodules.tokens import Example
+from gatera_lightning.errors import ConfigError
 
 
 class OwnDataModule(TaskFamily):
@@ -30,6 +32,7 @@ class OwnDataModule(TaskFamily):
         super().__init__(**family)
         self.columns = columns or {}
         self._prompts: ConversationPrompts | None = None
+        self._unseen: set[str] = set()
 
     def problems(self, stage: str) -> list[str]:
         """Everything about these settings that cannot work, missing files included; reads no rows."""
@@ -45,11 +48,20 @@ class OwnDataModule(TaskFamily):
         super().connect(tokenizer)
         self._prompts = ConversationPrompts(self.template, tokenizer, earlier=self.train_on == "every_response")
 
+    def examples(self, split: str) -> Iterator[Example]:
+        """As every family. Raises ConfigError when no row has a column that ``columns`` names, which would drop it silently."""
+        self._unseen = set(self.columns.values())
+        yield from super().examples(split)
+        if self._unseen:
+            names = ", ".join(f"{column}: {name}" for column, name in self.columns.items() if name in self._unseen)
+            raise ConfigError(f"data.columns: {names}, and no row of data.{split} has that column")
+
     def example(self, row: dict[str, Any], task: str) -> Example:
         """Prompt and response of a row; a chat's earlier responses are trained on with ``train_on: every_response``."""
         if self._prompts is None:
             raise RuntimeError("the data module has no tokenizer yet: call connect(tokenizer) first")
         conversation = parse_conversation(row, self.columns)
+        self._unseen.difference_update(row)
         prompt = self._prompts.fitting(conversation, self.max_length)
         said = (
             [message["content"] for message in conversation.messages]

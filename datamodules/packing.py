@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 
 def packed_lines(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which rows (their numbers) stand behind each other in each line, so that the fewest positions are computed.
+    """Which rows (their numbers) stand behind each other in each line, so that few positions are computed.
 
-    For every number of lines, rows go longest first into the emptiest line; of all layouts whose lines hold at most
-    ``capacity`` tokens (or the longest row, if that is more) the smallest area wins, of equals that with the shortest lines.
+    For every number of lines, rows go longest first into the emptiest line. Of these layouts, as far as their lines hold at
+    most ``capacity`` tokens (or the longest row, if that is more), the smallest area wins, of equals that with the shortest
+    lines. It is never larger than unpacked, and seldom a few percent larger than the best of all.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     capacity = max(capacity, max(lengths))

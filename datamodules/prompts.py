@@ -90,9 +90,12 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def turn_close(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The special token with which the chat template closes an assistant's turn, as text; empty without one."""
+    """The special token with which the chat template closes an assistant's turn, as text; empty without one.
+
+    White space before it is not part of it.
+    """
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
-    closing = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_ANSWER)[2]
+    closing = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_ANSWER)[2].lstrip()
     ids = tokenizer(closing, add_special_tokens=False).input_ids
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     if not ids or ids[0] not in special:

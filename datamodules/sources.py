@@ -11,7 +11,7 @@ from typing import Any
 
 from gatera_lightning.errors import ConfigError
 
-ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """What the name of a file of rows ends in."""
 
 SUFFIXES = (*ROW_SUFFIXES, ".txt")
@@ -33,7 +33,7 @@ def source_name(source: str) -> str:
     """What a source is called in results: task, data set, or file; the file's folder where the file is named for a split."""
     name = split_slice(source)[0]
     path = Path(name)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         return path.name if is_address(name) else Path(_HUB.match(name)["id"]).name  # type: ignore[index]
     return path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
 
@@ -81,10 +81,11 @@ def file_rows(name: str) -> Iterator[tuple[str, Any]]:
     """Rows of a file at a path or web address, each with ``name, row N`` (from 1; a line of the file where it is JSON lines).
 
     A JSON list (``.json``), JSON lines (``.jsonl``), a table with a header (``.csv``), or Parquet, by the ending of the name.
-    Raises ConfigError when it cannot be had, is malformed, or was cut.
+    Raises ConfigError when it cannot be had, is malformed, or was cut in the middle of a row (of a table's last field, no one
+    can tell).
     """
     readers = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    for number, row in readers.get(Path(name).suffix, _json_list)(name):
+    for number, row in readers.get(Path(name).suffix.lower(), _json_list)(name):
         yield f"{name}, row {number}", row
 
 
@@ -107,6 +108,7 @@ def _json_lines(name: str) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(name: str) -> Iterator[tuple[int, dict[str, str]]]:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KB that spreadsheets need
     reader = csv.reader(io.StringIO(file_text(name), newline=""), strict=True)
     number = 0
     try:
@@ -129,13 +131,19 @@ def _parquet_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow.parquet import ParquetFile
 
     path = fetched(name) if is_address(name) else Path(name)
+    if not path.is_file():
+        raise ConfigError(f"{name}: cannot be read (there is no such file)")
     number = 0
     try:
-        for part in ParquetFile(path).iter_batches():
+        file = ParquetFile(path)
+        columns = file.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise ConfigError(f"{name}: expected a name of its own for each column, found {', '.join(columns)}")
+        for part in file.iter_batches():
             for row in part.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{name}: not a whole Parquet file, after {number} rows ({' '.join(str(error).split())}); was it cut?"
         ) from error

@@ -46,6 +46,7 @@ HERE = {  # what a recipe for other machines needs to run here
     "smollm2_math.yaml": ["--data.init_args.data_dir", "samples", "--trainer.val_check_interval", "3", *sample("arithmetic")],
     "llama_dialogue.yaml": [*ONE_PROCESS, *sample("smalltalk")],
     "smollm2_dialogue.yaml": ["--trainer.val_check_interval", "3", *sample("smalltalk")],
+    "own_data.yaml": ["--data.init_args.template", "plain", *sample("calendar")],  # the tiny tokenizer has no chat template
 }
 
 ABLATIONS = {  # and the settings that each one is about
@@ -77,7 +78,7 @@ def commands(name):
     """The command lines in a header, continued lines joined, without ``python -m gatera_lightning``."""
     lines = "\n".join(header(name)["Command"]).replace("\\\n", " ").splitlines()
     start = "python -m gatera_lightning "
-    return [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
+    return [shlex.split(line.removeprefix(start), comments=True) for line in lines if line.startswith(start)]
 
 
 def fit(tmp_path, monkeypatch, *args):

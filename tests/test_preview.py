@@ -6,7 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from tiny_backbone import EOS, PlainQuestion, run_program, sample_rows, tiny_args, tiny_data
+from tiny_backbone import EOS, SAMPLES, PlainQuestion, run_program, sample_rows, tiny_args, tiny_data
 
 import gatera_lightning.module
 from gatera_lightning.__main__ import main
@@ -145,6 +145,41 @@ def test_the_chat_template_is_shown_with_its_special_tokens(show, tiny_backbone,
     assert text == f"  <user>\n  {asked}{EOS}\n  <assistant>\n  ⟦{answer}{EOS}⟧"
 
 
+def test_every_response_of_a_chat_is_marked(tiny_backbone, elsewhere, capsys):
+    folder = chat_folder(tiny_backbone, elsewhere / "chat")
+    flags = [
+        "--config",
+        "own_data.yaml",
+        *tiny_args(folder),
+        *settings(train=["calendar[:6]"], validation=1, test=["calendar"]),
+    ]
+    assert main(["preview", *flags, "--rows", "9"]) == 0
+    shown = [text for _, text in shown_rows(capsys.readouterr().out)]
+    expected = []
+    for line in (SAMPLES.parent / "calendar" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:6]:
+        row = json.loads(line)
+        turns = row.get("messages") or [
+            {"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"},
+            {"role": "assistant", "content": row["output"]},
+        ]
+        marks = {"assistant": "⟦{}" + EOS + "⟧"}
+        text = "".join(f"<{turn['role']}>\n{marks.get(turn['role'], '{}' + EOS).format(turn['content'])}\n" for turn in turns)
+        expected.append(f"  {text.strip()}".replace("\n", "\n  "))
+    assert max(text.count("⟦") for text in expected) == 3
+    assert len(shown) == 5
+    assert set(shown) < set(expected)  # one is held out
+
+
+def test_the_recipe_for_own_data_as_it_stands(tiny_backbone, elsewhere, capsys):
+    folder = chat_folder(tiny_backbone, elsewhere / "chat")
+    assert main(["preview", "--config", "own_data.yaml", "--model.backbone.id", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert figure(printed, "tasks") == ["calendar 120"]
+    assert figure(printed, "shortened") == ["0 prompts (0.0 %) to max_length 512"]
+    assert "leakage: none of the 24 validation rows is a training row" in printed
+    assert "leakage: none of the 36 test rows is a training row" in printed
+
+
 def test_a_terminal_gets_colours_and_no_brackets(show, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -210,14 +245,26 @@ def test_candidates_of_a_validation_row_where_they_are_ranked(show, ranked):
 # --- figures ---
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("budget", [None, 150])
-def test_figures_of_train_are_those_of_its_batches(show, tiny_backbone, grouped, budget):
-    changes = {"group_by_length": grouped, "token_budget": budget}
+@pytest.mark.parametrize(
+    ("grouped", "budget", "packing"),
+    [
+        (True, None, False),
+        (False, None, False),
+        (True, 150, False),
+        (False, 150, False),
+        (True, None, True),
+        (False, None, True),
+    ],
+)
+def test_figures_of_train_are_those_of_its_batches(show, tiny_backbone, grouped, budget, packing):
+    changes = {"group_by_length": grouped, "token_budget": budget, "packing": packing}
     printed = show("--trainer.accumulate_grad_batches", "2", *settings(**changes))
-    loader = real_data(tiny_backbone, accumulate=2, **changes).train_dataloader()
-    other = real_data(tiny_backbone, accumulate=2, **(changes | {"group_by_length": not grouped})).train_dataloader()
-    batches = list(loader)
+
+    def loader(**others):
+        return real_data(tiny_backbone, accumulate=2, **(changes | others)).train_dataloader()
+
+    shares = [counted(loader(**others)) for others in ({}, {"group_by_length": not grouped}, {"packing": not packing})]
+    batches = list(loader(packing=False))
     lengths = sorted(int(n) for batch in batches for n in batch["attention_mask"].sum(1))
     targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     assert "\ntrain: 48 rows\n" in printed
@@ -229,12 +276,13 @@ def test_figures_of_train_are_those_of_its_batches(show, tiny_backbone, grouped,
     share = f"{100 * targets / sum(lengths):.1f} %"
     assert figure(printed, "targets") == [f"{targets} of {sum(lengths):,} real tokens ({share})"]
     assert figure(printed, "shortened") == ["0 prompts (0.0 %) to max_length 256"]
-    assert counted(loader) != counted(other)
+    assert len(set(shares)) == 3
     assert figure(printed, "padding") == [
-        f"{counted(loader)} of the computed positions; {counted(other)} with group_by_length: {str(not grouped).lower()}"
+        f"{shares[0]} of the computed positions; {shares[1]} with group_by_length: {str(not grouped).lower()}, "
+        f"{shares[2]} with packing: {str(not packing).lower()}"
     ]
     (steps,) = figure(printed, "steps")
-    assert steps.startswith(f"{len(loader) // 2} optimizer steps an epoch, of batch_size 16")
+    assert steps.startswith(f"{len(batches) // 2} optimizer steps an epoch, of batch_size 16")
     assert steps.endswith("over accumulate_grad_batches 2 × 1 processes")
     assert ("token_budget 150" in steps) == (budget is not None)
 
@@ -251,11 +299,13 @@ def test_figures_of_train_are_those_of_its_batches(show, tiny_backbone, grouped,
 def test_every_process_has_its_part_of_the_plan(show, tiny_backbone, flags, processes):
     printed = show(*flags, "--trainer.accelerator", "gpu", *settings(batch_size=13))
     shares = []
-    for grouped in (True, False):
-        changes = {"ranks": processes, "batch_size": 13, "group_by_length": grouped}
+    for others in ({}, {"group_by_length": False}, {"packing": True}):
+        changes = {"ranks": processes, "batch_size": 13} | others
         loaders = [real_data(tiny_backbone, rank=rank, **changes).train_dataloader() for rank in range(processes)]
         shares.append(counted([batch for loader in loaders for batch in loader]))
-    assert figure(printed, "padding") == [f"{shares[0]} of the computed positions; {shares[1]} with group_by_length: false"]
+    assert figure(printed, "padding") == [
+        f"{shares[0]} of the computed positions; {shares[1]} with group_by_length: false, {shares[2]} with packing: true"
+    ]
     (steps,) = figure(printed, "steps")
     assert steps.startswith(f"{len(loaders[0])} optimizer steps an epoch")
     assert steps.endswith(f" × {processes} processes")
@@ -318,6 +368,27 @@ def test_tasks_are_counted_apart(show, elsewhere):
     printed = show(*settings(train=["zebra.json", "ant.json", "everyday[:5]"]))
     assert "\ntrain: 32 rows\n" in printed
     assert figure(printed, "tasks") == ["zebra 20, ant 7, everyday 5"]
+
+
+def test_a_mixture_of_files_with_columns_of_their_own(tiny_backbone, elsewhere, capsys):
+    (elsewhere / "mine.csv").write_text("question,answer\n" + "".join(f"Why {n}?,So {n}.\n" for n in range(30)))
+    lines = [json.dumps({"question": f"How {n}?", "answer": f"Thus {n}."}) for n in range(10)]
+    (elsewhere / "theirs.jsonl").write_text("\n".join(lines))
+    (elsewhere / "own.yaml").write_text(
+        "data: {class_path: gatera_lightning.datamodules.OwnDataModule, init_args: {train: [mine.csv, theirs.jsonl], "
+        "validation: [calendar], test: [calendar], columns: {instruction: question, output: answer}, "
+        "weights: {mine: 1, theirs: 3}, template: plain, train_on: response}}\n"
+    )
+    flags = ["--config", "quickstart.yaml", "--config", "own.yaml", "--model.backbone.id", str(tiny_backbone)]
+    assert main(["preview", *flags, *settings(validation=["mine.csv[:3]"], test=["theirs.jsonl"])]) == 0
+    printed = capsys.readouterr().out
+    assert figure(printed, "tasks") == ["mine 10, theirs 30"]
+    assert re.search(r"\n  Question: Why \d+\?\n  Answer:⟦ So \d+\.", printed)
+    assert "leakage: 10 of 10 test rows are training rows too (theirs 10;" in printed
+    assert main(["preview", *flags, "--data.init_args.weights", "{mine: 1, others: 0}"]) == 2
+    said = capsys.readouterr().err
+    assert "data.weights: 'others' is no training source; accepted: mine, theirs" in said
+    assert "data.weights: theirs has none; accepted: a number for each of mine, theirs" in said
 
 
 # --- without weights, accelerator or traces ---

@@ -82,6 +82,8 @@ def bleu(generated: Texts, references: Texts) -> float:
         import sacrebleu
     except ImportError as error:
         raise _missing("sacrebleu") from error
+    if not generated:
+        return 0.0
     return float(sacrebleu.corpus_bleu(list(generated), [list(references)]).score)
 
 

@@ -209,14 +209,9 @@ def write(tmp_path):
     return store
 
 
-@pytest.fixture
-def make_data(tokenizer):
-    """A connected data module; ``world`` and ``accumulate`` stand for the Trainer's, ``rank`` for this process."""
-    from gatera_lightning.datamodules import CommonsenseDataModule
-
-    def build(*, ranks=1, rank=0, accumulate=1, tokenizer=tokenizer, stage=None, **settings):
-        defaults = {"template": "alpaca", "answer_format": "label", "train_on": "response", "max_length": 512}
-        module = CommonsenseDataModule(**(defaults | settings))
+def _connected(family, defaults, own_tokenizer):
+    def build(*, ranks=1, rank=0, accumulate=1, tokenizer=own_tokenizer, stage=None, **settings):
+        module = family(**(defaults | {"train_on": "response", "max_length": 512} | settings))
         module.connect(tokenizer)
         module.trainer = SimpleNamespace(
             world_size=ranks, global_rank=rank, is_global_zero=rank == 0, accumulate_grad_batches=accumulate
@@ -226,6 +221,22 @@ def make_data(tokenizer):
         return module
 
     return build
+
+
+@pytest.fixture
+def make_data(tokenizer):
+    """A connected data module; ``world`` and ``accumulate`` stand for the Trainer's, ``rank`` for this process."""
+    from gatera_lightning.datamodules import CommonsenseDataModule
+
+    return _connected(CommonsenseDataModule, {"template": "alpaca", "answer_format": "label"}, tokenizer)
+
+
+@pytest.fixture
+def make_own(tokenizer):
+    """``make_data`` over people's own rows."""
+    from gatera_lightning.datamodules import OwnDataModule
+
+    return _connected(OwnDataModule, {"template": "plain"}, tokenizer)
 
 
 @pytest.fixture

@@ -475,9 +475,9 @@ def test_hub_errors_of_any_text(error, make_data, monkeypatch):
 
 def test_hub_rows_are_rows(make_data, monkeypatch):
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda name, split: asked.append((name, split)) or [GOOD, GOOD, None])
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, split: asked.append((*names, split)) or [GOOD, GOOD, None])
     assert [e.task for e in make_data(train=["owner/name[:2]"]).examples("train")] == ["name", "name"]
-    assert asked == [("owner/name", "train")]
+    assert asked == [("owner/name", None, "train")]
     with pytest.raises(ConfigError, match=r"owner/name\[train\], row 3: field 'instruction'"):
         list(make_data(train=["owner/name"]).examples("train"))
 

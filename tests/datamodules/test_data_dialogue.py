@@ -432,7 +432,7 @@ def test_a_json_file_has_its_sections(make_dialogue, write):
 def test_the_hub_has_no_test_split(make_dialogue, monkeypatch):
     asked = []
     row = {"personality": ["me ."], "utterances": [{"candidates": ["no", "yes"], "history": ["hi"]}]}
-    monkeypatch.setattr("datasets.load_dataset", lambda name, split: asked.append((name, split)) or [row, row])
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: asked.append((name, split)) or [row, row])
     data = make_dialogue(train=["owner/chat[:1]"], validation=["owner/chat"], test=["owner/chat"])
     assert [len(list(data.examples(split))) for split in ("train", "validation", "test")] == [1, 2, 2]
     assert asked == [("owner/chat", "train"), ("owner/chat", "validation"), ("owner/chat", "validation")]
@@ -450,7 +450,11 @@ def test_a_broken_file_stops_the_fit(make_dialogue, write):
 
 @pytest.mark.parametrize(
     ("setting", "value", "accepted"),
-    [("split_by", "row", "dialogue, persona"), ("max_history_turns", -1, "null, or an integer of at least 0")],
+    [
+        ("split_by", "row", "dialogue, persona"),
+        ("max_history_turns", -1, "null, or an integer of at least 0"),
+        ("train_on", "every_response", "response, all"),
+    ],
 )
 def test_a_problem_names_setting_value_and_what_is_accepted(setting, value, accepted, make_dialogue):
     (problem,) = make_dialogue(**{setting: value}).problems("fit")

@@ -156,7 +156,7 @@ def test_the_ranks_shares_are_the_whole_step(rows, accumulate, ranks, extra):
     micro_batches = accumulate * ranks
     rows += micro_batches
     steps = plan_steps([3] * rows, [1] * rows, batch_size=micro_batches + extra, micro_batches=micro_batches, seed=0)
-    table = SimpleNamespace(batch=lambda rows, train_on, every_answer: {"rows": rows, "every_answer": every_answer})
+    table = SimpleNamespace(batch=lambda rows, train_on, every_answer, line: {"rows": rows, "every_answer": every_answer})
     shares = [TrainingBatches(table, steps, "all", ranks=ranks, rank=rank) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(steps) * accumulate}
     for number, step in enumerate(steps):

@@ -7,7 +7,14 @@ import pytest
 from datasets import Dataset
 
 from gatera_lightning.datamodules.plan import Step, plan_steps
-from gatera_lightning.datamodules.statistics import SplitStatistics, evaluation_lengths, padding_share, planned_lengths
+from gatera_lightning.datamodules.statistics import (
+    SplitStatistics,
+    evaluation_lengths,
+    padding_share,
+    planned_lengths,
+    right_lengths,
+    target_counts,
+)
 
 
 def counted_padding(batches):
@@ -74,6 +81,16 @@ def test_padding_by_hand():
     assert planned_lengths(steps, [3, 5, 4]) == [[3, 5], [4]]
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [(None, [[9, 1, 2], [4, 5]]), (9, [[9, 3], [9]]), (8, [[9, 3], [5, 4]]), (11, [[9, 3], [9]]), (99, [[12], [9]])],
+)
+def test_lengths_of_packed_lines_by_hand(line, expected):
+    steps = [Step(((0, 1, 2), (4, 3)), targets=1, tokens=21)]
+    found = planned_lengths(steps, [9, 1, 2, 5, 4], line)
+    assert [sorted(lengths, reverse=True) for lengths in found] == [sorted(lengths, reverse=True) for lengths in expected]
+
+
 # --- what a split consists of ---
 
 
@@ -90,6 +107,32 @@ def test_tokens_and_targets_are_those_of_the_batches(data, train_on):
         for example, real in zip(batch["example_ids"], batch["attention_mask"].sum(1), strict=True)
     }
     assert found.lengths == [by_example[row] for row in range(23)]
+
+
+@pytest.mark.parametrize("train_on", ["response", "every_response", "all"])
+@pytest.mark.parametrize("max_length", [512, 160, 80])
+def test_targets_of_chats_are_those_of_the_batches(train_on, max_length, make_own):
+    """Whole and shortened."""
+    settings = {"train": ["calendar[:30]"], "validation": ["calendar"], "test": ["calendar"], "batch_size": 7}
+    module = make_own(train_on=train_on, max_length=max_length, stage="fit", **settings)
+    batches = list(module.train_dataloader())
+    by_example = {
+        int(example): int(kept)
+        for batch in batches
+        for example, kept in zip(batch["example_ids"], (batch["labels"] != -100).sum(1), strict=True)
+    }
+    counts = target_counts(module.tables["train"], train_on)
+    assert counts == [by_example[row] for row in range(30)]
+    assert SplitStatistics.of(module.tables["train"], train_on).targets == sum(counts)
+
+
+def test_targets_by_hand():
+    rows = {"prompt": [[1] * 6, [1] * 3], "lengths": [[9, 8], [4, 7]], "gold": [1, 0], "task": ["a", "a"]}
+    table = Dataset.from_dict(rows | {"shortened": [False] * 2, "earlier": [[[0, 2], [3, 5]], []]})
+    assert right_lengths(table) == [8, 4]
+    assert target_counts(table, "response") == [2, 1]
+    assert target_counts(table, "every_response") == [1 + 2 + 2, 1]
+    assert target_counts(table, "all") == [7, 3]
 
 
 def test_lengths_are_quantiles_that_occur():

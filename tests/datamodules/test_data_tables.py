@@ -24,6 +24,7 @@ def test_the_columns_by_hand(words):
     assert list(token_table(EXAMPLES, words, 7, "test")) == [
         {
             "prompt": [3, 4, 5],
+            "earlier": [],
             "answers": [[6, EOS], [7, 8, EOS]],
             "lengths": [5, 6],
             "characters": [3, 8],
@@ -37,6 +38,7 @@ def test_the_columns_by_hand(words):
         },
         {
             "prompt": [4, 3, 4, 5],
+            "earlier": [],
             "answers": [[7, EOS], [8, 8, EOS]],
             "lengths": [6, 7],
             "characters": [2, 11],

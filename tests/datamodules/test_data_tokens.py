@@ -5,7 +5,15 @@ import torch
 
 from gatera_lightning.datamodules.commonsense import TASKS
 from gatera_lightning.datamodules.prompts import render
-from gatera_lightning.datamodules.tokens import AnsweredPrompt, Example, collate, collate_prompts, tokenise
+from gatera_lightning.datamodules.tokens import (
+    AnsweredPrompt,
+    Example,
+    collate,
+    collate_prompts,
+    target_ranges,
+    token_ranges,
+    tokenise,
+)
 from gatera_lightning.losses import IGNORE
 
 EOS, BOS = 0, 1
@@ -75,7 +83,9 @@ def test_label_ids_of_a_small_case(tokenizers_by_kind):
     prompt, answers, shortened = tokenise(tokenizers_by_kind["words"], "Question: cat?\nAnswer:", [" yes", " no never"], 99)
     assert (prompt, answers, shortened) == ([3, 4, 5], [[6, EOS], [7, 8, EOS]], False)
 
-    rows = [AnsweredPrompt(prompt, ids, 9 + i, answer=i, gold=1, characters=3 + 5 * i) for i, ids in enumerate(answers)]
+    rows = [
+        AnsweredPrompt(prompt, ids, example_id=9 + i, answer=i, gold=1, characters=3 + 5 * i) for i, ids in enumerate(answers)
+    ]
     batch = collate(rows, pad_id=EOS, train_on="response")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 0], [3, 4, 5, 7, 8, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
@@ -140,6 +150,115 @@ def test_a_row_that_counts_for_nothing_has_no_targets(train_on):
 def test_counts_are_plain_integers():
     batch = collate([AnsweredPrompt([3], [6, 0], example_id=0)], pad_id=0, train_on="all")
     assert type(batch["step_targets"]) is type(batch["step_tokens"]) is int
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "earlier", "train_on", "expected"),
+    [
+        (3, 5, [], "response", [(3, 5)]),
+        (3, 5, [(1, 2)], "response", [(3, 5)]),
+        (3, 5, [], "every_response", [(3, 5)]),
+        (9, 12, [(2, 4), (6, 7)], "every_response", [(2, 4), (6, 7), (9, 12)]),
+        (9, 12, [[0, 4]], "every_response", [(1, 4), (9, 12)]),  # the first token has no predecessor
+        (9, 12, [(2, 4)], "all", [(1, 12)]),
+        (0, 3, [], "response", [(1, 3)]),
+        (0, 3, [], "every_response", [(1, 3)]),
+        (0, 3, [], "all", [(1, 3)]),
+    ],
+)
+def test_ranges_of_targets(prompt, length, earlier, train_on, expected):
+    assert target_ranges(prompt, length, earlier, train_on) == expected
+
+
+@pytest.mark.parametrize(
+    ("train_on", "labels"),
+    [
+        ("response", [X, X, X, X, X, X, 6, 0]),
+        ("every_response", [X, 4, X, 8, 8, X, 6, 0]),
+        ("all", [X, 4, 5, 8, 8, 7, 6, 0]),
+    ],
+)
+def test_labels_of_earlier_responses(train_on, labels):
+    row = AnsweredPrompt([3, 4, 5, 8, 8, 7], [6, 0], earlier=[[0, 2], [3, 5]], example_id=0)
+    filler = AnsweredPrompt([3, 4, 5], [6, 0], earlier=[(0, 2)], example_id=-1)
+    batch = collate([row, filler], pad_id=0, train_on=train_on)
+    assert batch["labels"].tolist() == [labels, [X] * 8]
+    assert batch["response_mask"][0].int().tolist() == [0, 0, 0, 0, 0, 0, 1, 1]  # the answer's, whatever is trained on
+    assert batch["step_targets"] == sum(label != X for label in labels)
+
+
+# --- where earlier responses stand ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranges", "expected"),
+    [
+        ("words", [(10, 14)], [(1, 2)]),
+        ("words", [(0, 14)], [(0, 2)]),
+        ("words", [(9, 22), (23, 26)], [(1, 3), (3, 4)]),  # the space before a word is no token's
+        ("words", [(11, 14)], []),  # a token belongs where it begins
+        ("words", [(11, 16)], [(2, 3)]),
+        ("words", [(5, 5)], []),
+        ("words", [], []),
+        ("words_bos", [(10, 14)], [(2, 3)]),
+        ("words_bos", [(0, 14)], [(1, 3)]),  # BOS stands for no character
+    ],
+)
+def test_token_ranges_by_hand(kind, ranges, expected, tokenizers_by_kind):
+    text = "Question: cat? Answer: yes"
+    tokenizer = tokenizers_by_kind[kind]
+    assert token_ranges(tokenizer, text, ranges, tokenise(tokenizer, text, [" no"], 99)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "expected"),
+    [
+        ("words", [3, 4, 5, 6], [(0, 2), (3, 4)]),
+        ("words", [4, 5, 6], [(0, 1), (2, 3)]),
+        ("words", [5, 6], [(1, 2)]),
+        ("words", [6], [(0, 1)]),
+        ("words_bos", [BOS, 3, 4, 5, 6], [(1, 3), (4, 5)]),
+        ("words_bos", [BOS, 4, 5, 6], [(1, 2), (3, 4)]),
+        ("words_bos", [BOS, 5, 6], [(2, 3)]),
+        ("words_bos", [BOS, 6], [(1, 2)]),
+    ],
+)
+def test_ranges_move_with_what_was_cut_off(kind, kept, expected, tokenizers_by_kind):
+    text = "Question: cat? Answer: yes"
+    tokenizer = tokenizers_by_kind[kind]
+    assert tokenise(tokenizer, text, [" no"], len(kept) + 2)[0] == kept
+    assert token_ranges(tokenizer, text, [(0, 14), (22, 26)], kept) == expected
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos", "closing", "closing_without_bos", "bos_is_eos", "bos_is_eos_closing"])
+def test_ranges_hold_the_characters_asked_for(kind, tokenizers_by_kind):
+    """Of a text with characters of several tokens each, where ranges begin and end at words."""
+    tokenizer = tokenizers_by_kind[kind]
+    text = "Antwort: über 👋 den Wolken 中文 the correct answer is answer1 ende"
+    pieces = [" über 👋", " 中文", " the correct answer", " ende"]
+    ranges = [(text.index(piece), text.index(piece) + len(piece)) for piece in pieces]
+    prompt = tokenise(tokenizer, text, [" no"], 999)[0]
+    found = token_ranges(tokenizer, text, ranges, prompt)
+    assert [tokenizer.decode(prompt[start:end]) for start, end in found] == pieces
+
+
+def test_special_tokens_that_are_text_are_in_ranges(chat_tokenizers):
+    tokenizer = chat_tokenizers["gemma"]
+    text = "<bos><start_of_turn>model\nyes<end_of_turn>\n"
+    prompt = tokenise(tokenizer, text, ["no"], 99, special_tokens=False)[0]
+    start = text.index("yes")
+    ((begin, end),) = token_ranges(tokenizer, text, [(start, len(text) - 1)], prompt, special_tokens=False)
+    assert tokenizer.decode(prompt[begin:end]) == "yes<end_of_turn>"
+    assert token_ranges(tokenizer, text, [(0, 5)], prompt, special_tokens=False) == [(0, 1)]
+
+
+def test_ranges_need_a_fast_tokenizer(tokenizers_by_kind, monkeypatch):
+    tokenizer = tokenizers_by_kind["words"]
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(
+        ValueError, match=r"^train_on every_response needs a fast tokenizer, which knows the characters of each"
+    ):
+        token_ranges(tokenizer, "cat?", [(0, 4)], [4])
 
 
 # --- prompts to complete ---

@@ -252,3 +252,13 @@ def test_no_text_says_anything(wordnet, tiny_bert):
     assert found.skipped == {}
     assert [found.values[name] for name in ("token_f1", "rouge_l", "meteor")] == [[0.0, 0.0]] * 3
     assert set(corpus_metrics(["", ""], ["a dog .", "yes"])[0].values()) == {0.0}
+
+
+def test_no_texts_at_all_are_no_error():
+    """What a process without a share has, and how the report asks which metrics of many texts are not there."""
+    assert corpus_metrics([], []) == ({"bleu": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}, {})
+    assert row_scores([], [], bert_model="owner/not-a-model").values["token_f1"] == []
+
+
+def test_no_texts_at_all():
+    assert corpus_metrics([], []) == ({"bleu": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}, {})
