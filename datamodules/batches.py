@@ -32,11 +32,11 @@ class TokenTable:
                     AnsweredPrompt(
                         entry["prompt"],
                         entry["answers"][answer],
-                        entry["earlier"],
                         example_id=entry["example"] if rows else -1,
                         answer=answer,
                         gold=entry["gold"],
                         characters=entry["characters"][answer],
+                        earlier=entry["earlier"],
                     )
                 )
         lines = None if line is None else packed_lines([row.length for row in answered], line)

@@ -168,11 +168,11 @@ class AnsweredPrompt:
 
     prompt_ids: list[int]
     answer_ids: list[int]
-    earlier: Sequence[Sequence[int]] = ()
     example_id: int = -1
     answer: int = 0
     gold: int = 0
     characters: int = 1
+    earlier: Sequence[Sequence[int]] = ()
 
     @property
     def length(self) -> int:

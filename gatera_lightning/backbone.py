@@ -105,7 +105,8 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     """Whether rows that stand behind each other in one line, with positions from 0 each, leave each other alone.
 
     Tried, not looked up: the logits of a second row of three tokens may not depend on what stands before it, and must be those
-    that it has by itself. Models with a recurrent state fail, and so do those that ignore ``position_ids``.
+    that it has by itself. Models with a recurrent state fail, and so do those that ignore ``position_ids``. Rounding in bf16
+    moves logits by a tenth of their spread, rows that see each other by several times it; the limit is half of it.
     """
     device = model.get_input_embeddings().weight.device
     lines = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 3, 1, 2, 5, 6, 7]], device=device)
@@ -118,7 +119,7 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     finally:
         model.train(training)
     spread = float(alone.std())
-    return all(float((packed - alone).abs().max()) <= 0.05 * spread for packed in (one, other))
+    return all(float((packed - alone).abs().max()) <= 0.5 * spread for packed in (one, other))
 
 
 def load_skeleton(config: BackboneConfig) -> PreTrainedModel | None:

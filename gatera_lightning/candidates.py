@@ -4,9 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from gatera_lightning.datamodules.tokens import Batch
 from gatera_lightning.losses import target_positions_only
+
+
+def continues_from_keys(model: PreTrainedModel) -> bool:
+    """Whether all that the model keeps of a prompt is keys and values, which rows can share: no convolution, no state."""
+    layers = DynamicCache(config=model.config).layers
+    keys = all(isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    return keys and not model._is_stateful
 
 
 def candidate_log_likelihoods(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from gatera_lightning.adapters.recording import GateRecord, record_gates
 from gatera_lightning.backbone import BackboneConfig, keeps_packed_rows_apart, load_backbone
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
-from gatera_lightning.candidates import candidate_log_likelihoods
+from gatera_lightning.candidates import candidate_log_likelihoods, continues_from_keys
 from gatera_lightning.datamodules.tokens import Batch, PromptBatch
 from gatera_lightning.errors import ConfigError, NonFiniteLossError
 from gatera_lightning.evaluation.ranking import Score, answer_log_likelihoods, ranked_questions
@@ -79,6 +79,7 @@ class GateRAModule(L.LightningModule):
         self.report: InjectionReport | None = None
         self.val_loss = MeanMetric(nan_strategy=float("inf"))  # a NaN must not be dropped from the mean
         self.val_accuracy = torch.nn.ModuleDict({score: MeanMetric(nan_strategy="error") for score in get_args(Score)})
+        self._packing_is_tried = False
         self._step_sums = torch.zeros(3)
         self._step_history: list[tuple[Tensor, Tensor]] = []
 
@@ -137,11 +138,16 @@ class GateRAModule(L.LightningModule):
         for name, parameter in adapter_parameters(self.model).items():
             if parameter.dtype != wanted or not parameter.requires_grad:
                 raise RuntimeError(f"{name} should be trainable in {wanted}, but is {parameter.dtype}")
-        if getattr(getattr(trainer, "datamodule", None), "packing", False) and not keeps_packed_rows_apart(self.model):
-            raise ConfigError(
-                f"data.packing: true, and packed rows see each other in {type(self.model).__name__} with "
-                f"backbone.attn_implementation {self.backbone.attn_implementation}; accepted: false"
-            )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Refuse the first packed batch if the model cannot tell its rows apart."""
+        if "position_ids" in batch and not self._packing_is_tried:
+            if not keeps_packed_rows_apart(self.model):
+                raise ConfigError(
+                    f"data.packing: true, and packed rows see each other in {type(self.model).__name__} with "
+                    f"backbone.attn_implementation {self.backbone.attn_implementation}; accepted: false"
+                )
+            self._packing_is_tried = True
 
     def configure_optimizers(self) -> Any:
         """AdamW over the adapter's parameters; the schedule counts optimizer steps."""
@@ -248,7 +254,7 @@ class GateRAModule(L.LightningModule):
         if "labels" not in batch:
             return {"generated": generate(self.model, batch, self.decoding, in_step=self.device_mesh is not None)}
         batch = cast(Batch, batch)
-        if batch["whole_questions"] and self.decoding.use_cache and not self.model._is_stateful:
+        if batch["whole_questions"] and self.decoding.use_cache and continues_from_keys(self.model):
             log_likelihoods, tokens = candidate_log_likelihoods(self.model, batch)
             return {"log_likelihoods": log_likelihoods, "tokens": tokens}
         logits, targets, _ = self(batch)

@@ -3,14 +3,16 @@
 import importlib.util
 import json
 import logging
+import platform
 
 import pytest
 import torch
-from tiny_backbone import tiny_backbone_folder
+from tiny_backbone import tiny_backbone_folder, tiny_data, tiny_module, tiny_trainer
 from torch import nn
 
 from gatera_lightning import BackboneConfig, ConfigError
-from gatera_lightning.backbone import load_backbone, load_tokenizer
+from gatera_lightning.backbone import load_backbone, load_tokenizer, native_dtype
+from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 
 
 def only_problem(**settings):
@@ -77,6 +79,117 @@ def test_dtype_is_respected_and_the_cache_is_off(tiny_backbone, dtype):
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     assert model.config.use_cache is False
     assert model(torch.arange(5)[None]).past_key_values is None
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """``processor("x86_64", avx512_bf16=True)``: what the machine can do, whatever the one is that runs this test."""
+
+    def set_up(machine, **able):
+        def says(name):
+            return lambda: able.get(name, False)
+
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", says("avx512_bf16"))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", says("amx_tile"))
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", says("mkldnn_bf16"))
+        # An older GPU emulates bf16, and PyTorch calls that support unless it is told not to.
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True: able.get("cuda_bf16", False) or including_emulation,
+        )
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("machine", "able", "device", "dtype"),
+    [
+        ("x86_64", {}, "cpu", torch.float32),
+        ("x86_64", {"avx512_bf16": True}, "cpu", torch.bfloat16),
+        ("x86_64", {"amx_tile": True}, "cpu", torch.bfloat16),
+        ("x86_64", {"mkldnn_bf16": True}, "cpu", torch.float32),  # it says so of AVX512 too, which emulates
+        ("AMD64", {"avx512_bf16": True}, "cpu", torch.bfloat16),
+        ("aarch64", {}, "cpu", torch.float32),
+        ("aarch64", {"mkldnn_bf16": True}, "cpu", torch.bfloat16),
+        ("arm64", {"mkldnn_bf16": True}, "cpu", torch.bfloat16),
+        ("aarch64", {"avx512_bf16": True, "amx_tile": True}, "cpu", torch.float32),
+        ("x86_64", {}, "cuda", torch.float32),
+        ("x86_64", {"cuda_bf16": True}, "cuda", torch.bfloat16),
+        ("x86_64", {"avx512_bf16": True, "amx_tile": True}, "cuda", torch.float32),
+        ("arm64", {"mkldnn_bf16": True, "cuda_bf16": True}, "mps", torch.float32),
+        ("x86_64", {"avx512_bf16": True, "cuda_bf16": True}, "xpu", torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_it_is_multiplied_natively(processor, machine, able, device, dtype):
+    processor(machine, **able)
+    assert native_dtype(device) == dtype
+
+
+def test_auto_is_the_default_and_no_problem(tiny_backbone):
+    assert BackboneConfig().dtype == "auto"
+    assert BackboneConfig(id=str(tiny_backbone), dtype="auto").problems() == []
+
+
+def test_this_machine_has_an_answer():
+    """The capabilities that are asked for are there, in this version of PyTorch."""
+    assert native_dtype("cpu") in (torch.bfloat16, torch.float32)
+    assert native_dtype("cuda") in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("able", "dtype"), [({}, torch.float32), ({"amx_tile": True}, torch.bfloat16)], ids=["not", "able"])
+def test_auto_loads_what_the_processor_multiplies_natively(tiny_backbone, processor, able, dtype):
+    processor("x86_64", cuda_bf16=True, **able)
+    assert {p.dtype for p in load_backbone(BackboneConfig(id=str(tiny_backbone))).parameters()} == {dtype}
+    assert load_backbone(BackboneConfig(id=str(tiny_backbone)), "cuda").dtype == torch.bfloat16
+    for explicit in ("float32", "bfloat16"):
+        assert load_backbone(BackboneConfig(id=str(tiny_backbone), dtype=explicit)).dtype == getattr(torch, explicit)
+
+
+def test_auto_asks_about_the_device_that_the_trainer_runs_on(tiny_backbone, tmp_path, monkeypatch):
+    asked = []
+
+    def native(device_type):
+        asked.append(device_type)
+        return torch.float64
+
+    monkeypatch.setattr("gatera_lightning.backbone.native_dtype", native)
+    module, trainer = tiny_module(tiny_backbone), tiny_trainer(tmp_path)
+    module.backbone, module.trainer = BackboneConfig(id=str(tiny_backbone)), trainer
+    monkeypatch.setattr(trainer.strategy, "_root_device", torch.device("meta"))
+    module.configure_model()
+    assert asked == ["meta"]
+    assert module.model.dtype == torch.float64
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_run_takes_what_auto_is(tiny_backbone, tmp_path, processor, verb):
+    processor("x86_64", amx_tile=True)
+    module = tiny_module(tiny_backbone)
+    module.backbone = BackboneConfig(id=str(tiny_backbone))
+    settings = {"max_steps": 1} if verb == "fit" else {"limit_test_batches": 1}
+    getattr(tiny_trainer(tmp_path, **settings), verb)(module, datamodule=tiny_data(tiny_backbone))
+    assert {p.dtype for name, p in module.model.named_parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in module.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_an_evaluation_is_what_auto_came_to(tiny_backbone, tmp_path, processor):
+    """The same settings on another processor are another evaluation: its numbers are rounded otherwise."""
+
+    def evaluate():
+        module = tiny_module(tiny_backbone)
+        module.backbone = BackboneConfig(id=str(tiny_backbone))
+        tiny_trainer(tmp_path, EvaluationReport(str(tmp_path / "folder"))).test(
+            module, datamodule=tiny_data(tiny_backbone, test=["everyday[:1]"]), verbose=False
+        )
+        return json.loads((tmp_path / "folder" / "evaluation.json").read_text())["dtype"]
+
+    processor("x86_64")
+    assert evaluate() == "float32"
+    processor("x86_64", avx512_bf16=True)
+    with pytest.raises(ConfigError, match='dtype was "float32" and is "bfloat16"'):
+        evaluate()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

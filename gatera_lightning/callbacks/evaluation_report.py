@@ -23,6 +23,7 @@ from typing_extensions import override
 from gatera_lightning.adapters.files import adapter_identity, backbone_identity
 from gatera_lightning.backbone import expanded
 from gatera_lightning.datamodules.tables import data_hash
+from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.predictions import (
     FORMAT,
     IDENTITY,
@@ -41,7 +42,14 @@ from gatera_lightning.evaluation.predictions import (
 )
 from gatera_lightning.evaluation.ranking import ranked_questions
 from gatera_lightning.evaluation.results import LABELS, SUMMARY, EvaluationResult
-from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, ROW_METRICS, RowScores, corpus_metrics, row_scores
+from gatera_lightning.evaluation.text_metrics import (
+    CORPUS_METRICS,
+    ROW_METRICS,
+    RowScores,
+    bert_problem,
+    corpus_metrics,
+    row_scores,
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +112,10 @@ class EvaluationReport(L.Callback):
             "attn_implementation": module.backbone.attn_implementation,
             "decoding": asdict(module.decoding),
         }
+        if "generation" in data.evaluate_by and data.free_text:
+            if problem := bert_problem(self.bert_model, self.bert_layer):
+                raise ConfigError(f"evaluation.bert_layer: {problem}")
+            self._identity["bert_score"] = f"{self.bert_model}, layer {self.bert_layer}"
         path = self._path / IDENTITY
         stored = json.loads(path.read_text()) if path.is_file() and trainer.is_global_zero else None
         stored = trainer.strategy.broadcast(stored)
@@ -164,13 +176,13 @@ class EvaluationReport(L.Callback):
         if trainer.is_global_zero:
             _, data = _parts(trainer, pl_module)
             print_table(result, ranking=data.ranking)
-            about = _about(trainer, *_parts(trainer, pl_module)) | {"identity": self._identity, "wall_seconds": seconds}
-            about |= {
-                "resumed_predictions": len(self._resumed),
-                "computed_predictions": len(self._records) - len(self._resumed),
-            }
-            if len(self._records) > len(self._resumed) or not _says(self._path / SUMMARY, result.summary()):
-                write_whole(self._path / SUMMARY, json.dumps(result.summary() | about, indent=2, default=str) + "\n")
+            stored = json.loads((self._path / SUMMARY).read_text()) if (self._path / SUMMARY).is_file() else {}
+            computed = len(self._records) - len(self._resumed)
+            about = stored  # the record of the run that computed the predictions, where this one only read them
+            if computed or not stored:
+                about = _about(trainer, *_parts(trainer, pl_module)) | {"identity": self._identity, "wall_seconds": seconds}
+                about |= {"resumed_predictions": len(self._resumed), "computed_predictions": computed}
+            write_whole(self._path / SUMMARY, json.dumps(about | result.summary(), indent=2, default=str) + "\n")
             Console(soft_wrap=True).print(Text(f"every prediction: {self._path / MERGED}"))
 
     @override
@@ -215,23 +227,26 @@ class EvaluationReport(L.Callback):
     def _compare_texts(self, trainer: L.Trainer, generations: list[dict[str, Any]]) -> dict[str, str]:
         """Put ``scores`` beside every text with a reference, each process those of its share; what could not be and why.
 
-        Anew each time: a metric whose library has come since costs no new generation. A collective.
+        What an earlier run found of all texts is kept, and what it lacked is tried again: a metric whose library has come since
+        costs no new generation, and one whose library is gone stays. A collective.
         """
         texts = [generation for generation in generations if "reference" in generation]
         if not texts:
             return {}
+        known = [name for name in ROW_METRICS if all(name in text.get("scores", ()) for text in texts)]
         share = texts[trainer.global_rank :: trainer.world_size]
         own = row_scores(
             [text["text"] for text in share],
             [text["reference"] for text in share],
+            known=known,
             bert_model=self.bert_model,
             bert_layer=self.bert_layer,
         )
         parts: list[RowScores] = _from_every_rank(own)
-        names = [name for name in ROW_METRICS if all(name in part.values for part in parts)]
+        names = [name for name in ROW_METRICS if name in known or all(name in part.values for part in parts)]
         for rank, part in enumerate(parts):
             for number, text in enumerate(texts[rank :: len(parts)]):
-                text["scores"] = {name: part.values[name][number] for name in names}
+                text["scores"] = {name: text["scores"][name] if name in known else part.values[name][number] for name in names}
         skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
         return skipped | corpus_metrics([], [])[1]
 
@@ -287,12 +302,6 @@ def _origin(trainer: L.Trainer, module: Any) -> str:
     return "this run" if trainer.global_step else module.warm_start or "untrained"
 
 
-def _says(path: Path, summary: Mapping[str, Any]) -> bool:
-    """Whether the file of an earlier run holds these numbers."""
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    return all(name in stored and stored[name] == value for name, value in json.loads(json.dumps(summary)).items())
-
-
 def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
     """Accuracies per task and on average, with 95 % intervals; loss; metrics of text."""
     console = Console()
@@ -327,7 +336,7 @@ def _accuracies(result: EvaluationResult, ranking: str) -> Table:
     for task in result.tasks:
         found = [result.accuracy(measure, task) for measure in result.measures]
         counts = list(dict.fromkeys(str(share.n) for share in found))  # one, unless a limit cut the ways differently
-        table.add_row(Text(task), " / ".join(counts), *map(str, found))
+        table.add_row(Text(task), " / ".join(counts), *(str(share) if share.n else "–" for share in found))
     if len(result.tasks) > 1:
         table.add_section()
         table.add_row("average", str(len(result.rows)), *(str(result.average(measure)) for measure in result.measures))

@@ -99,13 +99,21 @@ def compare_runs(runs: Sequence[RecordedRun], *, seed: int = 0) -> Comparison:
 
 
 def common_rows(first: RecordedRun, second: RecordedRun) -> Pairs:
-    """Rows of the same question: equal task, key, and occurrence of the key in its task; ConfigError if their golds differ."""
+    """Rows of the same question: equal task, key, and occurrence of the key in its task.
+
+    ConfigError if their golds or references differ.
+    """
     pairs = [(row, second.by_question[q]) for q, row in first.by_question.items() if q in second.by_question]
     for a, b in pairs:
         if a.gold != b.gold:
             raise ConfigError(
                 f"{second.path}, line {b.line}: gold is {b.gold}; expected {a.gold} as for the same question in "
                 f"{first.path}, line {a.line} (task {a.task!r}, key {a.key!r})"
+            )
+        if a.text and b.text and a.text[1] != b.text[1]:
+            raise ConfigError(
+                f"{second.path}, line {b.line}: its reference is {b.text[1]!r:.60}; expected {a.text[1]!r:.60} as for the same "
+                f"question in {first.path}, line {a.line} (task {a.task!r}, key {a.key!r})"
             )
     return pairs
 
@@ -155,6 +163,11 @@ def _pair(first: RecordedRun, second: RecordedRun, first_label: str, second_labe
             macro = macro_difference(list(outcomes.values()), np.random.default_rng(seed))
             accuracies.append(AccuracyDifference(measure, None, None, macro))
     loss, retokenized = _loss(pairs, seed)
+    common = (accuracies, first.metrics and second.metrics, loss, retokenized)
+    if not any(common):
+        raise ConfigError(
+            f"{second.path}: its texts are judged otherwise than those of {first.path}; expected a measure that both have"
+        )
     texts = {metric: _text(pairs, metric, seed) for metric in first.metrics if metric in second.metrics}
     alone = (len(first.rows) - len(pairs), len(second.rows) - len(pairs))
     return PairResult(first_label, second_label, len(pairs), alone, tuple(accuracies), loss, texts, retokenized)

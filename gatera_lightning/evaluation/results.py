@@ -48,8 +48,12 @@ class EvaluationResult:
         return Proportion(sum(choice == gold for choice, gold in choices), len(choices))
 
     def average(self, measure: Measure) -> Average:
-        """Mean over tasks of their accuracies, each task counting alike, as the papers report it."""
-        return Average(tuple(self.accuracy(measure, task) for task in self.tasks))
+        """Mean over tasks of their accuracies, each task counting alike, as the papers report it.
+
+        A task without a row that the measure can judge is left out.
+        """
+        found = (self.accuracy(measure, task) for task in self.tasks)
+        return Average(tuple(share for share in found if share.n))
 
     def unanswered(self, task: str | None = None) -> int:
         """Generated texts without an answer in them."""
@@ -76,8 +80,10 @@ class EvaluationResult:
 
     @property
     def perplexity(self) -> float | None:
-        """``exp`` of :attr:`gold_loss`."""
-        return None if self.gold_loss is None else math.exp(self.gold_loss)
+        """``exp`` of :attr:`gold_loss`; infinite where no float holds it."""
+        if self.gold_loss is None:
+            return None
+        return math.exp(self.gold_loss) if self.gold_loss < 700 else math.inf
 
     def text_metrics(self, task: str | None = None) -> dict[str, float]:
         """Metrics of the texts of one task, or of all rows, against their references; {} where texts have none."""
@@ -111,7 +117,7 @@ class EvaluationResult:
                 m: {"accuracy": _finite(found.value), "interval": _limits(found.interval)} for m, found in averages.items()
             },
             "nats_per_target_token": self.gold_loss,
-            "perplexity": self.perplexity,
+            "perplexity": None if self.perplexity is None else _finite(self.perplexity),
             "text": self.text_metrics(),
             "text_skipped": dict(self.skipped),
         }
@@ -128,8 +134,8 @@ def _judges(measure: Measure, row: Mapping[str, Any]) -> bool:
 
 
 def _finite(value: float) -> float | None:
-    """A number as JSON has it, which knows no NaN: None for what no row says."""
-    return None if math.isnan(value) else value
+    """A number as JSON has it, which knows neither NaN nor infinity: None for what no row says, or no float holds."""
+    return value if math.isfinite(value) else None
 
 
 def _limits(interval: tuple[float, float]) -> list[float | None]:

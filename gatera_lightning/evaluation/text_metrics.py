@@ -2,7 +2,7 @@
 
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,15 @@ class RowScores:
     skipped: dict[str, str]
 
 
-def row_scores(generated: Texts, references: Texts, *, bert_model: str = "roberta-large", bert_layer: int = 17) -> RowScores:
-    """Every metric that rows have, of ``generated``, row by row against ``references``.
+def row_scores(
+    generated: Texts,
+    references: Texts,
+    *,
+    known: Collection[str] = (),
+    bert_model: str = "roberta-large",
+    bert_layer: int = 17,
+) -> RowScores:
+    """Every metric that rows have and that is not ``known``, of ``generated``, row by row against ``references``.
 
     ``bert_model`` is a hub id that was downloaded before, or a folder, and ``bert_layer`` the layer that is compared; 17 is
     what BERTScore's authors found best for roberta-large. Raises ValueError for unequal numbers of texts.
@@ -54,10 +61,11 @@ def row_scores(generated: Texts, references: Texts, *, bert_model: str = "robert
     values: dict[str, list[float]] = {}
     skipped = {}
     for name, compute in metrics.items():
-        try:
-            values |= compute()
-        except Unavailable as reason:
-            skipped[name] = str(reason)
+        if not any(metric.startswith(name) for metric in known):
+            try:
+                values |= compute()
+            except Unavailable as reason:
+                skipped[name] = str(reason)
     return RowScores(values, skipped)
 
 
@@ -161,6 +169,17 @@ def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -
         f"bert_score_{name}": [float(scores[name].nan_to_num(0.0)) for scores in found]
         for name in ("precision", "recall", "f1")
     }
+
+
+def bert_problem(model: str, layer: int) -> str:
+    """What is wrong with a layer of a model that is on this machine; empty if nothing is, or if there is no model."""
+    from transformers import AutoConfig
+
+    try:
+        layers = AutoConfig.from_pretrained(model, local_files_only=True).num_hidden_layers
+    except (OSError, ValueError):
+        return ""
+    return "" if layer <= layers else f"{layer}; {model} has {layers} layers, accepted: 1 to {layers}"
 
 
 def normalised_tokens(text: str) -> list[str]:

@@ -1,12 +1,18 @@
 """What ``test`` and ``predict`` print and leave behind, limits and reruns included."""
 
 import json
+import math
 import re
 
 import pytest
+import torch
 from tiny_backbone import sample_rows, tiny_data, tiny_module, tiny_trainer
 
+from gatera_lightning import BackboneConfig, adapter_parameters
+from gatera_lightning.backbone import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport, print_table
+from gatera_lightning.compare import compare
+from gatera_lightning.datamodules import DialogueDataModule, MathDataModule
 from gatera_lightning.evaluation.results import EvaluationResult
 
 BOTH = ["likelihood", "generation"]
@@ -144,6 +150,16 @@ def test_a_completed_run_prints_its_table_again(module, tiny_backbone, two_tasks
     assert (summaries[0]["resumed_predictions"], summaries[0]["computed_predictions"]) == (0, 16)
 
 
+def test_what_is_computed_anew_is_written_anew(module, tiny_backbone, tmp_path):
+    """Also where the numbers are the old ones: the record is of the run that computed them."""
+    run(module, tmp_path, data=tiny_data(tiny_backbone))
+    summary = json.loads((tmp_path / "test_results.json").read_text())
+    (tmp_path / "test_results.json").write_text(json.dumps(summary | {"wall_seconds": -1}))
+    (tmp_path / "predictions.jsonl").unlink()
+    run(module, tmp_path, data=tiny_data(tiny_backbone))
+    assert json.loads((tmp_path / "test_results.json").read_text())["wall_seconds"] > 0
+
+
 def test_metrics_are_logged_for_every_measure(module, tiny_backbone, tmp_path):
     report = EvaluationReport()
     metrics = tiny_trainer(tmp_path, report).test(module, datamodule=tiny_data(tiny_backbone, evaluate_by=BOTH), verbose=False)
@@ -182,3 +198,130 @@ def test_two_processes_with_the_same_row_are_an_error(module, tiny_backbone, tmp
     monkeypatch.setattr(source, "_from_every_rank", lambda records: [records, dict(list(records.items())[-1:])])
     with pytest.raises(RuntimeError, match=r"1 rows were predicted by two processes, \('likelihood', \d\) among them"):
         tiny_trainer(tmp_path, report).test(module, datamodule=tiny_data(tiny_backbone), verbose=False)
+
+
+# --- where an answer's text is neither right nor wrong, or alone -----------------------------------------------------
+
+
+def connected(folder, family, **settings):
+    """A family's data of the embedded sample, connected to the tokenizer in ``folder``."""
+    data = family(template="plain", train_on="response", max_length=400, **settings)
+    data.connect(load_tokenizer(BackboneConfig(id=str(folder))))
+    return data
+
+
+@pytest.fixture
+def dialogue(tiny_backbone):
+    """Two conversations: eight replies, each among twenty."""
+    return connected(tiny_backbone, DialogueDataModule, test=["smalltalk[:2]"], eval_batch_size=40)
+
+
+@pytest.fixture
+def arithmetic(tiny_backbone):
+    """Six word problems, each with its solution alone."""
+    return connected(tiny_backbone, MathDataModule, test=["arithmetic[:6]"], answer_style="gsm8k")
+
+
+def summary_of(folder):
+    return json.loads((folder / "test_results.json").read_text())
+
+
+def test_replies_that_are_ranked_have_hits_at_1_and_a_perplexity(module, dialogue, tmp_path, capsys):
+    report = run(module, tmp_path, data=dialogue)
+    out = capsys.readouterr().out
+    summary, likelihoods = summary_of(tmp_path), [row["likelihood"] for row in report.result.rows]
+    assert "hits@1 [95 % interval]" in out
+    assert "accuracy" not in out
+    assert cells(out)["smalltalk"] == ["8", *(str(report.result.accuracy(m)) for m in ("sum", "per_token", "per_character"))]
+    assert [len(found["tokens"]) for found in likelihoods] == [20] * 8
+    nats = -sum(found["log_likelihoods"][19] for found in likelihoods) / sum(found["tokens"][19] for found in likelihoods)
+    assert f"right answers: {nats:.4f} nats per target token (perplexity {math.exp(nats):.2f}), 8 rows" in out
+    assert (summary["nats_per_target_token"], summary["perplexity"]) == pytest.approx((nats, math.exp(nats)))
+    assert (summary["text"], summary["text_skipped"]) == ({}, {})
+    assert "skipped" not in out
+
+
+def test_a_solution_alone_has_no_accuracy(module, arithmetic, tmp_path, capsys):
+    report = run(module, tmp_path, data=arithmetic)
+    out = capsys.readouterr().out
+    summary = summary_of(tmp_path)
+    assert (cells(out), report.result.measures) == ({}, [])
+    assert "accuracy" not in out
+    assert f"right answers: {report.result.gold_loss:.4f} nats per target token (perplexity " in out
+    assert (summary["rows"], summary["average"], summary["tasks"]) == (6, {}, {"arithmetic": {}})
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["nats_per_target_token"]))
+
+
+def test_two_runs_of_solutions_compare_by_nats_alone(tiny_backbone, arithmetic, tmp_path, capsys):
+    for name, size in (("one", 0.0), ("other", 1.0)):
+        module = tiny_module(tiny_backbone)
+        module.configure_model()
+        with torch.no_grad():
+            for parameter in adapter_parameters(module.model).values():
+                parameter.add_(size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+        run(module, tmp_path / name, data=arithmetic)
+    capsys.readouterr()
+    compare([str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "out.json")])
+    found, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    nats = [summary_of(tmp_path / name)["nats_per_target_token"] for name in ("one", "other")]
+    assert "accuracy" not in out.partition("- Brackets")[0].lower()
+    assert [run["accuracy"] for run in found["runs"]] == [{}, {}]
+    assert [run["nats_per_token"] for run in found["runs"]] == pytest.approx(nats)
+    assert found["pairs"][0]["nats_per_token"]["value"] == pytest.approx(nats[1] - nats[0])
+    assert abs(nats[1] - nats[0]) > 1e-3
+
+
+def test_generated_solutions_are_judged_all_the_same(module, arithmetic, tmp_path, capsys):
+    arithmetic.evaluate_by = ["generation"]
+    report = run(module, tmp_path, data=arithmetic)
+    out = capsys.readouterr().out
+    assert "accuracy [95 % interval]" in out
+    assert cells(out)["arithmetic"] == ["6", "0.000 [0.000, 0.390]"]
+    assert f"generated texts without an answer (counted as wrong): {report.result.unanswered()}" in out
+    assert all(list(row["generation"]) == ["text", "answer", "choice"] for row in report.result.rows)
+    assert (summary_of(tmp_path)["text"], summary_of(tmp_path)["text_skipped"]) == ({}, {})
+
+
+def text_row(task, example, text, reference, **scores):
+    return {"task": task, "example": example, "gold": 0, "generation": {"text": text, "reference": reference, "scores": scores}}
+
+
+def test_the_table_of_texts(capsys, monkeypatch):
+    """By hand: F1 and METEOR are means over rows; distinct-1 counts i have dog · yes · i have dog."""
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        text_row("pets", 0, "i have a dog", "no i have a cat", token_f1=0.5, meteor=0.2),
+        text_row("pets", 1, "yes !", "yes", token_f1=1.0, meteor=0.7),
+        text_row("[work]", 2, "i have the dog", "i work", token_f1=0.0, meteor=0.0),
+    ]
+    result = EvaluationResult(rows, 3, {"bert_score": "there is [no] model"})
+    print_table(result, ranking="hits@1")
+    out = capsys.readouterr().out
+    assert "generated texts against their references" in out
+    assert "hits@1" not in out
+    found = cells(out)
+    bleu = {task: f"{result.text_metrics(task)['bleu']:.3f}" for task in ("pets", "[work]", None)}
+    assert found == {
+        "task": ["n", "F1", "METEOR", "BLEU", "distinct-1", "distinct-2"],
+        "pets": ["2", "0.750", "0.450", bleu["pets"], "1.000", "1.000"],
+        "[work]": ["1", "0.000", "0.000", bleu["[work]"], "1.000", "1.000"],
+        "all": ["3", "0.500", "0.300", bleu[None], "0.571", "0.500"],
+    }
+    assert "skipped: bert_score, since there is [no] model" in out
+    print_table(EvaluationResult(rows[:2], 2), ranking="hits@1")
+    assert set(cells(capsys.readouterr().out)) == {"task", "pets"}  # one task needs no line for all
+
+
+def test_a_task_without_texts_has_dashes(capsys):
+    likelihood = {"log_likelihoods": [-1.0], "tokens": [1], "characters": [1], "choice": {}}
+    rows = [
+        text_row("pets", 0, "yes", "yes", token_f1=1.0),
+        {"task": "work", "example": 1, "gold": 0, "likelihood": likelihood},
+    ]
+    print_table(EvaluationResult(rows, 2))
+    assert cells(capsys.readouterr().out)["work"] == ["0", "–", "–", "–", "–"]
+
+
+def test_a_layer_that_no_model_has_is_refused():
+    with pytest.raises(ValueError, match=r"evaluation\.bert_layer: 0; accepted: an integer of at least 1"):
+        EvaluationReport(bert_layer=0)

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.gate_histogram import BINS, PHASES, GateCounts, GateHistogram
+from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate
 
 EDGES = np.linspace(0, 1, BINS + 1)
 
@@ -75,6 +76,38 @@ def test_counts_equal_numpy(dtype):
     for phase, name in enumerate(PHASES):
         np.testing.assert_array_equal(counts.bins[phase].T, expected[name][:BINS])
         np.testing.assert_allclose(counts.sums[:, phase], expected[name][BINS:], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_counts_by_hand():
+    """Two lines of three and one rows: prompt, answer, prompt, answer, answer, nothing."""
+    batch = batch_of([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]], [[0, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0]], [4, 0, 9, 2])
+    batch["position_ids"] = torch.tensor([[0, 1, 0, 1, 0, 0], [0, 1, 0, 1, 2, 3]])
+    z = torch.tensor([[[0.0, 1.0, 0.0, 100.0, 1.0, 7.0], [-100.0, 0.0, 7.0, 7.0, 7.0, 7.0]]])
+    counts = GateCounts(1, z.device)
+    counts.update(z, batch)
+    nonzero = {(phase, b): int(counts.bins[phase, 0, b]) for phase, b in counts.bins[:, 0].nonzero().tolist()}
+    assert nonzero == {(0, 25): 2, (0, 0): 1, (1, 36): 2, (1, 49): 1, (1, 25): 1}
+    assert counts.sums[0].flatten().tolist() == pytest.approx([1.0, 2 * 0.7310586 + 1.5])
+
+
+def test_packed_rows_count_as_padded_ones():
+    """Five rows in two lines, none of whose padding counts."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((4, 2), (1, 1), (7, 3), (2, 5), (3, 1))
+    rows = [AnsweredPrompt([5] * prompt, [6] * answer, (), number) for number, (prompt, answer) in enumerate(sizes)]
+    values = [4 * torch.randn(3, row.length, generator=generator) for row in rows]
+    counts = {}
+    for lines in (None, [[2, 1], [3, 0, 4]]):
+        batch = collate(rows, pad_id=0, train_on="response", lines=lines)
+        z = torch.full((3, *batch["input_ids"].shape), 9.0)
+        for i, line in enumerate(lines or [[row] for row in range(5)]):
+            laid = torch.cat([values[row] for row in line], 1)
+            z[:, i, : laid.shape[1]] = laid
+        counts[lines is None] = GateCounts(3, z.device)
+        counts[lines is None].update(z, batch)
+    assert counts[False].bins.sum((1, 2)).tolist() == [3 * 17, 3 * 12]
+    assert torch.equal(counts[False].bins, counts[True].bins)
+    torch.testing.assert_close(counts[False].sums, counts[True].sums)
 
 
 class Tape(L.Callback):

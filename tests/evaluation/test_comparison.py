@@ -3,7 +3,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import sacrebleu
 
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.comparison import common_rows, compare_runs
@@ -221,6 +223,208 @@ def test_json_holds_the_same_numbers_and_no_nan(comparison, write):
     assert "| +0.0000 [–, –] | – | too few rows |" in as_markdown(few)
 
 
+# --- generated texts -------------------------------------------------------------------------------------------------
+
+
+def text_row(example, text="i have a dog", reference="i have two dogs", task="talk", key=None, **scores):
+    """One line of a dialogue that was generated, with the ``scores`` of its text."""
+    fields = {"task": task, "example": example, "key": key or f"{task}-{example}", "gold": 0}
+    return fields | {"generation": {"text": text, "reference": reference, "scores": scores or {"token_f1": 0.5}}}
+
+
+def scored(seed, n=60, shift=0.0):
+    """Rows of two tasks whose F1 and METEOR are drawn, and the two as arrays in the order of the rows."""
+    generator = np.random.default_rng(seed)
+    f1, meteor = generator.random(n) / 2 + shift, generator.random(n)
+    rows = [
+        text_row(i, f"text {i} of {seed}", f"the text {i} of all", f"t{i % 2}", token_f1=float(f1[i]), meteor=float(meteor[i]))
+        for i in range(n)
+    ]
+    order = [*range(0, n, 2), *range(1, n, 2)]
+    return rows, f1[order], meteor[order]
+
+
+def bootstrap(first, second, seed):
+    """Value, interval and p of the difference of two means: a resample of pairs at a time."""
+    generator, draws = np.random.default_rng(seed), []
+    for _ in range(10_000):
+        rows = generator.integers(len(first), size=len(first))
+        draws.append(second[rows].mean() - first[rows].mean())
+    below, above = sum(d <= 1e-12 for d in draws), sum(d >= -1e-12 for d in draws)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return second.mean() - first.mean(), low, high, min(1, 2 * (min(below, above) + 1) / 10_001)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_means_of_text_metrics_are_compared_in_pairs(write, seed):
+    (first, f1, meteor), (second, more_f1, other_meteor) = scored(1), scored(2, shift=0.15)
+    result = compare_runs([read_run(write("a", first)), read_run(write("b", second))], seed=seed)
+    pair = result.pairs[0]
+    assert (pair.common, pair.accuracies, pair.loss) == (60, (), None)
+    assert list(pair.texts) == ["token_f1", "meteor"]
+    for metric, one, other in (("token_f1", f1, more_f1), ("meteor", meteor, other_meteor)):
+        found = pair.texts[metric]
+        assert (found.value, found.low, found.high, found.p) == pytest.approx(bootstrap(one, other, seed), rel=1e-9)
+    assert [pair.texts[metric].verdict(higher_is_better=True) for metric in pair.texts] == ["better", "no difference shown"]
+    assert f"| F1 | b | {more_f1.mean():.3f} | {more_f1.mean() - f1.mean():+.3f} [" in as_markdown(result)
+
+
+def test_a_runs_text_metrics_are_of_all_its_texts(write):
+    """Words, by hand: i have dog · i have dog · yes; the article counts for nothing."""
+    texts = [("i have a dog", "i have two dogs"), ("I have the dog!", "no i do not"), ("yes", "yes , i do")]
+    rows = [text_row(i, *pair, token_f1=f1) for i, (pair, f1) in enumerate(zip(texts, (0.5, 0.25, 0.0), strict=True))]
+    run, _ = compare_runs([read_run(write("a", rows)), read_run(write("b", rows[:2]))]).runs
+    bleu = sacrebleu.BLEU().corpus_score([text for text, _ in texts], [[reference for _, reference in texts]]).score
+    assert run.texts == {"token_f1": 0.25, "bleu": pytest.approx(bleu), "distinct_1": 4 / 7, "distinct_2": 2 / 4}
+    assert (run.accuracies, run.loss) == ({}, None)
+
+
+def test_texts_pair_by_question_not_by_place(write):
+    rows, _, _ = scored(3)
+    shuffled = [fields | {"example": 90 - fields["example"]} for fields in rows[4:]]
+    more = text_row(95, key="new", token_f1=9.0, meteor=9.0)
+    pair = compare_runs([read_run(write("a", rows)), read_run(write("b", [*shuffled, more]))]).pairs[0]
+    assert (pair.common, pair.alone) == (56, (4, 1))
+    for found in pair.texts.values():
+        assert (found.value, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_only_metrics_that_both_runs_have_are_compared(write):
+    """METEOR came to the second machine later, and nothing was generated where the third run was made."""
+    (rows, _, _), (more, _, meteor) = scored(1), scored(2)
+    for fields in rows:
+        del fields["generation"]["scores"]["meteor"]
+    ranked = [row(fields["task"], fields["example"], gold=0) for fields in rows]
+    both = [fields | extra for fields, extra in zip(rows, ranked, strict=True)]
+    result = compare_runs([read_run(write(name, lines)) for name, lines in (("a", both), ("b", both), ("c", ranked))])
+    assert [list(pair.texts) for pair in result.pairs] == [["token_f1"], []]
+    assert result.runs[2].texts == {}
+    assert result.pairs[1].loss is not None
+    result = compare_runs([read_run(write(name, lines)) for name, lines in (("d", rows), ("e", more))])
+    assert list(result.pairs[0].texts) == ["token_f1"]
+    text = as_markdown(result)
+    assert f"| METEOR | e | {meteor.mean():.3f} |  |  | not tested |" in text
+    assert "METEOR | d" not in text
+    with pytest.raises(ConfigError, match=r"has likelihood only, .* has generation only; expected a measure that both have"):
+        compare_runs([read_run(write("f", rows)), read_run(write("g", ranked))])
+
+
+def test_markdown_and_json_say_the_same_of_texts(write):
+    runs = [
+        read_run(write(name, scored(seed, shift=shift)[0])) for name, seed, shift in (("a", 1, 0), ("b", 2, 0.2), ("c", 3, 0))
+    ]
+    comparison = compare_runs(runs)
+    found = json.loads(as_json(comparison))
+    text = as_markdown(comparison).partition("## Generated texts against their references\n\n")[2].partition("\n\n")[0]
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert head == ["metric", "run", "value", "difference on common rows", "p", "verdict"]
+    names = {"F1": "token_f1", "METEOR": "meteor", "BLEU": "bleu", "distinct-1": "distinct_1", "distinct-2": "distinct_2"}
+    assert [(line[0], line[1]) for line in lines] == [(label, run) for label in names for run in "abc"]
+    for label, run, value, *tested in lines:
+        number, metric = "abc".index(run), names[label]
+        assert value == f"{found['runs'][number]['text'][metric]:.3f}"
+        pair = found["pairs"][number - 1]["text"] if number else {}
+        if number == 0:
+            assert tested == ["", "", "baseline"]
+        elif metric in pair:
+            numbers = pair[metric]
+            difference = f"{numbers['value']:+.3f} [{numbers['low']:+.3f}, {numbers['high']:+.3f}]"
+            p = f"{numbers['p']:.4f}"
+            assert tested == [difference, p if p != "0.0000" else "<0.0001", numbers["verdict"]]
+        else:
+            assert tested == ["", "", "not tested"]
+    assert [set(pair["text"]) for pair in found["pairs"]] == [{"token_f1", "meteor"}] * 2
+    assert found["pairs"][0]["text"]["token_f1"]["verdict"] == "better"
+    assert found["runs"][0]["accuracy"] == {}
+    assert "## Accuracy" not in as_markdown(comparison)
+    assert "## Nats" not in as_markdown(comparison)
+
+
+def test_few_texts_have_no_interval(write):
+    result = compare_runs([read_run(write(name, scored(1, n=19)[0])) for name in "ab"])
+    assert json.loads(as_json(result))["pairs"][0]["text"]["meteor"] == {
+        "value": 0.0, "low": None, "high": None, "p": None, "verdict": "too few rows"
+    }  # fmt: skip
+    assert "| +0.000 [–, –] | – | too few rows |" in as_markdown(result)
+
+
+BAD_TEXTS = {
+    "text": ({"text": 3}, "generation: text is 3; expected a text"),
+    "reference null": ({"reference": None}, "generation: reference is None; expected a text"),
+    "no scores": ({"scores": None}, "generation: scores is None; expected finite numbers by the metric's name"),
+    "scores by place": ({"scores": [0.5]}, "generation: scores is [0.5]; expected finite numbers"),
+    "a text for a score": ({"scores": {"token_f1": "0.5"}}, "generation: scores is {'token_f1': '0.5'}"),
+    "true is no score": ({"scores": {"token_f1": True}}, "generation: scores is {'token_f1': True}"),
+    "NaN": ({"scores": {"token_f1": math.nan}}, "generation: scores is {'token_f1': nan}; expected finite numbers"),
+    "infinite": ({"scores": {"token_f1": math.inf}}, "generation: scores is {'token_f1': inf}; expected finite numbers"),
+    "fewer": ({"scores": {}}, "its text has the scores none; expected token_f1 as in line 1"),
+    "others": (
+        {"scores": {"token_f1": 0.5, "meteor": 0.5}},
+        "its text has the scores token_f1, meteor; expected token_f1 as in line 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_a_bad_text_is_named_with_what_is_expected(write, fields, message):
+    bad = text_row(8)
+    bad["generation"] |= fields
+    folder = write("run", [text_row(7), bad])
+    with pytest.raises(ConfigError) as caught:
+        read_run(folder)
+    assert f"{folder / 'predictions.jsonl'}, line 2" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_text_without_its_scores_or_among_judged_ones_is_refused(write):
+    """The first is what a part file holds, the second two evaluations in one file."""
+    bare = text_row(7)
+    del bare["generation"]["scores"]
+    with pytest.raises(ConfigError, match="line 1, generation: misses 'scores'; expected finite numbers"):
+        read_run(write("a", [bare]))
+    judged = without("likelihood", row(example=8, generated=1))
+    with pytest.raises(ConfigError, match="line 2: its text has the scores none; expected token_f1 as in line 1"):
+        read_run(write("b", [text_row(7), judged]))
+    with pytest.raises(ConfigError, match="line 2: its text has the scores token_f1; expected none as in line 1"):
+        read_run(write("c", [judged, text_row(9)]))
+
+
+# --- one candidate ---------------------------------------------------------------------------------------------------
+
+
+def solution(example, nats, tokens=3, task="sums"):
+    """One line of a math run by likelihood: the solution alone, which ranks first among one."""
+    likelihood = {"log_likelihoods": [-nats], "tokens": [tokens], "characters": [9]}
+    likelihood["choice"] = dict.fromkeys(("sum", "per_token", "per_character"), 0)
+    return {"task": task, "example": example, "key": f"{task}-{example}", "gold": 0, "likelihood": likelihood}
+
+
+def test_rows_of_one_candidate_compare_by_nats_alone(write):
+    first = [solution(i, 2.0 + i % 3) for i in range(30)]
+    second = [solution(i, 1.0 + i % 3) for i in range(30)]
+    result = compare_runs([read_run(write("a", first)), read_run(write("b", second))])
+    assert [run.accuracies for run in result.runs] == [{}, {}]
+    assert result.pairs[0].accuracies == ()
+    assert result.pairs[0].loss.value == pytest.approx(-1 / 3)
+    text, found = as_markdown(result), json.loads(as_json(result))
+    assert "## Accuracy" not in text
+    assert "## Generated" not in text
+    assert "| b | 90 | 0.6667 | -0.3333 [-0.3333, -0.3333] | 0.0002 | better |" in text
+    assert [run["accuracy"] for run in found["runs"]] == [{}, {}]
+    assert found["pairs"][0]["accuracy"] == []
+    assert found["pairs"][0]["nats_per_token"]["verdict"] == "better"
+
+
+def test_where_some_rows_have_one_candidate_the_others_are_counted(write):
+    def mixed(right):
+        return [row(example=i, choice=int(i in right)) for i in range(4)] + [solution(9, 2.0, task="arc"), solution(3, 2.0)]
+
+    result = compare_runs([read_run(write("a", mixed({0, 1}))), read_run(write("b", mixed({1, 2, 3})))])
+    assert [run.accuracies[SUMMED] for run in result.runs] == [{"arc": Proportion(2, 4)}, {"arc": Proportion(3, 4)}]
+    assert outcomes_of(result.pairs[0])[SUMMED, "arc"] == PairedOutcomes(1, 1, 2, 0)
+    assert (result.pairs[0].common, result.runs[0].tokens) == (6, 4 * 2 + 2 * 3)
+
+
 # --- what cannot be read ---------------------------------------------------------------------------------------------
 
 
@@ -332,3 +536,27 @@ def test_runs_that_cannot_be_compared(write):
     generated = read_run(write("e", [without("likelihood", row(key="q", generated=1))]))
     with pytest.raises(ConfigError, match=r"has generation only, .* has likelihood only; expected a measure that both have"):
         compare_runs([a, generated])
+
+
+def test_judged_and_compared_texts_have_no_measure_in_common(tmp_path):
+    runs = []
+    for name, found in (("a", {"choice": 0}), ("b", {"reference": "y", "scores": {"token_f1": 0.5}})):
+        (tmp_path / name).mkdir()
+        line = {"task": "t", "example": 0, "key": "k", "gold": 0, "generation": {"text": "x"} | found}
+        (tmp_path / name / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+        runs.append(read_run(tmp_path / name))
+    with pytest.raises(ConfigError, match="expected a measure that both have"):
+        compare_runs(runs)
+
+
+def test_a_reference_that_differs_is_another_question(tmp_path):
+    runs = []
+    for name, reference in (("a", "yes"), ("b", "no")):
+        (tmp_path / name).mkdir()
+        generation = {"text": "x", "reference": reference, "scores": {"token_f1": 0.5}}
+        line = {"task": "t", "example": 0, "key": "k", "gold": 0, "generation": generation}
+        (tmp_path / name / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+        runs.append(read_run(tmp_path / name))
+    message = r"line 1: its reference is 'no'; expected 'yes' as for the same question in .*, line 1 \(task 't', key 'k'\)$"
+    with pytest.raises(ConfigError, match=message):
+        compare_runs(runs)

@@ -18,7 +18,19 @@ from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_t
 from gatera_lightning import ConfigError, adapter_parameters, save_adapter
 from gatera_lightning.__main__ import main
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.evaluation.predictions import MERGED, PartFile, discard, read_records, write_merged
+from gatera_lightning.evaluation.predictions import (
+    FORMAT,
+    MERGED,
+    Compared,
+    Generated,
+    PartFile,
+    discard,
+    generation_record,
+    likelihood_record,
+    read_records,
+    write_merged,
+)
+from gatera_lightning.evaluation.ranking import RankedQuestion
 from gatera_lightning.generation import DecodingConfig
 
 ROWS = 7
@@ -247,6 +259,17 @@ def test_predictions_of_nobody_knows_what_are_refused(whole, module, tmp_path):
     assert content(folder) == content(whole[0])
 
 
+def test_predictions_in_an_older_format_are_refused(whole, module, tmp_path):
+    """Format 1 judged every generated text right or wrong."""
+    folder = shutil.copytree(whole[0], tmp_path / "folder")
+    identity = json.loads((folder / "evaluation.json").read_text())
+    assert identity["format"] == FORMAT >= 2
+    (folder / "evaluation.json").write_text(json.dumps(identity | {"format": 1}))
+    with pytest.raises(ConfigError, match=f"format was 1 and is {FORMAT}"):
+        evaluate(module, folder, at=0)
+    assert content(folder) == content(whole[0])
+
+
 BAD = [b"{", b"nonsense", b'[["likelihood"]]', b"7", b'["likelihood", 3]', b'{"example": "\xff"}']
 
 
@@ -268,6 +291,32 @@ def test_damage_stops_a_run(whole, module, tmp_path):
 
 
 # --- files ---
+
+
+def test_what_is_kept_of_each_way_of_answering():
+    """By hand; a text with a reference is not judged, and nothing is said of an answer in it."""
+    assert generation_record(Generated("so it is b", "b", 1)) == {"text": "so it is b", "answer": "b", "choice": 1}
+    assert generation_record(Generated("so it is", None, None)) == {"text": "so it is", "answer": None, "choice": None}
+    assert generation_record(Compared("i have a dog", "a cat")) == {"text": "i have a dog", "reference": "a cat"}
+    question = RankedQuestion(7, 1, (-4.0, -2.0, -9.0), (8, 1, 9), (2, 1, 90))
+    assert likelihood_record(question) == {
+        "log_likelihoods": [-4.0, -2.0, -9.0],
+        "tokens": [8, 1, 9],
+        "characters": [2, 1, 90],
+        "choice": {"sum": 1, "per_token": 0, "per_character": 2},
+    }
+
+
+def test_a_text_with_a_reference_is_read_again_with_scores_or_without(tmp_path):
+    """The parts have none yet; the merged file has."""
+    record = generation_record(Compared("one\u2028two", "three\x85four"))
+    part = PartFile(tmp_path, 0)
+    part.write({("generation", 4): record})
+    part.close()
+    assert read_records(tmp_path) == {("generation", 4): record}
+    scored = record | {"scores": {"token_f1": 0.1}}
+    write_merged(tmp_path, [{"task": "t", "example": 4, "key": "k", "gold": 0, "generation": scored}])
+    assert read_records(tmp_path) == {("generation", 4): scored}
 
 
 def test_part_files_never_share_a_name(tmp_path):

@@ -3,9 +3,11 @@
 import importlib.metadata
 import json
 import math
+import sys
 from typing import get_args
 
 import pytest
+import sacrebleu
 from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
@@ -82,6 +84,97 @@ def test_no_rows_are_no_measures():
     summary = EvaluationResult([], expected=3).summary()
     nothing = {"nats_per_target_token": None, "perplexity": None, "text": {}, "text_skipped": {}}
     assert summary == {"rows": 0, "rows_of_split": 3, "tasks": {}, "average": {}} | nothing
+
+
+# --- texts that are neither right nor wrong ---
+
+
+def compared(task, example, text, reference, likelihood=None, **scores):
+    """One line of a dialogue: what was written, the reply that was given, and how close they are."""
+    found = row(task, example, 1, likelihood) | {"generation": {"text": text, "reference": reference, "scores": scores}}
+    return found
+
+
+TEXTS = [
+    compared("pets", 0, "i have a dog called miso .", "i have two dogs . one is called miso .", token_f1=0.5, meteor=0.25),
+    compared("pets", 1, "Yes, the dog!", "no , i do not like dogs", token_f1=0.0, meteor=1.0),
+    compared("work", 2, "i am a carpenter at the sea", "i am a carpenter by the sea", token_f1=0.75, meteor=0.5),
+    compared("work", 3, "", "i am retired", token_f1=0.0, meteor=0.0),
+]
+
+
+def bleu(rows):
+    texts, references = zip(*((row["generation"]["text"], row["generation"]["reference"]) for row in rows), strict=True)
+    return sacrebleu.BLEU().corpus_score(texts, [references]).score
+
+
+def test_text_metrics_are_means_over_rows_and_metrics_of_all_texts_together():
+    """Words, by hand: i have dog called miso · yes dog · i am carpenter at sea · (nothing)."""
+    result = EvaluationResult(TEXTS, expected=4)
+    assert result.text_metrics("pets") == {
+        "token_f1": 0.25, "meteor": 0.625, "bleu": pytest.approx(bleu(TEXTS[:2])), "distinct_1": 6 / 7, "distinct_2": 5 / 5
+    }  # fmt: skip
+    assert result.text_metrics("work") == {
+        "token_f1": 0.375, "meteor": 0.25, "bleu": pytest.approx(bleu(TEXTS[2:])), "distinct_1": 5 / 5, "distinct_2": 4 / 4
+    }  # fmt: skip
+    assert result.text_metrics() == {
+        "token_f1": 0.3125, "meteor": 0.4375, "bleu": pytest.approx(bleu(TEXTS)), "distinct_1": 10 / 12, "distinct_2": 9 / 9
+    }  # fmt: skip
+    assert bleu(TEXTS) != pytest.approx((bleu(TEXTS[:2]) + bleu(TEXTS[2:])) / 2)
+
+
+def test_a_text_with_a_reference_is_neither_right_nor_wrong():
+    result = EvaluationResult(TEXTS, expected=4)
+    assert (result.measures, result.unanswered(), result.counts) == ([], 0, {"generation": 4})
+    assert (result.gold_loss, result.perplexity) == (None, None)
+    assert result.accuracy("generation") == Proportion(0, 0)
+
+
+def test_the_summary_of_texts():
+    skipped = {"bert_score": "the model is not on this machine"}
+    summary = EvaluationResult(TEXTS, 4, skipped).summary()
+    result = EvaluationResult(TEXTS, expected=4)
+    assert summary["tasks"] == {task: {"text": result.text_metrics(task)} for task in ("pets", "work")}
+    assert (summary["text"], summary["text_skipped"]) == (result.text_metrics(), skipped)
+    assert (summary["average"], summary["nats_per_target_token"], summary["perplexity"]) == ({}, None, None)
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_ranked_candidates_and_texts_stand_side_by_side():
+    """hits@1 of the likelihoods; the generated texts have no accuracy of their own."""
+    rows = [text | {"likelihood": row("", 0, 1, choice)["likelihood"]} for text, choice in zip(
+        TEXTS, [(1, 0, 1), (1, 1, 0), (0, 0, 1), (1, 0, 1)], strict=True
+    )]  # fmt: skip
+    result = EvaluationResult(rows, expected=4)
+    assert result.measures == list(SCORES)
+    assert [result.accuracy(score).hits for score in SCORES] == [3, 1, 3]
+    assert result.counts == {"likelihood": 4, "generation": 4}
+    assert set(result.summary()["tasks"]["pets"]) == {*SCORES, "text"}
+    assert result.text_metrics() == EvaluationResult(TEXTS, expected=4).text_metrics()
+
+
+def test_a_limit_leaves_rows_without_a_text():
+    rows = [*TEXTS[:2], row("pets", 7, 1, (1, 1, 1))]
+    assert EvaluationResult(rows, expected=9).text_metrics() == EvaluationResult(TEXTS[:2], expected=9).text_metrics()
+    assert EvaluationResult(rows[2:], expected=9).text_metrics() == {}
+
+
+def test_judged_texts_have_no_metrics():
+    result = EvaluationResult(ROWS, expected=4)
+    assert result.text_metrics() == {}
+    assert result.summary()["text"] == result.summary()["text_skipped"] == {}
+    assert all("text" not in task for task in result.summary()["tasks"].values())
+
+
+def test_without_its_package_a_metric_is_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert set(EvaluationResult(TEXTS, expected=4).text_metrics()) == {"token_f1", "meteor", "distinct_1", "distinct_2"}
+
+
+def test_perplexity_is_the_exponential_of_the_loss():
+    result = EvaluationResult(ROWS, expected=4)
+    assert result.perplexity == pytest.approx(2.718281828459045 ** (10 / 6))
+    assert result.summary()["perplexity"] == result.perplexity
 
 
 # --- a whole run ---
@@ -189,3 +282,23 @@ def test_a_single_candidate_is_no_question():
     result = EvaluationResult([row | {"generation": {"text": "4", "answer": "4", "choice": 0}}], expected=1)
     assert result.measures == ["generation"]
     assert (result.accuracy("sum").n, result.accuracy("generation").n) == (0, 1)
+
+
+def test_where_some_rows_have_one_candidate_the_others_are_judged():
+    alone = {"log_likelihoods": [-3.0], "tokens": [2], "characters": [9], "choice": dict.fromkeys(get_args(Score), 0)}
+    rows = [*ROWS[:3], row("easy", 8, 0) | {"likelihood": alone}, row("sums", 9, 0) | {"likelihood": alone}]
+    result = EvaluationResult(rows, expected=5)
+    assert result.accuracy("sum", "easy") == Proportion(2, 3)
+    assert result.accuracy("sum", "sums") == Proportion(0, 0)
+    assert result.gold_loss == pytest.approx((1 + 1 + 7 + 3 + 3) / (1 + 1 + 3 + 2 + 2))
+    summary = result.summary()
+    assert summary["tasks"]["sums"]["sum"] == {"n": 0, "accuracy": None, "interval": [None, None]}
+    assert summary["average"]["sum"]["accuracy"] == pytest.approx(2 / 3)  # of the one task that has one
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_a_model_that_is_sure_of_the_wrong_tokens_has_a_perplexity():
+    likelihood = {"log_likelihoods": [-2000.0], "tokens": [2], "characters": [3], "choice": {}}
+    summary = EvaluationResult([{"task": "t", "example": 0, "gold": 0, "likelihood": likelihood}], 1).summary()
+    assert summary["nats_per_target_token"] == 1000.0
+    assert summary["perplexity"] is None
