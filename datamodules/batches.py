@@ -1,7 +1,10 @@
 """Batches out of a token table: a planned step's micro-batches to train on, questions to rank, prompts to complete."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import datasets
 from torch.utils.data import Dataset
@@ -65,6 +68,13 @@ class TrainingBatches(Dataset[Batch]):
         self.rank = rank
         self.line = line
         self.accumulate = len(steps[0].micro_batches) // ranks
+
+    @cached_property
+    def plan(self) -> str:
+        """16 hex digits of which questions form which step, however each is cut up and shared out."""
+        keys = self.table.rows["key"]
+        steps = [sorted(keys[row] for rows in step.micro_batches for row in rows) for step in self.steps]
+        return hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulate

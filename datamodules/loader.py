@@ -7,13 +7,15 @@ from torch.utils.data import DataLoader
 
 from gatera_lightning.datamodules.batches import TrainingBatches
 from gatera_lightning.datamodules.tokens import Batch
+from gatera_lightning.errors import CheckpointError
 
 
 class PlannedLoader:
     """Steps in a new random order each epoch, each step's micro-batches in order.
 
-    The order of epoch e is a function of (seed, e) alone. The position is two integers, the epoch and the batches handed out
-    in it, which are the same on every rank (only rank 0's are saved) and do not see what workers have fetched ahead.
+    The order of epoch e is a function of (seed, e) alone. The position is the epoch and the steps handed out in it, which is
+    the same on every rank (only rank 0's is saved), does not see what workers have fetched ahead, and means the same under
+    another number of processes or micro-batches.
     ``iter()`` alone changes nothing: trainers call it at will, and differently after resuming. A new epoch begins when the
     first batch of a new iterator is asked for, unless a position was restored in the middle of one.
     """
@@ -48,20 +50,30 @@ class PlannedLoader:
         steps = torch.randperm(len(self) // accumulate, generator=generator).tolist()
         return [step * accumulate + k for step in steps for k in range(accumulate)]
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, epoch and batches handed out in it, and what gives it its meaning."""
-        position = {"epoch": self.epoch, "handed_out": self.handed_out}
-        return position | {"accumulate": self.dataset.accumulate, "batches": len(self)}
+    def state_dict(self) -> dict[str, int | str]:
+        """The position: the epoch, the steps handed out in it, micro-batches of the next one; and what gives it its meaning."""
+        steps, micro_batches = divmod(self.handed_out, self.dataset.accumulate)
+        return {
+            "epoch": self.epoch,
+            "steps": steps,
+            "micro_batches": micro_batches,
+            "accumulate": self.dataset.accumulate,
+            "plan": self.dataset.plan,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a position. Raises ValueError when it was taken under another cut of the data."""
-        there = state_dict["accumulate"], state_dict["batches"]
-        here = self.dataset.accumulate, len(self)
-        if there != here:
-            raise ValueError(
-                f"the checkpoint's position counts {there[1]} micro-batches an epoch at accumulate_grad_batches {there[0]}; "
-                f"here there are {here[1]} at {here[0]}. Resume with the same data, data.batch_size, accumulation and "
-                "processes, or start a new run with model.warm_start set to the adapter folder."
+    def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
+        """Continue from a position. Raises CheckpointError when it was taken in other data, or in mid-step at another cut."""
+        if state_dict["plan"] != self.dataset.plan:
+            raise CheckpointError(
+                "the checkpoint's position is one in other optimizer steps: other rows, or other rows to a step. Resume with "
+                "the same data, data.batch_size, token_budget, group_by_length and seed, or start a new run with "
+                "model.warm_start set to the adapter folder"
             )
-        self.epoch, self.handed_out = state_dict["epoch"], state_dict["handed_out"]
+        epoch, steps, micro_batches, there = (int(state_dict[n]) for n in ("epoch", "steps", "micro_batches", "accumulate"))
+        if micro_batches and there != self.dataset.accumulate:
+            raise CheckpointError(
+                f"the checkpoint was written behind micro-batch {micro_batches} of {there} of a step; resume it with "
+                f"trainer.accumulate_grad_batches {there}, not {self.dataset.accumulate}"
+            )
+        self.epoch, self.handed_out = epoch, steps * self.dataset.accumulate + micro_batches
         self._restored = True

@@ -1,4 +1,4 @@
-"""The two errors of this package: a configuration that cannot work, and a run that must not go on."""
+"""What can end a run: a configuration that cannot work, a run that must not go on, a checkpoint, or the machine."""
 
 from collections.abc import Sequence
 
@@ -13,3 +13,16 @@ class ConfigError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """The loss of an optimizer step is NaN or infinite; the step was not taken."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, is damaged, or does not belong to this run."""
+
+
+class Preempted(RuntimeError):
+    """A signal asked the run to end; what it had reached is saved."""
+
+    def __init__(self, checkpoint: str, step: int, *, requeued: bool) -> None:
+        self.checkpoint, self.step, self.requeued = checkpoint, step, requeued
+        then = "the job is requeued and goes on from there" if requeued else f"resume with --ckpt_path {checkpoint}"
+        super().__init__(f"preempted at optimizer step {step}; saved {checkpoint}; {then}")

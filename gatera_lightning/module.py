@@ -7,6 +7,7 @@ from typing import Any, cast, get_args
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
@@ -20,6 +21,7 @@ from gatera_lightning.backbone import BackboneConfig, keeps_packed_rows_apart, l
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.candidates import candidate_log_likelihoods, continues_from_keys
+from gatera_lightning.checkpoint_files import WholeCheckpointIO
 from gatera_lightning.datamodules.tokens import Batch, PromptBatch
 from gatera_lightning.errors import ConfigError, NonFiniteLossError
 from gatera_lightning.evaluation.ranking import Score, answer_log_likelihoods, ranked_questions
@@ -33,7 +35,7 @@ from gatera_lightning.losses import (
     target_positions_only,
 )
 from gatera_lightning.optimization import OptimizerConfig, build_optimizer
-from gatera_lightning.parallel import shard_layers
+from gatera_lightning.parallel import AdapterShardingStrategy
 
 # A checkpoint holds these beside tensors; naming them lets it load without unpickling anything else.
 torch.serialization.add_safe_globals([AdapterConfig, BackboneConfig, DecodingConfig, OptimizerConfig])
@@ -105,7 +107,12 @@ class GateRAModule(L.LightningModule):
     # --- set-up ---
 
     def setup(self, stage: str) -> None:
-        """Refuse Lightning's sampler: the data module has shared out rows already, and it would share them out again."""
+        """Refuse Lightning's sampler: the data module has shared out rows already, and it would share them out again.
+
+        Checkpoints are written whole or not at all, whoever builds the Trainer.
+        """
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ConfigError("trainer.use_distributed_sampler: true would cut up planned batches; accepted: false")
 
@@ -126,8 +133,14 @@ class GateRAModule(L.LightningModule):
             load_adapter(model, self.warm_start)
         model.train()  # Hugging Face returns eval mode, which silences dropout and gradient checkpointing
         if self.device_mesh is not None:
-            shard_layers(model, self.device_mesh["data_parallel"])
+            self._sharding().shard(model)
         self.model = model
+
+    def _sharding(self) -> AdapterShardingStrategy:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, AdapterShardingStrategy):
+            raise ConfigError(f"trainer.strategy: {type(strategy).__name__}; accepted for sharding: AdapterShardingStrategy")
+        return strategy
 
     def on_fit_start(self) -> None:
         """Refuse what would silently train something else."""
@@ -288,9 +301,9 @@ class GateRAModule(L.LightningModule):
         return type(result)(missing, unexpected)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise KeyError unless the checkpoint holds exactly this adapter."""
-        if not checkpoint.get("state_dict"):
-            return  # a sharded checkpoint brings its tensors by itself
+        """Raise KeyError unless the checkpoint holds exactly this adapter; count its batches as this run cuts its steps."""
+        if self._trainer is not None:  # None where a module is loaded by itself
+            recount_batches(checkpoint, self.trainer.accumulate_grad_batches)
         self.warm_start = None  # the checkpoint holds every value; the folder may be gone
         self.configure_model()
         own = {f"model.{name}" for name in adapter_parameters(self.model)}
@@ -301,3 +314,20 @@ class GateRAModule(L.LightningModule):
                 f"the checkpoint does not hold this adapter: {len(missing)} tensors missing {missing[:2]}, "
                 f"{len(surplus)} without a place {surplus[:2]}"
             )
+
+
+def recount_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let the loops of a checkpoint count as many micro-batches to a step as this run has, in place.
+
+    Lightning keeps the position in an epoch in micro-batches of one process; another number of processes or micro-batches makes
+    the same optimizer step another count.
+    """
+    states = (state for state in checkpoint.values() if isinstance(state, dict))
+    positions = [state["train_position"] for state in states if "train_position" in state]
+    if not positions or positions[0]["accumulate"] == accumulate:
+        return
+    before = positions[0]["accumulate"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        ready = counts["ready"] // before * accumulate
+        counts |= {name: ready - (counts["ready"] - count) for name, count in counts.items()}  # open ones stay open

@@ -1,5 +1,6 @@
 """Random state in checkpoints, so that a resumed run draws the dropout it would have drawn."""
 
+import logging
 import random
 from typing import Any
 
@@ -8,12 +9,14 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+log = logging.getLogger(__name__)
+
 
 class RNGState(L.Callback):
     """Saves torch's, numpy's and Python's generators of every rank; Lightning saves none.
 
-    Restored at the first training batch after resuming, because set-up in between may draw numbers that the
-    uninterrupted run never drew. Raises ValueError when the number of processes changed: ranks then have no state.
+    Restored at the first training batch after resuming, because set-up in between may draw numbers that the uninterrupted run
+    never drew. With another number of processes the states fit no rank: the run draws anew, and the log says so.
     """
 
     def __init__(self) -> None:
@@ -41,12 +44,16 @@ class RNGState(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._saved is None:
             return
-        if len(self._saved) != trainer.world_size:
-            raise ValueError(
-                f"the checkpoint holds the random state of {len(self._saved)} processes, this run has {trainer.world_size}; "
-                f"resume with {len(self._saved)}, or start a new run with model.warm_start set to the adapter folder"
+        if len(self._saved) == trainer.world_size:
+            self._pending = self._saved[trainer.global_rank]
+        elif trainer.is_global_zero:
+            log.warning(
+                "the checkpoint holds the random state of %d processes and this run has %d: dropout, where there is any, is "
+                "drawn anew; adapter, optimizer and data go on where they were",
+                len(self._saved),
+                trainer.world_size,
             )
-        self._pending, self._saved = self._saved[trainer.global_rank], None
+        self._saved = None
 
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -94,7 +94,7 @@ def test_packed_rows_count_as_padded_ones():
     """Five rows in two lines, none of whose padding counts."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((4, 2), (1, 1), (7, 3), (2, 5), (3, 1))
-    rows = [AnsweredPrompt([5] * prompt, [6] * answer, (), number) for number, (prompt, answer) in enumerate(sizes)]
+    rows = [AnsweredPrompt([5] * prompt, [6] * answer, number) for number, (prompt, answer) in enumerate(sizes)]
     values = [4 * torch.randn(3, row.length, generator=generator) for row in rows]
     counts = {}
     for lines in (None, [[2, 1], [3, 0, 4]]):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gatera_lightning.datamodules.loader import PlannedLoader
+from gatera_lightning.errors import CheckpointError
 
 STEPS, ACCUMULATE = 5, 2
 PER_EPOCH = STEPS * ACCUMULATE
@@ -18,7 +19,7 @@ class _Indices(torch.utils.data.Dataset):
     """In place of training batches: item ``i`` is ``i``."""
 
     def __init__(self, steps, accumulate):
-        self.steps, self.accumulate = steps, accumulate
+        self.steps, self.accumulate, self.plan = steps, accumulate, f"{steps} steps"
 
     def __len__(self):
         return self.steps * self.accumulate
@@ -144,18 +145,34 @@ def test_a_resumed_loader_can_be_saved_again():
     assert seen == whole
 
 
-def test_a_position_under_another_cut_of_the_data_is_refused():
-    """It counts micro-batches: under another accumulation it would stand somewhere else, without a word."""
-    state = _loader().state_dict()
-    for other in (_loader(accumulate=1), _loader(steps=STEPS + 1)):
-        with pytest.raises(ValueError, match="10 micro-batches an epoch at accumulate_grad_batches 2"):
-            other.load_state_dict(state)
+def test_a_position_in_other_steps_is_refused():
+    with pytest.raises(CheckpointError, match=r"^the checkpoint's position is one in other optimizer steps: "):
+        _loader(steps=STEPS + 1).load_state_dict(_loader().state_dict())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_position_means_the_same_at_another_cut(accumulate):
+    loader = _loader()
+    done = list(itertools.islice(iter(loader), 3 * ACCUMULATE))
+    other = _loader(accumulate=accumulate)
+    other.load_state_dict(loader.state_dict())
+    rest = list(other)
+    assert sorted(_steps_of(done, ACCUMULATE) + _steps_of(rest, accumulate)) == list(range(STEPS))
+    whole = _loader(accumulate=accumulate)
+    assert rest == list(whole)[3 * accumulate :]
+
+
+def test_a_position_in_mid_step_holds_for_its_own_cut_alone():
+    loader = _loader()
+    next(iter(loader))
+    with pytest.raises(CheckpointError, match=r"behind micro-batch 1 of 2 of a step; resume it with .* 2, not 1$"):
+        _loader(accumulate=1).load_state_dict(loader.state_dict())
 
 
 def test_a_restored_position_survives_iterators_that_nobody_uses():
     loader = _loader()
     whole = _epochs(loader, 2)
-    loader.load_state_dict(loader.state_dict() | {"epoch": 0, "handed_out": 6})
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0, "steps": 3, "micro_batches": 0})
     iter(loader)
     assert _epochs(loader, 2) == [whole[0][6:], whole[1]]
 
@@ -163,7 +180,7 @@ def test_a_restored_position_survives_iterators_that_nobody_uses():
 def test_a_resumed_epoch_left_early_is_followed_by_the_next():
     loader = _loader()
     whole = _epochs(loader, 2)
-    loader.load_state_dict(loader.state_dict() | {"epoch": 0, "handed_out": 4})
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0, "steps": 2, "micro_batches": 0})
     assert list(itertools.islice(loader, 2)) == whole[0][4:6]
     assert list(loader) == whole[1]
 

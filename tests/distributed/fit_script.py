@@ -28,7 +28,7 @@ from gatera_lightning.parallel import AdapterShardingStrategy
 class Job:
     backbone: str
     out: str
-    strategy: str = "single"  # single, ddp, fsdp
+    strategy: str = "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too)
     accumulate: int = 1
     checkpointing: bool = False
     clip: float | None = None
@@ -122,7 +122,12 @@ def run(job: Job) -> Watch:
         held_out=2,
     )
     data.connect(load_tokenizer(backbone))
-    strategies = {"single": "auto", "ddp": DDPStrategy(process_group_backend="gloo"), "fsdp": AdapterShardingStrategy()}
+    strategies = {
+        "single": "auto",
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "fsdp": AdapterShardingStrategy(),
+        "sharded": AdapterShardingStrategy(sharded_checkpoints=True),
+    }
     watch = Watch(job)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -1,0 +1,229 @@
+"""Checkpoints on disk: whole or not there at all, flushed before they count, and checked before they are believed.
+
+One file, or (sharded) a folder with the tensors of every process as torch.distributed.checkpoint writes them, the rest in
+``rest.pt``, and the SHA-256 of each file in ``files.json``. Reading either gives the same.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from gatera_lightning.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+DRAFT = ".draft"
+"""Ends the name of what is still being written; found later, it is what a killed process left."""
+
+_REST, _FILES = "rest.pt", "files.json"  # in a sharded checkpoint
+_SHARDED = "sharded:"  # begins the text that stands for a tensor in rest.pt, before its name among the shards
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a draft, flushes it to the disk, and only then gives it its name: a name always means a whole file.
+
+    A process killed in between leaves the earlier checkpoint and a draft that nobody reads. Reading checks the CRC of every
+    record first: ``torch.load`` itself does not notice a flipped bit.
+    """
+
+    failure: str | None = None
+    """Why the last checkpoint could not be written. Only rank 0 writes; AdapterCheckpoint tells the others and ends the run."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one file; when that fails, whatever stood there before is untouched and :attr:`failure` says why."""
+        path = Path(path)
+        self.failure = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(path.name + DRAFT)
+            try:
+                with draft.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
+            flush_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            self.failure = f"cannot write the checkpoint {path} ({error}); what stood there before is untouched"
+            log.error(self.failure)
+
+    @override
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file, or a sharded folder into whole tensors. Raises CheckpointError when it is damaged."""
+        path = Path(path)
+        if problem := damage(path):
+            raise CheckpointError(f"{path}: {problem}")
+        if path.is_dir():
+            return read_sharded(path, weights_only=weights_only)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file or folder that may be gone already."""
+        path = Path(path)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder, which a rename has changed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(draft: Path, path: Path) -> None:
+    """Let a finished draft take the place of a folder or file; at no time is neither there for more than a moment."""
+    old = path.with_name(path.name + DRAFT + "-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(draft, path)
+    flush_folder(path.parent)
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def mapped(state: Any, change: Callable[[str, Tensor], Any], name: str = "") -> Any:
+    """Nested dictionaries and lists with every tensor changed; ``change`` gets its path too, like ``state_dict/model.b``."""
+    if isinstance(state, dict):
+        return {key: mapped(value, change, f"{name}/{key}" if name else str(key)) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(mapped(value, change, f"{name}/{number}") for number, value in enumerate(state))
+    return change(name, state) if isinstance(state, Tensor) else state
+
+
+def write_sharded(checkpoint: dict[str, Any], draft: Path, *, rank: int) -> None:
+    """Write every process's shards of the DTensors in ``checkpoint`` into an empty folder, rank 0 all else; a collective."""
+    shards: dict[str, Tensor] = {}
+
+    def taken_out(name: str, tensor: Tensor) -> Any:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        shards[name] = tensor
+        return _SHARDED + name
+
+    rest = mapped(checkpoint, taken_out)
+    dcp.save(shards, storage_writer=FileSystemWriter(draft, sync_files=True))
+    if rank == 0:
+        with (draft / _REST).open("wb") as file:
+            torch.save(rest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        names = sorted(path.name for path in draft.iterdir())
+        manifest = draft / _FILES
+        manifest.write_text(json.dumps({name: _digest(draft / name) for name in names}, indent=2) + "\n")
+        with manifest.open("rb") as file:
+            os.fsync(file.fileno())
+        flush_folder(draft)
+
+
+def read_sharded(path: Path, *, weights_only: bool | None = None) -> dict[str, Any]:
+    """A sharded checkpoint as one dictionary of whole CPU tensors, on any number of processes, none included."""
+    reader = FileSystemReader(path)
+    tensors: dict[str, Any] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    rest = torch.load(path / _REST, map_location="cpu", weights_only=weights_only)
+
+    def put_back(state: Any) -> Any:
+        if isinstance(state, dict):
+            return {key: put_back(value) for key, value in state.items()}
+        if isinstance(state, list | tuple):
+            return type(state)(map(put_back, state))
+        return tensors[state.removeprefix(_SHARDED)] if isinstance(state, str) and state.startswith(_SHARDED) else state
+
+    return put_back(rest)
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint, empty when nothing is: every record's CRC, or every file's SHA-256, is checked."""
+    if path.is_dir():
+        return _damage_of_folder(path)
+    if not path.is_file():
+        return "there is no such file"
+    if not path.stat().st_size:
+        return "it is empty"
+    try:
+        with zipfile.ZipFile(path) as records:
+            bad = records.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        return f"it is damaged ({error or type(error).__name__})"
+    return f"it is damaged (record {bad} is not what was written)" if bad else ""
+
+
+def _damage_of_folder(path: Path) -> str:
+    try:
+        digests = json.loads((path / _FILES).read_text())
+    except (OSError, ValueError) as error:
+        return f"it is damaged ({_FILES}: {error})"
+    if not isinstance(digests, dict) or _REST not in digests:
+        return f"it is damaged ({_FILES} does not list {_REST})"
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            return f"it is damaged ({name} is missing)"
+        if _digest(path / name) != digest:
+            return f"it is damaged ({name} is not what was written)"
+    return ""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def newest_sound_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of a folder that has come furthest, damaged ones being named in the log and left out; None without any.
+
+    Raises CheckpointError when there are checkpoints, and every one is damaged.
+    """
+    found: list[tuple[int, bool, Path]] = []
+    paths = sorted(folder.glob("*.ckpt"))
+    for path in paths:
+        problem = damage(path)
+        if not problem:
+            try:
+                step = _step(path)
+            except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+                problem = f"it cannot be read ({' '.join(str(error).split())[:200]})"
+        if problem:
+            log.warning("skipping the checkpoint %s: %s", path, problem)
+        else:
+            found.append((step, path.stem == "last", path))
+    if paths and not found:
+        raise CheckpointError(f"{folder}: every checkpoint is damaged: {', '.join(path.name for path in paths)}")
+    if not found:
+        return None
+    step, _, newest = max(found)
+    log.info("continuing from %s, at optimizer step %d", newest, step)
+    return newest
+
+
+def _step(path: Path) -> int:
+    file = path / _REST if path.is_dir() else path
+    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
