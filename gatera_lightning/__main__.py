@@ -1,19 +1,27 @@
 """``python -m gatera_lightning``: this project's own verbs, LightningCLI's, and what a user sees when something is wrong."""
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed import DistNetworkError
 
 from gatera_lightning.adapters.files import AdapterFileError
 from gatera_lightning.cli import PROG, GateRACLI, with_found_configs
 from gatera_lightning.compare import compare
 from gatera_lightning.demo import demo
-from gatera_lightning.errors import ConfigError, NonFiniteLossError
+from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
 from gatera_lightning.preview import preview
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a configuration that cannot work, 1 for a failed run."""
+    """Run the command line; returns the exit status.
+
+    0 for a run that is done or requeued, 1 for a failed one, 2 for a configuration that cannot work, 75 (try again) for a run
+    that a signal ended, saved and not requeued.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     for noise in (
         ".*isinstance\\(treespec, LeafSpec\\)",
@@ -35,14 +43,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except ConfigError as error:
-        count = len(error.problems)
-        heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
-        print(f"{PROG}: {heading}:", *(f"  - {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        if rank_zero_only.rank == 0 or not error.on_every_process:
+            count = len(error.problems)
+            heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
+            print(f"{_who()}: {heading}:", *(f"  - {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
-    except NonFiniteLossError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
+    except (NonFiniteLossError, CheckpointError) as error:
+        if rank_zero_only.rank == 0:  # both are raised by all processes together
+            print(f"{PROG}: {error}", file=sys.stderr)
         return 1
+    except DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', 'unknown')}"
+        print(f"{_who()}: the processes cannot meet at {place}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print("  - another job may use the port: set MASTER_PORT to a free one", file=sys.stderr)
+        return 1
+    except Preempted as error:
+        if rank_zero_only.rank == 0:
+            print(f"{PROG}: {error}", file=sys.stderr)
+        return 0 if error.requeued else 75
     return 0
+
+
+def _who() -> str:
+    """The program, and which process it is where there are several."""
+    rank = rank_zero_only.rank
+    return f"{PROG} (process {rank})" if rank else PROG
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ One file, or (sharded) a folder with the tensors of every process as torch.distr
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -78,11 +79,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file or folder that may be gone already."""
-        path = Path(path)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(Path(path))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:
@@ -97,15 +101,37 @@ def flush_folder(folder: Path) -> None:
 def replace_folder(draft: Path, path: Path) -> None:
     """Let a finished draft take the place of a folder or file; at no time is neither there for more than a moment."""
     old = path.with_name(path.name + DRAFT + "-old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if path.exists():
         os.replace(path, old)
     os.replace(draft, path)
     flush_folder(path.parent)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
+    _remove(old)
+
+
+def keep_previous(path: Path, count: int) -> None:
+    """Let ``NAME.ckpt`` also be ``NAME-1.ckpt``, what that was ``NAME-2.ckpt`` and so on, ``count`` in all.
+
+    The file keeps its own name until another takes it: whenever the process is killed, the newest is still there.
+    """
+    names = [path, *(path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count))]
+    for newer, older in reversed(list(itertools.pairwise(names))):
+        if newer.exists():
+            draft = older.with_name(older.name + DRAFT)
+            _remove(draft)
+            if newer.is_dir():
+                shutil.copytree(newer, draft, copy_function=_link)
+            else:
+                _link(newer, draft)
+            replace_folder(draft, older)
+
+
+def _link(there: str | Path, here: str | Path) -> None:
+    """A second name for a file; a copy where the file system has no such thing."""
+    try:
+        os.link(there, here)
+    except OSError:
+        shutil.copy2(there, here)
 
 
 def mapped(state: Any, change: Callable[[str, Tensor], Any], name: str = "") -> Any:

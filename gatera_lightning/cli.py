@@ -5,6 +5,7 @@ among the shipped ones (``llama_commonsense.yaml``, ``overlays/lora.yaml`` or ju
 """
 
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gatera_lightning.adapters.inject import find_targets
@@ -23,11 +25,17 @@ from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.run_summary import RunSummary
+from gatera_lightning.callbacks.safe_preempt import SafePreempt
+from gatera_lightning.callbacks.step_watchdog import StepWatchdog
 from gatera_lightning.callbacks.throughput import Throughput
+from gatera_lightning.checkpoint_files import newest_sound_checkpoint
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.ranking import Score
 from gatera_lightning.module import GateRAModule
+from gatera_lightning.parallel import AdapterShardingStrategy
+
+log = logging.getLogger(__name__)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -36,7 +44,9 @@ CALLBACKS = {
     "early_stopping": OptionalEarlyStopping,
     "evaluation": EvaluationReport,
     "gate_histogram": GateHistogram,
+    "preempt": SafePreempt,
     "throughput": Throughput,
+    "watchdog": StepWatchdog,
 }
 ACCURACIES = tuple(f"val/accuracy_{score}" for score in get_args(Score))
 PROG = "python -m gatera_lightning"
@@ -87,6 +97,8 @@ class GateRACLI(LightningCLI):
         config = parser.parse_args(settings_only)
         raise_problems(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
+        if config.get(f"{config.subcommand}.ckpt_path") == "last":  # the one case in which a run's folder is written again
+            self.save_config_kwargs["overwrite"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer, or what keeps this machine from having one."""
@@ -95,6 +107,26 @@ class GateRACLI(LightningCLI):
         except MisconfigurationException as error:
             hint = " To run on a CPU, add --config overlays/cpu.yaml" if "gpu" in str(error).lower() else ""
             raise ConfigError(f"trainer: {error}{hint}") from error
+        except ValueError as error:  # what SLURM started is not what the config says
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}", on_every_process=True) from error
+
+    def _instantiate_trainer(self, config: Namespace, callbacks: list[Callback]) -> Trainer:
+        if SLURMEnvironment.detect():  # its own requeueing saves inside the signal handler; SafePreempt does not
+            given = config.get("plugins") or []
+            config["plugins"] = [*(given if isinstance(given, list) else [given]), SLURMEnvironment(auto_requeue=False)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        path = kwargs.get("ckpt_path")
+        if path == "last":
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
+            kwargs["ckpt_path"] = newest_sound_checkpoint(folder)
+            if kwargs["ckpt_path"] is None:
+                log.info("no checkpoint in %s yet: the run begins", folder)
+        elif path is not None and holds_checkpoints(path):
+            kwargs["ckpt_path"] = newest_sound_checkpoint(Path(path))
+        return kwargs
 
     def after_instantiate_classes(self) -> None:
         """Check the adapter against the model's modules, without its weights; the data speaks the backbone's tokens."""
@@ -138,10 +170,26 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
             "frozen weights; accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2)"
         )
     checkpoint = settings.get("ckpt_path")
-    if checkpoint not in (None, "best", "last", "hpc") and not os.path.exists(checkpoint):
-        problems.append(f"ckpt_path: {checkpoint!r} does not exist; accepted: a checkpoint, best, last, or null")
+    accepted = "a checkpoint, a folder of checkpoints, best, last (of this run's folder), or null"
+    if checkpoint not in (None, "best", "last") and not os.path.exists(checkpoint):
+        problems.append(f"ckpt_path: {checkpoint!r} does not exist; accepted: {accepted}")
+    elif checkpoint is not None and os.path.isdir(checkpoint) and not (sharded(checkpoint) or holds_checkpoints(checkpoint)):
+        problems.append(f"ckpt_path: the folder {checkpoint!r} holds no checkpoint (*.ckpt); accepted: {accepted}")
+    strategy = trainer.strategy
+    if isinstance(strategy, AdapterShardingStrategy) and isinstance(trainer.devices, int) and trainer.devices > 0:
+        problems += strategy.problems(trainer.num_nodes * trainer.devices)
     if problems:
         raise ConfigError(problems)
+
+
+def holds_checkpoints(path: str) -> bool:
+    """Whether a path is a folder with checkpoints in it."""
+    return any(Path(path).glob("*.ckpt"))
+
+
+def sharded(path: str) -> bool:
+    """Whether a folder is itself a checkpoint, by its name."""
+    return Path(path).suffix == ".ckpt"
 
 
 def find_config(name: str) -> str:

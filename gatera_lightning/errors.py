@@ -6,8 +6,10 @@ from collections.abc import Sequence
 class ConfigError(ValueError):
     """All problems of a configuration at once; each names the setting, its value and what is accepted."""
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
+    def __init__(self, problems: str | Sequence[str], *, on_every_process: bool = False) -> None:
+        """``on_every_process``: all of a job raise it together, so that one saying it is enough."""
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.on_every_process = on_every_process
         super().__init__("\n".join(f"  - {p}" for p in self.problems) if len(self.problems) > 1 else self.problems[0])
 
 

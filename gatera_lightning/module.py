@@ -1,5 +1,7 @@
 """GateRAModule: a frozen backbone, its adapter, and one step."""
 
+import hashlib
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -36,6 +38,8 @@ from gatera_lightning.losses import (
 )
 from gatera_lightning.optimization import OptimizerConfig, build_optimizer
 from gatera_lightning.parallel import AdapterShardingStrategy
+
+log = logging.getLogger(__name__)
 
 # A checkpoint holds these beside tensors; naming them lets it load without unpickling anything else.
 torch.serialization.add_safe_globals([AdapterConfig, BackboneConfig, DecodingConfig, OptimizerConfig])
@@ -82,6 +86,7 @@ class GateRAModule(L.LightningModule):
         self.val_loss = MeanMetric(nan_strategy=float("inf"))  # a NaN must not be dropped from the mean
         self.val_accuracy = torch.nn.ModuleDict({score: MeanMetric(nan_strategy="error") for score in get_args(Score)})
         self._packing_is_tried = False
+        self._skipped_steps = 0
         self._step_sums = torch.zeros(3)
         self._step_history: list[tuple[Tensor, Tensor]] = []
 
@@ -145,12 +150,31 @@ class GateRAModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what would silently train something else."""
         trainer = self.trainer
+        self._refuse_other_settings()
         if trainer.precision != "32-true":
             raise ValueError(f"trainer.precision: {trainer.precision}; accepted: 32-true. Set model.backbone.dtype instead")
         wanted = getattr(torch, self.adapter.adapter_dtype)
         for name, parameter in adapter_parameters(self.model).items():
             if parameter.dtype != wanted or not parameter.requires_grad:
                 raise RuntimeError(f"{name} should be trainable in {wanted}, but is {parameter.dtype}")
+
+    def _refuse_other_settings(self) -> None:
+        """Raise ConfigError on every rank when processes were started with different settings, or read different rows."""
+        if not torch.distributed.is_initialized():
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        keys = "\n".join(data.tables["train"]["key"]) if data is not None and "train" in getattr(data, "tables", {}) else ""
+        seen = {"model": repr(dict(self.hparams)), "data": repr(dict(data.hparams)) if data is not None else "", "rows": keys}
+        own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in seen.items()}
+        everyone: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(everyone, own)
+        problems = [
+            f"processes {', '.join(map(str, others))} have other {what} than process 0; accepted: the same everywhere"
+            for what, name in (("settings of model", "model"), ("settings of data", "data"), ("training rows", "rows"))
+            if (others := [rank for rank, found in enumerate(everyone) if found[name] != everyone[0][name]])
+        ]
+        if problems:
+            raise ConfigError(problems, on_every_process=True)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse the first packed batch if the model cannot tell its rows apart."""
@@ -203,7 +227,7 @@ class GateRAModule(L.LightningModule):
         return {"loss": parts * loss, "gate_logits": None if z is None else z.detach(), "gate_names": gates.names}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss of the whole step, and stop before a step that is not finite.
+        """Log the loss of the whole step; leave out a step that is not finite, and stop before one too many.
 
         Raises NonFiniteLossError on every rank alike, with the step and the example ids.
         """
@@ -214,11 +238,30 @@ class GateRAModule(L.LightningModule):
         task, entropy, gate_mean, norms = sums.unbind()
         loss = task + self.gate_entropy_weight * entropy
         if not torch.isfinite(loss + norms):
-            raise NonFiniteLossError(self._describe_non_finite(float(loss), float(norms)))
+            self._skip(optimizer, self._describe_non_finite(float(loss), float(norms)))
+            return
         self.log_dict({"train/loss": loss, "train/task_loss": task}, prog_bar=True)
         if self.adapter.gate != "none":
             self.log_dict({"train/gate_entropy": entropy, "train/gate_mean": gate_mean}, prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
+        self._step_sums = torch.zeros_like(self._step_sums)
+        self._step_history.clear()
+
+    def _skip(self, optimizer: torch.optim.Optimizer, reason: str) -> None:
+        """Let the optimizer step do nothing: without gradients, neither parameters nor moments move."""
+        limit = self.optimizer.max_skipped_steps
+        if self._skipped_steps >= limit:
+            last = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was written"
+            raise NonFiniteLossError(
+                f"{reason} Steps left out before: {self._skipped_steps} of {limit}. Last checkpoint: {last}"
+            )
+        self._skipped_steps += 1
+        if self.trainer.is_global_zero:
+            log.warning("left out %d of at most %d steps: %s", self._skipped_steps, limit, reason)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        self.log("train/skipped_steps", float(self._skipped_steps))
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_history.clear()
 
@@ -300,8 +343,13 @@ class GateRAModule(L.LightningModule):
             raise RuntimeError(f"adapter tensors missing: {missing}; without a place: {unexpected}")
         return type(result)(missing, unexpected)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count the steps that were left out over all of a run's processes."""
+        checkpoint["skipped_steps"] = self._skipped_steps
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise KeyError unless the checkpoint holds exactly this adapter; count its batches as this run cuts its steps."""
+        self._skipped_steps = checkpoint.get("skipped_steps", 0)
         if self._trainer is not None:  # None where a module is loaded by itself
             recount_batches(checkpoint, self.trainer.accumulate_grad_batches)
         self.warm_start = None  # the checkpoint holds every value; the folder may be gone

@@ -33,6 +33,9 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Optimizer steps over which lr rises linearly from 0."""
 
+    max_skipped_steps: int = 0
+    """Optimizer steps with a loss or gradient that is not finite that are left out, and counted, before the run stops."""
+
     def problems(self) -> list[str]:
         """Everything about these values that cannot work; empty when all is well."""
         found = []
@@ -40,7 +43,7 @@ class OptimizerConfig:
             found.append(f"optimizer.schedule: {self.schedule!r} is unknown; accepted: {', '.join(get_args(Schedule))}")
         if not 0 < self.lr < math.inf:
             found.append(f"optimizer.lr: {self.lr}; accepted: a number above 0")
-        for name in ("gate_lr_multiplier", "weight_decay", "warmup_steps"):
+        for name in ("gate_lr_multiplier", "weight_decay", "warmup_steps", "max_skipped_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0")
         return found

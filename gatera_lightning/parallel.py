@@ -112,7 +112,7 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         processes = self.num_nodes * self.num_processes
         if problems := self.problems(processes):
-            raise ConfigError(problems)
+            raise ConfigError(problems, on_every_process=True)
         self._data_parallel_size = processes  # to Lightning, every process has other rows
         super().setup_environment()
         shard = processes // self.replicate_size

