@@ -26,6 +26,7 @@ from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
 from gatera_lightning.checkpoint_files import WholeCheckpointIO, newest_sound_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
+from gatera_lightning.errors import Preempted
 from gatera_lightning.optimization import OptimizerConfig
 from gatera_lightning.parallel import AdapterShardingStrategy
 
@@ -50,7 +51,8 @@ class Job:
     skip: int = 0  # so many steps with a NaN are left out
     keep: bool = False  # checkpoints after every step, as AdapterCheckpoint keeps them; resume="newest" goes on from them
     slow_write: float = 0.0  # seconds that a checkpoint takes, half written
-    preempt: bool = False
+    preempt: bool = False  # end with status 75 on SIGUSR1 and SIGTERM
+    step_seconds: float = 0.0  # that a micro-batch takes
 
 
 class Rows(SupervisedDataModule):
@@ -109,6 +111,9 @@ class Watch(L.Callback):
             trainer.strategy.barrier()
             self.write(trainer)
             os._exit(9)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        time.sleep(self.job.step_seconds)
 
     def on_train_epoch_end(self, trainer, module):
         if self.job.save_epoch_ends:
@@ -194,4 +199,8 @@ def run(job: Job) -> Watch:
 
 
 if __name__ == "__main__":
-    run(Job(**json.loads(sys.argv[1])))
+    try:
+        run(Job(**json.loads(sys.argv[1])))
+    except Preempted as error:
+        print(error)
+        sys.exit(75)
