@@ -13,7 +13,9 @@ from gatera_lightning.cli import PROG, GateRACLI, with_found_configs
 from gatera_lightning.compare import compare
 from gatera_lightning.demo import demo
 from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
+from gatera_lightning.export import export
 from gatera_lightning.preview import preview
+from gatera_lightning.submit import submit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 demo(args[1:])
             case ["preview"]:
                 preview(args[1:])
+            case ["export"]:
+                export(args[1:])
+            case ["submit"]:
+                submit(args[1:])
             case ["compare"]:
                 compare(args[1:])
             case _:

@@ -81,10 +81,15 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
         dtype=native_dtype(device_type) if config.dtype == "auto" else getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
     )
+    ready_for_training(model, config)
+    return model
+
+
+def ready_for_training(model: PreTrainedModel, config: BackboneConfig) -> None:
+    """Without a cache, and with checkpointing as configured; in place."""
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def native_dtype(device_type: str) -> torch.dtype:
@@ -180,6 +185,12 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
             f"backbone.id: cannot fetch {source!r} from the hub ({type(error).__name__}: {' '.join(str(error).split())}). "
             "Without network, give a local folder (config.json, weights, tokenizer) or a .gguf file."
         ) from error
+
+
+def hub_id(source: str) -> str | None:
+    """What a backbone id names on the hub; None for a folder or file on this machine."""
+    source = expanded(source)
+    return None if _gguf_file(source) is not None or Path(source).is_dir() else source
 
 
 def expanded(path: str) -> str:

@@ -52,7 +52,8 @@ ACCURACIES = tuple(f"val/accuracy_{score}" for score in get_args(Score))
 PROG = "python -m gatera_lightning"
 OWN_VERBS = (
     "Beside these: demo, which evaluates a small model, fine-tunes it by quickstart.yaml, and evaluates it again; preview, "
-    "which shows the rows and figures of a recipe's data without its weights; compare, which tests runs against each other."
+    "which shows the rows and figures of a recipe's data without its weights; compare, which tests runs against each other; "
+    "export, which makes an adapter folder of a checkpoint; submit, which hands fit in as a SLURM job."
 )
 
 

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
+from gatera_lightning.adapters.files import AdapterFileError, backbone_identity, load_adapter, read_adapter_config
 from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.recording import GateRecord, record_gates
 from gatera_lightning.backbone import BackboneConfig, keeps_packed_rows_apart, load_backbone
@@ -38,6 +38,7 @@ from gatera_lightning.losses import (
 )
 from gatera_lightning.optimization import OptimizerConfig, build_optimizer
 from gatera_lightning.parallel import AdapterShardingStrategy
+from gatera_lightning.sharded_loading import load_sharded
 
 log = logging.getLogger(__name__)
 
@@ -130,22 +131,19 @@ class GateRAModule(L.LightningModule):
         """Load the backbone, inject the adapter, shard if the strategy has a mesh; does nothing the second time."""
         if self.model is not None:
             return
-        device = self.device if self._trainer is None else self.trainer.strategy.root_device
-        model = load_backbone(self.backbone, device.type)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        self.report = inject_adapters(model, self.adapter, torch.Generator().manual_seed(seed))
-        if self.warm_start is not None:
-            load_adapter(model, self.warm_start)
-        model.train()  # Hugging Face returns eval mode, which silences dropout and gradient checkpointing
-        if self.device_mesh is not None:
-            self._sharding().shard(model)
-        self.model = model
-
-    def _sharding(self) -> AdapterShardingStrategy:
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, AdapterShardingStrategy):
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, AdapterShardingStrategy):
+            model, self.report = load_sharded(self.backbone, self.adapter, strategy, seed=seed, warm_start=self.warm_start)
+        elif self.device_mesh is not None:
             raise ConfigError(f"trainer.strategy: {type(strategy).__name__}; accepted for sharding: AdapterShardingStrategy")
-        return strategy
+        else:
+            model = load_backbone(self.backbone, self.device.type if strategy is None else strategy.root_device.type)
+            self.report = inject_adapters(model, self.adapter, torch.Generator().manual_seed(seed))
+            if self.warm_start is not None:
+                load_adapter(model, self.warm_start)
+        model.train()  # Hugging Face returns eval mode, which silences dropout and gradient checkpointing
+        self.model = model
 
     def on_fit_start(self) -> None:
         """Refuse what would silently train something else."""
@@ -344,8 +342,13 @@ class GateRAModule(L.LightningModule):
         return type(result)(missing, unexpected)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count the steps that were left out over all of a run's processes."""
+        """Keep how many steps were left out, and which backbone this is an adapter of."""
         checkpoint["skipped_steps"] = self._skipped_steps
+        checkpoint["backbone"] = {
+            "id": self.backbone.id,
+            "revision": self.backbone.revision,
+            "fingerprint": backbone_identity(self.model),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise KeyError unless the checkpoint holds exactly this adapter; count its batches as this run cuts its steps."""

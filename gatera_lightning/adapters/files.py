@@ -42,15 +42,20 @@ def save_adapter(model: nn.Module, folder: str | Path, *, backbone: str | None =
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return folder
     hf_config = getattr(model, "config", None)
-    description = {
-        "format_version": FORMAT_VERSION,
-        "adapter": asdict(next(iter(layers.values())).config),
-        "backbone": {
-            "id": backbone or getattr(hf_config, "_name_or_path", None) or None,
-            "revision": revision or getattr(hf_config, "_commit_hash", None),
-            "fingerprint": backbone_identity(model),
-        },
+    origin = {
+        "id": backbone or getattr(hf_config, "_name_or_path", None) or None,
+        "revision": revision or getattr(hf_config, "_commit_hash", None),
+        "fingerprint": backbone_identity(model),
     }
+    return write_adapter(folder, tensors, next(iter(layers.values())).config, origin)
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, origin: dict[str, Any]) -> Path:
+    """Write an adapter folder of whole CPU tensors; each file appears whole or not at all.
+
+    ``origin`` says of the backbone its id, revision and fingerprint.
+    """
+    description = {"format_version": FORMAT_VERSION, "adapter": asdict(config), "backbone": origin}
     folder.mkdir(parents=True, exist_ok=True)
     weights_draft, config_draft = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
     save_file(tensors, weights_draft, metadata={"format": "pt"})

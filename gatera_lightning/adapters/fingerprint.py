@@ -13,8 +13,11 @@ def weight_fingerprint(weight: Tensor) -> str:
     """SHA-256 of the shape and of at least 4,096 evenly strided elements, as bfloat16.
 
     A base model and its instruct version differ nearly everywhere, so a sample tells them apart at no cost, while
-    the same checkpoint loaded in bf16 and in fp32 keeps one identity.
+    the same checkpoint loaded in bf16 and in fp32 keeps one identity. A weight without memory (on the meta device) has
+    none yet.
     """
+    if weight.is_meta:
+        return ""
     flat = weight.detach().flatten()
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16).cpu().view(torch.int16)
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())

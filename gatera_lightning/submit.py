@@ -1,0 +1,226 @@
+"""``submit``: a recipe as a SLURM job — rendered, checked, kept with its configuration, and handed in."""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+from gatera_lightning.backbone import hub_id, load_tokenizer
+from gatera_lightning.cli import PROG, GateRACLI, raise_problems, with_found_configs
+from gatera_lightning.errors import ConfigError
+
+_TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
+_NAMED = {"TensorBoardLogger", "CSVLogger"}  # loggers whose folder is save_dir/name/version
+
+
+def submit(argv: Sequence[str]) -> None:
+    """Print (``--dry-run``) or hand in a job that runs ``fit`` with everything else in ``argv``.
+
+    The script and the resolved configuration lie in ``ROOT/job-ID``, the run's own folder. Raises ConfigError for what cannot
+    work, a machine without SLURM and a script that SLURM refuses included.
+    """
+    own, others = _parser().parse_known_args(argv)
+    job = Job.of(own)
+    config = _Resolved(["fit", *with_found_configs(others)], job)
+    script = render(job, config.name, config.logger)
+    syntax = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    if syntax.returncode:
+        raise ConfigError(f"the rendered script is no bash: {syntax.stderr.strip()}; is --setup?")
+    if own.dry_run:
+        print(script, end="")
+        return
+    if missing := [tool for tool in ("sbatch", "srun", "scontrol") if shutil.which(tool) is None]:
+        raise ConfigError(f"submit: {', '.join(missing)} is not on this machine; accepted: a login node of SLURM, or --dry-run")
+    if not own.skip_download:
+        config.fetch()
+    job.root.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write(script)
+        file.flush()
+        _slurm("sbatch", "--test-only", file.name)
+        # Held until its folder is there: a job may start before the next line runs.
+        number = _slurm("sbatch", "--parsable", "--hold", file.name).split(";")[0].strip()
+    run = job.root / f"job-{number}"
+    run.mkdir()
+    (run / "job.sbatch").write_text(script)
+    (run / "submitted.yaml").write_text(config.text)
+    _slurm("scontrol", "release", number)
+    print(f"job {number}: {run}\n  watch it:  tail -F {run / 'slurm.log'}\n  end it:    scancel {number}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What SLURM is asked for."""
+
+    nodes: int
+    gpus_per_node: int
+    processes_per_node: int
+    options: dict[str, str]
+    signal_seconds: int
+    root: Path
+    setup: str
+    python: str
+
+    @classmethod
+    def of(cls, own: argparse.Namespace) -> "Job":
+        """Raises ConfigError with everything that cannot work."""
+        problems = []
+        for name in ("nodes", "gpus_per_node", "processes_per_node", "signal_seconds"):
+            least = 0 if name == "gpus_per_node" else 1
+            if getattr(own, name) is not None and getattr(own, name) < least:
+                problems.append(f"--{name.replace('_', '-')}: {getattr(own, name)}; accepted: an integer of at least {least}")
+        if own.time is not None and not _TIME.fullmatch(own.time):
+            problems.append(f"--time: {own.time!r}; accepted: minutes, hours:minutes:seconds, or days-hours:minutes:seconds")
+        if own.processes_per_node is not None and own.gpus_per_node not in (0, own.processes_per_node):
+            problems.append(
+                f"--processes-per-node: {own.processes_per_node} for {own.gpus_per_node} GPUs; accepted: one a GPU, or "
+                "--gpus-per-node 0"
+            )
+        if re.search(r"\s", str(own.root)):
+            problems.append(f"--root: {str(own.root)!r} has white space in it, which SLURM's --output cannot have")
+        if problems:
+            raise ConfigError(problems)
+        options = {"partition": own.partition, "account": own.account, "time": own.time, "mem": own.mem}
+        options |= {"gpus-per-node": own.gpus_per_node or None, "cpus-per-task": own.cpus_per_task}
+        return cls(
+            own.nodes,
+            own.gpus_per_node,
+            own.processes_per_node or own.gpus_per_node or 1,
+            {name: str(value) for name, value in options.items() if value is not None},
+            own.signal_seconds,
+            own.root.absolute(),
+            own.setup,
+            own.python,
+        )
+
+
+def render(job: Job, name: str, logger: dict[str, str]) -> str:
+    """The batch script: the shipped ``slurm/train.sbatch`` with what stands between @ signs filled in."""
+    text = (resources.files("gatera_lightning.cli_configs") / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    filled = {
+        "NAME": name,
+        "NODES": str(job.nodes),
+        "TASKS": str(job.processes_per_node),
+        "OPTIONS": "\n".join(f"#SBATCH --{option}={value}" for option, value in job.options.items()),
+        "SIGNAL_SECONDS": str(job.signal_seconds),
+        "ROOT": str(job.root),
+        "SETUP": job.setup,
+        "PYTHON": job.python,
+        "LOGGER": " ".join(f"--trainer.logger.init_args.{key} {value}" for key, value in logger.items()),
+    }
+    lines = []
+    for line in text.splitlines():
+        found = re.sub(r"@([A-Z_]+)@", lambda match: filled[match[1]], line)
+        if found.strip() or not line.strip():  # what is not asked for leaves no empty line
+            lines.append(found.rstrip())
+    return "\n".join(lines) + "\n"
+
+
+class _Resolved(GateRACLI):
+    """The whole configuration of the job's ``fit``, checked, and nothing of it started."""
+
+    def __init__(self, args: ArgsType, job: Job) -> None:
+        self.job = job
+        super().__init__(args)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse with the job's nodes and devices; raises ConfigError with all problems but those of this machine's devices."""
+        accelerator = "gpu" if self.job.gpus_per_node else "cpu"
+        assert isinstance(args, list)
+        given = [*args, "--trainer.num_nodes", str(self.job.nodes), "--trainer.devices", str(self.job.processes_per_node)]
+        self.config = parser.parse_args([*given, "--trainer.accelerator", accelerator])
+        raise_problems(parser, self.config)
+        skipped = self.config.fit.clone()
+        skipped.pop("config", None)
+        self.text = self.subparser.dump(skipped, skip_none=False)
+
+    @property
+    def subparser(self) -> Any:
+        """The parser of ``fit``."""
+        return self._parser("fit")
+
+    @property
+    def name(self) -> str:
+        """What the job is called: the logger's name, where it has one."""
+        logger = self.config.fit.trainer.logger
+        name = logger.get("init_args", {}).get("name") if hasattr(logger, "get") else None
+        return re.sub(r"[^\w.-]", "_", name or "gatera")
+
+    @property
+    def logger(self) -> dict[str, str]:
+        """Where the logger writes, so that its folder is the job's."""
+        logger = self.config.fit.trainer.logger
+        kind = logger.get("class_path", "").rpartition(".")[2] if hasattr(logger, "get") else ""
+        if kind in _NAMED:
+            return {"save_dir": str(self.job.root), "name": '""', "version": "job-$SLURM_JOB_ID"}
+        return {"save_dir": '"$run"'} if kind else {}
+
+    def instantiate_classes(self) -> None:
+        """Build the model's settings and the data; no trainer."""
+        config = self.config.clone()
+        settings = self.subparser.instantiate_classes(config.fit)
+        self.model, self.datamodule = settings.model, settings.data
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: the tokenizer is asked for when there is something to fetch."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing runs here."""
+
+    def fetch(self) -> None:
+        """Bring weights, tokenizer and tokenised rows into the caches that the compute nodes share with this machine."""
+        name = hub_id(self.model.backbone.id)
+        if name is not None:
+            patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+            snapshot_download(name, revision=self.model.backbone.revision, allow_patterns=patterns)
+        self.datamodule.connect(load_tokenizer(self.model.backbone))
+        self.datamodule.setup("fit")
+
+
+def _slurm(*command: str) -> str:
+    """What a command of SLURM prints. Raises ConfigError with its complaint."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"{shlex.join(command[:-1])}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} submit",
+        usage="%(prog)s --config CONFIG ... --nodes N --gpus-per-node G [options] [any flag of fit]",
+        description="Hand a recipe in as a SLURM job that requeues itself and goes on from its newest checkpoint.",
+        epilog=f"Every other flag is as for fit: see {PROG} fit --help",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=1, help="one process each; 0 for CPU nodes")
+    parser.add_argument("--processes-per-node", type=int, help="on CPU nodes; default: 1")
+    parser.add_argument("--cpus-per-task", type=int)
+    parser.add_argument("--mem", help="memory of a node, such as 200G")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--time", help="limit, such as 12:00:00; the job requeues itself before it ends")
+    parser.add_argument(
+        "--signal-seconds",
+        type=int,
+        default=300,
+        help="how long before the end SLURM warns: longer than a step, and than a validation; default: 300",
+    )
+    parser.add_argument("--root", type=Path, default=Path("jobs"), help="folder of the jobs' folders; default: jobs")
+    parser.add_argument("--setup", default="", help="shell lines before the program, such as 'module load cuda'")
+    parser.add_argument("--python", default=sys.executable, help="default: the one that runs this")
+    parser.add_argument("--skip-download", action="store_true", help="do not fetch weights and rows before handing in")
+    parser.add_argument("--dry-run", action="store_true", help="print the script; hand nothing in")
+    return parser
