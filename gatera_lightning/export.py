@@ -36,7 +36,7 @@ def export(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gatera_lightning export",
-        description="Turn a checkpoint of a run, sharded or not, into an adapter folder, which needs neither Lightning nor pickle.",
+        description="Turn a checkpoint, sharded or not, into an adapter folder, which needs neither Lightning nor pickle.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run's folder checkpoints/")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the adapter folder to write")

@@ -18,8 +18,9 @@ def load_sharded(
 ) -> tuple[PreTrainedModel, InjectionReport]:
     """The adapted model, sharded over the strategy's processes; a collective.
 
-    The first process loads the backbone into the CPU's memory and puts the adapter into it; every process builds the same modules
-    without memory, shards them, and receives its part of one tensor after another. What the first process raises, all raise.
+    The first process loads the backbone into the CPU's memory and puts the adapter into it; every process builds the same
+    modules without memory, shards them, and receives its part of one tensor after another. What the first one raises, all
+    raise.
     """
     first = strategy.global_rank == 0
     whole: PreTrainedModel | None = None
