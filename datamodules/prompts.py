@@ -62,9 +62,11 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase | None, turns: Sequence[Messa
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
+    asked: list[dict[str, str]] = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    answer = {"role": "assistant", "content": _ANSWER}
     try:
-        prompt = str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
-        answered = str(tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": _ANSWER}], tokenize=False))
+        prompt = str(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False))
+        answered = str(tokenizer.apply_chat_template([*asked, answer], tokenize=False))
     except TemplateError as error:
         raise ValueError(f"the tokenizer's chat template refuses these turns: {error}") from error
     lead = answered.removeprefix(prompt).partition(_ANSWER)[0] if answered.startswith(prompt) else ""

@@ -14,6 +14,7 @@ from gatera_lightning.compare import compare
 from gatera_lightning.demo import demo
 from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
 from gatera_lightning.export import export
+from gatera_lightning.plan import plan
 from gatera_lightning.preview import preview
 from gatera_lightning.submit import submit
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 demo(args[1:])
             case ["preview"]:
                 preview(args[1:])
+            case ["plan"]:
+                plan(args[1:])
             case ["export"]:
                 export(args[1:])
             case ["submit"]:
@@ -49,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except ConfigError as error:
-        if rank_zero_only.rank == 0 or not error.on_every_process:
+        if _rank() == 0 or not error.on_every_process:
             count = len(error.problems)
             heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
             print(f"{_who()}: {heading}:", *(f"  - {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
     except (NonFiniteLossError, CheckpointError) as error:
-        if rank_zero_only.rank == 0:  # both are raised by all processes together
+        if _rank() == 0:  # both are raised by all processes together
             print(f"{PROG}: {error}", file=sys.stderr)
         return 1
     except DistNetworkError as error:
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  - another job may use the port: set MASTER_PORT to a free one", file=sys.stderr)
         return 1
     except Preempted as error:
-        if rank_zero_only.rank == 0:
+        if _rank() == 0:
             print(f"{PROG}: {error}", file=sys.stderr)
         return 0 if error.requeued else 75
     return 0
@@ -72,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _who() -> str:
     """The program, and which process it is where there are several."""
-    rank = rank_zero_only.rank
-    return f"{PROG} (process {rank})" if rank else PROG
+    return f"{PROG} (process {_rank()})" if _rank() else PROG
+
+
+def _rank() -> int:
+    return getattr(rank_zero_only, "rank", 0)  # set from the environment, and by the strategy
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     that it has by itself. Models with a recurrent state fail, and so do those that ignore ``position_ids``. Rounding in bf16
     moves logits by a tenth of their spread, rows that see each other by several times it; the limit is half of it.
     """
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     lines = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 3, 1, 2, 5, 6, 7]], device=device)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device).expand(2, -1)
     training = model.training
@@ -134,9 +134,14 @@ def load_skeleton(config: BackboneConfig) -> PreTrainedModel | None:
     """
     if _gguf_file(config.id) is not None:
         return None
-    hf_config = _from_pretrained(AutoConfig, config)
+    hf_config = load_config(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+
+
+def load_config(config: BackboneConfig) -> Any:
+    """What Hugging Face calls the model's configuration: its architecture and sizes. Raises ConfigError like load_backbone."""
+    return _from_pretrained(AutoConfig, config)
 
 
 def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:

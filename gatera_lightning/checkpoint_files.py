@@ -163,8 +163,8 @@ def write_sharded(checkpoint: dict[str, Any], draft: Path, *, rank: int) -> None
         names = sorted(path.name for path in draft.iterdir())
         manifest = draft / _FILES
         manifest.write_text(json.dumps({name: _digest(draft / name) for name in names}, indent=2) + "\n")
-        with manifest.open("rb") as file:
-            os.fsync(file.fileno())
+        with manifest.open("rb") as written:
+            os.fsync(written.fileno())
         flush_folder(draft)
 
 

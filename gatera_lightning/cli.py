@@ -53,7 +53,8 @@ PROG = "python -m gatera_lightning"
 OWN_VERBS = (
     "Beside these: demo, which evaluates a small model, fine-tunes it by quickstart.yaml, and evaluates it again; preview, "
     "which shows the rows and figures of a recipe's data without its weights; compare, which tests runs against each other; "
-    "export, which makes an adapter folder of a checkpoint; submit, which hands fit in as a SLURM job."
+    "plan, which says what a step costs; submit, which hands fit in as a SLURM job; export, which makes an adapter folder of a "
+    "checkpoint."
 )
 
 
@@ -111,7 +112,7 @@ class GateRACLI(LightningCLI):
         except ValueError as error:  # what SLURM started is not what the config says
             raise ConfigError(f"trainer: {' '.join(str(error).split())}", on_every_process=True) from error
 
-    def _instantiate_trainer(self, config: Namespace, callbacks: list[Callback]) -> Trainer:
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if SLURMEnvironment.detect():  # its own requeueing saves inside the signal handler; SafePreempt does not
             given = config.get("plugins") or []
             config["plugins"] = [*(given if isinstance(given, list) else [given]), SLURMEnvironment(auto_requeue=False)]
@@ -135,6 +136,32 @@ class GateRACLI(LightningCLI):
         if skeleton is not None:
             find_targets(skeleton, self.model.adapter)
         self.datamodule.connect(load_tokenizer(self.model.backbone))
+
+
+class RecipeCLI(GateRACLI):
+    """The settings and the data of ``fit``, for verbs that only look at them: no trainer is built, and nothing runs."""
+
+    model: Any
+    datamodule: SupervisedDataModule
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse only: which problems matter is the verb's to say."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Build the data and the settings of the model; a strategy or a logger may need what this machine lacks."""
+        config = self.config.clone()
+        for section in ("trainer", *CALLBACKS):
+            config.fit.pop(section)
+        settings = self.parser.instantiate_classes(config).fit
+        self.model, self.datamodule = settings.model, settings.data
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: the tokenizer is the verb's to ask for."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:

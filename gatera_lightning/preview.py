@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import ArgsType
 from rich.console import Console
 from rich.text import Text
 
 from gatera_lightning.backbone import load_tokenizer
-from gatera_lightning.cli import CALLBACKS, PROG, GateRACLI, with_found_configs
-from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.cli import PROG, RecipeCLI, with_found_configs
 from gatera_lightning.datamodules.batches import PromptBatches, TokenTable
 from gatera_lightning.datamodules.plan import plan_steps
 from gatera_lightning.datamodules.statistics import SplitStatistics, evaluation_lengths, padding_share, planned_lengths
@@ -46,7 +45,7 @@ def preview(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _PlannedTrainer:
+class PlannedTrainer:
     """What a data module asks of a Trainer, for a run with any number of processes that are not here."""
 
     world_size: int
@@ -55,29 +54,13 @@ class _PlannedTrainer:
     is_global_zero: bool = False  # whose log lines stand among the figures
 
 
-class _Preview(GateRACLI):
+class _Preview(RecipeCLI):
     """A split of ``fit``'s data and the backbone's tokenizer; what training alone needs is neither built nor checked."""
-
-    model: Any
-    datamodule: SupervisedDataModule
 
     def __init__(self, args: ArgsType, split: str) -> None:
         self.split = split
         self.stage = "test" if split == "test" else "fit"
         super().__init__(args)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse only: the problems that matter here are the data's, and they are asked for below."""
-        assert isinstance(args, list)
-        self.config = parser.parse_args(args)
-
-    def instantiate_classes(self) -> None:
-        """Build the data and the settings of the model; a strategy or a logger may need what this machine lacks."""
-        config = self.config.clone()
-        for section in ("trainer", *CALLBACKS):
-            config.fit.pop(section)
-        settings = self.parser.instantiate_classes(config).fit
-        self.model, self.datamodule = settings.model, settings.data
 
     def after_instantiate_classes(self) -> None:
         """Check tokenizer and data, and bring them together."""
@@ -90,10 +73,10 @@ class _Preview(GateRACLI):
         """Open the split, where ``fit`` would train."""
         trainer = self.config.fit.trainer
         self.accumulate: int = trainer.accumulate_grad_batches
-        self.processes, self.remark = _processes(trainer.devices, trainer.num_nodes)
+        self.processes, self.remark = processes_of(trainer.devices, trainer.num_nodes)
         # Evaluation batches do not depend on the number of processes, which only share them out: one has them all.
         processes = self.processes if self.split == "train" else 1
-        self.datamodule.trainer = _PlannedTrainer(processes, self.accumulate)  # type: ignore[assignment]
+        self.datamodule.trainer = PlannedTrainer(processes, self.accumulate)  # type: ignore[assignment]
         self.datamodule.setup(self.stage)
 
     @property
@@ -178,7 +161,7 @@ class _Preview(GateRACLI):
         return lines
 
 
-def _processes(devices: int | str | list[int], nodes: int) -> tuple[int, str]:
+def processes_of(devices: int | str | list[int], nodes: int) -> tuple[int, str]:
     """How many processes would train, and a remark where only the machine that trains could tell."""
     if isinstance(devices, str) and "," in devices:  # as Lightning reads "0,1" and "0,"
         return len([device for device in devices.split(",") if device.strip()]) * nodes, ""

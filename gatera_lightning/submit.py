@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from gatera_lightning.backbone import hub_id, load_tokenizer
-from gatera_lightning.cli import PROG, GateRACLI, raise_problems, with_found_configs
+from gatera_lightning.cli import PROG, RecipeCLI, raise_problems, with_found_configs
 from gatera_lightning.errors import ConfigError
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
@@ -127,7 +126,7 @@ def render(job: Job, name: str, logger: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-class _Resolved(GateRACLI):
+class _Resolved(RecipeCLI):
     """The whole configuration of the job's ``fit``, checked, and nothing of it started."""
 
     def __init__(self, args: ArgsType, job: Job) -> None:
@@ -143,12 +142,7 @@ class _Resolved(GateRACLI):
         raise_problems(parser, self.config)
         skipped = self.config.fit.clone()
         skipped.pop("config", None)
-        self.text = self.subparser.dump(skipped, skip_none=False)
-
-    @property
-    def subparser(self) -> Any:
-        """The parser of ``fit``."""
-        return self._parser("fit")
+        self.text = self._parser("fit").dump(skipped, skip_none=False)
 
     @property
     def name(self) -> str:
@@ -165,18 +159,6 @@ class _Resolved(GateRACLI):
         if kind in _NAMED:
             return {"save_dir": str(self.job.root), "name": '""', "version": "job-$SLURM_JOB_ID"}
         return {"save_dir": '"$run"'} if kind else {}
-
-    def instantiate_classes(self) -> None:
-        """Build the model's settings and the data; no trainer."""
-        config = self.config.clone()
-        settings = self.subparser.instantiate_classes(config.fit)
-        self.model, self.datamodule = settings.model, settings.data
-
-    def after_instantiate_classes(self) -> None:
-        """Nothing: the tokenizer is asked for when there is something to fetch."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing runs here."""
 
     def fetch(self) -> None:
         """Bring weights, tokenizer and tokenised rows into the caches that the compute nodes share with this machine."""

@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _in_own_dtypes(x: Tensor) -> torch.autocast:
+    """A region that autocast leaves alone; on the meta device, where costs are planned, autocast does not exist."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``W0 ⊙ (B A)`` in ``weight``'s dtype; weight (out, in), a (r, in), b (out, r)."""
     return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
@@ -26,7 +31,7 @@ class _GatedHadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g)
-        with torch.autocast(x.device.type, enabled=False):
+        with _in_own_dtypes(x):
             u = F.linear(x.to(weight.dtype), hadamard_weight(weight, a, b))  # (..., out)
         return u if g is None else u.mul_(g.unsqueeze(-1).to(u.dtype))
 
@@ -70,7 +75,7 @@ class _TokenLogit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        with torch.autocast(x.device.type, enabled=False):
+        with _in_own_dtypes(x):
             return torch.matmul(x.to(w.dtype), w) + b
 
     @staticmethod

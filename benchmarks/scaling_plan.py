@@ -1,0 +1,50 @@
+"""What the plan predicts for Llama-3-8B and 70B on 1, 8 and 64 GPUs: the table of docs/scaling.md. Runs anywhere, in a minute.
+
+python benchmarks/scaling_plan.py
+"""
+
+import torch
+from transformers import LlamaConfig
+
+from gatera_lightning import AdapterConfig, BackboneConfig
+from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs
+from gatera_lightning.plan import Layout, communication, predict_memory
+
+GIB = 2**30
+VOCABULARY, MLP = 128_256, {"Llama-3-8B": (4096, 14_336, 32, 32), "Llama-3-70B": (8192, 28_672, 80, 64)}
+LAYOUTS = {
+    "1 GPU": Layout(1, 1),
+    "8 GPUs, DDP": Layout(8, 1),
+    "8 GPUs, FSDP2": Layout(1, 8),
+    "8 GPUs, FSDP2, CPU offload": Layout(1, 8, offload=True),
+    "64 GPUs, FSDP2": Layout(1, 64),
+    "64 GPUs, HSDP 8 × 8": Layout(8, 8),
+}
+BATCH = MicroBatch(rows=4, tokens=256, targets=128)  # 4 rows of the commonsense recipe a GPU
+
+
+def main() -> None:
+    print("| model | layout | peak GiB a GPU | weights | activations | received a step, GiB | GFLOP a token |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (hidden, mlp, layers, heads) in MLP.items():
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+        )
+        backbone = BackboneConfig(id=name, gradient_checkpointing=True)
+        model = build_on_meta(config, backbone, AdapterConfig(rank=32), torch.bfloat16)
+        sizes, costs = model_sizes(model), step_costs(model, BATCH, recomputed=True)
+        flops = (costs.forward_flops + costs.backward_flops) / (BATCH.rows * BATCH.tokens)
+        for label, layout in LAYOUTS.items():
+            memory = predict_memory(sizes, costs, layout)
+            moved = sum(communication(sizes, layout, 1).values())
+            cells = (memory.peak, memory.parts["weights"], memory.parts["activations"], moved)
+            print(f"| {name} | {label} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + f" | {flops / 1e9:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

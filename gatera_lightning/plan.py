@@ -1,0 +1,191 @@
+"""``plan``: what a recipe will cost, memory by part, operations and communication, before any weight is loaded."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gatera_lightning.backbone import load_config, load_tokenizer, native_dtype
+from gatera_lightning.cli import PROG, RecipeCLI, with_found_configs
+from gatera_lightning.costs import MicroBatch, ModelSizes, StepCosts, build_on_meta, model_sizes, step_costs
+from gatera_lightning.errors import ConfigError
+from gatera_lightning.preview import PlannedTrainer, processes_of
+
+_GIB = 2**30
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Print what a step of a recipe costs each device; everything but ``--memory`` in ``argv`` is as for ``fit``.
+
+    Raises ConfigError for settings that ``fit`` would refuse, and for a model that cannot be carried out without its weights.
+    """
+    own, others = _parser().parse_known_args(argv)
+    if own.memory is not None and own.memory <= 0:
+        raise ConfigError(f"--memory: {own.memory}; accepted: GiB of one device, above 0")
+    recipe = RecipeCLI(["fit", *with_found_configs(others)])
+    settings, trainer = recipe.model, recipe.config.fit.trainer
+    problems = settings.problems() + recipe.datamodule.problems("fit")
+    if problems:
+        raise ConfigError(problems)
+    processes, remark = processes_of(trainer.devices, trainer.num_nodes)
+    layout = layout_of(trainer.strategy, processes)
+    batch, source = _largest_micro_batch(recipe, processes, trainer.accumulate_grad_batches)
+    device_type = "cuda" if str(trainer.accelerator) in ("gpu", "cuda") else "cpu"
+    dtype = settings.backbone.dtype
+    dtype = native_dtype(device_type) if dtype == "auto" else getattr(torch, dtype)
+    model = build_on_meta(load_config(settings.backbone), settings.backbone, settings.adapter, dtype)
+    sizes, costs = model_sizes(model), step_costs(model, batch, recomputed=settings.backbone.gradient_checkpointing)
+    memory = predict_memory(sizes, costs, layout)
+    print(f"{settings.backbone.id}, {settings.adapter.update} × {settings.adapter.gate}, rank {settings.adapter.rank}")
+    print(f"  devices        {layout}{remark}")
+    trainable = sizes.adapter // 4
+    frozen = sizes.frozen // torch.empty(0, dtype=dtype).element_size()
+    kind = str(dtype).removeprefix("torch.")
+    print(f"  parameters     {frozen:,} frozen in {kind}, {trainable:,} trainable in float32 ({trainable / frozen:.2%})")
+    print(f"  micro-batch    {batch.rows} rows of {batch.tokens} tokens, {batch.targets:,} with loss ({source})")
+    print("  memory of a device, GiB")
+    for name, part in memory.parts.items():
+        print(f"    {name:<13}{part / _GIB:8.2f}")
+    limit = own.memory * _GIB if own.memory else _device_memory(device_type)
+    print(f"    {'peak':<13}{memory.peak / _GIB:8.2f}{verdict(memory, limit)}")
+    tokens = batch.rows * batch.tokens
+    flops, steps = costs.forward_flops + costs.backward_flops, trainer.accumulate_grad_batches
+    print(
+        f"  compute        {flops / tokens / 1e9:.2f} GFLOP a token (forward {costs.forward_flops / tokens / 1e9:.2f}), "
+        f"{steps * flops / 1e12:.2f} TFLOP a step and device"
+    )
+    moved = communication(sizes, layout, steps)
+    print("  communication  " + (", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in moved.items()) or "none"))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How processes share a model: ``replicas`` of it, each in ``shards`` parts."""
+
+    replicas: int
+    shards: int
+    offload: bool = False
+
+    def __str__(self) -> str:
+        if self.shards == 1:
+            return "1 process" if self.replicas == 1 else f"{self.replicas} processes, each with the whole model (DDP)"
+        kind = "FSDP2" if self.replicas == 1 else f"HSDP, {self.replicas} copies"
+        where = ", kept on the CPU" if self.offload else ""
+        return f"{self.replicas * self.shards} processes, {self.shards} shards ({kind}{where})"
+
+
+def layout_of(strategy: Any, processes: int) -> Layout:
+    """The layout of a configured strategy. Raises ConfigError when its sizes are not those of the processes."""
+    if not (hasattr(strategy, "get") and str(strategy.get("class_path", "")).endswith("AdapterShardingStrategy")):
+        return Layout(processes, 1)
+    given = strategy.get("init_args") or {}
+    replicas, shards = given.get("replicate_size", 1), given.get("shard_size", "auto")
+    shards = processes // replicas if shards == "auto" else shards
+    if replicas * shards != processes:
+        raise ConfigError(f"trainer.strategy: {replicas} × {shards} shards, and there are {processes} processes")
+    return Layout(replicas, shards, bool(given.get("cpu_offload", False)))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device: by part, and at the worst moment."""
+
+    parts: dict[str, int]
+    peak: int
+
+
+def predict_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout) -> Memory:
+    """Memory of one device.
+
+    Weights: the device's shard, and whole: the root group, which stays for backward, and two decoder layers, the one at work
+    and the next one, fetched ahead. Moments: AdamW's two, in fp32. Peak: what lies there all the time, and the larger of a
+    step's worst moment and of AdamW's own two temporaries beside the gradients.
+    """
+    shards = layout.shards
+    resident = sizes.frozen if shards == 1 else (0 if layout.offload else sizes.frozen // shards)
+    gathered = 0 if shards == 1 else sizes.root + 2 * max(sizes.layers)
+    adapter = 0 if layout.offload else sizes.adapter // shards
+    worst = costs.peak - sizes.adapter + sizes.adapter // shards  # the gradients in it are sharded too
+    parts = {
+        "weights": resident + gathered,
+        "adapter": adapter,
+        "gradients": adapter,
+        "moments": 2 * adapter,
+        "activations": costs.activations,
+        "logits": costs.logits,
+    }
+    return Memory(parts, resident + gathered + 3 * adapter + max(worst, 3 * adapter))
+
+
+def communication(sizes: ModelSizes, layout: Layout, micro_batches: int) -> dict[str, int]:
+    """Bytes that one device receives in an optimizer step, by operation."""
+    shards, replicas = layout.shards, layout.replicas
+    found = {}
+    if shards > 1:  # decoder layers are fetched for forward and for backward, the root group once
+        fetched = 2 * sum(sizes.layers) + sizes.root + 2 * sizes.adapter
+        found["all-gather"] = micro_batches * fetched * (shards - 1) // shards
+        found["reduce-scatter"] = micro_batches * sizes.adapter * (shards - 1) // shards
+    if replicas > 1:  # under DDP once a step, since accumulation does without
+        times = micro_batches if shards > 1 else 1
+        found["all-reduce"] = times * 2 * (sizes.adapter // shards) * (replicas - 1) // replicas
+    return found
+
+
+def verdict(memory: Memory, limit: float | None) -> str:
+    """Whether it fits, and if not, by how much and what to do."""
+    if limit is None:
+        return "    (--memory GiB says whether it fits)"
+    if memory.peak <= limit:
+        return f"    of {limit / _GIB:.1f}: fits"
+    largest = max(memory.parts, key=lambda name: memory.parts[name])
+    hints = {
+        "weights": "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload",
+        "activations": "model.backbone.gradient_checkpointing: true, or more trainer.accumulate_grad_batches",
+        "logits": "more trainer.accumulate_grad_batches",
+    }
+    advice = hints.get(largest, "a smaller model.adapter.rank")
+    over = (memory.peak - limit) / _GIB
+    return f"    of {limit / _GIB:.1f}: DOES NOT FIT, by {over:.1f} GiB; most of it is {largest}: {advice}"
+
+
+def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> tuple[MicroBatch, str]:
+    """The micro-batch of the plan with the most positions; without the rows, the worst that the settings allow."""
+    data = recipe.datamodule
+    try:
+        data.connect(load_tokenizer(recipe.model.backbone))
+        data.trainer = PlannedTrainer(processes, accumulate)  # type: ignore[assignment]
+        data.setup("fit")
+        batches = data.train_dataloader().dataset
+    except ConfigError:
+        rows = -(-data.batch_size // (accumulate * processes))
+        targets = rows * data.max_length // (1 if data.train_on == "all" else 2)
+        return MicroBatch(rows, data.max_length, targets), "no rows to be had here: all of max_length, half of it with loss"
+    lengths = [len(ids) for ids in batches.table.rows["prompt"]]
+    answers = [len(found[gold]) for found, gold in zip(batches.table.rows["answers"], batches.table.rows["gold"], strict=True)]
+    whole = [one + other for one, other in zip(lengths, answers, strict=True)]
+
+    def area(rows: Sequence[int]) -> int:
+        return len(rows) * max(whole[row] for row in rows)
+
+    most = max((rows for step in batches.steps for rows in step.micro_batches), key=area)
+    targets = sum((whole if data.train_on == "all" else answers)[row] for row in most)
+    return MicroBatch(len(most), max(whole[row] for row in most), targets), "the largest of the plan"
+
+
+def _device_memory(device_type: str) -> float | None:
+    here = device_type == "cuda" and torch.cuda.is_available()
+    return float(torch.cuda.get_device_properties(0).total_memory) if here else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROG} plan",
+        usage="%(prog)s [--memory GIB] [--config CONFIG ...] [any flag of fit]",
+        description="Say what a recipe costs each device: memory by part, operations, communication. Loads no weights.",
+        epilog=f"Every other flag is as for fit: see {PROG} fit --help",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--memory", type=float, help="GiB of one device; default: of the GPU that is here, if any")
+    return parser
