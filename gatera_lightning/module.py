@@ -1,6 +1,5 @@
 """GateRAModule: a frozen backbone, its adapter, and one step."""
 
-import hashlib
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, backbone_identity, load_adapter, read_adapter_config
 from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.recording import GateRecord, record_gates
+from gatera_lightning.agreement import refuse_other_settings
 from gatera_lightning.backbone import BackboneConfig, keeps_packed_rows_apart, load_backbone
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
@@ -38,6 +38,7 @@ from gatera_lightning.losses import (
 )
 from gatera_lightning.optimization import OptimizerConfig, build_optimizer
 from gatera_lightning.parallel import AdapterShardingStrategy
+from gatera_lightning.resuming import recount_batches
 from gatera_lightning.sharded_loading import load_sharded
 
 log = logging.getLogger(__name__)
@@ -148,31 +149,13 @@ class GateRAModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what would silently train something else."""
         trainer = self.trainer
-        self._refuse_other_settings()
+        refuse_other_settings(self, trainer)
         if trainer.precision != "32-true":
             raise ValueError(f"trainer.precision: {trainer.precision}; accepted: 32-true. Set model.backbone.dtype instead")
         wanted = getattr(torch, self.adapter.adapter_dtype)
         for name, parameter in adapter_parameters(self.model).items():
             if parameter.dtype != wanted or not parameter.requires_grad:
                 raise RuntimeError(f"{name} should be trainable in {wanted}, but is {parameter.dtype}")
-
-    def _refuse_other_settings(self) -> None:
-        """Raise ConfigError on every rank when processes were started with different settings, or read different rows."""
-        if not torch.distributed.is_initialized():
-            return
-        data: Any = getattr(self.trainer, "datamodule", None)
-        keys = "\n".join(data.tables["train"]["key"]) if data is not None and "train" in getattr(data, "tables", {}) else ""
-        seen = {"model": repr(dict(self.hparams)), "data": repr(dict(data.hparams)) if data is not None else "", "rows": keys}
-        own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in seen.items()}
-        everyone: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(everyone, own)
-        problems = [
-            f"processes {', '.join(map(str, others))} have other {what} than process 0; accepted: the same everywhere"
-            for what, name in (("settings of model", "model"), ("settings of data", "data"), ("training rows", "rows"))
-            if (others := [rank for rank, found in enumerate(everyone) if found[name] != everyone[0][name]])
-        ]
-        if problems:
-            raise ConfigError(problems, on_every_process=True)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse the first packed batch if the model cannot tell its rows apart."""
@@ -365,20 +348,3 @@ class GateRAModule(L.LightningModule):
                 f"the checkpoint does not hold this adapter: {len(missing)} tensors missing {missing[:2]}, "
                 f"{len(surplus)} without a place {surplus[:2]}"
             )
-
-
-def recount_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Let the loops of a checkpoint count as many micro-batches to a step as this run has, in place.
-
-    Lightning keeps the position in an epoch in micro-batches of one process; another number of processes or micro-batches makes
-    the same optimizer step another count.
-    """
-    states = (state for state in checkpoint.values() if isinstance(state, dict))
-    positions = [state["train_position"] for state in states if "train_position" in state]
-    if not positions or positions[0]["accumulate"] == accumulate:
-        return
-    before = positions[0]["accumulate"]
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
-        ready = counts["ready"] // before * accumulate
-        counts |= {name: ready - (counts["ready"] - count) for name, count in counts.items()}  # open ones stay open
