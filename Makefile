@@ -25,11 +25,13 @@ test: $(INSTALLED)  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
 slow: $(INSTALLED)  ## several processes, a real model, wheels
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not stress"
 
 stress: $(INSTALLED)  ## what takes longer than CI has: every test, then real rows (needs GATERA_DATA)
-	$(BIN)/python -m pytest
+	GATERA_KILLS=20 GATERA_PREEMPTIONS=10 $(BIN)/python -m pytest
 	$(BIN)/python benchmarks/real_rows.py gatera:1e-2 hira:1e-2 lora:2e-3 dora:2e-3
+	for recipe in smollm2_dialogue smollm2_math own_data; do \
+		$(BIN)/python benchmarks/recipe.py $$recipe.yaml --out results/$$recipe || exit; done
 
 lint: $(INSTALLED)  ## ruff and mypy; mypy reads the tree as it is installed
 	$(BIN)/ruff check .

@@ -20,6 +20,19 @@ WAYS = {
     "fsdp": {"strategy": "fsdp"},
     "sharded": {"strategy": "sharded"},
 }
+# Every way as the first and as the second; other pairs under `make stress`. A way after itself: test_resume.py, bit for bit.
+OFTEN = {
+    ("single", "fsdp"),
+    ("single, whole steps", "ddp"),
+    ("ddp", "single"),
+    ("fsdp", "single, whole steps"),
+    ("sharded", "ddp"),
+}
+PAIRS = [
+    pytest.param(name, resumed, marks=[] if (name, resumed) in OFTEN else pytest.mark.stress)
+    for name, resumed in itertools.product(WAYS, ["single", "single, whole steps", "ddp", "fsdp"])
+    if name != resumed
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +71,8 @@ def test_every_way_writes_the_same_checkpoint(saved, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resumed", ["single", "single, whole steps", "ddp", "fsdp"])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("name", "resumed"), PAIRS)
 def test_a_run_goes_on_in_any_way(saved, tiny_backbone, tmp_path, name, resumed):
-    if name == resumed:
-        pytest.skip("bit for bit in test_resume.py")
     fit(tiny_backbone, tmp_path, resume=str(saved / name / "step_6.ckpt"), **SETTINGS, **WAYS[resumed])
     losses, expected = (
         [float.fromhex(x) for x in json.loads((out / "losses.json").read_text())] for out in (tmp_path, saved / name)
