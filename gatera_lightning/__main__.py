@@ -14,6 +14,7 @@ from gatera_lightning.compare import compare
 from gatera_lightning.demo import demo
 from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
 from gatera_lightning.export import export
+from gatera_lightning.gates import gates
 from gatera_lightning.plan import plan
 from gatera_lightning.preview import preview
 from gatera_lightning.submit import submit
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 preview(args[1:])
             case ["plan"]:
                 plan(args[1:])
+            case ["gates"]:
+                gates(args[1:])
             case ["export"]:
                 export(args[1:])
             case ["submit"]:

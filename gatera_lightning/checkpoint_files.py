@@ -32,6 +32,7 @@ DRAFT = ".draft"
 """Ends the name of what is still being written; found later, it is what a killed process left."""
 
 _REST, _FILES, _METADATA = "rest.pt", "files.json", ".metadata"  # in a sharded checkpoint
+_IS_FOLDER = 0x10  # a bit of an archive's entry, with which PyTorch takes a record for read without reading it
 _SHARDED = "sharded:"  # begins the text that stands for a tensor in rest.pt, before its name among the shards
 
 
@@ -58,12 +59,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
                     torch.save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(draft, path)
+                if path.is_dir():  # a run whose checkpoints were sharded goes on with whole ones
+                    replace_folder(draft, path)
+                else:
+                    os.replace(draft, path)
             finally:
                 draft.unlink(missing_ok=True)
             flush_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-            self.failure = f"cannot write the checkpoint {path} ({error}); what stood there before is untouched"
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            self.failure = f"cannot write the checkpoint {path} ({cause}); what stood there before is untouched"
             log.error(self.failure)
 
     @override
@@ -101,8 +106,8 @@ def flush_folder(folder: Path) -> None:
 def replace_folder(draft: Path, path: Path) -> None:
     """Let a finished draft take the place of a folder or file; at no time is neither there for more than a moment."""
     old = path.with_name(path.name + DRAFT + "-old")
-    _remove(old)
     if path.exists():
+        _remove(old)
         os.replace(path, old)
     os.replace(draft, path)
     flush_folder(path.parent)
@@ -198,8 +203,9 @@ def damage(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as records:
             bad = records.testzip()
-        if not bad:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads parts of the directory that zipfile does not
+            bad = bad or next((entry.filename for entry in records.infolist() if entry.external_attr & _IS_FOLDER), None)
+        if not bad:  # PyTorch reads parts of the archive's directory that zipfile does not
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return ""  # whole, but of foreign classes: for who reads it to judge
     except Exception as error:  # a flipped bit makes zipfile and zlib raise nearly anything

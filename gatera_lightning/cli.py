@@ -10,15 +10,19 @@ import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any, get_args
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gatera_lightning.adapters.inject import find_targets
+from gatera_lightning.agreement import refuse_other_number, refuse_without_srun, started_by_slurm
 from gatera_lightning.backbone import load_skeleton, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
@@ -104,18 +108,25 @@ class GateRACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer, or what keeps this machine from having one."""
+        refuse_without_srun()
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:
             hint = " To run on a CPU, add --config overlays/cpu.yaml" if "gpu" in str(error).lower() else ""
             raise ConfigError(f"trainer: {error}{hint}") from error
-        except ValueError as error:  # what SLURM started is not what the config says
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}", on_every_process=True) from error
+        refuse_other_number(trainer)
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if SLURMEnvironment.detect():  # its own requeueing saves inside the signal handler; SafePreempt does not
+        if started_by_slurm():  # its own requeueing saves inside the signal handler; SafePreempt does not
             given = config.get("plugins") or []
-            config["plugins"] = [*(given if isinstance(given, list) else [given]), SLURMEnvironment(auto_requeue=False)]
+            try:
+                slurm = SLURMEnvironment(auto_requeue=False)
+            except RuntimeError as error:  # --ntasks without --ntasks-per-node
+                raise ValueError(error) from error
+            config["plugins"] = [*(given if isinstance(given, list) else [given]), slurm]
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -129,6 +140,13 @@ class GateRACLI(LightningCLI):
         elif path is not None and holds_checkpoints(path):
             kwargs["ckpt_path"] = newest_sound_checkpoint(Path(path))
         return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            end_started_processes(self.trainer)
+            raise
 
     def after_instantiate_classes(self) -> None:
         """Check the adapter against the model's modules, without its weights; the data speaks the backbone's tokens."""
@@ -164,6 +182,22 @@ class RecipeCLI(GateRACLI):
         pass
 
 
+def end_started_processes(trainer: Trainer, seconds: float = 10) -> None:
+    """Let the processes that Lightning started in this one's name end, and see to it: one that waits for this one never would.
+
+    Lightning's observer kills this process when it sees one of them end first, as it does with an error that all raise.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        started = list(launcher.procs)
+        launcher.procs.clear()  # the observer's list
+        for process in started:
+            try:
+                process.wait(timeout=seconds)
+            except TimeoutExpired:
+                process.kill()
+
+
 def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
     """Raise ConfigError with all semantic problems of a parsed config. Builds objects, but loads nothing."""
     problems = []
@@ -192,10 +226,17 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
         )
     if trainer.use_distributed_sampler:
         problems.append("trainer.use_distributed_sampler: true would cut up planned steps; accepted: false")
-    if isinstance(trainer.strategy, str) and trainer.strategy.startswith("fsdp"):
+    strategy = trainer.strategy
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if name.startswith("fsdp") or isinstance(strategy, FSDPStrategy):
         problems.append(
-            f"trainer.strategy: {trainer.strategy!r} is FSDP1, which cannot clip by norm and charges gradient memory for "
+            f"trainer.strategy: {name!r} is FSDP1, which cannot clip by norm and charges gradient memory for "
             "frozen weights; accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2)"
+        )
+    elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, AdapterShardingStrategy):
+        problems.append(
+            f"trainer.strategy: {name!r} does not know what to shard; "
+            "accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2)"
         )
     checkpoint = settings.get("ckpt_path")
     accepted = "a checkpoint, a folder of checkpoints, best, last (of this run's folder), or null"
@@ -203,9 +244,8 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
         problems.append(f"ckpt_path: {checkpoint!r} does not exist; accepted: {accepted}")
     elif checkpoint is not None and os.path.isdir(checkpoint) and not (sharded(checkpoint) or holds_checkpoints(checkpoint)):
         problems.append(f"ckpt_path: the folder {checkpoint!r} holds no checkpoint (*.ckpt); accepted: {accepted}")
-    strategy = trainer.strategy
-    if isinstance(strategy, AdapterShardingStrategy) and isinstance(trainer.devices, int) and trainer.devices > 0:
-        problems += strategy.problems(trainer.num_nodes * trainer.devices)
+    if isinstance(strategy, AdapterShardingStrategy) and str(trainer.devices).isdecimal():  # a flag is text
+        problems += strategy.problems(trainer.num_nodes * int(trainer.devices))
     if problems:
         raise ConfigError(problems)
 

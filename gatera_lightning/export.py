@@ -1,8 +1,10 @@
 """``export``: any checkpoint, sharded or not, as the adapter folder that users keep."""
 
 import argparse
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import write_adapter
@@ -19,18 +21,33 @@ def export(argv: Sequence[str]) -> None:
     path: Path = args.checkpoint
     if not path.exists():
         raise ConfigError(f"CHECKPOINT: {path} does not exist; accepted: a checkpoint (*.ckpt), or a folder of them")
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which need not exist")
     found = path if path.suffix == ".ckpt" else newest_sound_checkpoint(path)
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
-    checkpoint = WholeCheckpointIO().load_checkpoint(found, weights_only=True)
-    missing = [name for name in ("state_dict", "hyper_parameters", "backbone") if name not in checkpoint]
-    if missing or not isinstance(checkpoint["hyper_parameters"].get("adapter"), AdapterConfig):
+    try:
+        checkpoint = WholeCheckpointIO().load_checkpoint(found, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"CHECKPOINT: {found} is no checkpoint of an adapter; it holds objects of other programs") from error
+    wanted = ("state_dict", "hyper_parameters", "backbone", "global_step")
+    missing = [name for name in wanted if not isinstance(checkpoint, dict) or name not in checkpoint]
+    config = None if missing else _adapter_config(checkpoint["hyper_parameters"])
+    if config is None:
         raise ConfigError(
             f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing) or 'its settings'}"
         )
     tensors = {name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
-    folder = write_adapter(args.out, tensors, checkpoint["hyper_parameters"]["adapter"], checkpoint["backbone"])
+    folder = write_adapter(args.out, tensors, config, checkpoint["backbone"])
     print(f"{folder}: the adapter of {found}, at optimizer step {checkpoint['global_step']}")
+
+
+def _adapter_config(settings: Any) -> AdapterConfig | None:
+    """The adapter's settings, which the command line keeps as a table; None where there are none."""
+    found = settings.get("adapter") if isinstance(settings, dict) else None
+    if isinstance(found, dict) and set(found) <= set(AdapterConfig.__dataclass_fields__):
+        return AdapterConfig(**found)
+    return found if isinstance(found, AdapterConfig) else None
 
 
 def _parser() -> argparse.ArgumentParser:

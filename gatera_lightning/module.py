@@ -38,7 +38,7 @@ from gatera_lightning.losses import (
 )
 from gatera_lightning.optimization import OptimizerConfig, build_optimizer
 from gatera_lightning.parallel import AdapterShardingStrategy
-from gatera_lightning.resuming import recount_batches
+from gatera_lightning.resuming import begin_next_epoch, recount_batches
 from gatera_lightning.sharded_loading import load_sharded
 
 log = logging.getLogger(__name__)
@@ -338,6 +338,8 @@ class GateRAModule(L.LightningModule):
         self._skipped_steps = checkpoint.get("skipped_steps", 0)
         if self._trainer is not None:  # None where a module is loaded by itself
             recount_batches(checkpoint, self.trainer.accumulate_grad_batches)
+            if self.trainer.max_steps != -1 and "loops" in checkpoint:
+                begin_next_epoch(checkpoint)
         self.warm_start = None  # the checkpoint holds every value; the folder may be gone
         self.configure_model()
         own = {f"model.{name}" for name in adapter_parameters(self.model)}

@@ -99,12 +99,13 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         if self.shard_size == "auto" and processes % self.replicate_size:
             found.append(
                 f"trainer.strategy.replicate_size: {self.replicate_size} does not divide the {processes} processes "
-                "(nodes × devices)"
+                "(nodes × devices); accepted: a divisor of that"
             )
         elif self.shard_size != "auto" and self.shard_size * self.replicate_size != processes:
             found.append(
                 f"trainer.strategy: replicate_size {self.replicate_size} × shard_size {self.shard_size} is "
-                f"{self.replicate_size * self.shard_size}, and there are {processes} processes (nodes × devices)"
+                f"{self.replicate_size * self.shard_size}, and there are {processes} processes (nodes × devices); "
+                "accepted: sizes whose product that is, or shard_size auto"
             )
         return found
 
@@ -125,7 +126,8 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     def shard(self, model: nn.Module) -> None:
         """Shard a model over this strategy's processes, in place."""
         assert self.mesh is not None  # set_up, before any model is built
-        shard_layers(model, self.mesh, CPUOffloadPolicy() if self.cpu_offload else None)
+        pinned = self.root_device.type != "cpu"  # without an accelerator nothing can be, and nothing is copied
+        shard_layers(model, self.mesh, CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else None)
 
     @override
     def model_to_device(self) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from gatera_lightning.backbone import load_config, load_tokenizer, native_dtype
-from gatera_lightning.cli import PROG, RecipeCLI, with_found_configs
+from gatera_lightning.cli import PROG, RecipeCLI, raise_problems, with_found_configs
 from gatera_lightning.costs import MicroBatch, ModelSizes, StepCosts, build_on_meta, model_sizes, step_costs
+from gatera_lightning.datamodules.statistics import planned_lengths, right_lengths, target_counts
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.parallel import AdapterShardingStrategy
 from gatera_lightning.preview import PlannedTrainer, processes_of
 
 _GIB = 2**30
@@ -22,28 +24,31 @@ def plan(argv: Sequence[str]) -> None:
     Raises ConfigError for settings that ``fit`` would refuse, and for a model that cannot be carried out without its weights.
     """
     own, others = _parser().parse_known_args(argv)
-    if own.memory is not None and own.memory <= 0:
+    if own.memory is not None and not own.memory > 0:  # nan is neither
         raise ConfigError(f"--memory: {own.memory}; accepted: GiB of one device, above 0")
     recipe = RecipeCLI(["fit", *with_found_configs(others)])
     settings, trainer = recipe.model, recipe.config.fit.trainer
-    problems = settings.problems() + recipe.datamodule.problems("fit")
-    if problems:
-        raise ConfigError(problems)
+    raise_problems(recipe.parser, recipe.config)
     processes, remark = processes_of(trainer.devices, trainer.num_nodes)
     layout = layout_of(trainer.strategy, processes)
     batch, source = _largest_micro_batch(recipe, processes, trainer.accumulate_grad_batches)
-    device_type = "cuda" if str(trainer.accelerator) in ("gpu", "cuda") else "cpu"
-    dtype = settings.backbone.dtype
-    dtype = native_dtype(device_type) if dtype == "auto" else getattr(torch, dtype)
+    here = torch.cuda.is_available()
+    gpu = str(trainer.accelerator) in ("gpu", "cuda") or (trainer.accelerator == "auto" and here)
+    device_type, dtype = "cuda" if gpu else "cpu", settings.backbone.dtype
+    if dtype != "auto":
+        dtype = getattr(torch, dtype)
+    else:  # of a GPU that is not here: every recent one multiplies bfloat16
+        dtype = torch.bfloat16 if gpu and not here else native_dtype(device_type)
     model = build_on_meta(load_config(settings.backbone), settings.backbone, settings.adapter, dtype)
     sizes, costs = model_sizes(model), step_costs(model, batch, recomputed=settings.backbone.gradient_checkpointing)
     memory = predict_memory(sizes, costs, layout)
     print(f"{settings.backbone.id}, {settings.adapter.update} × {settings.adapter.gate}, rank {settings.adapter.rank}")
     print(f"  devices        {layout}{remark}")
-    trainable = sizes.adapter // 4
-    frozen = sizes.frozen // torch.empty(0, dtype=dtype).element_size()
+    masters = settings.adapter.adapter_dtype
+    trainable = sizes.adapter // getattr(torch, masters).itemsize
+    frozen = sizes.frozen // dtype.itemsize
     kind = str(dtype).removeprefix("torch.")
-    print(f"  parameters     {frozen:,} frozen in {kind}, {trainable:,} trainable in float32 ({trainable / frozen:.2%})")
+    print(f"  parameters     {frozen:,} frozen in {kind}, {trainable:,} trainable in {masters} ({trainable / frozen:.2%})")
     print(f"  micro-batch    {batch.rows} rows of {batch.tokens} tokens, {batch.targets:,} with loss ({source})")
     print("  memory of a device, GiB")
     for name, part in memory.parts.items():
@@ -82,10 +87,9 @@ def layout_of(strategy: Any, processes: int) -> Layout:
         return Layout(processes, 1)
     given = strategy.get("init_args") or {}
     replicas, shards = given.get("replicate_size", 1), given.get("shard_size", "auto")
-    shards = processes // replicas if shards == "auto" else shards
-    if replicas * shards != processes:
-        raise ConfigError(f"trainer.strategy: {replicas} × {shards} shards, and there are {processes} processes")
-    return Layout(replicas, shards, bool(given.get("cpu_offload", False)))
+    if problems := AdapterShardingStrategy(shards, replicas).problems(processes):
+        raise ConfigError(problems)
+    return Layout(replicas, processes // replicas, bool(given.get("cpu_offload", False)))
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def verdict(memory: Memory, limit: float | None) -> str:
     largest = max(memory.parts, key=lambda name: memory.parts[name])
     hints = {
         "weights": "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload",
-        "activations": "model.backbone.gradient_checkpointing: true, or more trainer.accumulate_grad_batches",
+        "activations": "model.backbone.gradient_checkpointing: true if it is not, or more trainer.accumulate_grad_batches",
         "logits": "more trainer.accumulate_grad_batches",
     }
     advice = hints.get(largest, "a smaller model.adapter.rank")
@@ -157,21 +161,21 @@ def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> 
         data.connect(load_tokenizer(recipe.model.backbone))
         data.trainer = PlannedTrainer(processes, accumulate)  # type: ignore[assignment]
         data.setup("fit")
-        batches = data.train_dataloader().dataset
-    except ConfigError:
+    except ConfigError as error:
+        if data.batch_size < accumulate * processes:
+            raise ConfigError(
+                f"data.batch_size: {data.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
+                f"{processes} processes; accepted: at least {accumulate * processes}"
+            ) from error
         rows = -(-data.batch_size // (accumulate * processes))
         targets = rows * data.max_length // (1 if data.train_on == "all" else 2)
         return MicroBatch(rows, data.max_length, targets), "no rows to be had here: all of max_length, half of it with loss"
-    lengths = [len(ids) for ids in batches.table.rows["prompt"]]
-    answers = [len(found[gold]) for found, gold in zip(batches.table.rows["answers"], batches.table.rows["gold"], strict=True)]
-    whole = [one + other for one, other in zip(lengths, answers, strict=True)]
-
-    def area(rows: Sequence[int]) -> int:
-        return len(rows) * max(whole[row] for row in rows)
-
-    most = max((rows for step in batches.steps for rows in step.micro_batches), key=area)
-    targets = sum((whole if data.train_on == "all" else answers)[row] for row in most)
-    return MicroBatch(len(most), max(whole[row] for row in most), targets), "the largest of the plan"
+    batches = data.train_dataloader().dataset
+    lengths = planned_lengths(batches.steps, right_lengths(batches.table.rows), batches.line)
+    rows_of = [rows for step in batches.steps for rows in step.micro_batches]
+    lines, most = max(zip(lengths, rows_of, strict=True), key=lambda both: len(both[0]) * max(both[0]))
+    targets = target_counts(batches.table.rows.select(most), data.train_on)
+    return MicroBatch(len(lines), max(lines), sum(targets)), "the largest of the plan"
 
 
 def _device_memory(device_type: str) -> float | None:

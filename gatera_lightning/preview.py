@@ -35,7 +35,7 @@ def preview(argv: Sequence[str]) -> None:
         problems.append(f"--split: {own.split!r} is unknown; accepted: {', '.join(_SPLITS)}")
     if problems:
         raise ConfigError(problems)
-    run = _Preview(with_found_configs(["fit", *others]), own.split)
+    run = PreviewedSplit(with_found_configs(["fit", *others]), own.split)
     figures = run.figures()  # before anything is printed: what fit would refuse is refused here
     console = Console(highlight=False, soft_wrap=True)
     for row in range(min(int(own.rows), len(run.table.rows))):
@@ -54,7 +54,7 @@ class PlannedTrainer:
     is_global_zero: bool = False  # whose log lines stand among the figures
 
 
-class _Preview(RecipeCLI):
+class PreviewedSplit(RecipeCLI):
     """A split of ``fit``'s data and the backbone's tokenizer; what training alone needs is neither built nor checked."""
 
     def __init__(self, args: ArgsType, split: str) -> None:

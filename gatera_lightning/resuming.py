@@ -1,4 +1,4 @@
-"""Going on from a checkpoint whose steps were cut into other micro-batches."""
+"""Going on from a checkpoint whose steps were cut into other micro-batches, or that was written at an epoch's end."""
 
 from typing import Any
 
@@ -18,3 +18,20 @@ def recount_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
     for counts in (progress["total"], progress["current"]):
         ready = counts["ready"] // before * accumulate
         counts |= {name: ready - (counts["ready"] - count) for name, count in counts.items()}  # open ones stay open
+
+
+def begin_next_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a checkpoint written at the end of an epoch be one of the start of the next, in place.
+
+    Under max_steps, Lightning otherwise takes that epoch for one that is still to be ended, counts it twice, and, where there
+    are max_epochs as well, ends the run an epoch early.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs = loops["epoch_progress"]
+    if epochs["total"]["completed"] == epochs["total"]["processed"]:
+        return  # in the middle of an epoch
+    for counts in (epochs["total"], epochs["current"]):
+        counts["completed"] = counts["processed"]
+    batches = loops["epoch_loop.batch_progress"]
+    batches["current"] |= dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False

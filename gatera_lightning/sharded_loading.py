@@ -1,5 +1,6 @@
 """A backbone that only the first process ever holds whole: built on the meta device, sharded, and filled from there."""
 
+import pickle
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import load_adapter
 from gatera_lightning.adapters.inject import InjectionReport, adapted_linears, inject_adapters
 from gatera_lightning.backbone import BackboneConfig, load_backbone, ready_for_training
+from gatera_lightning.errors import ConfigError
 from gatera_lightning.parallel import AdapterShardingStrategy
 
 
@@ -39,7 +41,7 @@ def load_sharded(
                 "buffers": dict(whole.named_buffers()),  # those that no state dict has, such as rotary frequencies, included
             }
         except Exception as error:  # whatever it is: the others wait, and have to hear of it
-            told = {"error": error}
+            told = {"error": _that_travels(error)}
     told = strategy.broadcast(told)
     if "error" in told:
         raise told["error"]
@@ -66,3 +68,14 @@ def load_sharded(
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(strategy.root_device)
     return model, told["report"]
+
+
+def _that_travels(error: Exception) -> Exception:
+    """An error that all processes raise: itself, or its text where pickle cannot carry it."""
+    if isinstance(error, ConfigError):
+        error.on_every_process = True
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -20,6 +20,7 @@ from gatera_lightning.cli import PROG, RecipeCLI, raise_problems, with_found_con
 from gatera_lightning.errors import ConfigError
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
+_UNREADABLE = re.compile(r"[\s'\"\\#]")  # SLURM reads #SBATCH lines by rules of its own, which are not the shell's
 _NAMED = {"TensorBoardLogger", "CSVLogger"}  # loggers whose folder is save_dir/name/version
 
 
@@ -43,7 +44,6 @@ def submit(argv: Sequence[str]) -> None:
         raise ConfigError(f"submit: {', '.join(missing)} is not on this machine; accepted: a login node of SLURM, or --dry-run")
     if not own.skip_download:
         config.fetch()
-    job.root.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(script)
         file.flush()
@@ -51,11 +51,26 @@ def submit(argv: Sequence[str]) -> None:
         # Held until its folder is there: a job may start before the next line runs.
         number = _slurm("sbatch", "--parsable", "--hold", file.name).split(";")[0].strip()
     run = job.root / f"job-{number}"
-    run.mkdir()
-    (run / "job.sbatch").write_text(script)
-    (run / "submitted.yaml").write_text(config.text)
-    _slurm("scontrol", "release", number)
+    try:
+        run.mkdir(parents=True)
+        (run / "job.sbatch").write_text(script)
+        (run / "submitted.yaml").write_text(config.text)
+        _slurm("scontrol", "release", number)
+    except (OSError, ConfigError) as error:  # else it would wait for ever
+        subprocess.run(["scancel", number], capture_output=True)
+        raise ConfigError(f"submit: job {number} is cancelled: {error}") from error
     print(f"job {number}: {run}\n  watch it:  tail -F {run / 'slurm.log'}\n  end it:    scancel {number}")
+
+
+def _seconds(time: str) -> int:
+    """As SLURM reads it: minutes, minutes:seconds, hours:minutes:seconds; behind days-, hours come first."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True)
@@ -75,19 +90,37 @@ class Job:
     def of(cls, own: argparse.Namespace) -> "Job":
         """Raises ConfigError with everything that cannot work."""
         problems = []
-        for name in ("nodes", "gpus_per_node", "processes_per_node", "signal_seconds"):
+        for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds"):
             least = 0 if name == "gpus_per_node" else 1
             if getattr(own, name) is not None and getattr(own, name) < least:
                 problems.append(f"--{name.replace('_', '-')}: {getattr(own, name)}; accepted: an integer of at least {least}")
         if own.time is not None and not _TIME.fullmatch(own.time):
             problems.append(f"--time: {own.time!r}; accepted: minutes, hours:minutes:seconds, or days-hours:minutes:seconds")
+        elif own.time is not None and _seconds(own.time) <= own.signal_seconds:
+            problems.append(
+                f"--signal-seconds: {own.signal_seconds} of --time {own.time}: the job would be told to end at once, again and "
+                "again; accepted: less than the time"
+            )
         if own.processes_per_node is not None and own.gpus_per_node not in (0, own.processes_per_node):
             problems.append(
                 f"--processes-per-node: {own.processes_per_node} for {own.gpus_per_node} GPUs; accepted: one a GPU, or "
                 "--gpus-per-node 0"
             )
-        if re.search(r"\s", str(own.root)):
-            problems.append(f"--root: {str(own.root)!r} has white space in it, which SLURM's --output cannot have")
+        processes = own.processes_per_node or own.gpus_per_node or 1
+        for flag, given, size in (
+            ("--trainer.num_nodes", own.num_nodes, own.nodes),
+            ("--trainer.devices", own.devices, processes),
+        ):
+            if given not in (None, str(size)):
+                problems.append(f"{flag}: {given}; accepted: {size}, as the job has it, by --nodes and --gpus-per-node")
+        root = own.root.absolute()
+        if _UNREADABLE.search(str(root)) or "%" in str(root):
+            problems.append(f"--root: {str(root)!r}; accepted: a path without white space, quotes, backslashes, # and %")
+        for name in ("partition", "account", "mem"):
+            if _UNREADABLE.search(getattr(own, name) or ""):
+                problems.append(
+                    f"--{name}: {getattr(own, name)!r}; accepted: what has no white space, quotes, backslashes or #"
+                )
         if problems:
             raise ConfigError(problems)
         options = {"partition": own.partition, "account": own.account, "time": own.time, "mem": own.mem}
@@ -95,10 +128,10 @@ class Job:
         return cls(
             own.nodes,
             own.gpus_per_node,
-            own.processes_per_node or own.gpus_per_node or 1,
+            processes,
             {name: str(value) for name, value in options.items() if value is not None},
             own.signal_seconds,
-            own.root.absolute(),
+            root,
             own.setup,
             own.python,
         )
@@ -113,9 +146,10 @@ def render(job: Job, name: str, logger: dict[str, str]) -> str:
         "TASKS": str(job.processes_per_node),
         "OPTIONS": "\n".join(f"#SBATCH --{option}={value}" for option, value in job.options.items()),
         "SIGNAL_SECONDS": str(job.signal_seconds),
-        "ROOT": str(job.root),
+        "OUTPUT": str(job.root),
+        "ROOT": shlex.quote(str(job.root)),
         "SETUP": job.setup,
-        "PYTHON": job.python,
+        "PYTHON": shlex.quote(job.python),
         "LOGGER": " ".join(f"--trainer.logger.init_args.{key} {value}" for key, value in logger.items()),
     }
     lines = []
@@ -134,12 +168,19 @@ class _Resolved(RecipeCLI):
         super().__init__(args)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse with the job's nodes and devices; raises ConfigError with all problems but those of this machine's devices."""
-        accelerator = "gpu" if self.job.gpus_per_node else "cpu"
-        assert isinstance(args, list)
-        given = [*args, "--trainer.num_nodes", str(self.job.nodes), "--trainer.devices", str(self.job.processes_per_node)]
-        self.config = parser.parse_args([*given, "--trainer.accelerator", accelerator])
+        """Parse; nodes and devices are the job's. Raises ConfigError with all problems but those of this machine's devices."""
+        self.config = parser.parse_args(args)
+        trainer = self.config.fit.trainer
+        trainer.num_nodes, trainer.devices = self.job.nodes, self.job.processes_per_node
+        trainer.accelerator = "gpu" if self.job.gpus_per_node else "cpu"
         raise_problems(parser, self.config)
+        if self.config.fit.ckpt_path not in (None, "last"):
+            raise ConfigError(
+                f"ckpt_path: {self.config.fit.ckpt_path!r}; accepted: null, since a job goes on from its own newest "
+                "checkpoint; model.warm_start begins with an adapter"
+            )
+        if isinstance(trainer.logger, list):
+            raise ConfigError(f"trainer.logger: {len(trainer.logger)} of them; accepted: one, whose folder is the job's")
         skipped = self.config.fit.clone()
         skipped.pop("config", None)
         self.text = self._parser("fit").dump(skipped, skip_none=False)
@@ -157,7 +198,7 @@ class _Resolved(RecipeCLI):
         logger = self.config.fit.trainer.logger
         kind = logger.get("class_path", "").rpartition(".")[2] if hasattr(logger, "get") else ""
         if kind in _NAMED:
-            return {"save_dir": str(self.job.root), "name": '""', "version": "job-$SLURM_JOB_ID"}
+            return {"save_dir": shlex.quote(str(self.job.root)), "name": '""', "version": "job-$SLURM_JOB_ID"}
         return {"save_dir": '"$run"'} if kind else {}
 
     def fetch(self) -> None:
@@ -165,7 +206,13 @@ class _Resolved(RecipeCLI):
         name = hub_id(self.model.backbone.id)
         if name is not None:
             patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-            snapshot_download(name, revision=self.model.backbone.revision, allow_patterns=patterns)
+            try:
+                snapshot_download(name, revision=self.model.backbone.revision, allow_patterns=patterns)
+            except OSError as error:
+                raise ConfigError(
+                    f"model.backbone.id: cannot fetch {name!r} from the hub ({type(error).__name__}); accepted: what can be "
+                    "fetched here or is in the cache, a folder, or --skip-download"
+                ) from error
         self.datamodule.connect(load_tokenizer(self.model.backbone))
         self.datamodule.setup("fit")
 
@@ -204,5 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--setup", default="", help="shell lines before the program, such as 'module load cuda'")
     parser.add_argument("--python", default=sys.executable, help="default: the one that runs this")
     parser.add_argument("--skip-download", action="store_true", help="do not fetch weights and rows before handing in")
+    for flag in ("--trainer.num_nodes", "--trainer.devices"):  # the job's own decide; one that says otherwise is a mistake
+        parser.add_argument(flag, dest=flag.rpartition(".")[2], help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print the script; hand nothing in")
     return parser

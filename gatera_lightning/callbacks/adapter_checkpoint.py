@@ -68,9 +68,15 @@ class AdapterCheckpoint(ModelCheckpoint):
             return False
         return super()._should_save_on_train_epoch_end(trainer)
 
-    def write_last(self, trainer: L.Trainer) -> Path:
-        """Write the last checkpoint now, at the end of an optimizer step; a collective. Raises CheckpointError on all ranks."""
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+    def write_last(self, trainer: L.Trainer, *, validated: bool = False) -> Path:
+        """Write the last checkpoint now, at the end of an optimizer step; a collective. Raises CheckpointError on all ranks.
+
+        ``validated``: right after a validation, which may have made it the best one as well.
+        """
+        candidates = self._monitor_candidates(trainer)
+        if validated:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
         return Path(self.last_model_path)
 
     @override

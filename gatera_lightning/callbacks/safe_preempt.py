@@ -39,6 +39,7 @@ class SafePreempt(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._received = None  # what ended an earlier run does not end this one
         # Behind Lightning's own handlers, whose SIGTERM one runs a collective wherever the signal happens to fall.
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
@@ -56,19 +57,20 @@ class SafePreempt(L.Callback):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._end_if_asked(trainer)
+            self._end_if_asked(trainer, validated=True)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:  # else Lightning has put back already what was there before the run
+                signal.signal(number, handler)
         self._previous = {}
 
-    def _end_if_asked(self, trainer: L.Trainer) -> None:
+    def _end_if_asked(self, trainer: L.Trainer, *, validated: bool = False) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
         checkpoint = next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
-        path = checkpoint.write_last(trainer)
+        path = checkpoint.write_last(trainer, validated=validated)
         requeued = self.requeue and trainer.is_global_zero and requeue_job()
         raise Preempted(str(path), trainer.global_step, requeued=trainer.strategy.broadcast(requeued))
 

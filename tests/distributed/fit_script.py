@@ -1,8 +1,8 @@
 """One small fit in a process of its own (or two): prints nothing, writes what a test compares.
 
 ``python fit_script.py '{"backbone": FOLDER, "out": FOLDER, …}'`` — see ``Job`` for the rest. Rank 0 writes ``losses.json``
-(hex floats, one per optimizer step) and ``norms.json``, every rank ``ids_RANK.json`` (example ids per micro-batch), and
-the adapter goes to ``out/adapter``.
+(hex floats, one per optimizer step) and ``norms.json``, every rank ``ids_RANK.json`` and ``targets_RANK.json`` (example ids,
+and the number of tokens with loss, per micro-batch), and the adapter goes to ``out/adapter``.
 """
 
 import io
@@ -35,7 +35,7 @@ from gatera_lightning.parallel import AdapterShardingStrategy
 class Job:
     backbone: str
     out: str
-    strategy: str = "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too)
+    strategy: str = "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too), hsdp (2 × 1), offload
     accumulate: int = 1
     checkpointing: bool = False
     clip: float | None = None
@@ -89,7 +89,7 @@ class SlowIO(WholeCheckpointIO):
 
 class Watch(L.Callback):
     def __init__(self, job):
-        self.job, self.losses, self.ids, self.norms = job, [], [], []
+        self.job, self.losses, self.ids, self.targets, self.norms = job, [], [], [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         grads = [p.grad for p in adapter_parameters(module.model).values()]
@@ -98,6 +98,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.ids.append(batch["example_ids"].tolist())
+        self.targets.append(int((batch["labels"][:, 1:] != -100).sum()))
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
@@ -125,6 +126,7 @@ class Watch(L.Callback):
             (out / "losses.json").write_text(json.dumps(self.losses))
             (out / "norms.json").write_text(json.dumps(self.norms))
         (out / f"ids_{trainer.global_rank}.json").write_text(json.dumps(self.ids))
+        (out / f"targets_{trainer.global_rank}.json").write_text(json.dumps(self.targets))
 
 
 class Poisoned(GateRAModule):
@@ -168,6 +170,8 @@ def run(job: Job) -> Watch:
         "ddp": DDPStrategy(process_group_backend="gloo"),
         "fsdp": AdapterShardingStrategy(),
         "sharded": AdapterShardingStrategy(sharded_checkpoints=True),
+        "hsdp": AdapterShardingStrategy(shard_size=1, replicate_size=2),
+        "offload": AdapterShardingStrategy(shard_size=2, cpu_offload=True),
     }
     watch = Watch(job)
     callbacks = [watch, GateHistogram(3), *([SafePreempt()] if job.preempt else [])]

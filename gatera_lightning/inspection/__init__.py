@@ -1,0 +1,1 @@
+"""Looking at gates: values of any adapted model, statistics of many, pictures, and a page to send to a colleague."""

@@ -1,0 +1,70 @@
+"""What the gates of one adapter do on some texts: the numbers behind every picture of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from gatera_lightning.inspection.capture import GatedModule, capture_gates
+from gatera_lightning.inspection.statistics import BINS, CLOSED, OPEN
+
+
+@dataclass(frozen=True)
+class ProbeText:
+    """A text to look at, as tokens; those from ``prompt`` on are the response."""
+
+    title: str
+    ids: list[int]
+    prompt: int
+    decoded: bool = False
+    """Whether the response was generated, token by token, rather than read."""
+
+
+@dataclass(frozen=True)
+class GateReading:
+    """Gates (modules, tokens) of every text, by one adapter."""
+
+    modules: list[GatedModule]
+    texts: list[ProbeText]
+    gates: list[np.ndarray]
+
+    def of(self, phase: str) -> np.ndarray:
+        """Gates (modules, tokens) of all texts' ``prompt`` or ``response`` tokens."""
+        cut = [slice(None, text.prompt) if phase == "prompt" else slice(text.prompt, None) for text in self.texts]
+        return np.concatenate([gates[:, part] for gates, part in zip(self.gates, cut, strict=True)], 1)
+
+
+def read_gates(model: PreTrainedModel, texts: Sequence[ProbeText]) -> GateReading:
+    """One forward a text, without padding. Raises ValueError when the model has no gates."""
+    modules: list[GatedModule] = []
+    gates = []
+    training = model.training
+    model.eval()  # gates stand before dropout, but what they see comes behind it
+    device = next(model.parameters()).device
+    try:
+        for text in texts:
+            with torch.no_grad(), capture_gates(model) as captured:
+                model(input_ids=torch.tensor([text.ids], device=device))
+            if not captured.calls:
+                raise ValueError("the model has no gates")
+            modules = captured.modules
+            gates.append(captured.calls[0].gates[:, 0].numpy())
+    finally:
+        model.train(training)
+    return GateReading(modules, list(texts), gates)
+
+
+def statistics_of(gates: np.ndarray) -> dict[str, float | int | list[int]]:
+    """Of gates (modules, tokens): tokens, mean, shares closed and open, and counts in 50 equal bins. Empty without tokens."""
+    if not gates.size:
+        return {"tokens": 0}
+    counts = np.bincount(np.minimum((gates * np.float32(BINS)).astype(int), BINS - 1).ravel(), minlength=BINS)
+    return {
+        "tokens": int(gates.shape[1]),
+        "mean": float(gates.mean(dtype=float)),
+        "share_closed": float((gates < CLOSED).mean()),
+        "share_open": float((gates >= OPEN).mean()),
+        "bins": counts.tolist(),
+    }

@@ -1,0 +1,214 @@
+"""A signal to this process: the run ends at a safe point, saved, and SLURM is asked for another turn."""
+
+import os
+import signal
+
+import lightning as L
+import pytest
+import torch
+from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
+
+from gatera_lightning import GateRAModule
+from gatera_lightning.__main__ import main
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.safe_preempt import SafePreempt
+from gatera_lightning.errors import Preempted
+
+BOTH = (signal.SIGUSR1, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def strays():
+    """The signals that reached nobody else; whatever a run does, the handlers of before are there again."""
+    found = []
+
+    def stray(number, frame):
+        found.append(number)
+
+    before = [signal.signal(number, stray) for number in BOTH]
+    yield found
+    assert [signal.getsignal(number) for number in BOTH] == [stray, stray]
+    for number, handler in zip(BOTH, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+
+class Send(L.Callback):
+    """Signals to this process in the middle of a micro-batch, or of a validation."""
+
+    def __init__(self, *numbers, batch=None, validation_after=None):
+        self.numbers, self.batch, self.validation_after = numbers, batch, validation_after
+
+    def send(self):
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            self.send()
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if trainer.global_step == self.validation_after:
+            self.send()
+
+
+def fit(folder, root, *callbacks, checkpoint=None, resume=None, train="everyday[:48]", **settings):
+    checkpoint = checkpoint or AdapterCheckpoint(monitor=None)
+    trainer = tiny_trainer(root, checkpoint, SafePreempt(), *callbacks, **settings)
+    module = tiny_module(folder, warmup_steps=100)  # the learning rate rises: something to monitor
+    trainer.fit(module, datamodule=tiny_data(folder, train=[train]), ckpt_path=resume)
+    return module
+
+
+def step_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize("numbers", [BOTH[:1], BOTH[1:], BOTH, BOTH * 3], ids=["USR1", "TERM", "both", "thrice both"])
+def test_a_run_ends_once_at_the_end_of_the_step(tiny_backbone, tmp_path, strays, numbers):
+    """Two micro-batches a step; the signals come in the first of the second step."""
+    with pytest.raises(Preempted) as caught:
+        fit(tiny_backbone, tmp_path, Send(*numbers, batch=2), accumulate_grad_batches=2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert (caught.value.step, caught.value.checkpoint, caught.value.requeued) == (2, str(last), False)
+    assert str(caught.value) == f"preempted at optimizer step 2; saved {last}; resume with --ckpt_path {last}"
+    assert step_of(last) == 2
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last", "last.ckpt"]
+    assert strays == []
+
+
+def test_without_a_signal_nothing_happens(tiny_backbone, tmp_path, strays):
+    fit(tiny_backbone, tmp_path)
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 4
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert strays == [signal.SIGUSR1]
+
+
+def test_another_run_with_the_same_callback_is_not_ended(tiny_backbone, tmp_path):
+    preempt = SafePreempt()
+    for send, steps in ((Send(signal.SIGTERM, batch=1), 2), (Send(), 4)):
+        checkpoint = AdapterCheckpoint(monitor=None)
+        trainer = tiny_trainer(tmp_path, checkpoint, preempt, send)
+        if steps == 2:
+            with pytest.raises(Preempted):
+                trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+        else:
+            trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+        assert trainer.global_step == steps
+
+
+@pytest.mark.parametrize("where", [{"batch": 1}, {"validation_after": 2}], ids=["in the step before", "in the validation"])
+@pytest.mark.parametrize("interval", [2, 1.0], ids=["every two steps", "after the epoch"])
+def test_a_validation_that_follows_is_finished_and_the_resumed_run_is_the_whole_one(tiny_backbone, tmp_path, where, interval):
+    """Also its best checkpoints; of two steps an epoch, by a value that gets better every time, or never."""
+    for mode in ("max", "min"):
+        roots = [tmp_path / f"{name}-{mode}" for name in ("whole", "ended")]
+        settings = {"limit_val_batches": 1, "val_check_interval": interval, "train": "everyday[:16]"}
+
+        def checkpoint(mode=mode):
+            return AdapterCheckpoint("lr", mode)
+
+        whole = fit(tiny_backbone, roots[0], checkpoint=checkpoint(), **settings)
+        with pytest.raises(Preempted) as caught:
+            fit(tiny_backbone, roots[1], Send(signal.SIGUSR1, **where), checkpoint=checkpoint(), **settings)
+        assert caught.value.step == 2
+        folder = roots[1] / "checkpoints"
+        assert step_of(folder / "best-step=2.ckpt") == step_of(folder / "last.ckpt") == 2
+        resumed = fit(tiny_backbone, roots[1], checkpoint=checkpoint(), resume=folder / "last.ckpt", **settings)
+        assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
+        names = [sorted(path.name for path in (root / "checkpoints").iterdir()) for root in roots]
+        assert names[0] == names[1]
+        assert f"best-step={4 if mode == 'max' else 2}.ckpt" in names[0]
+
+
+# --- the command line, and SLURM ---
+
+
+@pytest.fixture
+def preempted(tiny_backbone, tmp_path, monkeypatch, capsys):
+    """A ``fit`` that gets a signal in its second step: its exit status and standard error."""
+
+    def send(self, batch, batch_idx):
+        if self.trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def start(*flags):
+        args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *flags]
+        return main(args), capsys.readouterr().err
+
+    monkeypatch.setattr(GateRAModule, "on_train_batch_start", send)
+    monkeypatch.chdir(tmp_path)
+    return start
+
+
+LAST = "runs/quickstart/version_0/checkpoints/last.ckpt"
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A ``scontrol`` that notes what it is asked for, and ends with a status; returns the notes."""
+
+    def install(status=0):
+        program = tmp_path / "bin" / "scontrol"
+        program.parent.mkdir()
+        notes = tmp_path / "asked.txt"
+        program.write_text(f'#!/bin/sh\necho "$@" >> {notes}\necho "Job is gone" >&2\nexit {status}\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        return notes
+
+    return install
+
+
+def test_outside_of_slurm_the_status_asks_for_another_try(preempted, scontrol):
+    notes = scontrol()
+    status, error = preempted()
+    assert status == 75
+    assert f"python -m gatera_lightning: preempted at optimizer step 2; saved {LAST}; resume with --ckpt_path {LAST}" in error
+    assert "Traceback" not in error
+    assert step_of(LAST) == 2
+    assert not notes.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [({"SLURM_JOB_ID": "17"}, "17"), ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3")],
+    ids=["job", "array"],
+)
+def test_in_slurm_the_job_is_requeued(preempted, scontrol, monkeypatch, variables, job):
+    notes = scontrol()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    status, error = preempted()
+    assert status == 0
+    assert notes.read_text() == f"requeue {job}\n"
+    assert f"preempted at optimizer step 2; saved {LAST}; the job is requeued and goes on from there" in error
+    assert step_of(LAST) == 2
+
+
+def test_what_slurm_refuses_is_said(preempted, scontrol, monkeypatch, caplog):
+    scontrol(status=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    status, error = preempted()
+    assert status == 75
+    assert "cannot requeue job 17: scontrol says Job is gone" in caplog.text
+    assert "resume with --ckpt_path" in error
+
+
+def test_a_slurm_without_scontrol(preempted, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert preempted()[0] == 75
+    assert "cannot requeue job 17: [Errno 2] No such file or directory: 'scontrol'" in caplog.text
+
+
+def test_slurm_is_not_asked_when_it_should_not_be(preempted, scontrol, monkeypatch):
+    notes = scontrol()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert preempted("--preempt.requeue", "false")[0] == 75
+    assert not notes.exists()
