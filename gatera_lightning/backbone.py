@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.errors import ConfigError
@@ -183,6 +184,8 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
         raise ConfigError(
             f"backbone.attn_implementation: {config.attn_implementation!r} cannot be used here: {' '.join(str(error).split())}"
         ) from error
+    except SafetensorError as error:
+        raise ConfigError(f"backbone.id: the weights of {source!r} are damaged ({error}); accepted: whole files") from error
     except (OSError, ConnectionError) as error:
         if Path(source).is_dir():
             raise ConfigError(f"backbone.id: cannot load the folder {source!r}: {error}") from error

@@ -35,7 +35,7 @@ TEXTS = (
 
 
 def gates(argv: Sequence[str]) -> None:
-    """Write ``--out``: the gates of one adapter, or of two side by side, on given texts, on rows of a recipe, or on three examples.
+    """Write ``--out``: the gates of one adapter, or of two side by side, on texts, rows of a recipe, or three examples.
 
     Raises ConfigError for what cannot work, before a weight is loaded where it can be known.
     """
@@ -46,7 +46,7 @@ def gates(argv: Sequence[str]) -> None:
     texts, chosen = _texts(own, others, tokenizer)
     model = load_backbone(backbone, "cpu")
     _refuse_long(texts, model)
-    adapters = []
+    adapters: list[ReadAdapter] = []
     for folder, (config, origin) in zip(own.adapter, configs, strict=True):
         for name, layer in adapted_linears(model).items():  # of the adapter before
             replace_module(model, name, layer.base)
@@ -174,7 +174,7 @@ def _source(folder: str, config: AdapterConfig, origin: dict[str, Any]) -> dict[
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROG} gates",
-        usage="%(prog)s --adapter FOLDER [--adapter FOLDER] [--text TEXT ... | --config CONFIG ... [any flag of fit]] --out FILE",
+        usage="%(prog)s --adapter FOLDER [--adapter FOLDER] [--text TEXT ... | --config CONFIG [any flag of fit]] --out FILE",
         description="Show what gates do, token by token, as a page of HTML, a picture or numbers.",
         epilog="With --config, texts are rows of that recipe's data; every other flag is then as for fit.",
         allow_abbrev=False,

@@ -122,6 +122,8 @@ class GateRAModule(L.LightningModule):
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ConfigError("trainer.use_distributed_sampler: true would cut up planned batches; accepted: false")
+        if stage == "fit":
+            refuse_other_settings(self, self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Exact resume needs the random state of every rank, and ``test`` its results, whoever builds the Trainer."""
@@ -149,7 +151,6 @@ class GateRAModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse what would silently train something else."""
         trainer = self.trainer
-        refuse_other_settings(self, trainer)
         if trainer.precision != "32-true":
             raise ValueError(f"trainer.precision: {trainer.precision}; accepted: 32-true. Set model.backbone.dtype instead")
         wanted = getattr(torch, self.adapter.adapter_dtype)

@@ -35,10 +35,9 @@ def plan(argv: Sequence[str]) -> None:
     here = torch.cuda.is_available()
     gpu = str(trainer.accelerator) in ("gpu", "cuda") or (trainer.accelerator == "auto" and here)
     device_type, dtype = "cuda" if gpu else "cpu", settings.backbone.dtype
-    if dtype != "auto":
-        dtype = getattr(torch, dtype)
-    else:  # of a GPU that is not here: every recent one multiplies bfloat16
-        dtype = torch.bfloat16 if gpu and not here else native_dtype(device_type)
+    if dtype == "auto":  # a GPU that is not here multiplies bfloat16, as every recent one does
+        dtype = "bfloat16" if gpu and not here else str(native_dtype(device_type)).removeprefix("torch.")
+    dtype = getattr(torch, dtype)
     model = build_on_meta(load_config(settings.backbone), settings.backbone, settings.adapter, dtype)
     sizes, costs = model_sizes(model), step_costs(model, batch, recomputed=settings.backbone.gradient_checkpointing)
     memory = predict_memory(sizes, costs, layout)
@@ -174,8 +173,8 @@ def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> 
     lengths = planned_lengths(batches.steps, right_lengths(batches.table.rows), batches.line)
     rows_of = [rows for step in batches.steps for rows in step.micro_batches]
     lines, most = max(zip(lengths, rows_of, strict=True), key=lambda both: len(both[0]) * max(both[0]))
-    targets = target_counts(batches.table.rows.select(most), data.train_on)
-    return MicroBatch(len(lines), max(lines), sum(targets)), "the largest of the plan"
+    counts = target_counts(batches.table.rows.select(most), data.train_on)
+    return MicroBatch(len(lines), max(lines), sum(counts)), "the largest of the plan"
 
 
 def _device_memory(device_type: str) -> float | None:

@@ -169,7 +169,7 @@ class _Resolved(RecipeCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; nodes and devices are the job's. Raises ConfigError with all problems but those of this machine's devices."""
-        self.config = parser.parse_args(args)
+        super().parse_arguments(parser, args)
         trainer = self.config.fit.trainer
         trainer.num_nodes, trainer.devices = self.job.nodes, self.job.processes_per_node
         trainer.accelerator = "gpu" if self.job.gpus_per_node else "cpu"

@@ -46,12 +46,9 @@ class Pace(L.Callback):
         self.clock, self.steps, self.validation = clock, steps, validation
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        for seconds in (
-            self.steps[trainer.global_step]
-            if isinstance(self.steps[trainer.global_step], list)
-            else [self.steps[trainer.global_step]]
-        ):
-            self.clock.pass_by(seconds)
+        seconds = self.steps[trainer.global_step]
+        for part in seconds if isinstance(seconds, list) else [seconds]:
+            self.clock.pass_by(part)
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
         self.clock.pass_by(self.validation)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,17 @@ def test_the_rendered_script_passes_slurms_own_check(cluster, tmp_path, capsys):
     script = tmp_path / "job.sbatch"
     script.write_text(capsys.readouterr().out)
     slurm("sbatch", "--test-only", str(script))
+
+
+def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path, wait_for):
+    script = tmp_path / "job.sbatch"
+    command = shlex.join([sys.executable, "-m", "gatera_lightning", "fit", *recipe(tiny_backbone, "ddp")])
+    script.write_text(f"#!/bin/bash\n{command}\necho status $?\n")
+    log = tmp_path / "log"
+    slurm("sbatch", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", f"--chdir={tmp_path}", str(script))
+    wait_for(lambda: log.exists() and "status" in log.read_text(), 90)
+    assert "SLURM_NTASKS: 2, but this process was started without srun" in log.read_text()
+    assert "status 2" in log.read_text()
 
 
 def test_what_slurm_refuses_is_said(cluster, tmp_path, capsys):
