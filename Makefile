@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # An index for torch alone, such as https://download.pytorch.org/whl/cpu or …/whl/cu128; empty takes the default index.
 TORCH_INDEX ?=
+# Tests at a time: as many as there are cores.
+WORKERS ?= auto
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -22,10 +24,10 @@ demo: $(INSTALLED)  ## evaluate SmolLM2, fine-tune it with GateRA, evaluate agai
 	$(BIN)/python -m gatera_lightning demo
 
 test: $(INSTALLED)  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 slow: $(INSTALLED)  ## several processes, a real model, wheels
-	$(BIN)/python -m pytest -m "slow and not stress"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not stress"
 
 stress: $(INSTALLED)  ## what takes longer than CI has: every test, then real rows (needs GATERA_DATA)
 	GATERA_KILLS=20 GATERA_PREEMPTIONS=10 $(BIN)/python -m pytest

@@ -1,5 +1,6 @@
 """``python -m gatera_lightning``: this project's own verbs, LightningCLI's, and what a user sees when something is wrong."""
 
+import logging
 import os
 import sys
 import warnings
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ".*recommended to use `self.log.*sync_dist=True",
     ):
         warnings.filterwarnings("ignore", message=noise)  # of our dependencies about each other; nothing a user could change
+    _show_own_log()
     try:
         match args[:1]:
             case ["demo"]:
@@ -79,6 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _who() -> str:
     """The program, and which process it is where there are several."""
     return f"{PROG} (process {_rank()})" if _rank() else PROG
+
+
+def _show_own_log() -> None:
+    """Lines such as "continuing from …" on the first process, warnings on all; where logging is set up, as it is set up."""
+    own = logging.getLogger("gatera_lightning")
+    if not own.hasHandlers():
+        own.addHandler(logging.StreamHandler())
+        own.setLevel(logging.WARNING if _rank() else logging.INFO)
 
 
 def _rank() -> int:

@@ -103,6 +103,12 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def new_folder(path: Path) -> None:
+    """An empty folder, whatever stood there."""
+    _remove(path)
+    path.mkdir(parents=True)
+
+
 def replace_folder(draft: Path, path: Path) -> None:
     """Let a finished draft take the place of a folder or file; at no time is neither there for more than a moment."""
     old = path.with_name(path.name + DRAFT + "-old")

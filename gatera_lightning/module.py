@@ -330,7 +330,7 @@ class GateRAModule(L.LightningModule):
         checkpoint["skipped_steps"] = self._skipped_steps
         checkpoint["backbone"] = {
             "id": self.backbone.id,
-            "revision": self.backbone.revision,
+            "revision": self.backbone.revision or getattr(self.model.config, "_commit_hash", None),
             "fingerprint": backbone_identity(self.model),
         }
 

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
-from gatera_lightning.checkpoint_files import DRAFT, mapped, replace_folder, write_sharded
+from gatera_lightning.checkpoint_files import DRAFT, WholeCheckpointIO, mapped, new_folder, replace_folder, write_sharded
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -164,15 +165,26 @@ class AdapterShardingStrategy(ModelParallelStrategy):
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
-        draft = path.with_name(path.name + DRAFT)
-        if self.is_global_zero:
+        draft, first = path.with_name(path.name + DRAFT), self.is_global_zero
+        failure = self._failure(lambda: new_folder(draft) if first else None)
+        failure = failure or self._failure(lambda: write_sharded(checkpoint, draft, rank=self.global_rank))
+        failure = failure or self._failure(lambda: replace_folder(draft, path) if first else None)
+        assert isinstance(self.checkpoint_io, WholeCheckpointIO)  # GateRAModule.setup
+        self.checkpoint_io.failure = failure and f"cannot write the checkpoint {path} ({failure}); what was there is untouched"
+        if failure and first:
+            log.error(self.checkpoint_io.failure)
             shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        self.barrier()
-        write_sharded(checkpoint, draft, rank=self.global_rank)
-        self.barrier()
-        if self.is_global_zero:
-            replace_folder(draft, path)
+
+    def _failure(self, work: Callable[[], None]) -> str | None:
+        """Do this process's part; what kept any of them from it, as all are told. A disk may be full for one alone."""
+        failure = None
+        try:
+            work()
+        except (OSError, RuntimeError, CheckpointException) as error:
+            failure = " ".join(str(error).split())
+        everyone: list[str | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyone, failure)
+        return next(filter(None, everyone), None)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import lightning as L
 from typing_extensions import override
 
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, validation_follows
-from gatera_lightning.errors import Preempted
+from gatera_lightning.errors import ConfigError, Preempted
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,16 @@ class SafePreempt(L.Callback):
         """
         self.requeue = requeue
         self._received: int | None = None
+        self._checkpoint: AdapterCheckpoint | None = None
         self._previous: dict[int, Any] = {}
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = None  # what ended an earlier run does not end this one
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._checkpoint = next((c for c in callbacks if isinstance(c, AdapterCheckpoint)), None)
+        if self._checkpoint is None:
+            raise ConfigError("trainer.callbacks: SafePreempt saves through an AdapterCheckpoint, and there is none; add one")
         # Behind Lightning's own handlers, whose SIGTERM one runs a collective wherever the signal happens to fall.
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
@@ -69,8 +74,8 @@ class SafePreempt(L.Callback):
     def _end_if_asked(self, trainer: L.Trainer, *, validated: bool = False) -> None:
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
-        checkpoint = next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
-        path = checkpoint.write_last(trainer, validated=validated)
+        assert self._checkpoint is not None  # set when training began
+        path = self._checkpoint.write_last(trainer, validated=validated)
         requeued = self.requeue and trainer.is_global_zero and requeue_job()
         raise Preempted(str(path), trainer.global_step, requeued=trainer.strategy.broadcast(requeued))
 
