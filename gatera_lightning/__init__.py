@@ -7,6 +7,7 @@ from gatera_lightning.adapters.merge import merge_adapter
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.backbone import BackboneConfig
 from gatera_lightning.errors import ConfigError, NonFiniteLossError
+from gatera_lightning.inspection.capture import capture_gates
 from gatera_lightning.module import GateRAModule
 from gatera_lightning.optimization import OptimizerConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "NonFiniteLossError",
     "OptimizerConfig",
     "adapter_parameters",
+    "capture_gates",
     "inject_adapters",
     "load_adapter",
     "merge_adapter",

@@ -27,6 +27,7 @@ from gatera_lightning.backbone import load_skeleton, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
+from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
@@ -47,6 +48,7 @@ CALLBACKS = {
     "checkpoint": AdapterCheckpoint,
     "early_stopping": OptionalEarlyStopping,
     "evaluation": EvaluationReport,
+    "gate_heatmap": GateHeatmap,
     "gate_histogram": GateHistogram,
     "preempt": SafePreempt,
     "throughput": Throughput,

@@ -21,17 +21,12 @@ from gatera_lightning.datamodules.tokens import PromptBatch
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation import DecodingConfig, generate
 from gatera_lightning.inspection.heatmap import draw_heatmap
-from gatera_lightning.inspection.reading import ProbeText, read_gates
+from gatera_lightning.inspection.reading import EXAMPLE_TEXTS, ProbeText, read_gates
 from gatera_lightning.inspection.report import ReadAdapter, page, report
 from gatera_lightning.inspection.token_text import token_texts
 from gatera_lightning.preview import PreviewedSplit
 
 FORMATS = ("html", "png", "json")
-TEXTS = (
-    "Question: What do bees make?\nAnswer: honey",
-    "I ride my bike to the lake every weekend. My two dogs run beside me.",
-    "Tom has 3 boxes of 12 pencils. He gives 5 pencils away. How many are left? 3 * 12 - 5 = 31",
-)
 
 
 def gates(argv: Sequence[str]) -> None:
@@ -135,7 +130,7 @@ def _texts(own: argparse.Namespace, others: Sequence[str], tokenizer: PreTrained
                 ProbeText(f"{entry['task']}, example {entry['example']}", ids[: prompt if own.generate else None], prompt)
             )
         return texts, f"the first {len(texts)} rows of the {own.split} split of {' '.join(others)}"
-    given = own.text or TEXTS
+    given = own.text or EXAMPLE_TEXTS
     texts = [
         ProbeText(text if len(text) <= 60 else text[:59] + "…", ids, len(ids))
         for text in given

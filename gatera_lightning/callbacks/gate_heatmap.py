@@ -19,7 +19,7 @@ class GateHeatmap(L.Callback):
     With a logger other than TensorBoard the pictures are skipped, with one line; without token gates there is nothing to do.
     """
 
-    def __init__(self, every_n_steps: int = 100, texts: list[str] = list(EXAMPLE_TEXTS)) -> None:  # noqa: B006, B008  # never changed
+    def __init__(self, every_n_steps: int = 100, texts: list[str] = list(EXAMPLE_TEXTS)) -> None:  # noqa: B006  # never changed
         """Draw the gates.
 
         Args:

@@ -10,6 +10,12 @@ from transformers import PreTrainedModel
 from gatera_lightning.inspection.capture import GatedModule, capture_gates
 from gatera_lightning.inspection.statistics import BINS, CLOSED, OPEN
 
+EXAMPLE_TEXTS = (
+    "Question: What do bees make?\nAnswer: honey",
+    "I ride my bike to the lake every weekend. My two dogs run beside me.",
+    "Tom has 3 boxes of 12 pencils. He gives 5 pencils away. How many are left? 3 * 12 - 5 = 31",
+)
+
 
 @dataclass(frozen=True)
 class ProbeText:

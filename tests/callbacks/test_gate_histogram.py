@@ -10,8 +10,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.callbacks.gate_histogram import BINS, PHASES, GateCounts, GateHistogram
+from gatera_lightning.callbacks.gate_histogram import GateHistogram, counted_tokens
 from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate
+from gatera_lightning.inspection.statistics import BINS, PHASES, GateStatistics
 
 EDGES = np.linspace(0, 1, BINS + 1)
 
@@ -49,9 +50,9 @@ def test_counts_by_hand():
     batch = batch_of([[1, 1, 1, 0], [1, 1, 1, 1]], [[0, 1, 1, 1], [0, 0, 1, 1]], [5, -1])
     z = torch.zeros(2, 2, 4)
     z[:, 0] = torch.tensor([[0.0, 100.0, -100.0, 3.0], [1.0, 0.0, 0.0, 3.0]])
-    counts = GateCounts(2, z.device)
-    counts.update(z, batch)
-    counts.update(z, batch)
+    counts = GateStatistics(2)
+    counts.update(z, counted_tokens(batch), batch["response_mask"])
+    counts.update(z, counted_tokens(batch), batch["response_mask"])
     nonzero = {(phase, layer, b): int(counts.bins[phase, layer, b]) for phase, layer, b in counts.bins.nonzero().tolist()}
     # g = 0.5 opens bin 25 of 50; g(100) = 1 belongs to the last bin, g(-100) = 0 to the first; g(1) = 0.731 to bin 36.
     assert nonzero == {(0, 0, 25): 2, (1, 0, 49): 2, (1, 0, 0): 2, (0, 1, 36): 2, (1, 1, 25): 4}
@@ -63,13 +64,13 @@ def test_counts_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_counts_equal_numpy(dtype):
     generator = torch.Generator().manual_seed(0)
-    counts, expected = GateCounts(3, torch.device("cpu")), {phase: 0 for phase in PHASES}
+    counts, expected = GateStatistics(3), {phase: 0 for phase in PHASES}
     for _ in range(2):
         lengths = torch.randint(1, 9, (5,), generator=generator)
         mask = (torch.arange(8) < lengths[:, None]).long()
         batch = batch_of(mask.tolist(), (torch.rand(5, 8, generator=generator) < 0.5).tolist(), [0, -1, 7, 3, -1])
         z = (4 * torch.randn(3, 5, 8, generator=generator)).to(dtype)
-        counts.update(z, batch)
+        counts.update(z, counted_tokens(batch), batch["response_mask"])
         for phase, (bins, g) in numpy_counts(z, batch).items():
             sums = [[f(x).sum() for x in g] for f in (lambda x: x, entropy, np.square)]
             expected[phase] = expected[phase] + np.concatenate([bins.T, sums])
@@ -83,8 +84,8 @@ def test_packed_counts_by_hand():
     batch = batch_of([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]], [[0, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0]], [4, 0, 9, 2])
     batch["position_ids"] = torch.tensor([[0, 1, 0, 1, 0, 0], [0, 1, 0, 1, 2, 3]])
     z = torch.tensor([[[0.0, 1.0, 0.0, 100.0, 1.0, 7.0], [-100.0, 0.0, 7.0, 7.0, 7.0, 7.0]]])
-    counts = GateCounts(1, z.device)
-    counts.update(z, batch)
+    counts = GateStatistics(1)
+    counts.update(z, counted_tokens(batch), batch["response_mask"])
     nonzero = {(phase, b): int(counts.bins[phase, 0, b]) for phase, b in counts.bins[:, 0].nonzero().tolist()}
     assert nonzero == {(0, 25): 2, (0, 0): 1, (1, 36): 2, (1, 49): 1, (1, 25): 1}
     assert counts.sums[0].flatten().tolist() == pytest.approx([1.0, 2 * 0.7310586 + 1.5])
@@ -103,8 +104,8 @@ def test_packed_rows_count_as_padded_ones():
         for i, line in enumerate(lines or [[row] for row in range(5)]):
             laid = torch.cat([values[row] for row in line], 1)
             z[:, i, : laid.shape[1]] = laid
-        counts[lines is None] = GateCounts(3, z.device)
-        counts[lines is None].update(z, batch)
+        counts[lines is None] = GateStatistics(3)
+        counts[lines is None].update(z, counted_tokens(batch), batch["response_mask"])
     assert counts[False].bins.sum((1, 2)).tolist() == [3 * 17, 3 * 12]
     assert torch.equal(counts[False].bins, counts[True].bins)
     torch.testing.assert_close(counts[False].sums, counts[True].sums)
