@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from gatera_lightning.datamodules.batches import LikelihoodBatches, PromptBatches, TokenTable, TrainingBatches
 from gatera_lightning.datamodules.held_out import held_out_rows
 from gatera_lightning.datamodules.leakage import Leakage, find_leakage
-from gatera_lightning.datamodules.loader import PlannedLoader
+from gatera_lightning.datamodules.loader import PlannedLoader, ignore_signals
 from gatera_lightning.datamodules.mixture import mixed_rows
 from gatera_lightning.datamodules.plan import plan_steps, share_batches
 from gatera_lightning.datamodules.statistics import right_lengths, target_counts
@@ -298,7 +298,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     def _loader(self, batches: LikelihoodBatches | PromptBatches) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(self.seed)  # else workers draw from, and move, the global one
-        return DataLoader(batches, batch_size=None, num_workers=self.num_workers, generator=generator)
+        return DataLoader(
+            batches, batch_size=None, num_workers=self.num_workers, generator=generator, worker_init_fn=ignore_signals
+        )
 
 
 def unknown(name: str, value: object, accepted: Sequence[str]) -> str:

@@ -166,6 +166,8 @@ class TaskFamily(SupervisedDataModule):
 
     def _source_problems(self, source: str, split: str) -> list[str]:
         name, _ = split_slice(source)
+        if name.endswith("]"):
+            return [f"{source!r} ends in no slice; accepted: [a:b], either of which may be left out, of numbers from 0 on"]
         file = self._file(name, split)
         if file is not None and not file.lower().endswith(self.suffixes):
             return [f"{source!r} is no file of rows; accepted: {', '.join(self.suffixes)}"]

@@ -1,5 +1,6 @@
 """The training loader: a shuffled list of planned steps, and an exact position in it."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,12 @@ from torch.utils.data import DataLoader
 from gatera_lightning.datamodules.batches import TrainingBatches
 from gatera_lightning.datamodules.tokens import Batch
 from gatera_lightning.errors import CheckpointError
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave SIGTERM and SIGUSR1, which SLURM sends to every process of a job, to the one that trains, which saves first."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PlannedLoader:
@@ -38,7 +45,12 @@ class PlannedLoader:
         self._restored = False
         rest = self.order(self.epoch)[self.handed_out :]
         for batch in DataLoader(
-            self.dataset, batch_size=None, sampler=rest, num_workers=self.num_workers, generator=torch.Generator()
+            self.dataset,
+            batch_size=None,
+            sampler=rest,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+            worker_init_fn=ignore_signals,
         ):
             self.handed_out += 1
             yield batch

@@ -19,7 +19,7 @@ def mixed_rows(tasks: Sequence[str], weights: Mapping[str, float], seed: int) ->
     task_of = np.array(tasks)
     rows = {task: np.flatnonzero(task_of == task) for task, weight in weights.items() if weight > 0}
     if empty := [task for task, own in rows.items() if not len(own)]:
-        raise ValueError(f"{', '.join(empty)} has a weight, and no row that is left to train on")
+        raise ValueError(f"no rows of {', '.join(empty)} are left to train on, but data.weights names it")
     total, whole = sum(map(len, rows.values())), sum(weights[task] for task in rows)
     ends = np.floor(np.cumsum([weights[task] / whole * total for task in rows]) + 0.5).astype(int)  # counts add up to total
     mixed: list[int] = []

@@ -22,7 +22,7 @@ def started_by_slurm() -> bool:
 
 def refuse_without_srun() -> None:
     """Raise ConfigError in a job of SLURM's whose tasks srun has not started: this one process would wait for the others."""
-    if started_by_slurm() and "SLURM_STEP_ID" not in os.environ:
+    if started_by_slurm() and "SLURM_STEP_ID" not in os.environ and os.environ["SLURM_NTASKS"] != "1":
         raise ConfigError(
             f"SLURM_NTASKS: {os.environ['SLURM_NTASKS']}, but this process was started without srun; accepted: srun python -m "
             "gatera_lightning …, or, for processes that SLURM does not know of, SLURM_JOB_NAME=interactive"
@@ -61,6 +61,7 @@ def refuse_other_settings(module: L.LightningModule, trainer: L.Trainer) -> None
         **_leaves("data", dict(data.hparams) if data is not None else {}),
         **_leaves("trainer", {name: getattr(trainer, name) for name in _OF_A_STEP}),
         "trainer.strategy": type(trainer.strategy).__name__,
+        "ckpt_path": repr(None if trainer.ckpt_path is None else str(trainer.ckpt_path)),
     }
     rows = "\n".join(data.tables["train"]["key"]) if data is not None and "train" in getattr(data, "tables", {}) else ""
     own = {what: hashlib.sha256(text.encode()).hexdigest() for what, text in [*settings.items(), (_ROWS, rows)]}

@@ -186,6 +186,8 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
         ) from error
     except SafetensorError as error:
         raise ConfigError(f"backbone.id: the weights of {source!r} are damaged ({error}); accepted: whole files") from error
+    except ValueError as error:
+        raise ConfigError(f"backbone.id: cannot load {source!r}: {' '.join(str(error).split())[:300]}") from error
     except (OSError, ConnectionError) as error:
         if Path(source).is_dir():
             raise ConfigError(f"backbone.id: cannot load the folder {source!r}: {error}") from error

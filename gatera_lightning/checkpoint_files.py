@@ -79,7 +79,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(f"{path}: {problem}")
         if path.is_dir():
             return read_sharded(path, weights_only=weights_only)
-        return super().load_checkpoint(path, map_location, weights_only)
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{path}: it holds objects of other programs ({_line(error)})") from error
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -120,21 +123,29 @@ def replace_folder(draft: Path, path: Path) -> None:
     _remove(old)
 
 
-def keep_previous(path: Path, count: int) -> None:
-    """Let ``NAME.ckpt`` also be ``NAME-1.ckpt``, what that was ``NAME-2.ckpt`` and so on, ``count`` in all.
+def hold(path: Path) -> Path | None:
+    """Give a checkpoint a second name, under which it outlives being replaced; None where there is none.
 
     The file keeps its own name until another takes it: whenever the process is killed, the newest is still there.
     """
-    names = [path, *(path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count))]
+    held = path.with_name(path.name + DRAFT + "-held")
+    _remove(held)
+    if not path.exists():
+        return None
+    if path.is_dir():
+        shutil.copytree(path, held, copy_function=_link)
+    else:
+        _link(path, held)
+    return held
+
+
+def keep_previous(held: Path, path: Path, count: int) -> None:
+    """Let the one held while ``NAME.ckpt`` was written anew be ``NAME-1.ckpt``, that one ``NAME-2.ckpt``, ``count`` in all."""
+    names = [held, *(path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count))]
     for newer, older in reversed(list(itertools.pairwise(names))):
         if newer.exists():
-            draft = older.with_name(older.name + DRAFT)
-            _remove(draft)
-            if newer.is_dir():
-                shutil.copytree(newer, draft, copy_function=_link)
-            else:
-                _link(newer, draft)
-            replace_folder(draft, older)
+            replace_folder(newer, older)
+    _remove(held)
 
 
 def _link(there: str | Path, here: str | Path) -> None:
@@ -232,7 +243,35 @@ def _damage_of_folder(path: Path) -> str:
             return f"it is damaged ({name} is missing)"
         if _digest(path / name) != digest:
             return f"it is damaged ({name} is not what was written)"
+    try:
+        with (path / _METADATA).open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        return f"it is not to be trusted ({_METADATA}: {_line(error)})"
     return ""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads what torch.distributed.checkpoint pickles about shards; refuses anything else that a pickle could name and run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not (module in _METADATA_MODULES or (module, name) in _METADATA_NAMES or (module == "torch" and _is_dtype(name))):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata",)
+_METADATA_NAMES = (
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+)
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def _line(error: Exception) -> str:

@@ -58,8 +58,9 @@ ACCURACIES = tuple(f"val/accuracy_{score}" for score in get_args(Score))
 PROG = "python -m gatera_lightning"
 OWN_VERBS = (
     "Beside these: demo, which evaluates a small model, fine-tunes it by quickstart.yaml, and evaluates it again; preview, "
-    "which shows the rows and figures of a recipe's data without its weights; compare, which tests runs against each other; "
-    "plan, which says what a step costs; submit, which hands fit in as a SLURM job; export, which makes an adapter folder of a "
+    "which shows the rows and figures of a recipe's data without its weights; plan, which says what a step costs; compare, "
+    "which tests runs against each other; gates, which draws what an adapter's gates do; submit, which hands fit in as a SLURM "
+    "job; export, which makes an adapter folder of a checkpoint. "
     "checkpoint."
 )
 
@@ -105,7 +106,7 @@ class GateRACLI(LightningCLI):
         config = parser.parse_args(settings_only)
         raise_problems(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
-        if config.get(f"{config.subcommand}.ckpt_path") == "last":  # the one case in which a run's folder is written again
+        if config.get(f"{config.subcommand}.ckpt_path"):  # the one case in which a run's folder is written again
             self.save_config_kwargs["overwrite"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -134,13 +135,24 @@ class GateRACLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         path = kwargs.get("ckpt_path")
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if path == "last":
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
+            checkpoint = next(callback for callback in callbacks if isinstance(callback, AdapterCheckpoint))
+            folder = Path(checkpoint.dirpath or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints")
+            checkpoint.dirpath = str(folder)  # some loggers would have it elsewhere than where this looks
             kwargs["ckpt_path"] = newest_sound_checkpoint(folder)
+            if kwargs["ckpt_path"] is None and subcommand != "fit":
+                raise ConfigError(
+                    f"ckpt_path: 'last', and {folder} holds no checkpoint; accepted: a checkpoint, a folder of checkpoints, or "
+                    "null with model.warm_start"
+                )
             if kwargs["ckpt_path"] is None:
                 log.info("no checkpoint in %s yet: the run begins", folder)
         elif path is not None and holds_checkpoints(path):
             kwargs["ckpt_path"] = newest_sound_checkpoint(Path(path))
+        for callback in callbacks:
+            if isinstance(callback, SafePreempt) and path != "last":
+                callback.requeue = False  # the job would begin anew, each time
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -241,8 +253,8 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
             "accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2)"
         )
     checkpoint = settings.get("ckpt_path")
-    accepted = "a checkpoint, a folder of checkpoints, best, last (of this run's folder), or null"
-    if checkpoint not in (None, "best", "last") and not os.path.exists(checkpoint):
+    accepted = "a checkpoint, a folder of checkpoints, last (of this run's folder), or null"
+    if checkpoint not in (None, "last") and not os.path.exists(checkpoint):
         problems.append(f"ckpt_path: {checkpoint!r} does not exist; accepted: {accepted}")
     elif checkpoint is not None and os.path.isdir(checkpoint) and not (sharded(checkpoint) or holds_checkpoints(checkpoint)):
         problems.append(f"ckpt_path: the folder {checkpoint!r} holds no checkpoint (*.ckpt); accepted: {accepted}")

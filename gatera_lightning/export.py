@@ -4,7 +4,6 @@ import argparse
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import write_adapter
@@ -30,24 +29,14 @@ def export(argv: Sequence[str]) -> None:
         checkpoint = WholeCheckpointIO().load_checkpoint(found, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(f"CHECKPOINT: {found} is no checkpoint of an adapter; it holds objects of other programs") from error
-    wanted = ("state_dict", "hyper_parameters", "backbone", "global_step")
+    wanted = ("state_dict", "adapter", "backbone", "global_step")
     missing = [name for name in wanted if not isinstance(checkpoint, dict) or name not in checkpoint]
-    config = None if missing else _adapter_config(checkpoint["hyper_parameters"])
-    if config is None:
-        raise ConfigError(
-            f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing) or 'its settings'}"
-        )
+    if missing:
+        raise ConfigError(f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing)}")
+    config = AdapterConfig(**checkpoint["adapter"])
     tensors = {name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
     folder = write_adapter(args.out, tensors, config, checkpoint["backbone"])
     print(f"{folder}: the adapter of {found}, at optimizer step {checkpoint['global_step']}")
-
-
-def _adapter_config(settings: Any) -> AdapterConfig | None:
-    """The adapter's settings, which the command line keeps as a table; None where there are none."""
-    found = settings.get("adapter") if isinstance(settings, dict) else None
-    if isinstance(found, dict) and set(found) <= set(AdapterConfig.__dataclass_fields__):
-        return AdapterConfig(**found)
-    return found if isinstance(found, AdapterConfig) else None
 
 
 def _parser() -> argparse.ArgumentParser:

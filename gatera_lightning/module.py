@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, cast, get_args
 
 import lightning as L
@@ -15,7 +16,13 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.files import AdapterFileError, backbone_identity, load_adapter, read_adapter_config
+from gatera_lightning.adapters.files import (
+    AdapterFileError,
+    backbone_identity,
+    check_fit,
+    load_adapter,
+    read_adapter_config,
+)
 from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.recording import GateRecord, record_gates
 from gatera_lightning.agreement import refuse_other_settings
@@ -25,7 +32,7 @@ from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.candidates import candidate_log_likelihoods, continues_from_keys
 from gatera_lightning.checkpoint_files import WholeCheckpointIO
 from gatera_lightning.datamodules.tokens import Batch, PromptBatch
-from gatera_lightning.errors import ConfigError, NonFiniteLossError
+from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError
 from gatera_lightning.evaluation.ranking import Score, answer_log_likelihoods, ranked_questions
 from gatera_lightning.generation import DecodingConfig, generate
 from gatera_lightning.losses import (
@@ -326,8 +333,9 @@ class GateRAModule(L.LightningModule):
         return type(result)(missing, unexpected)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep how many steps were left out, and which backbone this is an adapter of."""
+        """Keep how many steps were left out, and what this is an adapter of."""
         checkpoint["skipped_steps"] = self._skipped_steps
+        checkpoint["adapter"] = asdict(self.adapter)
         checkpoint["backbone"] = {
             "id": self.backbone.id,
             "revision": self.backbone.revision or getattr(self.model.config, "_commit_hash", None),
@@ -335,19 +343,16 @@ class GateRAModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise KeyError unless the checkpoint holds exactly this adapter; count its batches as this run cuts its steps."""
+        """Raise CheckpointError unless it is of this adapter on this backbone; count its batches as this run cuts its steps."""
         self._skipped_steps = checkpoint.get("skipped_steps", 0)
         if self._trainer is not None:  # None where a module is loaded by itself
             recount_batches(checkpoint, self.trainer.accumulate_grad_batches)
             if self.trainer.max_steps != -1 and "loops" in checkpoint:
                 begin_next_epoch(checkpoint)
-        self.warm_start = None  # the checkpoint holds every value; the folder may be gone
+        self.warm_start = None  # the checkpoint holds every value
         self.configure_model()
-        own = {f"model.{name}" for name in adapter_parameters(self.model)}
-        there = set(checkpoint["state_dict"])
-        if own != there:
-            missing, surplus = sorted(own - there), sorted(there - own)
-            raise KeyError(
-                f"the checkpoint does not hold this adapter: {len(missing)} tensors missing {missing[:2]}, "
-                f"{len(surplus)} without a place {surplus[:2]}"
-            )
+        tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
+        try:
+            check_fit(self.model, AdapterConfig(**checkpoint["adapter"]), checkpoint["backbone"], tensors, "the checkpoint")
+        except AdapterFileError as error:
+            raise CheckpointError(str(error)) from error

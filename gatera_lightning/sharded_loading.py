@@ -35,6 +35,7 @@ def load_sharded(
                 load_adapter(whole, warm_start)
             told = {
                 "config": whole.config,
+                "generation_config": whole.generation_config,  # which may name further tokens that end a text
                 "report": report,
                 "fingerprints": {name: layer.base_fingerprint for name, layer in adapted_linears(whole).items()},
                 "dtypes": {name: parameter.dtype for name, parameter in whole.named_parameters()},
@@ -52,6 +53,7 @@ def load_sharded(
             attn_implementation=backbone.attn_implementation,
             trust_remote_code=backbone.trust_remote_code,
         )
+    model.generation_config = told["generation_config"]
     inject_adapters(model, adapter)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(told["dtypes"][name])  # models keep some layers in fp32
@@ -64,7 +66,7 @@ def load_sharded(
     model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
-    for name, buffer in told["buffers"].items():
+    for name, buffer in told["buffers"].items():  # register_buffer would forget which of them a state dict leaves out
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(strategy.root_device)
     return model, told["report"]

@@ -36,7 +36,7 @@ def submit(argv: Sequence[str]) -> None:
     script = render(job, config.name, config.logger)
     syntax = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     if syntax.returncode:
-        raise ConfigError(f"the rendered script is no bash: {syntax.stderr.strip()}; is --setup?")
+        raise ConfigError(f"--setup: the script is not valid bash with it: {syntax.stderr.strip()}")
     if own.dry_run:
         print(script, end="")
         return
@@ -205,9 +205,11 @@ class _Resolved(RecipeCLI):
         """Bring weights, tokenizer and tokenised rows into the caches that the compute nodes share with this machine."""
         name = hub_id(self.model.backbone.id)
         if name is not None:
-            patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+            revision, patterns = self.model.backbone.revision, ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
             try:
-                snapshot_download(name, revision=self.model.backbone.revision, allow_patterns=patterns)
+                here = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *patterns]))
+                if not any(here.glob("*.safetensors")):
+                    snapshot_download(name, revision=revision, allow_patterns=["*.bin"])
             except OSError as error:
                 raise ConfigError(
                     f"model.backbone.id: cannot fetch {name!r} from the hub ({type(error).__name__}); accepted: what can be "

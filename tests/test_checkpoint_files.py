@@ -21,6 +21,7 @@ from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.checkpoint_files import (
     WholeCheckpointIO,
     damage,
+    hold,
     keep_previous,
     newest_sound_checkpoint,
     read_sharded,
@@ -291,17 +292,19 @@ def test_what_a_killed_process_left_is_no_checkpoint(tmp_path):
 def write(root, step, keep, sharded):
     """A checkpoint as AdapterCheckpoint writes it, a sharded one without its shards."""
     path = root / "last.ckpt"
-    keep_previous(path, keep)
+    held = hold(path)
     if not sharded:
         io = WholeCheckpointIO()
         io.save_checkpoint({"global_step": step}, path)
         assert io.failure is None
-        return
-    draft = root / "last.ckpt.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    write_sharded({"global_step": step}, draft, rank=0)
-    replace_folder(draft, path)
+    else:
+        draft = root / "last.ckpt.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        write_sharded({"global_step": step}, draft, rank=0)
+        replace_folder(draft, path)
+    if held is not None:
+        keep_previous(held, path, keep)
 
 
 def steps(root):
@@ -371,7 +374,7 @@ def test_of_a_single_sharded_one_the_old_stays_until_the_new_is_there(tmp_path, 
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 3, 1, sharded=True)
-    assert steps(tmp_path) == {"last.ckpt.draft": 3, "last.ckpt.draft-old": 2}
+    assert steps(tmp_path) == {"last.ckpt.draft": 3, "last.ckpt.draft-old": 2, "last.ckpt.draft-held": 2}
 
 
 def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):

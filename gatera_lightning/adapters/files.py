@@ -111,7 +111,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     if injected:
         inject_adapters(model, config)
     try:
-        _check_fit(model, config, origin, tensors, folder)
+        check_fit(model, config, origin, tensors, folder)
     except AdapterFileError:
         if injected:
             for name, layer in adapted_linears(model).items():
@@ -125,10 +125,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     return config
 
 
-def _check_fit(
+def check_fit(
     model: nn.Module, config: AdapterConfig, origin: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path
 ) -> None:
-    """Raise AdapterFileError unless method, names, shapes, dtypes and backbone agree."""
+    """Raise AdapterFileError, which begins with ``folder``, unless method, names, shapes, dtypes and backbone agree."""
     layers = adapted_linears(model)
     own = next(iter(layers.values())).config
     if (own.update, own.gate, own.rank, own.scale) != (config.update, config.gate, config.rank, config.scale):

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.adapters.files import save_adapter
-from gatera_lightning.checkpoint_files import keep_previous
+from gatera_lightning.checkpoint_files import hold, keep_previous
 from gatera_lightning.errors import CheckpointError
 
 
@@ -101,12 +101,12 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @override
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        path, failure = Path(filepath), None
+        path, failure, held = Path(filepath), None, None
         module: Any = trainer.lightning_module
         try:
             if path.stem == self.CHECKPOINT_NAME_LAST:
                 if trainer.is_global_zero and trainer.global_step != self._step_of_last:
-                    keep_previous(path, self.keep_last)
+                    held = hold(path)
                 self._step_of_last = trainer.global_step
         except OSError as error:
             failure = f"cannot keep {path} under another name ({error})"
@@ -114,6 +114,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         failure = getattr(trainer.strategy.checkpoint_io, "failure", None) or failure
         try:
             save_adapter(module.model, path.with_suffix(""), backbone=module.backbone.id, revision=module.backbone.revision)
+            if held is not None and failure is None:  # only now: a failed write costs no older checkpoint
+                keep_previous(held, path, self.keep_last)
         except (OSError, SafetensorError) as error:
             failure = failure or f"cannot write the adapter folder {path.with_suffix('')} ({error})"
         if failure := trainer.strategy.broadcast(failure):  # only rank 0 writes, and all have to know

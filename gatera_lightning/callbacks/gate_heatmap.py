@@ -1,5 +1,6 @@
 """Heatmaps of the same few texts as training goes on: which tokens, in which layers, are adapted."""
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,8 @@ from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.inspection.heatmap import draw_heatmap, pixels
 from gatera_lightning.inspection.reading import EXAMPLE_TEXTS, ProbeText, read_gates
 from gatera_lightning.inspection.token_text import token_texts
+
+log = logging.getLogger(__name__)
 
 
 class GateHeatmap(L.Callback):
@@ -47,7 +50,7 @@ class GateHeatmap(L.Callback):
             return
         if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             if trainer.loggers and trainer.is_global_zero:
-                print("gate heatmaps need the TensorBoard logger: skipping the pictures")
+                log.warning("gate heatmaps need the TensorBoard logger: skipping the pictures")
             return
         for text in self.texts:
             ids = tokenizer(text).input_ids

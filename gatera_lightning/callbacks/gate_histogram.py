@@ -1,5 +1,6 @@
 """Gates over time: a histogram per adapted layer, prompt and response tokens apart."""
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,8 @@ from typing_extensions import override
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.datamodules.tokens import Batch
 from gatera_lightning.inspection.statistics import BINS, PHASES, GateStatistics, summary
+
+log = logging.getLogger(__name__)
 
 
 class GateHistogram(L.Callback):
@@ -63,7 +66,7 @@ class GateHistogram(L.Callback):
         gated = any(layer.gate is not None for layer in adapted_linears(module.model).values())
         tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         if gated and self.every_n_steps and trainer.loggers and not tensorboard and trainer.is_global_zero:
-            print("gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures")
+            log.warning("gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures")
 
     @override
     def on_train_batch_end(

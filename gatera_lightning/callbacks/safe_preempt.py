@@ -31,7 +31,8 @@ class SafePreempt(L.Callback):
         """What to do when a signal announces the end.
 
         Args:
-            requeue: Under SLURM, requeue the job once it is saved. Elsewhere the run ends with exit status 75 either way.
+            requeue: Under SLURM, requeue the job once it is saved, if it was started with ``--ckpt_path last`` and so goes on.
+                Elsewhere the run ends with exit status 75 either way.
         """
         self.requeue = requeue
         self._received: int | None = None
@@ -88,7 +89,8 @@ def requeue_job() -> bool:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        # Incomplete: not a job that scancel is ending, which is sent SIGTERM too.
+        done = subprocess.run(["scontrol", "requeue", "Incomplete", job], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("cannot requeue job %s: %s", job, error)
         return False

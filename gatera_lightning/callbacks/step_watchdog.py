@@ -61,6 +61,10 @@ class StepWatchdog(L.Callback):
             self._begin(trainer)
 
     @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end()  # the last checkpoint is no step
+
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._end()
 
@@ -88,7 +92,7 @@ class StepWatchdog(L.Callback):
         frame = sys._current_frames().get(thread)
         place = traceback.extract_stack(frame)[-1] if frame is not None else None
         log.warning(
-            "process %d: what follows optimizer step %d has been running for %.0f s, usually it takes %.2g s; it stands in %s",
+            "process %d: the micro-batch after optimizer step %d has taken %.0f s so far (usual: %.2g s); now in %s",
             trainer.global_rank,
             trainer.global_step,
             time.perf_counter() - self._since,
