@@ -124,18 +124,20 @@ def replace_folder(draft: Path, path: Path) -> None:
 
 
 def hold(path: Path) -> Path | None:
-    """Give a checkpoint a second name, under which it outlives being replaced; None where there is none.
+    """Let ``NAME.ckpt`` also be ``NAME-held.ckpt`` while it is replaced; None where there is none.
 
-    The file keeps its own name until another takes it: whenever the process is killed, the newest is still there.
+    The file keeps its own name until another takes it: whenever the process is killed, it is there under one or the other.
     """
-    held = path.with_name(path.name + DRAFT + "-held")
-    _remove(held)
+    held = path.with_name(f"{path.stem}-held{path.suffix}")
     if not path.exists():
         return None
+    draft = held.with_name(held.name + DRAFT)
+    _remove(draft)
     if path.is_dir():
-        shutil.copytree(path, held, copy_function=_link)
+        shutil.copytree(path, draft, copy_function=_link)
     else:
-        _link(path, held)
+        _link(path, draft)
+    replace_folder(draft, held)
     return held
 
 

@@ -308,8 +308,11 @@ def write(root, step, keep, sharded):
 
 
 def steps(root):
+    """The optimizer step of everything in a folder but drafts."""
     found = {}
     for path in root.iterdir():
+        if ".draft" in path.name:
+            continue
         assert damage(path) == ""
         found[path.name] = torch.load(path / "rest.pt" if path.is_dir() else path, weights_only=True)["global_step"]
     return found
@@ -359,13 +362,13 @@ def test_killed_before_any_change_of_a_name_there_is_a_newest(tmp_path, monkeypa
         assert steps(moment)["last.ckpt"] == 5
 
 
-def test_of_a_single_sharded_one_the_old_stays_until_the_new_is_there(tmp_path, monkeypatch):
-    """Folders cannot change places at once: between two renames the old one has no name that is looked for."""
+def test_of_a_single_sharded_one_the_old_is_held_until_the_new_is_there(tmp_path, monkeypatch):
+    """Folders cannot change places at once: between two renames the old one is there only under the name of the held one."""
     for step in (1, 2):
         write(tmp_path, step, 1, sharded=True)
 
     def killed(draft, path):
-        if Path(draft).suffix == ".draft":
+        if Path(draft).name == "last.ckpt.draft":
             raise KeyboardInterrupt
         replace(draft, path)
 
@@ -374,7 +377,8 @@ def test_of_a_single_sharded_one_the_old_stays_until_the_new_is_there(tmp_path, 
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 3, 1, sharded=True)
-    assert steps(tmp_path) == {"last.ckpt.draft": 3, "last.ckpt.draft-old": 2, "last.ckpt.draft-held": 2}
+    assert steps(tmp_path) == {"last-held.ckpt": 2}
+    assert newest_sound_checkpoint(tmp_path) == tmp_path / "last-held.ckpt"
 
 
 def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):

@@ -114,8 +114,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         failure = getattr(trainer.strategy.checkpoint_io, "failure", None) or failure
         try:
             save_adapter(module.model, path.with_suffix(""), backbone=module.backbone.id, revision=module.backbone.revision)
-            if held is not None and failure is None:  # only now: a failed write costs no older checkpoint
-                keep_previous(held, path, self.keep_last)
+            if held is not None:  # only now: a failed write costs no older checkpoint
+                keep_previous(held, path, self.keep_last if failure is None else 1)
         except (OSError, SafetensorError) as error:
             failure = failure or f"cannot write the adapter folder {path.with_suffix('')} ({error})"
         if failure := trainer.strategy.broadcast(failure):  # only rank 0 writes, and all have to know

@@ -181,10 +181,10 @@ def test_shares_of_closed_and_open_gates(tiny_backbone, tmp_path):
         assert [e.value for e in events(logger.log_dir).Scalars(f"gates/prompt/{share}")] == [1.0, 1.0]
 
 
-def test_other_loggers_keep_the_scalars_and_say_so_once(tiny_backbone, tmp_path, capsys):
+def test_other_loggers_keep_the_scalars_and_say_so_once(tiny_backbone, tmp_path, caplog):
     logger = CSVLogger(tmp_path)
     fit(tiny_backbone, tmp_path, logger)
-    assert capsys.readouterr().out.count("gate histograms need the TensorBoard logger") == 1
+    assert caplog.text.count("gate histograms need the TensorBoard logger") == 1
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["gates/response/mean"]]
     assert [row["step"] for row in rows] == ["2", "4"]
@@ -192,19 +192,19 @@ def test_other_loggers_keep_the_scalars_and_say_so_once(tiny_backbone, tmp_path,
     assert sum(name.startswith("gate_layers/") for name in rows[0]) == 10 * 2 * 4
 
 
-def test_beside_tensorboard_other_loggers_are_not_warned_about(tiny_backbone, tmp_path, capsys):
+def test_beside_tensorboard_other_loggers_are_not_warned_about(tiny_backbone, tmp_path, caplog):
     fit(tiny_backbone, tmp_path, [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)])
-    assert "gate histograms" not in capsys.readouterr().out
+    assert "gate histograms" not in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"gate": "none"}, {"every_n_steps": 0}], ids=str)
-def test_without_gates_or_switched_off_nothing_happens(tiny_backbone, tmp_path, capsys, settings):
+def test_without_gates_or_switched_off_nothing_happens(tiny_backbone, tmp_path, caplog, settings):
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(tiny_backbone, tmp_path, [logger, CSVLogger(tmp_path)], **settings)
     tags = events(logger.log_dir).Tags()
     assert tags["histograms"] == []
     assert not [tag for tag in tags["scalars"] if tag.startswith("gate")]
-    assert "gate histograms" not in capsys.readouterr().out
+    assert "gate histograms" not in caplog.text
 
 
 def test_without_a_logger_training_runs(tiny_backbone, tmp_path):

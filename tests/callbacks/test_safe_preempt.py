@@ -184,9 +184,9 @@ def test_in_slurm_the_job_is_requeued(preempted, scontrol, monkeypatch, variable
     notes = scontrol()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    status, error = preempted()
+    status, error = preempted("--ckpt_path", "last")
     assert status == 0
-    assert notes.read_text() == f"requeue {job}\n"
+    assert notes.read_text() == f"requeue Incomplete {job}\n"
     assert f"preempted at optimizer step 2; saved {LAST}; the job is requeued and goes on from there" in error
     assert step_of(LAST) == 2
 
@@ -194,7 +194,7 @@ def test_in_slurm_the_job_is_requeued(preempted, scontrol, monkeypatch, variable
 def test_what_slurm_refuses_is_said(preempted, scontrol, monkeypatch, caplog):
     scontrol(status=1)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    status, error = preempted()
+    status, error = preempted("--ckpt_path", "last")
     assert status == 75
     assert "cannot requeue job 17: scontrol says Job is gone" in caplog.text
     assert "resume with --ckpt_path" in error
@@ -203,12 +203,19 @@ def test_what_slurm_refuses_is_said(preempted, scontrol, monkeypatch, caplog):
 def test_a_slurm_without_scontrol(preempted, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert preempted()[0] == 75
+    assert preempted("--ckpt_path", "last")[0] == 75
     assert "cannot requeue job 17: [Errno 2] No such file or directory: 'scontrol'" in caplog.text
 
 
 def test_slurm_is_not_asked_when_it_should_not_be(preempted, scontrol, monkeypatch):
     notes = scontrol()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert preempted("--preempt.requeue", "false")[0] == 75
+    assert preempted("--ckpt_path", "last", "--preempt.requeue", "false")[0] == 75
+    assert not notes.exists()
+
+
+def test_a_job_that_would_begin_anew_is_not_requeued(preempted, scontrol, monkeypatch):
+    notes = scontrol()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert preempted()[0] == 75
     assert not notes.exists()

@@ -78,21 +78,19 @@ def test_no_false_alarm(tiny_backbone, tmp_path, clock, caplog, steps, watchdog)
 def test_a_slow_step_is_said_once_while_it_runs(tiny_backbone, tmp_path, clock, caplog):
     steps = [1.0, 2.0, 3.0, [19.0, 2.0, 500.0], 2.0, 2.0]
     (found,) = warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0))
-    assert found.startswith(
-        "process 0: what follows optimizer step 3 has been running for 21 s, usually it takes 2 s; it stands in "
-    )
+    assert found.startswith("process 0: the micro-batch after optimizer step 3 has taken 21 s so far (usual: 2 s); now in ")
 
 
 def test_the_seconds_are_a_floor(tiny_backbone, tmp_path, clock, caplog):
     (found,) = warnings(tiny_backbone, tmp_path, clock, caplog, [0.1, 0.1, [59.0, 2.0]], StepWatchdog(10, 60))
-    assert "what follows optimizer step 2 has been running for 61 s, usually it takes 0.1 s" in found
+    assert "the micro-batch after optimizer step 2 has taken 61 s so far (usual: 0.1 s)" in found
 
 
 def test_a_slow_step_does_not_become_what_is_usual(tiny_backbone, tmp_path, clock, caplog):
     found = warnings(tiny_backbone, tmp_path, clock, caplog, [1.0, 1.0, 100.0, 1.0, 11.0], StepWatchdog(10, 0))
-    assert [text.partition("has been")[0] for text in found] == [
-        "process 0: what follows optimizer step 2 ",
-        "process 0: what follows optimizer step 4 ",
+    assert [text.partition("has taken")[0] for text in found] == [
+        "process 0: the micro-batch after optimizer step 2 ",
+        "process 0: the micro-batch after optimizer step 4 ",
     ]
 
 
@@ -107,7 +105,7 @@ def test_validation_does_not_count(tiny_backbone, tmp_path, clock, caplog):
     settings = {"validation": 1000.0, "limit_val_batches": 1, "val_check_interval": 2, "num_sanity_val_steps": 1}
     steps = [1.0, 1.0, 1.0, 1.0, 11.0]
     (found,) = warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0), **settings)
-    assert "what follows optimizer step 4 has been running for 11 s, usually it takes 1 s" in found
+    assert "the micro-batch after optimizer step 4 has taken 11 s so far (usual: 1 s)" in found
 
 
 class Stuck(L.Callback):
@@ -135,9 +133,9 @@ def test_the_line_in_which_it_stands(tiny_backbone, tmp_path):
     finally:
         step_watchdog.log.removeHandler(handler)
     first = Stuck.on_train_batch_end.__code__.co_firstlineno
-    places = [f"it stands in on_train_batch_end ({__file__}:{first + line})" for line in (3, 4)]
+    places = [f"now in on_train_batch_end ({__file__}:{first + line})" for line in (3, 4)]
     assert stuck.said[0].partition("; ")[2] in places
-    assert stuck.said[0].startswith("process 0: what follows optimizer step 2 has been running for ")
+    assert stuck.said[0].startswith("process 0: the micro-batch after optimizer step 2 has taken ")
 
 
 @pytest.mark.parametrize("how", ["whole", "broken off"])
@@ -150,7 +148,7 @@ def test_after_a_run_nothing_is_watched(tiny_backbone, tmp_path, clock, caplog, 
             warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0))
     assert clock.timers == []
     clock.pass_by(10_000)
-    assert "has been running" not in caplog.text
+    assert "has taken" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["factor", "seconds"])
