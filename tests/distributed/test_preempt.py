@@ -19,13 +19,13 @@ def whole(tiny_backbone, tmp_path_factory):
     return out
 
 
-def preempted(backbone, out, number, count, **job):
+def preempted(backbone, out, number, count, send=os.kill, **job):
     """Start a run, send it a signal after ``count`` more steps, and see it end as it should."""
     done = len(steps(out))
     process = start(backbone, out, preempt=True, step_seconds=0.05, **job)
     assert wait_until(lambda: len(steps(out)) >= done + count, process)
     time.sleep(0.1 * random.Random(count).random())  # anywhere in a step
-    os.kill(process.pid, number)
+    send(process.pid, number)
     assert process.wait(timeout=60) == 75, (out / "output.txt").read_text()[-3000:]
     assert "preempted at optimizer step" in (out / "output.txt").read_text()
 
@@ -37,6 +37,16 @@ def test_one_process(tiny_backbone, tmp_path, whole, number):
     for count in (2, 2, 3):
         preempted(tiny_backbone, tmp_path, number, count)
     process = start(tiny_backbone, tmp_path)
+    assert process.wait(timeout=120) == 0, (tmp_path / "output.txt").read_text()[-3000:]
+    assert_equal_to(whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_every_process_spares_the_loaders_workers(tiny_backbone, tmp_path, whole, number):
+    """As SLURM sends it: a worker that dies of it would end the run before it is saved."""
+    preempted(tiny_backbone, tmp_path, number, 3, send=os.killpg, workers=1)
+    process = start(tiny_backbone, tmp_path, workers=1)
     assert process.wait(timeout=120) == 0, (tmp_path / "output.txt").read_text()[-3000:]
     assert_equal_to(whole, tmp_path)
 

@@ -103,7 +103,8 @@ def test_the_rendered_script_passes_slurms_own_check(cluster, tmp_path, capsys):
     slurm("sbatch", "--test-only", str(script))
 
 
-def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path, wait_for):
+def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path, wait_for, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     script = tmp_path / "job.sbatch"
     command = shlex.join([sys.executable, "-m", "gatera_lightning", "fit", *recipe(tiny_backbone, "ddp")])
     script.write_text(f"#!/bin/bash\n{command}\necho status $?\n")
@@ -112,6 +113,22 @@ def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path
     wait_for(lambda: log.exists() and "status" in log.read_text(), 90)
     assert "SLURM_NTASKS: 2, but this process was started without srun" in log.read_text()
     assert "status 2" in log.read_text()
+
+
+@pytest.mark.timeout(240)
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    setup = f"export GLOO_SOCKET_IFNAME=lo PYTHONPATH={shlex.quote(str(Path(__file__).parent))}"
+    asked = ["--nodes", "1", "--gpus-per-node", "0", "--root", str(tmp_path), "--setup", setup, "--time", "30"]
+    workers = ["--trainer.callbacks.seconds", "0.4", "--data.init_args.num_workers", "1"]
+    assert main(["submit", *asked, *recipe(tiny_backbone, "ddp"), *workers]) == 0
+    number, folder = re.search(r"^job (\d+): (\S+)$", capsys.readouterr().out, re.MULTILINE).groups()
+    wait_for(lambda: len(steps(folder, 0)) >= 2, 120)
+    slurm("scancel", number)
+    wait_for(lambda: state(number)[0] not in ("RUNNING", "COMPLETING"), 60)
+    assert state(number) == ("CANCELLED", 0), (Path(folder) / "slurm.log").read_text()[-3000:]
+    assert "preempted at optimizer step" in (Path(folder) / "slurm.log").read_text()
+    assert (Path(folder) / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_what_slurm_refuses_is_said(cluster, tmp_path, capsys):
