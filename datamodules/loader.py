@@ -1,5 +1,7 @@
 """The training loader: a shuffled list of planned steps, and an exact position in it."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 
@@ -15,6 +17,16 @@ def ignore_signals(worker: int) -> None:
     """Leave SIGTERM and SIGUSR1, which SLURM sends to every process of a job, to the one that trains, which saves first."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # later than multiprocessing's own hook, and therefore run before it
+def end_workers() -> None:
+    """Kill the workers of a loader that an exception left in the middle: they ignore what multiprocessing would send them."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error about each
+        for worker in workers:
+            worker.kill()
 
 
 class PlannedLoader:
