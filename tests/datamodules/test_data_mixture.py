@@ -87,7 +87,7 @@ def test_halves_are_rounded_up_alike():
 @pytest.mark.parametrize(
     ("tasks", "weights", "message"),
     [
-        ("aa", {"a": 1, "b": 1}, r"^b has a weight, and no row that is left to train on$"),
+        ("aa", {"a": 1, "b": 1}, r"^no rows of b are left to train on, but data.weights names it$"),
         ("aaaabbbb", {"a": 1000, "b": 1}, r"^b: 1 of 1001 is less than one of 8 rows$"),
     ],
 )
