@@ -14,7 +14,7 @@ def continues_from_keys(model: PreTrainedModel) -> bool:
     """Whether all that the model keeps of a prompt is keys and values, which rows can share: no convolution, no state."""
     layers = DynamicCache(config=model.config).layers
     keys = all(isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-    return keys and not model._is_stateful
+    return keys and not model._is_stateful  # what Transformers itself asks before it crops a cache
 
 
 def candidate_log_likelihoods(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -155,6 +155,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = self.recent = 0  # recent: the peak since somebody set it
+        # By address: a storage on the meta device has no data pointer to tell it by, and several Python objects.
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self._known = known
 

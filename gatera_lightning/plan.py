@@ -13,7 +13,7 @@ from gatera_lightning.costs import MicroBatch, ModelSizes, StepCosts, build_on_m
 from gatera_lightning.datamodules.statistics import planned_lengths, right_lengths, target_counts
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.parallel import AdapterShardingStrategy
-from gatera_lightning.preview import PlannedTrainer, processes_of
+from gatera_lightning.planned_processes import PlannedTrainer, processes_of
 
 _GIB = 2**30
 

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.cli import ArgsType
@@ -18,6 +17,7 @@ from gatera_lightning.datamodules.tokens import TrainOn
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.losses import IGNORE
 from gatera_lightning.masked_text import marked_text, masked_text
+from gatera_lightning.planned_processes import PlannedTrainer, processes_of
 
 _SPLITS = ("train", "validation", "test")
 
@@ -42,16 +42,6 @@ def preview(argv: Sequence[str]) -> None:
         console.print(run.row(row, colour=console.is_terminal))
     for line in figures:
         console.print(Text(line))
-
-
-@dataclass(frozen=True)
-class PlannedTrainer:
-    """What a data module asks of a Trainer, for a run with any number of processes that are not here."""
-
-    world_size: int
-    accumulate_grad_batches: int
-    global_rank: int = 0
-    is_global_zero: bool = False  # whose log lines stand among the figures
 
 
 class PreviewedSplit(RecipeCLI):
@@ -159,17 +149,6 @@ class PreviewedSplit(RecipeCLI):
             cut = f"in {len(batches):,} batches of eval_batch_size {data.eval_batch_size}"
             lines.append(f"  padding     {padding} of the {what}, {cut}")
         return lines
-
-
-def processes_of(devices: int | str | list[int], nodes: int) -> tuple[int, str]:
-    """How many processes would train, and a remark where only the machine that trains could tell."""
-    if isinstance(devices, str) and "," in devices:  # as Lightning reads "0,1" and "0,"
-        return len([device for device in devices.split(",") if device.strip()]) * nodes, ""
-    if isinstance(devices, list):
-        return len(devices) * nodes, ""
-    if str(devices).isdecimal() and int(devices) > 0:  # a flag's 4 comes as text
-        return int(devices) * nodes, ""
-    return 1, f" (assumed: trainer.devices is {devices})"
 
 
 def _percent(share: float) -> str:

@@ -129,7 +129,10 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 
 def validation_follows(trainer: L.Trainer) -> bool:
-    """Whether validation will run before the next training batch: resumed from there, Lightning would leave it out."""
+    """Whether validation will run before the next training batch: resumed from there, Lightning would leave it out.
+
+    Only the loop itself knows; Lightning has no public way to ask it.
+    """
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None  # asked in the middle of training
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
