@@ -21,12 +21,20 @@ def ignore_signals(worker: int) -> None:
 
 @atexit.register  # later than multiprocessing's own hook, and therefore run before it
 def end_workers() -> None:
-    """Kill the workers of a loader that an exception left in the middle: they ignore what multiprocessing would send them."""
-    workers = multiprocessing.active_children()
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error about each
-        for worker in workers:
-            worker.kill()
+    """End daemons, such as the workers of a loader that an exception left in the middle, as multiprocessing does next.
+
+    It would wait for ever for those that ignore SIGTERM. Processes that are no daemons are left to it.
+    """
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if not daemons:
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error about each
+    for daemon in daemons:
+        daemon.terminate()
+    for daemon in daemons:
+        daemon.join(timeout=0.5)
+        if daemon.is_alive():
+            daemon.kill()
 
 
 class PlannedLoader:

@@ -113,7 +113,7 @@ def new_folder(path: Path) -> None:
 
 
 def replace_folder(draft: Path, path: Path) -> None:
-    """Let a finished draft take the place of a folder or file; at no time is neither there for more than a moment."""
+    """Let a finished draft take the place of a folder or file; between two renames neither has the name, for which see hold."""
     old = path.with_name(path.name + DRAFT + "-old")
     if path.exists():
         _remove(old)
@@ -257,13 +257,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads what torch.distributed.checkpoint pickles about shards; refuses anything else that a pickle could name and run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if not (module in _METADATA_MODULES or (module, name) in _METADATA_NAMES or (module == "torch" and _is_dtype(name))):
+        # By whole names: pickle follows dots, and these modules import others, such as os.
+        if not ((module, name) in _METADATA_NAMES or (module == "torch" and _is_dtype(name))):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
 
 
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata",)
 _METADATA_NAMES = (
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),

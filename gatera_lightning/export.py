@@ -1,7 +1,6 @@
 """``export``: any checkpoint, sharded or not, as the adapter folder that users keep."""
 
 import argparse
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from gatera_lightning.errors import ConfigError
 def export(argv: Sequence[str]) -> None:
     """Write ``--out``, the adapter of a checkpoint, or of the newest sound one in a folder; the backbone is not needed.
 
-    Raises ConfigError for what is no checkpoint of this project, and CheckpointError for a damaged one.
+    Raises ConfigError for what is no checkpoint of this project, and CheckpointError for a damaged one or another program's.
     """
     args = _parser().parse_args(argv)
     path: Path = args.checkpoint
@@ -25,10 +24,7 @@ def export(argv: Sequence[str]) -> None:
     found = path if path.suffix == ".ckpt" else newest_sound_checkpoint(path)
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
-    try:
-        checkpoint = WholeCheckpointIO().load_checkpoint(found, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(f"CHECKPOINT: {found} is no checkpoint of an adapter; it holds objects of other programs") from error
+    checkpoint = WholeCheckpointIO().load_checkpoint(found, weights_only=True)
     wanted = ("state_dict", "adapter", "backbone", "global_step")
     missing = [name for name in wanted if not isinstance(checkpoint, dict) or name not in checkpoint]
     if missing:

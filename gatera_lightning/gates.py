@@ -119,6 +119,13 @@ def _texts(own: argparse.Namespace, others: Sequence[str], tokenizer: PreTrained
     """Texts as tokens, and what they are."""
     if others:
         shown = PreviewedSplit(with_found_configs(["fit", *others]), own.split)
+        other = shown.datamodule.tokenizer
+        assert other is not None  # PreviewedSplit connects it
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"model.backbone.id: {shown.model.backbone.id!r} has other tokens than the adapter's backbone "
+                f"{tokenizer.name_or_path!r}; accepted: a recipe for the adapter's backbone, or --model.backbone.id"
+            )
         rows = range(min(own.rows, len(shown.table.rows)))
         texts = []
         for row in rows:

@@ -78,6 +78,6 @@ def _that_travels(error: Exception) -> Exception:
         error.on_every_process = True
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # objects choose themselves how they fail to be pickled; the text is what is told then
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,8 +1,10 @@
 """Checkpoints on disk: damage of any kind is noticed, and no failed or killed write takes the one before away."""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -144,6 +146,26 @@ def test_a_record_that_pytorch_would_not_read_is_damage(file, tmp_path, number):
     with zipfile.ZipFile(path) as records:
         name = records.namelist()[number]
     assert damage(path) == f"it is damaged (record {name} is not what was written)"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("os", "system"), ("torch.distributed.checkpoint.metadata", "os.system"), ("torch", "load"), ("builtins", "eval")],
+)
+def test_metadata_that_would_run_a_program_is_refused(copied, tmp_path, module, name):
+    """Its digest fits: whoever forges the one forges the other. Pickle follows dots into what a module imports."""
+    forged = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)) + b"\x93"
+    command = f"touch {tmp_path / 'ran'}"
+    forged += b"\x8c" + bytes([len(command)]) + command.encode() + b"\x85R."  # (command,), call it
+    (copied / ".metadata").write_bytes(forged)
+    digests = json.loads((copied / "files.json").read_text())
+    digests[".metadata"] = hashlib.sha256(forged).hexdigest()
+    (copied / "files.json").write_text(json.dumps(digests))
+    with pytest.raises(
+        CheckpointError, match=rf"not to be trusted \(\.metadata: {re.escape(module)}\.{re.escape(name)} has no"
+    ):
+        WholeCheckpointIO().load_checkpoint(copied, weights_only=True)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "rest.pt", "files.json"])

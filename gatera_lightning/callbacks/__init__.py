@@ -1,1 +1,1 @@
-"""Everything periodic: each callback watches training and changes nothing in it."""
+"""Everything periodic: one callback a file; none changes a step."""

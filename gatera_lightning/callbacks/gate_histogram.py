@@ -44,7 +44,7 @@ class GateHistogram(L.Callback):
         if self.counts is None:
             return {"logged_step": self._logged_step}
         with self.counts.sync_context():
-            bins, sums = self.counts.bins.cpu(), self.counts.sums.cpu()
+            bins, sums = self.counts.bins.cpu().clone(), self.counts.sums.cpu().clone()  # these go on changing
         return {"logged_step": self._logged_step, "names": self.names, "bins": bins, "sums": sums}
 
     @override

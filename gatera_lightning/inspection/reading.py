@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from gatera_lightning.inspection.capture import GatedModule, capture_gates
-from gatera_lightning.inspection.statistics import BINS, CLOSED, OPEN
 
 EXAMPLE_TEXTS = (
     "Question: What do bees make?\nAnswer: honey",
@@ -60,17 +59,3 @@ def read_gates(model: PreTrainedModel, texts: Sequence[ProbeText]) -> GateReadin
     finally:
         model.train(training)
     return GateReading(modules, list(texts), gates)
-
-
-def statistics_of(gates: np.ndarray) -> dict[str, float | int | list[int]]:
-    """Of gates (modules, tokens): tokens, mean, shares closed and open, and counts in 50 equal bins. Empty without tokens."""
-    if not gates.size:
-        return {"tokens": 0}
-    counts = np.bincount(np.minimum((gates * np.float32(BINS)).astype(int), BINS - 1).ravel(), minlength=BINS)
-    return {
-        "tokens": int(gates.shape[1]),
-        "mean": float(gates.mean(dtype=float)),
-        "share_closed": float((gates < CLOSED).mean()),
-        "share_open": float((gates >= OPEN).mean()),
-        "bins": counts.tolist(),
-    }

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.inspection.reading import GateReading, statistics_of
-from gatera_lightning.inspection.statistics import CLOSED, OPEN, PHASES
+from gatera_lightning.inspection.reading import GateReading
+from gatera_lightning.inspection.statistics import CLOSED, OPEN, PHASES, statistics_of
 from gatera_lightning.inspection.token_text import token_texts
 
 FORMAT_VERSION = 1

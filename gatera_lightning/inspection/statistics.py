@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -75,3 +76,17 @@ def summary(bins: Tensor, sums: Tensor) -> GateSummary:
     edge = round(CLOSED * BINS)
     parts = torch.stack([sums[0], bins[:edge].sum(), bins[-edge:].sum(), sums[1]]).double() / tokens
     return GateSummary(tokens, *parts.tolist())
+
+
+def statistics_of(gates: np.ndarray) -> dict[str, float | int | list[int]]:
+    """Of gates (modules, tokens): tokens, mean, shares closed and open, and counts in 50 equal bins. Empty without tokens."""
+    if not gates.size:
+        return {"tokens": 0}
+    counts = np.bincount(np.minimum((gates * np.float32(BINS)).astype(int), BINS - 1).ravel(), minlength=BINS)
+    return {
+        "tokens": int(gates.shape[1]),
+        "mean": float(gates.mean(dtype=float)),
+        "share_closed": float((gates < CLOSED).mean()),
+        "share_open": float((gates >= OPEN).mean()),
+        "bins": counts.tolist(),
+    }

@@ -1,6 +1,8 @@
 """Loaders: what each process gets in one epoch, and when tokens are read from the cache."""
 
 import logging
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -582,3 +584,25 @@ def test_a_family_that_says_nothing_about_labels_is_read_by_its_answers(tokenize
     assert row["labels"] == [" Lyon", " Paris"]
     texts = (" paris.\nOr Lyon", "Lyon", "Nice", "")
     assert [data.read_answer(text, row["labels"]).choice for text in texts] == [1, 0, None, None]
+
+
+def test_at_exit_daemons_that_ignore_sigterm_are_ended_and_other_processes_are_waited_for(tmp_path):
+    program = f"""
+import multiprocessing, pathlib, time
+from gatera_lightning.datamodules.loader import ignore_signals
+
+def deaf():
+    ignore_signals(0)
+    time.sleep(600)
+
+def busy():
+    time.sleep(1)
+    pathlib.Path({str(tmp_path / "finished")!r}).touch()
+
+fork = multiprocessing.get_context("fork")
+fork.Process(target=deaf, daemon=True).start()
+fork.Process(target=busy).start()
+time.sleep(0.5)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert (tmp_path / "finished").exists()

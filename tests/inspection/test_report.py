@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from gatera_lightning import AdapterConfig, inject_adapters, save_adapter
 from gatera_lightning.__main__ import main
@@ -87,6 +89,18 @@ def test_rows_of_a_recipe_are_cut_where_the_response_begins(tuned, tiny_backbone
     for text in report["texts"]:
         assert "".join(text["tokens"][: text["prompt"]]).endswith("Answer:")
         assert text["tokens"][-1] == "<|eos|>"
+
+
+def test_rows_of_a_recipe_for_other_tokens_are_refused(tuned, tiny_backbone, tmp_path, capsys):
+    other = shutil.copytree(tiny_backbone, tmp_path / "other tokens")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(other)
+    assert asked(tmp_path, "--config", "quickstart.yaml", "--model.backbone.id", str(other), texts=[]) == 2
+    assert (
+        f"model.backbone.id: '{other}' has other tokens than the adapter's backbone '{tiny_backbone}'"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_is_generated_is_a_decoded_response(tuned, tmp_path):
