@@ -118,7 +118,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         if self.token_budget is not None and self.token_budget < 1:
             found.append(f"data.token_budget: {self.token_budget}; accepted: null, or an integer of at least 1")
         rows = self.held_out
-        if rows is not None and not (rows >= 1 if isinstance(rows, int) else 0 < rows < 1):
+        if isinstance(rows, bool) or (rows is not None and not (rows >= 1 if isinstance(rows, int) else 0 < rows < 1)):
             found.append(
                 f"data.validation: {rows} held out; accepted: sources, an integer of at least 1, or a share between 0 and 1"
             )

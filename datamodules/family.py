@@ -20,6 +20,7 @@ from gatera_lightning.datamodules.sources import (
     hub_rows,
     is_address,
     local_path,
+    same_names,
     source_name,
     split_slice,
 )
@@ -105,6 +106,8 @@ class TaskFamily(SupervisedDataModule):
                 found.append(f"data.{split}: no source given; accepted: a list of task names, files or hub ids{also}")
             for source in self.sources[split]:
                 found += [f"data.{split}: {text}" for text in self._source_problems(source, split)]
+            if split == "test" or (split == "train" and self.weights is not None):  # results and weights are told by name
+                found += [f"data.{split}: {text}" for text in same_names(self.sources[split])]
         if self.weights is not None and "train" in self.splits(stage):
             found += weight_problems(self.weights, [source_name(source) for source in self.sources["train"]])
         return found

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,18 @@ def source_name(source: str) -> str:
     if path.suffix.lower() not in SUFFIXES:
         return path.name if is_address(name) else Path(_HUB.match(name)["id"]).name  # type: ignore[index]
     return path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
+
+
+def same_names(sources: Sequence[str]) -> list[str]:
+    """Where two sources, not slices of one, would be called the same; empty when all is well."""
+    by_name: dict[str, list[str]] = {}
+    for source in sources:
+        by_name.setdefault(source_name(source), []).append(split_slice(source)[0])
+    return [
+        f"{' and '.join(distinct)} are both called {name!r}; accepted: sources whose names differ"
+        for name, whole in by_name.items()
+        if len(distinct := list(dict.fromkeys(whole))) > 1
+    ]
 
 
 def is_address(path: str) -> bool:

@@ -67,6 +67,23 @@ def test_what_a_source_is_called(source, name):
     assert source_name(source) == name
 
 
+@pytest.mark.parametrize(
+    ("sources", "confused"),
+    [
+        (["boolq[:10]", "boolq[20:]", "piqa"], ""),
+        (["openai/gsm8k:main", "openai/gsm8k:socratic"], "openai/gsm8k:main and openai/gsm8k:socratic are both called 'gsm8k'"),
+        (["a/rows.jsonl", "b/rows.jsonl"], "a/rows.jsonl and b/rows.jsonl are both called 'rows'"),
+    ],
+)
+def test_two_sources_of_one_name(sources, confused, make_own):
+    found = [text for text in make_own(test=sources).problems("test") if "called" in text]
+    assert len(found) == bool(confused)
+    assert all(confused in text for text in found)
+    assert not any("called" in text for text in make_own(train=sources).problems("fit"))
+    weighted = make_own(train=sources, weights={}).problems("fit")
+    assert any("called" in text for text in weighted) == bool(confused)
+
+
 def test_addresses_and_paths(monkeypatch):
     monkeypatch.setenv("HERE", "/here")
     monkeypatch.setenv("HOME", "/home/me")
