@@ -519,7 +519,7 @@ def test_all_problems_at_once(make_data):
         ("token_budget", -5, "null, or an integer of at least 1"),
         *(
             ("validation", value, "sources, an integer of at least 1, or a share between 0 and 1")
-            for value in (0, -3, 0.0, 1.0, 1.5, -0.1, float("nan"))
+            for value in (0, -3, 0.0, 1.0, 1.5, -0.1, float("nan"), True, False)
         ),
         *(
             ("evaluate_by", value, "a list of likelihood and generation, each at most once")
