@@ -8,7 +8,7 @@ A run is ``λ:gate_bias:gate_lr_multiplier``, or ``hira`` for the same update wi
 learning rate 1e-2, linear decay after 10 warm-up steps, clipping at 1, loss on the response.
 
 arc        ARC-Easy, ARC-Challenge and the first 2,000 rows of OpenBookQA; 80 steps of 8 rows; 200 rows held out
-dialogue   ConvAI2 (valid_self_original.shared.txt), two turns of history; 40 steps of 6 rows; at least 120 rows held out, by persona
+dialogue   ConvAI2 (valid_self_original.shared.txt), two turns of history; 40 steps of 6 rows; 120 rows or more held out
 
 Measured on the held-out rows: nats per target token, and every gate of every real token. Runs already in ``--out`` are not
 made again.

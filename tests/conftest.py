@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 
 import pytest
 import torch
@@ -42,6 +43,25 @@ def tiny_backbone(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setenv("HF_DATASETS_CACHE", cache)  # for processes that a test starts
         yield tiny_backbone_folder(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Selenium's driver of a headless Chromium, 1,400 x 1,200; skips where Debian's chromium is neither there nor asked for."""
+    from system_packages import needs_programs
+
+    packages = ("chromium", "chromium-driver")
+    needs_programs("chromium", "chromedriver", packages=packages, options=("--no-install-recommends",))
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1200"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope="session", autouse=True)

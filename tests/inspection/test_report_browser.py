@@ -1,36 +1,9 @@
-"""The page in a real browser, from a file: no errors, a token shows its layers by mouse and by keyboard, pictures are drawn.
-
-Needs Debian's ``chromium`` and ``chromium-driver``; GATERA_TEST_INSTALL=1 installs them, as root.
-"""
-
-import os
-import shutil
-import subprocess
+"""The page in a real browser, from a file: no errors, a token shows its layers by mouse and by keyboard, pictures are drawn."""
 
 import pytest
 from test_report import TEXTS, adapter, asked
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if missing := [tool for tool in ("chromium", "chromedriver") if shutil.which(tool) is None]:
-        if os.environ.get("GATERA_TEST_INSTALL") != "1":
-            pytest.skip(f"{', '.join(missing)} not installed; GATERA_TEST_INSTALL=1 installs chromium and chromium-driver")
-        subprocess.run(["apt-get", "update", "-qq"], check=True, capture_output=True)
-        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver"]
-        subprocess.run(install, check=True, capture_output=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,1600"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

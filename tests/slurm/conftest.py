@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from slurm_command import slurm
+from system_packages import needs_programs
 
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch")
 CONF = """\
@@ -61,12 +62,7 @@ PartitionName=urgent Nodes=gn1,gn2 MaxTime=INFINITE State=UP PriorityTier=10 Pre
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """Two idle nodes, gn1 and gn2, in the partitions main (which may be preempted) and urgent; SLURM_CONF is set."""
-    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-        if os.environ.get("GATERA_TEST_INSTALL") != "1":
-            pytest.skip(f"{', '.join(missing)} not installed; GATERA_TEST_INSTALL=1 installs slurm-wlm and munge")
-        install = ["apt-get", "install", "-y", "-qq", "slurm-wlm", "munge"]
-        subprocess.run(["apt-get", "update", "-qq"], check=True, capture_output=True)
-        subprocess.run(install, check=True, capture_output=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+    needs_programs(*TOOLS, packages=("slurm-wlm", "munge"))
     if os.geteuid():
         pytest.skip("starting SLURM's daemons needs root")
     folder = tmp_path_factory.mktemp("slurm")
