@@ -1,6 +1,7 @@
 """``plan``: what a recipe will cost, memory by part, operations and communication, before any weight is loaded."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from gatera_lightning.datamodules.statistics import planned_lengths, right_lengt
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.parallel import AdapterShardingStrategy
 from gatera_lightning.planned_processes import PlannedTrainer, processes_of
+
+log = logging.getLogger(__name__)
 
 _GIB = 2**30
 
@@ -166,6 +169,7 @@ def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> 
                 f"data.batch_size: {data.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
                 f"{processes} processes; accepted: at least {accumulate * processes}"
             ) from error
+        log.warning("planned without the rows, which cannot be read: %s", error)
         rows = -(-data.batch_size // (accumulate * processes))
         targets = rows * data.max_length // (1 if data.train_on == "all" else 2)
         return MicroBatch(rows, data.max_length, targets), "no rows to be had here: all of max_length, half of it with loss"

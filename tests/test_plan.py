@@ -198,10 +198,12 @@ def test_the_micro_batch_is_the_largest_that_fit_would_see(data, train_on, show,
     assert tuple(map(int, found.groups())) in shapes
 
 
-def test_without_the_rows_the_settings_decide(show, refused):
+def test_without_the_rows_the_settings_decide(show, refused, caplog):
     away = ["--data.init_args.train", '["nobody/nothing"]', "--data.init_args.max_length", "200"]
     source = "(no rows to be had here: all of max_length, half of it with loss)"
     assert figure(show(*away), "micro-batch") == f"16 rows of 200 tokens, 1,600 with loss {source}"
+    assert "planned without the rows, which cannot be read" in caplog.text
+    assert "nobody/nothing" in caplog.text
     cut = ["--trainer.devices", "2", "--trainer.accumulate_grad_batches", "3", "--data.init_args.train_on", "all"]
     assert figure(show(*away, *cut), "micro-batch").startswith("3 rows of 200 tokens, 600 with loss")
     (said,) = refused(*away, "--trainer.devices", "32")
