@@ -165,12 +165,14 @@ def test_last_begins_and_goes_on_in_the_same_folder(args, whole, tmp_path, monke
 
 def gates(folder):
     """``{step: {name: what TensorBoard holds}}`` of all that the gate histograms wrote."""
-    events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "scalars": 0})
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "scalars": 0, "images": 0})
     events.Reload()
     found = {}
     for name in events.Tags()["histograms"]:
         for event in events.Histograms(name):
             found.setdefault(event.step, {})[name] = event.histogram_value
+    for event in events.Images("gate_shares/layers"):
+        found.setdefault(event.step, {})["gate_shares/layers"] = event.encoded_image_string
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name) if name.startswith("gate") else ():
             found.setdefault(event.step, {})[name] = event.value
@@ -185,13 +187,17 @@ def test_a_resumed_run_has_the_histograms_of_the_whole_one(args, whole, cut):
     assert main([*args, "--ckpt_path", "saved/last-1.ckpt"]) == 0
     expected, found = gates(whole), gates(Path("runs/quickstart/version_0"))
     assert (set(expected), set(found)) == ({2, 4, 6}, {4, 6})
-    assert len(found[4]) == 10 * 2 + 2 * 4 + 10 * 2 * 4  # histograms, scalars over all layers, scalars of each
+    groups = 1 + 5 + 2 + 10  # all modules, families, layers, each module
+    assert len(found[4]) == groups * 2 + groups * 2 * 4 + 1  # histograms, scalars, and the shares from step 2 on
     assert {step: expected[step] for step in found} == found
 
 
 def test_of_a_step_with_a_histogram_nothing_is_counted_twice(cut):
     """Written at step 4, the counts begin anew."""
-    assert torch.load(cut / "last.ckpt", weights_only=True)["callbacks"]["GateHistogram"] == {"logged_step": 4}
+    state = torch.load(cut / "last.ckpt", weights_only=True)["callbacks"]["GateHistogram"]
+    assert state.keys() == {"logged_step", "history"}
+    assert state["logged_step"] == 4
+    assert state["history"]["steps"] == [2, 4]
 
 
 # --- other micro-batches ---

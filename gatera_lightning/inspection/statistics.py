@@ -1,7 +1,5 @@
 """Statistics of gates over many tokens, as a torchmetrics metric: kept on the device, summed over processes."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,22 +11,8 @@ from gatera_lightning.losses import gate_entropy
 BINS = 50
 CLOSED, OPEN = 0.1, 0.9
 PHASES = ("prompt", "response")
-
-
-@dataclass(frozen=True)
-class GateSummary:
-    """Gates of some tokens in some modules; NaN without any."""
-
-    tokens: int
-    mean: float
-    share_closed: float
-    """Below 0.1."""
-
-    share_open: float
-    """At least 0.9."""
-
-    entropy: float
-    """Mean of ``H(g)``, in nats."""
+STATISTICS = ("mean", "share_closed", "share_open", "entropy")
+"""Of ``g``: its mean, the shares below 0.1 and from 0.9 on, and the mean of ``H(g)``, in nats."""
 
 
 class GateStatistics(Metric):
@@ -69,13 +53,11 @@ class GateStatistics(Metric):
         return self.bins.cpu(), self.sums.cpu().double()
 
 
-def summary(bins: Tensor, sums: Tensor) -> GateSummary:
-    """Of counts (…, 50) and sums (3, …), added up over everything in between."""
-    bins, sums = bins.reshape(-1, BINS).sum(0), sums.reshape(3, -1).sum(1)
-    tokens = int(bins.sum())
+def statistics_of_counts(bins: Tensor, sums: Tensor) -> Tensor:
+    """:data:`STATISTICS` from counts (…, 50) and sums (3, …), in this order: (…, 4); NaN where there are no tokens."""
     edge = round(CLOSED * BINS)
-    parts = torch.stack([sums[0], bins[:edge].sum(), bins[-edge:].sum(), sums[1]]).double() / tokens
-    return GateSummary(tokens, *parts.tolist())
+    parts = torch.stack([sums[0], bins[..., :edge].sum(-1), bins[..., -edge:].sum(-1), sums[1]], -1).double()
+    return parts / bins.sum(-1, keepdim=True)
 
 
 def statistics_of(gates: np.ndarray) -> dict[str, float | int | list[int]]:

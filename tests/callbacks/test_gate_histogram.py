@@ -6,15 +6,17 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
+from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.callbacks.gate_histogram import GateHistogram, counted_tokens
 from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate
 from gatera_lightning.inspection.statistics import BINS, PHASES, GateStatistics
 
 EDGES = np.linspace(0, 1, BINS + 1)
+FAMILIES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 def numpy_counts(z, batch):
@@ -135,32 +137,43 @@ def events(folder):
     return accumulator
 
 
+def groups_of(paths):
+    """``{tag: the modules under it}``, by hand of the tiny backbone's two layers."""
+    families = {name: [i for i, path in enumerate(paths) if path.endswith(name)] for name in FAMILIES}
+    layers = {number: [i for i, path in enumerate(paths) if f"layers.{number}." in path] for number in (0, 1)}
+    assert [len(found) for found in (*families.values(), *layers.values())] == [2] * 5 + [5] * 2
+    return {
+        "gates": list(range(10)),
+        **{f"gate_families/{name}": found for name, found in families.items()},
+        **{f"gate_layers/0{number}": found for number, found in layers.items()},
+        **{f"gate_modules/{path}": [i] for i, path in enumerate(paths)},
+    }
+
+
 @pytest.mark.parametrize(("gate", "accumulate"), [("token", 1), ("token", 2), ("static", 1)])
-def test_tensorboard_has_a_histogram_of_every_layer_and_phase(tiny_backbone, tmp_path, gate, accumulate):
+def test_tensorboard_has_a_histogram_of_every_group_and_phase(tiny_backbone, tmp_path, gate, accumulate):
     logger = TensorBoardLogger(tmp_path, name="run")
     module, tape = fit(tiny_backbone, tmp_path, logger, accumulate, gate=gate, gate_bias=1.3)
     accumulator = events(logger.log_dir)
-    layers = module.report.layers
-    assert len(layers) == 10
-    tags = {f"gates/{layer}/{phase}" for layer in layers for phase in PHASES}
-    assert set(accumulator.Tags()["histograms"]) == tags
+    groups = groups_of(module.report.layers)
+    assert set(accumulator.Tags()["histograms"]) == {f"{group}/{phase}" for group in groups for phase in PHASES}
+    assert {tag.rpartition("/")[0] for tag in accumulator.Tags()["scalars"] if tag.startswith("gate")} == {
+        f"{group}/{phase}" for group in groups for phase in PHASES
+    }
     for step in (2, 4):
         seen = tape.seen[(step - 2) * accumulate : step * accumulate]
         parts = [numpy_counts(z, batch) for z, batch in seen]
         for phase in PHASES:
-            every_g = []
-            for i, layer in enumerate(layers):
-                (event,) = (e for e in accumulator.Histograms(f"gates/{layer}/{phase}") if e.step == step)
-                value, g = event.histogram_value, np.concatenate([part[phase][1][i] for part in parts])
-                every_g.append(g)
+            for group, modules in groups.items():
+                (event,) = (e for e in accumulator.Histograms(f"{group}/{phase}") if e.step == step)
+                value, g = event.histogram_value, np.concatenate([part[phase][1][i] for part in parts for i in modules])
                 found = dict(zip(np.round(value.bucket_limit, 6), value.bucket, strict=True))
-                expected = sum(part[phase][0][i] for part in parts)
+                expected = sum(part[phase][0][i] for part in parts for i in modules)
                 assert {limit: n for limit, n in found.items() if n} == {
                     round(float(limit), 6): n for limit, n in zip(EDGES[1:], expected, strict=True) if n
                 }
                 assert (value.num, value.sum, value.sum_squares) == pytest.approx((len(g), g.sum(), (g**2).sum()), rel=1e-5)
-                assert_scalars(accumulator, f"gate_layers/{layer}/{phase}", step, g)
-            assert_scalars(accumulator, f"gates/{phase}", step, np.concatenate(every_g))
+                assert_scalars(accumulator, f"{group}/{phase}", step, g)
 
 
 def assert_scalars(accumulator, prefix, step, g):
@@ -189,7 +202,7 @@ def test_other_loggers_keep_the_scalars_and_say_so_once(tiny_backbone, tmp_path,
         rows = [row for row in csv.DictReader(file) if row["gates/response/mean"]]
     assert [row["step"] for row in rows] == ["2", "4"]
     assert all(0 < float(row["gates/prompt/mean"]) < 1 for row in rows)
-    assert sum(name.startswith("gate_layers/") for name in rows[0]) == 10 * 2 * 4
+    assert sum(name.startswith("gate") for name in rows[0]) == (1 + 5 + 2 + 10) * 2 * 4
 
 
 def test_beside_tensorboard_other_loggers_are_not_warned_about(tiny_backbone, tmp_path, caplog):
@@ -202,13 +215,108 @@ def test_without_gates_or_switched_off_nothing_happens(tiny_backbone, tmp_path, 
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(tiny_backbone, tmp_path, [logger, CSVLogger(tmp_path)], **settings)
     tags = events(logger.log_dir).Tags()
-    assert tags["histograms"] == []
+    assert tags["histograms"] == tags["images"] == []
     assert not [tag for tag in tags["scalars"] if tag.startswith("gate")]
     assert "gate histograms" not in caplog.text
 
 
 def test_without_a_logger_training_runs(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, logger=False)
+
+
+class Remote(Logger):
+    """As Weights & Biases: no folder, no TensorBoard writer."""
+
+    name, version = "remote", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append((step, set(metrics)))
+
+    def log_hyperparams(self, *arguments, **options):
+        pass
+
+
+def test_a_logger_of_any_kind_gets_the_scalars(tiny_backbone, tmp_path, caplog):
+    remote = Remote()
+    fit(tiny_backbone, tmp_path, remote)
+    assert caplog.text.count("gate histograms need the TensorBoard logger") == 1
+    gates = {step: names for step, names in remote.logged if "gates/prompt/mean" in names}
+    assert list(gates) == [2, 4]
+    assert all("gate_families/q_proj/response/entropy" in names for names in gates.values())
+
+
+# --- against σ(w·x + b) ---
+
+
+class Seen(L.Callback):
+    """What every adapted layer saw, and the gate it had then."""
+
+    def on_train_start(self, trainer, module):
+        self.seen = []
+        for path, layer in adapted_linears(module.model).items():
+            layer.register_forward_pre_hook(lambda layer, args, path=path: self.note(path, layer.gate, args[0]))
+
+    def note(self, path, gate, x):
+        parameters = [p.detach().double().numpy().copy() for p in gate.parameters()]
+        weight, bias = sorted(parameters, key=np.size, reverse=True)
+        z = x.detach().double().numpy() @ weight.ravel() + bias.ravel()
+        self.seen.append((path, 1 / (1 + np.exp(-z))))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.batches = [*getattr(self, "batches", []), (batch, dict(self.seen))]
+        self.seen.clear()
+
+
+def test_a_run_has_the_gates_of_the_equation(tiny_backbone, tmp_path):
+    """``g = σ(w·x + b)``, in float64 from what the layers saw, at tokens whose label or id says what they are."""
+    seen, logger = Seen(), TensorBoardLogger(tmp_path, name="run")
+    trainer = tiny_trainer(tmp_path, seen, GateHistogram(2), logger=logger)
+    trainer.fit(tiny_module(tiny_backbone, gate_bias=0.4), datamodule=tiny_data(tiny_backbone))
+    accumulator = events(logger.log_dir)
+    for step in (2, 4):
+        found = {phase: {} for phase in PHASES}
+        for batch, gates in seen.batches[step - 2 : step]:
+            response = batch["labels"] != -100  # trained on the response alone
+            padding = (batch["attention_mask"] == 0).numpy()
+            assert padding.any()
+            for phase, mask in zip(PHASES, ((~response).numpy() & ~padding, response.numpy()), strict=True):
+                for path, g in gates.items():
+                    found[phase].setdefault(path, []).append(g[mask])
+        for phase in PHASES:
+            assert len(found[phase]) == 10
+            for path, parts in found[phase].items():
+                g = np.concatenate(parts)
+                (event,) = (e for e in accumulator.Histograms(f"gate_modules/{path}/{phase}") if e.step == step)
+                value = event.histogram_value
+                assert value.num == len(g)
+                assert value.sum / value.num == pytest.approx(g.mean(), abs=1e-6)
+
+
+# --- shares over time ---
+
+
+def test_a_picture_of_the_shares_at_every_histogram(tiny_backbone, tmp_path):
+    logger, callback = TensorBoardLogger(tmp_path, name="run"), GateHistogram(2)
+    trainer = tiny_trainer(tmp_path, callback, logger=logger)
+    trainer.fit(tiny_module(tiny_backbone, gate_bias=-2.0), datamodule=tiny_data(tiny_backbone))
+    accumulator = events(logger.log_dir)
+    assert accumulator.Tags()["images"] == ["gate_shares/layers"]
+    pictures = accumulator.Images("gate_shares/layers")
+    assert [picture.step for picture in pictures] == [2, 4]
+    assert pictures[0].encoded_image_string != pictures[1].encoded_image_string
+    history = callback.history
+    assert (history.layers, history.steps, history.shares.shape) == ([0, 1], [2, 4], (2, 2, 2, 2))
+    for column, step in enumerate((2, 4)):
+        for phase, name in enumerate(PHASES):
+            for share, statistic in enumerate(("share_closed", "share_open")):
+                for layer in (0, 1):
+                    tag = f"gate_layers/0{layer}/{name}/{statistic}"
+                    (event,) = (e for e in accumulator.Scalars(tag) if e.step == step)
+                    assert float(history.shares[column, phase, share, layer]) == pytest.approx(event.value)
 
 
 def test_a_negative_interval_is_refused():
