@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
@@ -43,7 +42,7 @@ from gatera_lightning.losses import (
     summed_gate_entropy,
     target_positions_only,
 )
-from gatera_lightning.optimization import OptimizerConfig, build_optimizer
+from gatera_lightning.optimization import OptimizerConfig, build_optimizer, squared_gradient_norms
 from gatera_lightning.parallel import AdapterShardingStrategy
 from gatera_lightning.resuming import begin_next_epoch, recount_batches
 from gatera_lightning.sharded_loading import load_sharded
@@ -216,23 +215,22 @@ class GateRAModule(L.LightningModule):
         return {"loss": parts * loss, "gate_logits": None if z is None else z.detach(), "gate_names": gates.names}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss of the whole step; leave out a step that is not finite, and stop before one too many.
+        """Log the whole step's loss, learning rates and gradient norms; leave out a step that is not finite, and stop before one too many.
 
         Raises NonFiniteLossError on every rank alike, with the step and the example ids.
         """
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        norms = torch.stack(torch._foreach_norm(local)).sum().to(self._step_sums.dtype)  # not finite iff any gradient is not
-        sums = self.trainer.strategy.reduce(torch.cat([self._step_sums, norms[None]]), reduce_op="sum")
-        task, entropy, gate_mean, norms = sums.unbind()
+        squares = squared_gradient_norms(optimizer, self.trainer.world_size).to(self._step_sums)
+        sums = self.trainer.strategy.reduce(torch.cat([self._step_sums, squares]), reduce_op="sum")
+        (task, entropy, gate_mean), squares = sums[:3].unbind(), sums[3:]
         loss = task + self.gate_entropy_weight * entropy
-        if not torch.isfinite(loss + norms):
-            self._skip(optimizer, self._describe_non_finite(float(loss), float(norms)))
+        if not torch.isfinite(loss + squares.sum()):  # the squares are finite iff every gradient's norm is
+            self._skip(optimizer, self._describe_non_finite(float(loss), float(squares.sum().sqrt())))
             return
         self.log_dict({"train/loss": loss, "train/task_loss": task}, prog_bar=True)
         if self.adapter.gate != "none":
             self.log_dict({"train/gate_entropy": entropy, "train/gate_mean": gate_mean}, prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
+        for group, norm in zip(optimizer.param_groups, squares.sqrt(), strict=True):  # before clipping
+            self.log_dict({f"lr/{group['name']}": group["lr"], f"grad_norm/{group['name']}": norm})
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_history.clear()
 
@@ -254,7 +252,7 @@ class GateRAModule(L.LightningModule):
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_history.clear()
 
-    def _describe_non_finite(self, loss: float, norms: float) -> str:
+    def _describe_non_finite(self, loss: float, norm: float) -> str:
         """Step and example ids of the micro-batches to blame (all of the step's, if it is a gradient), from every rank."""
         by_loss = not math.isfinite(loss)
         blamed = [int(i) for value, ids in self._step_history if not (by_loss and torch.isfinite(value)) for i in ids]
@@ -264,8 +262,8 @@ class GateRAModule(L.LightningModule):
             torch.distributed.all_gather_object(everyone, blamed)
         ids = sorted(i for part in everyone for i in part)
         return (
-            f"the loss of optimizer step {self.trainer.global_step} is {loss} and its gradients' norms add up to "
-            f"{norms}; example ids of the micro-batches concerned: "
+            f"the loss of optimizer step {self.trainer.global_step} is {loss} and the norm of its gradients {norm}; "
+            "example ids of the micro-batches concerned: "
             f"{ids}. The step was not taken and earlier checkpoints are untouched. Usual causes: optimizer.lr too large "
             f"({self.optimizer.lr}), or gradient clipping off (trainer.gradient_clip_val)."
         )

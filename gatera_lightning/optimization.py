@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import nn
-from torch.optim import AdamW
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gatera_lightning.adapters.inject import adapted_linears
@@ -77,3 +79,26 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, total_steps: Call
         groups.append({"params": gates, "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
+
+
+def squared_gradient_norms(optimizer: Optimizer, processes: int) -> Tensor:
+    """This process's part of the squared L2 norm of each parameter group's gradients, (groups,): over processes they add up.
+
+    Of a shard that is its own square; what several processes hold alike, as all of them do without sharding, is divided by
+    their number. Needs no communication and no look at a number.
+    """
+    parts = []
+    for group in optimizer.param_groups:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        norms = torch._foreach_mul(torch._foreach_norm(local), [_copies(g, processes) ** -0.5 for g in gradients])
+        parts.append(torch.stack(norms).square().sum())
+    return torch.stack(parts)
+
+
+def _copies(tensor: Tensor, processes: int) -> int:
+    """How many processes hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return processes
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate())

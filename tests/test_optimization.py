@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gatera_lightning import AdapterConfig, OptimizerConfig, adapter_parameters, inject_adapters
-from gatera_lightning.optimization import build_optimizer, lr_factor
+from gatera_lightning.optimization import build_optimizer, lr_factor, squared_gradient_norms
 
 METHODS = list(itertools.product(("lora", "dora", "hira"), ("none", "static", "token")))
 
@@ -141,3 +141,20 @@ def test_problems_name_setting_value_and_what_is_accepted(setting, accepted):
 
 def test_all_problems_are_found_at_once():
     assert len(OptimizerConfig(lr=-1, schedule="no", weight_decay=-1, warmup_steps=-1, gate_lr_multiplier=-1).problems()) == 5
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_gradient_norms_of_updates_and_gates_are_those_of_one_long_vector(tiny_llama, processes):
+    """Every process of DDP holds whole gradients, so each adds its part of their square."""
+    model = tiny_llama()
+    inject_adapters(model, AdapterConfig(rank=4))
+    optimizer, _ = build_optimizer(OptimizerConfig(), model, lambda: 10)
+    torch.manual_seed(0)
+    vectors = {"update": [], "gate": []}
+    for name, parameter in adapter_parameters(model).items():
+        parameter.grad = torch.randn_like(parameter)
+        vectors["gate" if ".gate." in name else "update"].append(parameter.grad.flatten())
+    expected = [float(torch.cat(vectors[group["name"]]).norm() ** 2) for group in optimizer.param_groups]
+    assert expected[0] > 2 * expected[1] > 0
+    found = squared_gradient_norms(optimizer, processes)
+    assert (processes * found).tolist() == pytest.approx(expected, rel=1e-6)

@@ -127,18 +127,18 @@ def test_another_adapters_checkpoint_is_refused(tiny_backbone, trained):
 
 
 def test_a_beaten_checkpoint_goes_with_its_folder(tiny_backbone, tmp_path):
-    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="max"))
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr/update", mode="max"))
     assert names(tmp_path) == ["best-step=4", "best-step=4.ckpt", "last", "last-1.ckpt", "last.ckpt"]
 
 
 def test_an_unbeaten_checkpoint_stays(tiny_backbone, tmp_path):
-    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="min"))
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr/update", mode="min"))
     assert names(tmp_path) == ["best-step=2", "best-step=2.ckpt", "last", "last-1.ckpt", "last.ckpt"]
     assert torch.load(tmp_path / "checkpoints" / "best-step=2.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_several_best(tiny_backbone, tmp_path):
-    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="max", save_top_k=2))
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr/update", mode="max", save_top_k=2))
     assert names(tmp_path) == [
         "best-step=2",
         "best-step=2.ckpt",
@@ -158,6 +158,12 @@ def test_without_a_monitor_only_the_last_is_kept(tiny_backbone, tmp_path):
 @pytest.mark.parametrize(("interval", "steps"), [(2, 6), (4, 6)], ids=["on a validation", "between two"])
 def test_last_is_where_training_ended_though_nothing_got_better(tiny_backbone, tmp_path, interval, steps):
     """The learning rate rises, so its lowest value is the first one."""
-    fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr", mode="min"), val_check_interval=interval, max_steps=steps)
+    fit(
+        tiny_backbone,
+        tmp_path,
+        AdapterCheckpoint(monitor="lr/update", mode="min"),
+        val_check_interval=interval,
+        max_steps=steps,
+    )
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
     assert f"best-step={interval}.ckpt" in names(tmp_path)

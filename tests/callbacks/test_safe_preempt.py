@@ -111,7 +111,7 @@ def test_a_validation_that_follows_is_finished_and_the_resumed_run_is_the_whole_
         settings = {"limit_val_batches": 1, "val_check_interval": interval, "train": "everyday[:16]"}
 
         def checkpoint(mode=mode):
-            return AdapterCheckpoint("lr", mode)
+            return AdapterCheckpoint("lr/update", mode)
 
         whole = fit(tiny_backbone, roots[0], checkpoint=checkpoint(), **settings)
         with pytest.raises(Preempted) as caught:

@@ -1,8 +1,9 @@
 """One small fit in a process of its own (or two): prints nothing, writes what a test compares.
 
 ``python fit_script.py '{"backbone": FOLDER, "out": FOLDER, …}'`` — see ``Job`` for the rest. Rank 0 writes ``losses.json``
-(hex floats, one per optimizer step) and ``norms.json``, every rank ``ids_RANK.json`` and ``targets_RANK.json`` (example ids,
-and the number of tokens with loss, per micro-batch), and the adapter goes to ``out/adapter``.
+(hex floats, one per optimizer step), ``norms.json`` and ``logged_norms.json`` (of updates and of gates), every rank
+``ids_RANK.json`` and ``targets_RANK.json`` (example ids, and the number of tokens with loss, per micro-batch), and the adapter
+goes to ``out/adapter``.
 """
 
 import io
@@ -89,7 +90,7 @@ class SlowIO(WholeCheckpointIO):
 
 class Watch(L.Callback):
     def __init__(self, job):
-        self.job, self.losses, self.ids, self.targets, self.norms = job, [], [], [], []
+        self.job, self.losses, self.ids, self.targets, self.norms, self.logged = job, [], [], [], [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         grads = [p.grad for p in adapter_parameters(module.model).values()]
@@ -102,6 +103,7 @@ class Watch(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
+        self.logged.append([float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")])
         if self.job.keep:  # a line a step, on disk before the checkpoint of the step is
             ids = self.ids[-trainer.accumulate_grad_batches :]
             with open(f"{self.job.out}/steps_{trainer.global_rank}.jsonl", "a") as file:
@@ -125,6 +127,7 @@ class Watch(L.Callback):
         if trainer.is_global_zero:
             (out / "losses.json").write_text(json.dumps(self.losses))
             (out / "norms.json").write_text(json.dumps(self.norms))
+            (out / "logged_norms.json").write_text(json.dumps(self.logged))
         (out / f"ids_{trainer.global_rank}.json").write_text(json.dumps(self.ids))
         (out / f"targets_{trainer.global_rank}.json").write_text(json.dumps(self.targets))
 

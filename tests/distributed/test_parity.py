@@ -36,6 +36,9 @@ def assert_same(out, reference):
     assert losses == pytest.approx(expected_losses, rel=1e-13)
     # Adam hides a wrong factor on the whole gradient, its norm does not.
     assert norms == pytest.approx(expected_norms, rel=1e-11)
+    logged, expected_logged = (json.loads((folder / "logged_norms.json").read_text()) for folder in (out, reference))
+    assert [norm for step in logged for norm in step] == pytest.approx(sum(expected_logged, []), rel=1e-11)
+    assert [math.hypot(*step) for step in logged] == pytest.approx(norms, rel=1e-11)  # of all gradients, before clipping
     assert adapter.keys() == expected_adapter.keys()
     for name, tensor in adapter.items():
         assert (tensor - expected_adapter[name]).abs().max() < 1e-12, name
