@@ -32,6 +32,7 @@ from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
 from gatera_lightning.callbacks.step_watchdog import StepWatchdog
+from gatera_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 from gatera_lightning.callbacks.throughput import Throughput
 from gatera_lightning.checkpoint_files import newest_sound_checkpoint
 from gatera_lightning.datamodules.base import SupervisedDataModule
@@ -78,7 +79,7 @@ class GateRACLI(LightningCLI):
             trainer_defaults={
                 "precision": "32-true",
                 "use_distributed_sampler": False,
-                "callbacks": [RunSummary()],
+                "callbacks": [RunSummary(), TensorBoardOverview()],
             },
             parser_kwargs={
                 "prog": PROG,
