@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
 
 from gatera_lightning.adapters.files import AdapterFileError
+from gatera_lightning.chat import chat, generate
 from gatera_lightning.cli import PROG, GateRACLI, with_found_configs
 from gatera_lightning.compare import compare
 from gatera_lightning.demo import demo
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plan(args[1:])
             case ["gates"]:
                 gates(args[1:])
+            case ["chat"]:
+                chat(args[1:])
+            case ["generate"]:
+                generate(args[1:])
             case ["export"]:
                 export(args[1:])
             case ["submit"]:

@@ -60,8 +60,9 @@ PROG = "python -m gatera_lightning"
 OWN_VERBS = (
     "Beside these: demo, which evaluates a small model, fine-tunes it by quickstart.yaml, and evaluates it again; preview, "
     "which shows the rows and figures of a recipe's data without its weights; plan, which says what a step costs; compare, "
-    "which tests runs against each other; gates, which draws what an adapter's gates do; submit, which hands fit in as a SLURM "
-    "job; export, which makes an adapter folder of a checkpoint."
+    "which tests runs against each other; gates, which draws what an adapter's gates do; chat and generate, which "
+    "talk to a tuned model in the terminal; submit, which hands fit in as a SLURM job; export, which makes an adapter folder "
+    "of a checkpoint."
 )
 
 

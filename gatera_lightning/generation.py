@@ -1,10 +1,12 @@
 """Completing prompts with a model that has gated layers: Hugging Face's decoding over the adapted backbone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from gatera_lightning.datamodules.tokens import PromptBatch
 
@@ -31,20 +33,45 @@ class DecodingConfig:
         ]
 
 
-def generate(model: PreTrainedModel, batch: PromptBatch, config: DecodingConfig, *, in_step: bool = False) -> Tensor:
+@dataclass(frozen=True)
+class Sampling:
+    """Draw each token instead of taking the most likely one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Draw among the most likely tokens that have this probability together."""
+
+
+def end_tokens(model: PreTrainedModel, eos_id: int) -> list[int]:
+    """The tokens that end an answer: the one that does in training, and those that the model's publisher names."""
+    own = getattr(model.generation_config, "eos_token_id", None)  # an instruct model may name several
+    return sorted({eos_id, *([own] if isinstance(own, int) else own or [])})
+
+
+def generate(
+    model: PreTrainedModel,
+    batch: PromptBatch,
+    config: DecodingConfig,
+    *,
+    in_step: bool = False,
+    sampling: Sampling | None = None,
+    streamer: BaseStreamer | None = None,
+) -> Tensor:
     """Token ids (batch, new tokens) that follow each prompt, padded behind the token that ends an answer.
 
-    ``in_step`` makes every process run equally many forwards, without which a sharded model waits for ever.
+    ``in_step`` makes every process run equally many forwards, without which a sharded model waits for ever. ``streamer`` is
+    given the tokens of a single row as they are chosen.
     """
-    own = getattr(model.generation_config, "eos_token_id", None)  # an instruct model may name several
-    ends = {batch["eos_id"], *([own] if isinstance(own, int) else own or [])}
+    drawn: dict[str, Any] = {"do_sample": False}
+    if sampling is not None:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     settings = GenerationConfig(
-        do_sample=False,
         num_beams=config.beams,
         max_new_tokens=config.max_new_tokens,
         use_cache=config.use_cache,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_tokens(model, batch["eos_id"]),
         pad_token_id=batch["pad_id"],
+        **drawn,
     )
     # What settings leave open, Transformers takes from the model: penalties and bans that its publisher recommends for chats.
     published, model.generation_config = model.generation_config, GenerationConfig()
@@ -55,6 +82,7 @@ def generate(model: PreTrainedModel, batch: PromptBatch, config: DecodingConfig,
                 attention_mask=batch["attention_mask"],
                 generation_config=settings,
                 synced_gpus=in_step,
+                streamer=streamer,
             )
     finally:
         model.generation_config = published
