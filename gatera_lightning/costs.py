@@ -100,17 +100,13 @@ def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = 
         marks["head"] = live.now
         live.recent = live.now
 
-    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     try:
         with live:
             loss = _loss(model, batch, at_head)
             marks["loss"] = live.recent
             loss.backward()
         # Again for the operations: the counter's own hooks would keep tensors alive that are otherwise given back.
-        with forward:
-            loss = _loss(model, batch, lambda: None)
-        with backward:
-            loss.backward()
+        forward, backward = step_flops(model, batch)
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(
             f"plan: {type(model).__name__} cannot be carried out without its numbers ({' '.join(str(error).split())[:120]})"
@@ -122,10 +118,22 @@ def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = 
         activations=marks["head"],
         logits=marks["loss"] - marks["head"],
         peak=live.peak,
-        forward_flops=forward.get_total_flops() + attention,
-        # A fused backward computes the scores anew: five products instead of two; a checkpointed layer runs forward again.
-        backward_flops=backward.get_total_flops() + attention * (7 if recomputed else 5) // 2,
+        forward_flops=forward,
+        # A fused backward computes the scores anew, one product of forward's two; a checkpointed layer runs forward again.
+        backward_flops=backward + attention * (3 if recomputed else 1) // 2,
     )
+
+
+def step_flops(model: PreTrainedModel, batch: MicroBatch) -> tuple[int, int]:
+    """Operations of one micro-batch's forward and backward, on the meta device, scores of attention not computed anew."""
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward:
+        loss = _loss(model, batch, lambda: None)
+    with backward:
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    attention = _attention_flops(model, batch)
+    return forward.get_total_flops() + attention, backward.get_total_flops() + 2 * attention
 
 
 def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None]) -> Tensor:

@@ -215,7 +215,7 @@ class GateRAModule(L.LightningModule):
         return {"loss": parts * loss, "gate_logits": None if z is None else z.detach(), "gate_names": gates.names}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the whole step's loss, learning rates and gradient norms; leave out a step that is not finite, and stop before one too many.
+        """Log the whole step's loss and gradient norms; leave out a step that is not finite, and stop before one too many.
 
         Raises NonFiniteLossError on every rank alike, with the step and the example ids.
         """

@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
@@ -54,6 +55,7 @@ class Job:
     slow_write: float = 0.0  # seconds that a checkpoint takes, half written
     preempt: bool = False  # end with status 75 on SIGUSR1 and SIGTERM
     step_seconds: float = 0.0  # that a micro-batch takes
+    tensorboard: bool = False  # event files in out
 
 
 class Rows(SupervisedDataModule):
@@ -191,7 +193,7 @@ def run(job: Job) -> Watch:
         callbacks=callbacks,
         plugins=[SlowIO()] if job.slow_write else [],
         default_root_dir=job.out,
-        logger=False,
+        logger=TensorBoardLogger(job.out, name="", version="") if job.tensorboard else False,
         enable_checkpointing=job.keep,
         enable_progress_bar=False,
         enable_model_summary=False,
