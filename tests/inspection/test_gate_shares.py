@@ -44,18 +44,14 @@ def test_a_history_goes_on_from_its_state_and_leaves_it_alone():
     assert all(map(torch.equal, state["shares"], kept["shares"]))
 
 
-def panel(picture, row, column):
-    """The inner pixels of one of the four panels: closed above, prompt left."""
-    height, width, _ = picture.shape
-    inches = height / 100
-    size = (inches - 1.2) / 2
-    top = inches - (0.5 + (1 - row) * (size + 0.35)) - size
-    left = 0.07 + 0.43 * column
-    rows, columns = (
-        slice(int(top * 100) + 3, int((top + size) * 100) - 3),
-        slice(int(left * width) + 3, int((left + 0.41) * width) - 3),
-    )
-    return picture[rows, columns]
+def panel(figure, label):
+    """The inner pixels of the panel with this label, and where its lower left corner is."""
+    (axes,) = (axes for axes in figure.axes if [text.get_text().startswith(label) for text in axes.texts] == [True])
+    picture = pixels(figure)
+    size = np.array(picture.shape[1::-1])
+    (left, bottom), (right, top) = axes.get_position().get_points() * size
+    inner = picture[int(size[1] - top) + 3 : int(size[1] - bottom) - 3, int(left) + 3 : int(right) - 3]
+    return inner, (left, bottom)
 
 
 def colour(share):
@@ -66,12 +62,16 @@ def test_closed_is_above_open_and_prompt_left_of_response():
     history, shares = ShareHistory(list(range(4))), torch.tensor([[0.1, 0.35], [0.6, 0.9]])  # (phases, closed and open)
     for step in (10, 20, 30):
         history.add(step, shares[:, :, None].expand(2, 2, 4))
-    picture = pixels(draw_shares(history))
-    for column, phase in enumerate(shares.tolist()):
-        for row, share in enumerate(phase):
-            np.testing.assert_allclose(
-                panel(picture, row, column), np.broadcast_to(colour(share), panel(picture, row, column).shape), atol=2
-            )
+    figure = draw_shares(history)
+    places = {}
+    for phase, of_phase in zip(("prompt", "response"), shares.tolist(), strict=True):
+        for share, value in zip(("closed", "open"), of_phase, strict=True):
+            inner, places[phase, share] = panel(figure, f"{phase}, {share}")
+            np.testing.assert_allclose(inner, np.broadcast_to(colour(value), inner.shape), atol=2)
+    (left, above), (right, below) = places["prompt", "closed"], places["response", "open"]
+    assert left < right
+    assert above > below
+    assert places["prompt", "open"] == (left, below)
 
 
 def test_steps_go_right_and_layers_up():
@@ -83,14 +83,13 @@ def test_steps_go_right_and_layers_up():
         shares[1] = math.nan
         history.add(step, shares)
     figure = draw_shares(history)
-    picture = pixels(figure)
-    closed = panel(picture, 0, 0)
+    closed, _ = panel(figure, "prompt, closed")
     height, width, _ = closed.shape
     bright = np.abs(closed - colour(1.0)).max(-1) < 3
     assert bright[: height // 4 - 5, 2 * width // 3 + 5 :].all()
     assert not bright[height // 4 + 5 :].any()
     assert not bright[:, : 2 * width // 3 - 5].any()
-    assert (panel(picture, 1, 1) == 255).all()
+    assert (panel(figure, "response, open")[0] == 255).all()
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["3", "7", "12", "40"]
 
 
