@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
 
 from gatera_lightning.adapters.files import AdapterFileError
+from gatera_lightning.callbacks.progress_bar import disable_library_bars
 from gatera_lightning.chat import chat, generate
 from gatera_lightning.cli import PROG, GateRACLI, with_found_configs
 from gatera_lightning.compare import compare
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         warnings.filterwarnings("ignore", message=noise)  # of our dependencies about each other; nothing a user could change
     _show_own_log()
+    if not sys.stderr.isatty():  # bars are drawn with control characters
+        disable_library_bars()
     try:
         match args[:1]:
             case ["demo"]:

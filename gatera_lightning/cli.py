@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -29,6 +30,7 @@ from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.callbacks.progress_bar import StepProgressBar, disable_library_bars
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
 from gatera_lightning.callbacks.step_watchdog import StepWatchdog
@@ -131,6 +133,11 @@ class GateRACLI(LightningCLI):
             except RuntimeError as error:  # --ntasks without --ntasks-per-node
                 raise ValueError(error) from error
             config["plugins"] = [*(given if isinstance(given, list) else [given]), slurm]
+        own = config.get("callbacks") or []
+        if config.get("enable_progress_bar") is False:
+            disable_library_bars()
+        elif not any(isinstance(callback, ProgressBar) for callback in (own if isinstance(own, list) else [own])):
+            callbacks = [*callbacks, StepProgressBar()]
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

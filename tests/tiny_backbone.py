@@ -153,6 +153,7 @@ def tiny_trainer(root, *callbacks, **settings):
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
+        "enable_progress_bar": False,
         "enable_checkpointing": any(isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks),
     }
     return L.Trainer(
@@ -160,7 +161,6 @@ def tiny_trainer(root, *callbacks, **settings):
         devices=1,
         callbacks=list(callbacks),
         default_root_dir=root,
-        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         **(defaults | settings),

@@ -1,7 +1,7 @@
 """The results of an evaluation as tables for people."""
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gatera_lightning.evaluation.results import LABELS, EvaluationResult
@@ -12,7 +12,7 @@ def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
     """Accuracies per task and on average, with 95 % intervals; loss; metrics of text."""
     console = Console()
     if not console.is_terminal:  # rich takes 80 columns where there are none, and would break every interval
-        console.width = max(console.width, 120)
+        console.width = 10_000  # more than any table takes
     if result.measures:
         console.print(_accuracies(result, ranking))
     if result.gold_loss is not None:
@@ -22,7 +22,7 @@ def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
         )
     if text := result.text_metrics():
         names = {name: label for name, label in (ROW_METRICS | CORPUS_METRICS).items() if name in text}
-        table = Table("task", "n", *names.values(), title="generated texts against their references")
+        table = _table(["task", "n", *names.values()], title="generated texts against their references")
         for task in [*result.tasks, None] if len(result.tasks) > 1 else result.tasks:
             found = result.text_metrics(task)
             count = sum("generation" in row for row in result.rows if task in (None, row["task"]))
@@ -38,7 +38,7 @@ def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
 
 
 def _accuracies(result: EvaluationResult, ranking: str) -> Table:
-    table = Table("task", "n", *(LABELS[measure] for measure in result.measures), title=f"{ranking} [95 % interval]")
+    table = _table(["task", "n", *(LABELS[measure] for measure in result.measures)], title=f"{ranking} [95 % interval]")
     for task in result.tasks:
         found = [result.accuracy(measure, task) for measure in result.measures]
         counts = list(dict.fromkeys(str(share.n) for share in found))  # one, unless a limit cut the ways differently
@@ -47,3 +47,8 @@ def _accuracies(result: EvaluationResult, ranking: str) -> Table:
         table.add_section()
         table.add_row("average", str(len(result.rows)), *(str(result.average(measure)) for measure in result.measures))
     return table
+
+
+def _table(columns: list[str], title: str) -> Table:
+    """A table that breaks what a narrow terminal has no room for; rich would leave out the ends of figures."""
+    return Table(*(Column(name, overflow="fold") for name in columns), title=title)

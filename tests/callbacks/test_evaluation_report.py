@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from rich.text import Text
 from tiny_backbone import sample_rows, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import BackboneConfig, adapter_parameters
@@ -73,8 +74,10 @@ def test_one_task_needs_no_average(module, tiny_backbone, tmp_path, capsys):
     assert "generated" not in out
 
 
-def test_eight_tasks_and_every_measure_break_no_interval(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("columns", [44, 80])
+def test_eight_tasks_and_every_measure_break_no_interval(capsys, monkeypatch, columns):
+    """In a file, that is. A narrow terminal breaks figures, and loses none."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     likelihood = {"log_likelihoods": [-1.0, -2.0], "tokens": [1, 1], "characters": [1, 1]}
     likelihood["choice"] = dict.fromkeys(("sum", "per_token", "per_character"), 0)
     tasks = ["ARC-Challenge", "ARC-Easy", "boolq", "hellaswag", "openbookqa", "piqa", "social_i_qa", "[winogrande]"]
@@ -97,6 +100,11 @@ def test_eight_tasks_and_every_measure_break_no_interval(capsys, monkeypatch):
     assert found["average"] == ["8", *(str(result.average(measure)) for measure in result.measures)]
     assert "generation: only 8 of 10000 rows; a limit on the batches left out the others" in out
     assert "generated texts without an answer (counted as wrong): 8" in out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_table(result)
+    on_terminal = Text.from_ansi(capsys.readouterr().out).plain
+    assert "…" not in on_terminal
+    assert max(map(len, on_terminal.splitlines())) <= columns
 
 
 def test_predict_writes_the_lines_of_test(module, tiny_backbone, two_tasks, tmp_path, capsys):

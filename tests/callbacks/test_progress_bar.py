@@ -1,0 +1,213 @@
+"""What a run says of itself: lines in a file, a bar on a terminal, nothing where it was told to be quiet."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import datasets
+import lightning as L
+import pytest
+import rich.console
+import transformers
+from lightning.pytorch.callbacks import TQDMProgressBar
+from rich.text import Text
+from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
+
+from gatera_lightning.__main__ import main
+from gatera_lightning.callbacks.progress_bar import StepProgressBar
+from gatera_lightning.callbacks.throughput import Throughput
+from gatera_lightning.cli import GateRACLI, with_found_configs
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")  # escape, carriage return and their like
+BAR = "[━╸╺]+"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Watch(L.Callback):
+    """What a step's line should say, and a clock on which a step takes 100 seconds."""
+
+    def __init__(self, monkeypatch, stop_at=None):
+        self.seconds, self.stop_at, self.expected = 0.0, stop_at, {}
+        monkeypatch.setattr(rich.console, "monotonic", lambda: self.seconds)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seconds += 100.0 / trainer.accumulate_grad_batches
+        if trainer.global_step == self.stop_at:
+            raise KeyError("stopped")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.expected[trainer.global_step] = {
+            "loss": f"{float(trainer.callback_metrics['train/loss']):.3f}" if trainer.global_step else None,
+            "open": f"{float(trainer.callback_metrics['train/gate_mean']):.2f}" if trainer.global_step else None,
+        }
+
+
+def fit(folder, root, *callbacks, **settings):
+    trainer = tiny_trainer(root, *callbacks, StepProgressBar(), enable_progress_bar=True, **settings)
+    trainer.fit(tiny_module(folder), datamodule=tiny_data(folder))
+    return trainer
+
+
+def test_lines_of_a_run(tiny_backbone, tmp_path, monkeypatch, capsys):
+    """Every second step and the last; over two epochs of six steps, each of two micro-batches."""
+    watch = Watch(monkeypatch)
+    settings = {"max_steps": 7, "log_every_n_steps": 2, "accumulate_grad_batches": 2, "val_check_interval": 6}
+    trainer = fit(tiny_backbone, tmp_path, watch, Throughput(), limit_val_batches=1, num_sanity_val_steps=1, **settings)
+    lines = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"step (\d)/7  loss ([\d.]+)  open ([\d.]+)  ([\d,]+) tokens/s(?:  ETA ([\d:]+))?", x) for x in lines]
+    steps = {int(match[1]): match for match in found if match}
+    assert list(steps) == [2, 4, 6, 7]
+    for step, match in steps.items():
+        assert {"loss": match[2], "open": match[3]} == watch.expected[step]
+    assert [match[5] for match in steps.values()] == ["8:20", "5:00", "1:40", None]
+    validations = [line for line, match in zip(lines, found, strict=True) if not match]
+    assert len(validations) == 2
+    assert validations[0].startswith("step 3/7  val/loss ")
+    assert validations[1] == f"step 6/7  val/loss {float(trainer.callback_metrics['val/loss']):.3f}"
+
+
+def test_without_gates_or_a_measurement_nothing_is_said_of_them(tiny_backbone, tmp_path, capsys):
+    trainer = tiny_trainer(tmp_path, StepProgressBar(), enable_progress_bar=True, max_steps=1)
+    trainer.fit(tiny_module(tiny_backbone, gate="none"), datamodule=tiny_data(tiny_backbone))
+    assert re.fullmatch(r"step 1/1  loss [\d.]+\n", capsys.readouterr().out)
+
+
+def test_a_resumed_run_goes_on_counting(tiny_backbone, tmp_path, monkeypatch, capsys):
+    watch = Watch(monkeypatch)
+    first = fit(tiny_backbone, tmp_path, watch, max_steps=2)
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    capsys.readouterr()
+    second = tiny_trainer(tmp_path, watch, StepProgressBar(), enable_progress_bar=True)
+    second.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=str(tmp_path / "two.ckpt"))
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 3/4", "step 4/4"]
+
+
+def test_an_evaluation_writes_a_line_for_each_tenth(tiny_backbone, tmp_path, capsys):
+    data = tiny_data(tiny_backbone, test=["everyday[:23]"], eval_batch_size=1)
+    trainer = tiny_trainer(tmp_path, StepProgressBar(), enable_progress_bar=True)
+    trainer.predict(tiny_module(tiny_backbone), datamodule=data, return_predictions=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("predict ")]
+    assert [line.split()[1] for line in lines] == [f"{n}/23" for n in (3, 5, 7, 10, 12, 14, 17, 19, 21, 23)]
+
+
+def test_a_bar_on_a_terminal(tiny_backbone, tmp_path, monkeypatch):
+    """One, and lines only for validations; stdout is as it was when the run is over."""
+    terminal, watch = Terminal(), Watch(monkeypatch)
+    for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    fit(tiny_backbone, tmp_path, watch, limit_val_batches=1, val_check_interval=2)
+    assert sys.stdout is terminal
+    seen = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", terminal.getvalue()).replace("\r", "\n")).plain
+    expected = watch.expected[4]
+    assert re.search(rf"^step +{BAR} 4/4 loss {expected['loss']}  open {expected['open']}$", seen, re.MULTILINE)
+    assert re.search(rf"^step +{BAR} 2/4 loss .* ETA 3:20$", seen, re.MULTILINE)
+    assert re.search(rf"^validate {BAR} \d/1 ", seen, re.MULTILINE)
+    assert len(re.findall(r"^step \d/4  val/loss [\d.]+$", seen, re.MULTILINE)) == 2
+    assert not re.search(r"^step \d/4  loss", seen, re.MULTILINE)
+
+
+def test_an_error_leaves_the_terminal_as_it_was(tiny_backbone, tmp_path, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(KeyError, match="stopped"):
+        fit(tiny_backbone, tmp_path, Watch(monkeypatch, stop_at=2))
+    assert sys.stdout is terminal
+    assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is seen again
+
+
+def test_a_file_is_no_terminal_whatever_the_environment_says(tiny_backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    fit(tiny_backbone, tmp_path, max_steps=2)
+    assert not CONTROL.search(capsys.readouterr().out)
+
+
+def test_other_processes_say_nothing(monkeypatch, capsys):
+    bar = StepProgressBar()
+    trainer = SimpleNamespace(is_global_zero=False, estimated_stepping_batches=2, global_step=0, log_every_n_steps=1)
+    bar.setup(trainer, None, "fit")
+    bar.on_train_start(trainer, None)
+    trainer.global_step = 2
+    bar.on_train_batch_end(trainer, None, None, {}, 0)
+    assert capsys.readouterr().out == ""
+
+
+# --- the command line ---
+
+
+def program(folder, verb="fit", *more):
+    quiet = tiny_args(folder)
+    at = quiet.index("--trainer.enable_progress_bar")
+    return [verb, "--config", "quickstart.yaml", *quiet[:at], *quiet[at + 2 :], *more]
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_what_goes_to_a_file_has_no_control_characters(tiny_backbone, tmp_path, monkeypatch, capfd, verb):
+    """Nor have the libraries that load weights and convert rows."""
+    datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
+    monkeypatch.chdir(tmp_path)
+    assert main(program(tiny_backbone, verb)) == 0
+    printed = capfd.readouterr()
+    assert not CONTROL.search(printed.out + printed.err)
+    word, total = {"fit": ("step", 3), "validate": ("validate", 1), "test": ("test", 1)}[verb]
+    assert re.search(rf"^{word} {total}/{total}\b", printed.out, re.MULTILINE)
+
+
+def test_quiet_is_neither_bar_nor_lines(tiny_backbone, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(program(tiny_backbone, "fit", "--trainer.enable_progress_bar", "false")) == 0
+    printed = capfd.readouterr()
+    assert "step " not in printed.out
+    assert not CONTROL.search(printed.out + printed.err)
+    assert "logs and checkpoints: runs/quickstart" in printed.out
+
+
+def test_a_bar_of_ones_own_takes_its_place(tiny_backbone, monkeypatch):
+    monkeypatch.setattr(GateRACLI, "_run_subcommand", lambda *_: None)
+    own = GateRACLI(with_found_configs(program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar"))).trainer
+    assert type(own.progress_bar_callback) is TQDMProgressBar
+    assert type(GateRACLI(with_found_configs(program(tiny_backbone))).trainer.progress_bar_callback) is StepProgressBar
+
+
+@pytest.mark.slow
+def test_in_a_real_terminal(tiny_backbone, tmp_path):
+    primary, secondary = pty.openpty()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "90"}
+    command = [sys.executable, "-m", "gatera_lightning", *program(tiny_backbone)]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), secondary)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **streams) as done:
+        os.close(secondary)
+        seen = b""
+        while True:
+            try:
+                part = os.read(primary, 1 << 16)
+            except OSError:  # the program has closed its end
+                break
+            if not part:
+                break
+            seen += part
+    os.close(primary)
+    assert done.returncode == 0, seen[-3000:]
+    plain = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", seen.decode()).replace("\r", "\n")).plain
+    assert re.search(rf"^step +{BAR} 3/3 loss [\d.]+  open [\d.]+  [\d,]+ tokens/s", plain, re.MULTILINE)
+    assert not re.search(r"^step \d/3  loss", plain, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_speaks(tiny_backbone, tmp_path):
+    args = program(tiny_backbone, "fit", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    printed = run_program(*args, cwd=tmp_path, timeout=200)
+    assert [line.split("  ")[0] for line in printed.splitlines() if line.startswith("step ") and "  loss " in line] == [
+        *("step 1/3", "step 2/3", "step 3/3"),
+    ]
+    assert not CONTROL.search(printed)
