@@ -1,7 +1,7 @@
 """TensorBoard over a real run of the quickstart, as a reader sees it: what its server tells of, and what a browser draws.
 
-GATERA_RUN names the folder of such a run, a short one is made else; with GATERA_PICTURES, a folder, the screenshots are kept there
-(``make pictures`` does both).
+GATERA_RUN names the folder of such a run, a short one is made else; GATERA_PICTURES names a folder for the screenshots
+(``make pictures`` sets both).
 """
 
 import io
@@ -118,7 +118,7 @@ def opened(browser, tensorboard, dashboard):
 
 
 def plots(browser, tensorboard, dashboard, selector, drawn):
-    """The first four plots of a dashboard as pixels, once all of them are drawn; its screenshot is kept where that is asked for."""
+    """The first four plots of a dashboard as pixels, once all of them are drawn; keeps its screenshot if asked to."""
     opened(browser, tensorboard, dashboard)
 
     def pictures():
