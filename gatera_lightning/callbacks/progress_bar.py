@@ -42,8 +42,9 @@ class StepProgressBar(ProgressBar):
     # --- training ---
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin("step", trainer.estimated_stepping_batches, trainer.global_step)
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._progress is None:  # the first one: what others print when training starts stands above
+            self._begin("step", trainer.estimated_stepping_batches, trainer.global_step)
 
     @override
     def on_train_batch_end(
@@ -55,7 +56,8 @@ class StepProgressBar(ProgressBar):
         if trainer.global_step == task.completed:
             return  # in the middle of an accumulated step
         self._progress.update(task.id, completed=trainer.global_step)
-        if trainer.global_step % trainer.log_every_n_steps == 0 or task.finished:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 or task.finished:
             self._show(task, *_figures(trainer))
 
     @override
@@ -86,6 +88,8 @@ class StepProgressBar(ProgressBar):
         alone = len(self._progress.tasks) == 1
         if alone and task.total and 10 * task.completed // task.total > 10 * (task.completed - 1) // task.total:
             self._show(task)
+        if alone and task.finished:
+            self._end()  # before the results are printed
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 

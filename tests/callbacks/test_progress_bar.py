@@ -135,7 +135,7 @@ def test_other_processes_say_nothing(monkeypatch, capsys):
     bar = StepProgressBar()
     trainer = SimpleNamespace(is_global_zero=False, estimated_stepping_batches=2, global_step=0, log_every_n_steps=1)
     bar.setup(trainer, None, "fit")
-    bar.on_train_start(trainer, None)
+    bar.on_train_batch_start(trainer, None, {}, 0)
     trainer.global_step = 2
     bar.on_train_batch_end(trainer, None, None, {}, 0)
     assert capsys.readouterr().out == ""
@@ -200,6 +200,7 @@ def test_in_a_real_terminal(tiny_backbone, tmp_path):
     assert done.returncode == 0, seen[-3000:]
     plain = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", seen.decode()).replace("\r", "\n")).plain
     assert re.search(rf"^step +{BAR} 3/3 loss [\d.]+  open [\d.]+  [\d,]+ tokens/s", plain, re.MULTILINE)
+    assert plain.index("logs and checkpoints: ") < plain.index("step ")
     assert not re.search(r"^step \d/3  loss", plain, re.MULTILINE)
 
 
