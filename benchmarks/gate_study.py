@@ -32,7 +32,7 @@ from gatera_lightning.callbacks.gate_histogram import counted_tokens
 from gatera_lightning.datamodules import CommonsenseDataModule, DialogueDataModule
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.inspection.capture import GatedModule
-from gatera_lightning.inspection.statistics import PHASES, GateStatistics, summary
+from gatera_lightning.inspection.statistics import PHASES, GateStatistics, statistics_of_counts
 from gatera_lightning.losses import summed_cross_entropy
 
 CONVAI2 = "$GATERA_DATA/dialogue/convai2/valid_self_original.shared.txt"
@@ -129,25 +129,16 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
     ties count half), for the mean module, and ``best`` how far from 0.5 the most telling module is.
     """
     bins, sums = torch.tensor(found["bins"]).double(), torch.tensor(found["sums"])  # (phases, modules, 50), (3, …)
-    both = summary(bins, sums)
-    told = {"closed": both.share_closed, "open": both.share_open, "decided": both.share_closed + both.share_open}
-    for phase, name in enumerate(PHASES):
-        told[name] = summary(bins[phase], sums[:, phase]).mean
-    per_module = summary_of_modules(sums, bins)
-    told["between modules"] = per_module
+    _, closed, opened, _ = statistics_of_counts(bins.sum((0, 1)), sums.sum((1, 2))).tolist()
+    told = {"closed": closed, "open": opened, "decided": closed + opened}
+    told |= dict(zip(PHASES, statistics_of_counts(bins.sum(1), sums.sum(2))[:, 0].tolist(), strict=True))
+    tokens = bins.sum((0, 2))  # (modules,), all alike
+    means, squares = sums[0].sum(0) / tokens, sums[2].sum(0) / tokens
+    told["between modules"] = float(means.var(unbiased=False) / (squares.mean() - means.mean() ** 2))
     share = bins / bins.sum(-1, keepdim=True)
     below = share[0].cumsum(-1) - share[0] / 2  # prompt gates below a bin, half of those in it
     above = (share[1] * below).sum(-1)  # (modules,)
-    told["told apart"] = float(above.mean())
-    told["best"] = float((above - 0.5).abs().max())
-    return told
-
-
-def summary_of_modules(sums: torch.Tensor, bins: torch.Tensor) -> float:
-    """The share of Var(g) between modules: Var(E[g | module]) / Var(g). NaN where all gates are one number."""
-    tokens = bins.sum((0, 2))  # (modules,), all alike
-    means, squares = sums[0].sum(0) / tokens, sums[2].sum(0) / tokens
-    return float(means.var(unbiased=False) / (squares.mean() - means.mean() ** 2))
+    return told | {"told apart": float(above.mean()), "best": float((above - 0.5).abs().max())}
 
 
 def families(found: dict[str, Any]) -> str:
@@ -157,7 +148,7 @@ def families(found: dict[str, Any]) -> str:
     depth = 1 + max(module.layer for module in modules)
 
     def mean(chosen: list[int]) -> str:
-        return f"{summary(bins[:, chosen], sums[:, :, chosen]).mean:.2f}"
+        return f"{statistics_of_counts(bins[:, chosen].sum((0, 1)), sums[:, :, chosen].sum((1, 2)))[0]:.2f}"
 
     by_name = {m.name: [i for i, other in enumerate(modules) if other.name == m.name] for m in modules}
     thirds = [[i for i, m in enumerate(modules) if m.layer * 3 // depth == third] for third in range(3)]

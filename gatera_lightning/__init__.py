@@ -8,6 +8,7 @@ from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.backbone import BackboneConfig
 from gatera_lightning.errors import ConfigError, NonFiniteLossError
 from gatera_lightning.inspection.capture import capture_gates
+from gatera_lightning.inspection.statistics import GateStatistics
 from gatera_lightning.module import GateRAModule
 from gatera_lightning.optimization import OptimizerConfig
 
@@ -17,6 +18,7 @@ __all__ = [
     "BackboneConfig",
     "ConfigError",
     "GateRAModule",
+    "GateStatistics",
     "InjectionReport",
     "NonFiniteLossError",
     "OptimizerConfig",

@@ -27,7 +27,7 @@ class GateHistogram(L.Callback):
     """Every ``every_n_steps`` optimizer steps, what the gates did since the last time.
 
     TensorBoard histograms ``<group>/prompt`` and ``<group>/response``, where a group is ``gates`` (all of them),
-    ``gate_families/q_proj``, ``gate_layers/03`` or ``gate_modules/<path>``, and scalars under each: ``mean``,
+    ``gate_families/q_proj``, ``gate_layers/03`` or ``gate_modules/<path>``, and scalars under each but the last: ``mean``,
     ``share_closed`` (g < 0.1), ``share_open`` (g ≥ 0.9) and ``entropy``. The image ``gate_shares/layers`` shows the shares of
     every layer from the start of the run on. Counts are summed over ranks. With a logger other than TensorBoard the scalars
     are kept and the pictures skipped, with one line; without gates there is nothing to do.
@@ -115,7 +115,7 @@ class GateHistogram(L.Callback):
             f"{tag}/{name}": value
             for tag, values in zip(tags, statistics.flatten(0, 1).tolist(), strict=True)
             for name, value in zip(STATISTICS, values, strict=True)
-            if not math.isnan(value)  # no tokens
+            if not (math.isnan(value) or tag.startswith("gate_modules/"))  # no tokens; a thousand lines that nobody reads
         }
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         for logger in trainer.loggers:
