@@ -30,6 +30,7 @@ from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.callbacks.generated_samples import GeneratedSamples
 from gatera_lightning.callbacks.progress_bar import StepProgressBar, disable_library_bars
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
@@ -53,6 +54,7 @@ CALLBACKS = {
     "evaluation": EvaluationReport,
     "gate_heatmap": GateHeatmap,
     "gate_histogram": GateHistogram,
+    "generated_samples": GeneratedSamples,
     "preempt": SafePreempt,
     "throughput": Throughput,
     "watchdog": StepWatchdog,

@@ -33,19 +33,24 @@ class TextStream(BaseStreamer):
         self.captured = captured
         self._prompt_is_read = False
         self._chosen: list[int] = []
+        self._read: list[int] = []
         self._gates: list[float] = []  # of the tokens behind ``text``
 
     def put(self, value: Tensor) -> None:
-        """The prompt's tokens (1, tokens) first, then the one that was chosen, (1,)."""
+        """The prompt's tokens (1, tokens) first, then each that is chosen, (1,)."""
         if not self._prompt_is_read:
             self._prompt_is_read = True
             return
         self._chosen += value.flatten().tolist()
-        read = len(self._chosen) - 2
-        if read < 0:
-            return
-        if self.captured is not None:
-            self._gates.append(float(self.captured.calls[read + 1].gates[:, 0, -1].mean()))
+        if len(self._chosen) > 1:
+            number = len(self._chosen) - 2
+            gate = None if self.captured is None else float(self.captured.calls[number + 1].gates[:, 0, -1].mean())
+            self.read(self._chosen[number], gate)
+
+    def read(self, token: int, gate: float | None = None) -> None:
+        """Go on by a token that was read."""
+        self._read.append(token)
+        self._gates += [] if gate is None else [gate]
         text = self._decoded()
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character that the next token goes on with
             self._hand_out(text)
@@ -56,7 +61,7 @@ class TextStream(BaseStreamer):
 
     def _decoded(self) -> str:
         # As a whole: some tokenizers drop the space before a first word, and a later token may complete an earlier one's bytes.
-        return str(self.tokenizer.decode(self._chosen[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(self._read, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _hand_out(self, text: str) -> None:
         piece, gate = text[len(self.text) :], sum(self._gates) / len(self._gates) if self._gates else None

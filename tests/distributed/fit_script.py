@@ -25,6 +25,7 @@ from gatera_lightning import AdapterConfig, GateRAModule, adapter_parameters, sa
 from gatera_lightning.backbone import BackboneConfig, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.callbacks.generated_samples import GeneratedSamples
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
 from gatera_lightning.checkpoint_files import WholeCheckpointIO, newest_sound_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
@@ -180,6 +181,8 @@ def run(job: Job) -> Watch:
     }
     watch = Watch(job)
     callbacks = [watch, GateHistogram(3), *([SafePreempt()] if job.preempt else [])]
+    if job.tensorboard:
+        callbacks.append(GeneratedSamples(2, max_new_tokens=6))
     if job.keep:
         callbacks.append(AdapterCheckpoint(monitor=None, every_n_steps=1))
     SlowIO.seconds = job.slow_write

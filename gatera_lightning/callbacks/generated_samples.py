@@ -1,0 +1,155 @@
+"""What the model writes, validation after validation, with the gates of what it reads and writes."""
+
+import html
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.datamodules.tokens import PromptBatch, collate_prompts
+from gatera_lightning.generation import DecodingConfig, end_tokens, generate
+from gatera_lightning.inspection.capture import capture_gates
+from gatera_lightning.inspection.coloured_text import draw_text
+from gatera_lightning.inspection.heatmap import pixels
+from gatera_lightning.inspection.token_text import token_texts
+from gatera_lightning.streaming import TextStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what was written after it; tokens from ``prompt`` on are the response."""
+
+    ids: list[int]
+    prompt: int
+    gates: np.ndarray | None
+    """(tokens,): the mean over modules; None without token gates."""
+
+
+class GeneratedSamples(L.Callback):
+    """After every validation of ``fit``, what the model writes after a few prompts, to TensorBoard.
+
+    Texts ``samples/<number>``, in which tokens of the response with a mean gate of at least 0.5 are bold, and pictures
+    ``samples/<number>`` with every token on the colour of its gate, where gates depend on tokens. The most likely tokens are
+    taken, so nothing is drawn at random, and nothing in training changes by it. All prompts are one batch; every process takes
+    part, as a sharded model needs. With a logger other than TensorBoard samples are skipped, with one line.
+    """
+
+    def __init__(self, prompts: int | list[str] = 3, max_new_tokens: int = 16) -> None:
+        """Let the model write.
+
+        Args:
+            prompts: How many of the first validation rows to answer, or texts to go on from; 0 for none.
+            max_new_tokens: Tokens after which a response is cut. Each costs a forward: a validation takes longer by as much as
+                a step or two.
+        """
+        if prompts < 0 if isinstance(prompts, int) else not all(text.strip() for text in prompts):
+            raise ValueError(
+                f"generated_samples.prompts: {prompts}; accepted: 0, a number of rows, or texts, none of them empty"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"generated_samples.max_new_tokens: {max_new_tokens}; accepted: an integer of at least 1")
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self._prompts: list[list[int]] = []
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module: Any = pl_module
+        data: Any = getattr(trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None)
+        self._prompts = []
+        if not self.prompts or tokenizer is None:
+            return
+        if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            if trainer.loggers and trainer.is_global_zero:
+                log.warning("generated samples need the TensorBoard logger: skipping them")
+            return
+        if isinstance(self.prompts, int):
+            found = list(data.tables["validation"][: self.prompts]["prompt"]) if "validation" in data.tables else []
+        else:
+            found = [list(tokenizer(text).input_ids) for text in self.prompts]
+        limit = getattr(module.model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf)
+        room = limit - self.max_new_tokens
+        self._prompts = [ids for ids in found if len(ids) <= room]
+        if len(self._prompts) < len(found) and trainer.is_global_zero:
+            log.warning(
+                "generated samples: left out %d of %d prompts, longer than the %d tokens that max_new_tokens %d leaves them",
+                len(found) - len(self._prompts),
+                len(found),
+                room,
+                self.max_new_tokens,
+            )
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._prompts or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # there when there are prompts
+        samples = self._samples(pl_module, data.tokenizer)
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step
+        for number, sample in enumerate(samples, 1):
+            picture = None if sample.gates is None else _picture(sample, data.tokenizer, f"step {step}")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text(f"samples/{number}", markup(sample, data.tokenizer), step)
+                    if picture is not None:
+                        logger.experiment.add_image(f"samples/{number}", picture, step, dataformats="HWC")
+
+    def _samples(self, pl_module: L.LightningModule, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        """A collective for a sharded model. In validation, models are in eval mode."""
+        module: Any = pl_module
+        batch: PromptBatch = collate_prompts(
+            self._prompts, range(len(self._prompts)), pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
+        )
+        batch["input_ids"] = batch["input_ids"].to(module.device)
+        batch["attention_mask"] = batch["attention_mask"].to(module.device)
+        # One token more than is kept: by then the last one that is kept has been read, and its gates are known.
+        decoding = DecodingConfig(max_new_tokens=self.max_new_tokens + 1)
+        with capture_gates(module.model) as captured:
+            written = generate(module.model, batch, decoding, in_step=module.device_mesh is not None).tolist()
+        layers = adapted_linears(module.model).values()
+        gated = any(layer.gate is not None and layer.gate.depends_on_token for layer in layers)
+        ends = end_tokens(module.model, batch["eos_id"])
+        samples = []
+        for row, (prompt, response) in enumerate(zip(self._prompts, written, strict=True)):
+            length = next((place for place, token in enumerate(response) if token in ends), self.max_new_tokens)
+            ids = prompt + response[: min(length, self.max_new_tokens)]
+            gates = captured.row(row)[1][:, : len(ids)].mean(0, dtype=float) if gated else None
+            samples.append(Sample(ids, len(prompt), gates))
+        return samples
+
+
+def markup(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sample as the few tags that TensorBoard lets through; open tokens of the response are bold."""
+    pieces: list[str] = []
+
+    def add(piece: str, gate: float | None) -> None:
+        text = html.escape(piece).replace("\n", "<br>")
+        pieces.append(f"<strong>{text}</strong>" if gate is not None and gate >= 0.5 else text)
+
+    stream = TextStream(tokenizer, add)
+    for place, token in enumerate(sample.ids[sample.prompt :], sample.prompt):
+        stream.read(token, None if sample.gates is None else float(sample.gates[place]))
+    stream.end()
+    prompt = html.escape(str(tokenizer.decode(sample.ids[: sample.prompt]))).replace("\n", "<br>")
+    return f"<blockquote>{prompt}</blockquote><p>{''.join(pieces)}</p>"
+
+
+def _picture(sample: Sample, tokenizer: PreTrainedTokenizerBase, title: str) -> np.ndarray:
+    assert sample.gates is not None
+    figure = draw_text(token_texts(tokenizer, sample.ids), sample.gates, sample.prompt, title)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in its place; the text has the character
+        return pixels(figure)

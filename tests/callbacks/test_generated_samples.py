@@ -1,0 +1,163 @@
+"""Samples: what a plain greedy loop writes, its tokens in the colours of their gates, without a trace in the run."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib import colormaps
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_tokenizer, tiny_trainer
+
+from gatera_lightning import adapter_parameters
+from gatera_lightning.callbacks import generated_samples
+from gatera_lightning.callbacks.generated_samples import GeneratedSamples, Sample, markup
+from gatera_lightning.inspection.coloured_text import draw_text
+from gatera_lightning.inspection.heatmap import pixels
+from gatera_lightning.inspection.reading import ProbeText, read_gates
+
+
+class Read(GeneratedSamples):
+    """Reads its samples' gates again, each text as a whole, and answers its prompts in a plain loop."""
+
+    def _samples(self, pl_module, tokenizer):
+        before = {name: module.training for name, module in pl_module.named_modules()}
+        self.found = super()._samples(pl_module, tokenizer)
+        assert {name: module.training for name, module in pl_module.named_modules()} == before
+        model = pl_module.model
+        texts = [ProbeText("", sample.ids, sample.prompt) for sample in self.found]
+        self.read = [gates.mean(0) for gates in read_gates(model, texts).gates] if self.found[0].gates is not None else None
+        self.greedy = []
+        for prompt in self._prompts:
+            ids = list(prompt)
+            while len(ids) < len(prompt) + self.max_new_tokens:
+                token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+                if token == tokenizer.eos_token_id:
+                    break
+                ids.append(token)
+            self.greedy.append(ids)
+        return self.found
+
+
+def fit(backbone, root, *callbacks, logger=False, **adapter):
+    module = tiny_module(backbone, **({"dropout": 0.2} | adapter))
+    trainer = tiny_trainer(root, *callbacks, logger=logger, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1)
+    torch.manual_seed(0)
+    trainer.fit(module, datamodule=tiny_data(backbone))
+    return module
+
+
+def written(folder):
+    events = EventAccumulator(folder, size_guidance={"tensors": 0, "images": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
+    texts = {tag: {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)} for tag in tags}
+    return texts, {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def test_samples_after_every_validation(tiny_backbone, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    callback = Read(2, max_new_tokens=7)
+    fit(tiny_backbone, tmp_path, callback, logger=logger)
+    texts, pictures = written(logger.log_dir)
+    assert pictures == {"samples/1": [2, 4], "samples/2": [2, 4]}
+    assert [sample.ids for sample in callback.found] == callback.greedy
+    for sample, gates in zip(callback.found, callback.read, strict=True):
+        assert np.abs(sample.gates - gates).max() < 1e-5
+    for number, question in enumerate(map(PlainQuestion.of, sample_rows("validation")[:2]), 1):
+        by_step = texts[f"samples/{number}/text_summary"]
+        assert list(by_step) == [2, 4]
+        assert by_step[4].startswith(f"<blockquote>{question.prompt.replace(chr(10), '<br>')}</blockquote><p>")
+
+
+def test_responses_that_end_early_are_without_what_follows(tiny_backbone, tmp_path, monkeypatch):
+    """One of two rows ends at the token that it chooses third, while the other goes on."""
+    callback = Read(["What do bees make?", "I ride"], max_new_tokens=7)
+    logger = TensorBoardLogger(tmp_path)
+    fit(tiny_backbone, tmp_path, callback, logger=logger)
+    one, other = callback.found
+    ending = next(t for t in other.ids[other.prompt + 1 :] if t not in one.ids[one.prompt :])
+    ends, place = generated_samples.end_tokens, other.ids.index(ending, other.prompt)
+    monkeypatch.setattr("gatera_lightning.generation.end_tokens", lambda *args: [*ends(*args), ending])
+    monkeypatch.setattr(generated_samples, "end_tokens", lambda *args: [*ends(*args), ending])
+    callback = Read(callback.prompts, max_new_tokens=7)
+    fit(tiny_backbone, tmp_path, callback, logger=logger)
+    assert callback.found[0].ids == one.ids
+    assert callback.found[1].ids == other.ids[:place]
+    for sample, gates in zip(callback.found, callback.read, strict=True):
+        assert np.abs(sample.gates - gates).max() < 1e-5
+
+
+def test_a_run_is_the_same_with_and_without_samples(tiny_backbone, tmp_path):
+    with_samples = fit(tiny_backbone, tmp_path / "with", GeneratedSamples(), logger=TensorBoardLogger(tmp_path))
+    state = torch.get_rng_state()
+    without = fit(tiny_backbone, tmp_path / "without")
+    assert torch.equal(state, torch.get_rng_state())
+    for name, parameter in adapter_parameters(with_samples.model).items():
+        assert torch.equal(parameter, adapter_parameters(without.model)[name])
+
+
+@pytest.mark.parametrize("gate", ["static", "none"])
+def test_without_token_gates_there_is_the_text_alone(tiny_backbone, tmp_path, gate):
+    logger = TensorBoardLogger(tmp_path)
+    callback = Read(1, max_new_tokens=5)
+    fit(tiny_backbone, tmp_path, callback, logger=logger, gate=gate)
+    texts, pictures = written(logger.log_dir)
+    assert callback.found[0].ids == callback.greedy[0]
+    assert list(texts) == ["samples/1/text_summary"]
+    assert "<strong>" not in texts["samples/1/text_summary"][4]
+    assert pictures == {}
+
+
+def test_other_loggers_go_without_and_are_told_once(tiny_backbone, tmp_path, caplog):
+    fit(tiny_backbone, tmp_path, GeneratedSamples(), logger=CSVLogger(tmp_path))
+    assert caplog.text.count("generated samples need the TensorBoard logger") == 1
+
+
+def test_switched_off_nothing_is_written(tiny_backbone, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    fit(tiny_backbone, tmp_path, GeneratedSamples(0), logger=logger)
+    assert written(logger.log_dir) == ({}, {})
+
+
+def test_a_prompt_without_room_for_a_response_is_left_out(tiny_backbone, tmp_path, caplog):
+    logger = TensorBoardLogger(tmp_path)
+    fit(tiny_backbone, tmp_path, GeneratedSamples(["Why?", "a b " * 300], max_new_tokens=100), logger=logger)
+    assert "left out 1 of 2 prompts, longer than the 412 tokens that max_new_tokens 100 leaves them" in caplog.text
+    assert list(written(logger.log_dir)[1]) == ["samples/1"]
+
+
+def test_what_tensorboard_shows_is_what_was_written():
+    tokenizer = tiny_tokenizer()
+    ids = [i for c in ["a <b>", "c", "*d*\n\n_e_", "🐝"] for i in tokenizer(c).input_ids]
+    starts = np.cumsum([len(tokenizer(c).input_ids) for c in ["a <b>", "c", "*d*\n\n_e_", "🐝"]])
+    gates = np.where(np.arange(len(ids)) < starts[1], 0.9, 0.1)
+    gates[starts[2] :] = 0.7
+    shown = markdown_to_safe_html(markup(Sample(ids, int(starts[0]), gates), tokenizer))
+    expected = "<blockquote>a &lt;b&gt;</blockquote><p><strong>c</strong>*d*<br><br>_e_<strong>🐝</strong></p>"
+    assert re.sub(r"\n", "", shown).replace("<br/>", "<br>") == expected
+
+
+def test_every_token_stands_on_its_colour():
+    gates = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    picture = pixels(draw_text([" a", " b↵", " $c", " d", " e"], gates, 2, "step 1"))
+    colours, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+    areas = dict(zip(map(tuple, colours.tolist()), counts.tolist(), strict=True))
+    for gate in gates:
+        red, green, blue = (round(255 * part) for part in colormaps["cividis"](gate)[:3])
+        assert areas.get((red, green, blue), 0) > 80, gate
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompts": -1}, r"generated_samples\.prompts: -1; accepted: 0, a number of rows, or texts, none of them empty"),
+        ({"prompts": ["a", " "]}, r"generated_samples\.prompts: \['a', ' '\]; accepted: 0, a number of rows, or texts"),
+        ({"max_new_tokens": 0}, r"generated_samples\.max_new_tokens: 0; accepted: an integer of at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        GeneratedSamples(**settings)
