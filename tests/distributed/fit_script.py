@@ -93,7 +93,7 @@ class SlowIO(WholeCheckpointIO):
 
 class Watch(L.Callback):
     def __init__(self, job):
-        self.job, self.losses, self.ids, self.targets, self.norms, self.logged = job, [], [], [], [], []
+        self.job, self.losses, self.ids, self.targets, self.norms, self.logged_norms = job, [], [], [], [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         grads = [p.grad for p in adapter_parameters(module.model).values()]
@@ -106,7 +106,7 @@ class Watch(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
-        self.logged.append([float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")])
+        self.logged_norms.append([float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")])
         if self.job.keep:  # a line a step, on disk before the checkpoint of the step is
             ids = self.ids[-trainer.accumulate_grad_batches :]
             with open(f"{self.job.out}/steps_{trainer.global_rank}.jsonl", "a") as file:
@@ -130,7 +130,7 @@ class Watch(L.Callback):
         if trainer.is_global_zero:
             (out / "losses.json").write_text(json.dumps(self.losses))
             (out / "norms.json").write_text(json.dumps(self.norms))
-            (out / "logged_norms.json").write_text(json.dumps(self.logged))
+            (out / "logged_norms.json").write_text(json.dumps(self.logged_norms))
         (out / f"ids_{trainer.global_rank}.json").write_text(json.dumps(self.ids))
         (out / f"targets_{trainer.global_rank}.json").write_text(json.dumps(self.targets))
 
