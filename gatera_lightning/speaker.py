@@ -128,12 +128,13 @@ class Speaker:
         if self.adapter is not None:
             who = f"{own.adapter} ({self.adapter.update} × {self.adapter.gate} gate, rank {self.adapter.rank}) on {who}"
         self.remark(who)
-        chosen = "" if own.template else " (an adapter answers best in the data.template of its training: --template)"
+        guessed = self.adapter is not None and not own.template
+        chosen = " (an adapter answers best in the data.template of its training: --template)" if guessed else ""
         drawn = f"temperature {own.temperature:g}" if own.temperature else "the most likely tokens"
         self.remark(f"template {self.template}{chosen}; {drawn}, at most {own.max_new_tokens} an answer")
         gates = [layer.gate for layer in adapted_linears(model).values()]
         if self._watched and self._colours:
-            self.remarks.print(Text(f"mean gate of {len(gates)} modules  ", "dim").append_text(legend()))
+            self.remarks.print(Text.assemble((f"mean gate of {len(gates)} modules  ", "dim"), legend()))
         elif self._watched:
             self.remark(f"a line a token: its text as JSON, a tab, its mean gate of {len(gates)} modules")
         elif own.gates:

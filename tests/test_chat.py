@@ -298,6 +298,28 @@ def test_the_oldest_turns_make_room_and_a_message_that_is_too_long_is_refused(ca
     assert out == "".join(shown(text) + "\n" for text in expected)
 
 
+def test_at_a_terminal_control_c_says_how_to_end_and_control_d_ends(capsys, monkeypatch, tuned, by_hand):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    typed = iter([KeyboardInterrupt, "Why?", EOFError, "How?"])
+
+    def read(prompt):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert main(["chat", "--adapter", tuned, "--max_new_tokens", "6", "--dtype", "float32", "--template", "plain"]) == 0
+    out, err = capsys.readouterr()
+    assert out == shown(by_hand.text("User: Why?\nAssistant:", 6)) + "\n\n"
+    assert err.count("/quit or Ctrl-D ends") == 2
+    assert next(typed) == "How?"
+
+
 def test_an_answer_can_be_stopped(capsys, monkeypatch, tuned, by_hand):
     """Interrupted behind the first piece of the second answer, which is said, and part of the next prompt."""
     say, said = speaking.Speaker._say, []

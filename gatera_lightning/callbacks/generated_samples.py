@@ -91,8 +91,12 @@ class GeneratedSamples(L.Callback):
             )
 
     @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._prompts = []
+
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._prompts or trainer.sanity_checking or trainer.state.fn != "fit":
+        if not self._prompts:  # also outside of training
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # there when there are prompts
         samples = self._samples(pl_module, data.tokenizer)

@@ -99,6 +99,15 @@ def test_a_run_is_the_same_with_and_without_samples(tiny_backbone, tmp_path):
         assert torch.equal(parameter, adapter_parameters(without.model)[name])
 
 
+def test_a_validation_outside_of_training_writes_none(tiny_backbone, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    module, data = tiny_module(tiny_backbone), tiny_data(tiny_backbone)
+    trainer = tiny_trainer(tmp_path, GeneratedSamples(1), logger=logger, limit_val_batches=1, max_steps=2, val_check_interval=2)
+    trainer.fit(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert written(logger.log_dir)[1] == {"samples/1": [2]}
+
+
 @pytest.mark.parametrize("gate", ["static", "none"])
 def test_without_token_gates_there_is_the_text_alone(tiny_backbone, tmp_path, gate):
     logger = TensorBoardLogger(tmp_path)
