@@ -187,8 +187,8 @@ def test_a_resumed_run_has_the_histograms_of_the_whole_one(args, whole, cut):
     assert main([*args, "--ckpt_path", "saved/last-1.ckpt"]) == 0
     expected, found = gates(whole), gates(Path("runs/quickstart/version_0"))
     assert (set(expected), set(found)) == ({2, 4, 6}, {4, 6})
-    groups = 1 + 5 + 2 + 10  # all modules, families, layers, each module
-    assert len(found[4]) == groups * 2 + groups * 2 * 4 + 1  # histograms, scalars, and the shares from step 2 on
+    groups, modules = 1 + 5 + 2, 10  # all modules, families, layers; each module
+    assert len(found[4]) == (groups + modules) * 2 + groups * 2 * 4 + 1  # histograms, scalars, and the shares from step 2 on
     assert {step: expected[step] for step in found} == found
 
 

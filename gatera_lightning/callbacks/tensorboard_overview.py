@@ -48,6 +48,7 @@ _CHARTS = {  # a tag is a regular expression that has to match from the start
     "speed": {
         "tokens a second": ["throughput/tokens_per_second$", "throughput/target_tokens_per_second$"],
         "seconds a step": ["throughput/step_seconds$", "throughput/data_wait_seconds$"],
+        "model TFLOP/s": ["throughput/model_tflops$"],
         "model FLOPs utilization": ["throughput/model_flops_utilization$"],
         "memory, GiB": ["throughput/memory_gib$"],
     },
