@@ -8,7 +8,7 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow stress lint format picture clean
+.PHONY: demo test slow stress lint format pictures clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -45,9 +45,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-picture: $(INSTALLED)  ## the README's picture, from a real run
-	FORCE_COLOR=1 $(BIN)/python -m gatera_lightning demo --trainer.enable_progress_bar false 2>/dev/null \
-		| $(BIN)/python docs/picture.py
+PICTURES := build/pictures
+pictures: $(INSTALLED)  ## every picture of README and docs, from one real run; needs Debian's chromium and chromium-driver
+	rm -rf $(PICTURES) && mkdir -p $(PICTURES)
+	FORCE_COLOR=1 $(BIN)/python -m gatera_lightning demo --trainer.enable_progress_bar false \
+		--trainer.logger.init_args.save_dir $(PICTURES) 2>/dev/null | $(BIN)/python docs/picture.py
+	$(BIN)/python -m gatera_lightning gates --adapter $(PICTURES)/quickstart/version_0/checkpoints/last \
+		--config quickstart.yaml --rows 3 --out $(PICTURES)/gates.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1250,1500 \
+		--screenshot=docs/gates.png file://$(CURDIR)/$(PICTURES)/gates.html
+	GATERA_RUN=$(PICTURES) GATERA_PICTURES=docs $(BIN)/python -m pytest tests/callbacks/test_tensorboard_browser.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Draw a terminal log, with its colours, as docs/demo.svg:  make picture."""
+"""Draw a terminal log, with its colours, as docs/demo.svg:  make pictures."""
 
 import sys
 from pathlib import Path
