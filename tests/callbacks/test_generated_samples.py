@@ -1,6 +1,9 @@
 """Samples: what a plain greedy loop writes, its tokens in the colours of their gates, without a trace in the run."""
 
+import html
+import itertools
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -69,23 +72,25 @@ def test_samples_after_every_validation(tiny_backbone, tmp_path):
     for number, question in enumerate(map(PlainQuestion.of, sample_rows("validation")[:2]), 1):
         by_step = texts[f"samples/{number}/text_summary"]
         assert list(by_step) == [2, 4]
-        assert by_step[4].startswith(f"<blockquote>{question.prompt.replace(chr(10), '<br>')}</blockquote><p>")
+        assert by_step[4].startswith(f"<blockquote>{html.escape(question.prompt).replace(chr(10), '<br>')}</blockquote><p>")
 
 
 def test_responses_that_end_early_are_without_what_follows(tiny_backbone, tmp_path, monkeypatch):
-    """One of two rows ends at the token that it chooses third, while the other goes on."""
-    callback = Read(["What do bees make?", "I ride"], max_new_tokens=7)
+    """Some rows of the batch end at a token that they choose, while others go on."""
+    prompts = ["What do bees make?", "I ride", "12 - 5 =", "Why?", "two dogs run", "A boat"]
     logger = TensorBoardLogger(tmp_path)
+    callback = Read(prompts, max_new_tokens=7)
     fit(tiny_backbone, tmp_path, callback, logger=logger)
-    one, other = callback.found
-    ending = next(t for t in other.ids[other.prompt + 1 :] if t not in one.ids[one.prompt :])
-    ends, place = generated_samples.end_tokens, other.ids.index(ending, other.prompt)
-    monkeypatch.setattr("gatera_lightning.generation.end_tokens", lambda *args: [*ends(*args), ending])
-    monkeypatch.setattr(generated_samples, "end_tokens", lambda *args: [*ends(*args), ending])
-    callback = Read(callback.prompts, max_new_tokens=7)
+    whole = [(sample.ids[: sample.prompt], sample.ids[sample.prompt :]) for sample in callback.found]
+    rows = Counter(token for _, response in whole for token in set(response))
+    ending = next(token for token, count in rows.items() if count < len(whole))
+    ends = generated_samples.end_tokens
+    for module in ("gatera_lightning.generation", "gatera_lightning.callbacks.generated_samples"):
+        monkeypatch.setattr(f"{module}.end_tokens", lambda *args: [*ends(*args), ending])
+    callback = Read(prompts, max_new_tokens=7)
     fit(tiny_backbone, tmp_path, callback, logger=logger)
-    assert callback.found[0].ids == one.ids
-    assert callback.found[1].ids == other.ids[:place]
+    cut = [prompt + list(itertools.takewhile(lambda token: token != ending, response)) for prompt, response in whole]
+    assert [sample.ids for sample in callback.found] == cut
     for sample, gates in zip(callback.found, callback.read, strict=True):
         assert np.abs(sample.gates - gates).max() < 1e-5
 
