@@ -11,7 +11,7 @@ import torch
 from gatera_lightning import load_adapter
 from gatera_lightning.backbone import load_backbone
 from gatera_lightning.cli import with_found_configs
-from gatera_lightning.preview import PreviewedSplit
+from gatera_lightning.commands.preview import PreviewedSplit
 
 
 def main() -> None:

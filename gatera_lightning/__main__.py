@@ -11,16 +11,16 @@ from torch.distributed import DistNetworkError
 
 from gatera_lightning.adapters.files import AdapterFileError
 from gatera_lightning.callbacks.progress_bar import disable_library_bars
-from gatera_lightning.chat import chat, generate
 from gatera_lightning.cli import PROG, GateRACLI, with_found_configs
-from gatera_lightning.compare import compare
-from gatera_lightning.demo import demo
+from gatera_lightning.commands.chat import chat, generate
+from gatera_lightning.commands.compare import compare
+from gatera_lightning.commands.demo import demo
+from gatera_lightning.commands.export import export
+from gatera_lightning.commands.gates import gates
+from gatera_lightning.commands.plan import plan
+from gatera_lightning.commands.preview import preview
+from gatera_lightning.commands.submit import submit
 from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
-from gatera_lightning.export import export
-from gatera_lightning.gates import gates
-from gatera_lightning.plan import plan
-from gatera_lightning.preview import preview
-from gatera_lightning.submit import submit
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, inject_adapters, record_gates
 from gatera_lightning.adapters.inject import adapter_parameters
 from gatera_lightning.backbone import ready_for_training
+from gatera_lightning.commands.plan import Layout, predict_memory
 from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs
 from gatera_lightning.losses import summed_cross_entropy, summed_gate_entropy, target_positions_only
-from gatera_lightning.plan import Layout, predict_memory
 
 SIZES = {
     "hidden_size": 96,

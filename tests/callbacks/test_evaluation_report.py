@@ -12,7 +12,7 @@ from tiny_backbone import sample_rows, tiny_data, tiny_module, tiny_trainer
 from gatera_lightning import BackboneConfig, adapter_parameters
 from gatera_lightning.backbone import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.compare import compare
+from gatera_lightning.commands.compare import compare
 from gatera_lightning.datamodules import DialogueDataModule, MathDataModule
 from gatera_lightning.evaluation.results import EvaluationResult
 from gatera_lightning.evaluation.results_report import print_table

@@ -16,10 +16,10 @@ from tiny_backbone import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatera_lightning import AdapterConfig, inject_adapters, load_adapter, save_adapter
-from gatera_lightning import speaker as speaking
 from gatera_lightning.__main__ import main
 from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
 from gatera_lightning.backbone import BackboneConfig, load_backbone
+from gatera_lightning.commands import speaker as speaking
 from gatera_lightning.inspection.capture import GateCall, GateCapture
 from gatera_lightning.streaming import TextStream
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 from tiny_backbone import tiny_args, tiny_data
 
+import gatera_lightning.commands.plan
 import gatera_lightning.module
-import gatera_lightning.plan
 from gatera_lightning import ConfigError
 from gatera_lightning.__main__ import main
+from gatera_lightning.commands.plan import Layout, Memory, communication, layout_of, predict_memory, verdict
 from gatera_lightning.costs import ModelSizes, StepCosts
 from gatera_lightning.losses import IGNORE
-from gatera_lightning.plan import Layout, Memory, communication, layout_of, predict_memory, verdict
 
 FSDP = ["--config", "overlays/fsdp.yaml"]
 # The tiny Llama: hidden 32, k and v 16 wide, feed-forward 48, 400 entries; q, o; k, v; gate, up, down; two norms.
@@ -33,7 +33,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own, loading weights is an error, and a GiB is a byte: the model is tiny."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gatera_lightning.module, "load_backbone", lambda _: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(gatera_lightning.plan, "_GIB", 1)
+    monkeypatch.setattr(gatera_lightning.commands.plan, "_GIB", 1)
     return tmp_path
 
 
@@ -109,7 +109,7 @@ def test_trainable_parameters_in_double_precision_are_as_many(show):
 
 def test_operations_of_a_step_are_those_of_all_its_micro_batches(show, monkeypatch):
     costs = StepCosts(activations=1, logits=1, peak=2, forward_flops=2 * 10**12, backward_flops=4 * 10**12)
-    monkeypatch.setattr(gatera_lightning.plan, "step_costs", lambda *_, **__: costs)
+    monkeypatch.setattr(gatera_lightning.commands.plan, "step_costs", lambda *_, **__: costs)
     printed = show("--trainer.accumulate_grad_batches", "2")
     rows, tokens = map(int, re.match(r"(\d+) rows of (\d+) tokens", figure(printed, "micro-batch")).groups())
     assert figure(printed, "compute") == (
@@ -119,7 +119,7 @@ def test_operations_of_a_step_are_those_of_all_its_micro_batches(show, monkeypat
 
 def test_recomputed_layers_are_computed_again(show, monkeypatch):
     seen = []
-    monkeypatch.setattr(gatera_lightning.plan, "step_costs", lambda *_, recomputed: seen.append(recomputed) or COSTS)
+    monkeypatch.setattr(gatera_lightning.commands.plan, "step_costs", lambda *_, recomputed: seen.append(recomputed) or COSTS)
     show()
     show("--model.backbone.gradient_checkpointing", "true")
     assert seen == [False, True]

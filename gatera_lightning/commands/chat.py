@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from gatera_lightning.cli import PROG
+from gatera_lightning.commands.speaker import Speaker, add_arguments, unusable
 from gatera_lightning.datamodules.conversations import Chat, Instruction
 from gatera_lightning.datamodules.prompts import Message
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.speaker import Speaker, add_arguments, unusable
 
 _HELP = "/reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 

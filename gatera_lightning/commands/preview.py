@@ -10,6 +10,7 @@ from rich.text import Text
 
 from gatera_lightning.backbone import load_tokenizer
 from gatera_lightning.cli import PROG, RecipeCLI, with_found_configs
+from gatera_lightning.commands.planned_processes import PlannedTrainer, processes_of
 from gatera_lightning.datamodules.batches import PromptBatches, TokenTable
 from gatera_lightning.datamodules.plan import plan_steps
 from gatera_lightning.datamodules.statistics import SplitStatistics, evaluation_lengths, padding_share, planned_lengths
@@ -17,7 +18,6 @@ from gatera_lightning.datamodules.tokens import TrainOn
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.losses import IGNORE
 from gatera_lightning.masked_text import marked_text, masked_text
-from gatera_lightning.planned_processes import PlannedTrainer, processes_of
 
 _SPLITS = ("train", "validation", "test")
 

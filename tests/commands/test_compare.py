@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from gatera_lightning.compare import compare
+from gatera_lightning.commands.compare import compare
 from gatera_lightning.errors import ConfigError
 
 

@@ -1,6 +1,7 @@
 """``submit``: the script it renders, what it hands to SLURM's commands (stand-ins here), and what it refuses.
 
-``GATERA_RENEW_GOLDEN=1 python -m pytest tests/test_submit.py -k golden`` writes ``golden/submit/*.sbatch`` anew; read the diff.
+``GATERA_RENEW_GOLDEN=1 python -m pytest tests/commands/test_submit.py -k golden`` writes ``golden/submit/*.sbatch`` anew; read
+the diff.
 """
 
 import os

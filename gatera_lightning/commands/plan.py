@@ -10,11 +10,11 @@ import torch
 
 from gatera_lightning.backbone import load_config, load_tokenizer, native_dtype
 from gatera_lightning.cli import PROG, RecipeCLI, raise_problems, with_found_configs
+from gatera_lightning.commands.planned_processes import PlannedTrainer, processes_of
 from gatera_lightning.costs import MicroBatch, ModelSizes, StepCosts, build_on_meta, model_sizes, step_costs
 from gatera_lightning.datamodules.statistics import planned_lengths, right_lengths, target_counts
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.parallel import AdapterShardingStrategy
-from gatera_lightning.planned_processes import PlannedTrainer, processes_of
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read
 from gatera_lightning.adapters.inject import adapted_linears, replace_module
 from gatera_lightning.backbone import BackboneConfig, Dtype, load_backbone, load_tokenizer
 from gatera_lightning.cli import PROG, with_found_configs
+from gatera_lightning.commands.preview import PreviewedSplit
 from gatera_lightning.datamodules.tokens import PromptBatch
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation import DecodingConfig, generate
@@ -24,7 +25,6 @@ from gatera_lightning.inspection.heatmap import draw_heatmap
 from gatera_lightning.inspection.reading import EXAMPLE_TEXTS, ProbeText, read_gates
 from gatera_lightning.inspection.report import ReadAdapter, page, report
 from gatera_lightning.inspection.token_text import token_texts
-from gatera_lightning.preview import PreviewedSplit
 
 FORMATS = ("html", "png", "json")
 
