@@ -49,7 +49,8 @@ PICTURES := build/pictures
 pictures: $(INSTALLED)  ## every picture of README and docs, from one real run; needs Debian's chromium and chromium-driver
 	rm -rf $(PICTURES) && mkdir -p $(PICTURES)
 	FORCE_COLOR=1 $(BIN)/python -m gatera_lightning demo --trainer.enable_progress_bar false \
-		--trainer.logger.init_args.save_dir $(PICTURES) 2>/dev/null | $(BIN)/python docs/picture.py
+		--trainer.logger.init_args.save_dir $(PICTURES) > $(PICTURES)/demo.txt
+	$(BIN)/python docs/picture.py < $(PICTURES)/demo.txt
 	$(BIN)/python -m gatera_lightning gates --adapter $(PICTURES)/quickstart/version_0/checkpoints/last \
 		--config quickstart.yaml --rows 3 --out $(PICTURES)/gates.html
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1250,1500 \

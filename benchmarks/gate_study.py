@@ -10,8 +10,8 @@ learning rate 1e-2, linear decay after 10 warm-up steps, clipping at 1, loss on 
 arc        ARC-Easy, ARC-Challenge and the first 2,000 rows of OpenBookQA; 80 steps of 8 rows; 200 rows held out
 dialogue   ConvAI2 (valid_self_original.shared.txt), two turns of history; 40 steps of 6 rows; 120 rows or more held out
 
-Measured on the held-out rows: nats per target token, and every gate of every real token. Runs already in ``--out`` are not
-made again.
+Measured on the held-out rows: nats per target token, and every gate of every real token. A seed draws the held-out rows too:
+compare runs of one seed. Runs already in ``--out`` are not made again.
 """
 
 import argparse
@@ -40,7 +40,7 @@ STEPS = {"arc": 80, "dialogue": 40}
 
 
 def rows(task: str, seed: int) -> SupervisedDataModule:
-    """The data of one task; the same rows are held out whatever the seed."""
+    """The data of one task; a seed also draws which rows are held out, so compare runs of one seed."""
     if task == "arc":
         return CommonsenseDataModule(
             template="plain",

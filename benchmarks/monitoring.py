@@ -69,6 +69,9 @@ def default_interval(callback: type) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="smollm2_commonsense.yaml")
+    parser.add_argument(
+        "--validate-every", metavar="N", type=int, default=40, help="steps; the default is the default config's"
+    )
     own, others = parser.parse_known_args()
     intervals = {callback.__name__: default_interval(callback) for callback in CALLBACKS.values()}
     due = [f"--{section}.{SETTING}={INTERVAL}" for section, kind in CALLBACKS.items() if intervals[kind.__name__]]
@@ -89,9 +92,11 @@ def main() -> None:
         whole += added
         print(f"{name:<22}{1000 * quiet:>10.1f}{1000 * loud:>10.1f}{interval or '':>19}{added / bare:>17.3%}")
     print(f"all of them: {whole / bare:.2%} of a step")
-    for name, by_step in sorted(run.hooks.items()):
-        if by_step[-1] > 0.01 * bare:
-            print(f"with a validation, {name}: {by_step[-1]:.2f} CPU s")
+    samples = run.hooks["GeneratedSamples"][-1]
+    share = samples / (own.validate_every * bare)
+    print(
+        f"samples after a validation: {samples:.2f} CPU s, {share:.2%} of {own.validate_every} steps between two; with them {whole / bare + share:.2%}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 def needs_programs(*programs: str, packages: tuple[str, ...], options: tuple[str, ...] = ()) -> None:
     """Skip with the reason where a program is missing; GATERA_TEST_INSTALL=1 installs ``packages`` instead, as root."""
-    with open(Path(tempfile.gettempdir()) / "gatera_test_install.lock", "w") as lock:
+    with open(Path(tempfile.gettempdir()) / f"gatera_test_install_{os.getuid()}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # apt gives up where another test's apt is at work
         if missing := [program for program in programs if shutil.which(program) is None]:
             if os.environ.get("GATERA_TEST_INSTALL") != "1":

@@ -47,12 +47,13 @@ def logged(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tensorboard(logged):
+def tensorboard(logged, tmp_path_factory):
     """The address of a TensorBoard that has read the run."""
+    said = tmp_path_factory.mktemp("tensorboard") / "stderr"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logged), "--host", "127.0.0.1", "--port", "0"]
-    with subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.PIPE, text=True) as server:
+    with said.open("w") as log, subprocess.Popen([*command, "--load_fast=false"], stderr=log) as server:
         try:
-            address = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            address = waited_for(lambda: re.search(r"http://127\.0\.0\.1:\d+", said.read_text()))[0]
             waited_for(lambda: any(ask(address, "histograms/tags").values()))
             yield address
         finally:
