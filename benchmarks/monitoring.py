@@ -69,9 +69,7 @@ def default_interval(callback: type) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="smollm2_commonsense.yaml")
-    parser.add_argument(
-        "--validate-every", metavar="N", type=int, default=40, help="steps; the default is the default config's"
-    )
+    parser.add_argument("--validate-every", metavar="N", type=int, default=40, help="steps, for samples; 40 as in the config")
     own, others = parser.parse_known_args()
     intervals = {callback.__name__: default_interval(callback) for callback in CALLBACKS.values()}
     due = [f"--{section}.{SETTING}={INTERVAL}" for section, kind in CALLBACKS.items() if intervals[kind.__name__]]
@@ -94,9 +92,8 @@ def main() -> None:
     print(f"all of them: {whole / bare:.2%} of a step")
     samples = run.hooks["GeneratedSamples"][-1]
     share = samples / (own.validate_every * bare)
-    print(
-        f"samples after a validation: {samples:.2f} CPU s, {share:.2%} of {own.validate_every} steps between two; with them {whole / bare + share:.2%}"
-    )
+    print(f"samples after a validation: {samples:.2f} CPU s, {share:.2%} of the {own.validate_every} steps between two")
+    print(f"all and samples: {whole / bare + share:.2%}")
 
 
 if __name__ == "__main__":
