@@ -5,7 +5,8 @@ back, every product by its operations. Attention is taken to be a fused kernel, 
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,8 @@ class StepCosts:
 
 
 def build_on_meta(config: AutoConfig, backbone: BackboneConfig, adapter: AdapterConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The adapted model without memory. Raises ConfigError as injecting does."""
-    with torch.device("meta"):
+    """The adapted model without memory. Raises ConfigError as injecting does, and for a model whose code needs real numbers."""
+    with _said_of(type(config).__name__.removesuffix("Config")), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=_FUSED, trust_remote_code=backbone.trust_remote_code
         )
@@ -100,19 +101,13 @@ def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = 
         marks["head"] = live.now
         live.recent = live.now
 
-    try:
-        with live:
-            loss = _loss(model, batch, at_head)
-            marks["loss"] = live.recent
-            loss.backward()
-        # Again for the operations: the counter's own hooks would keep tensors alive that are otherwise given back.
-        forward, backward = step_flops(model, batch)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"plan: {type(model).__name__} cannot be carried out without its numbers ({' '.join(str(error).split())[:120]})"
-        ) from error
-    finally:
-        model.zero_grad(set_to_none=True)
+    with _said_of(type(model).__name__), live:
+        loss = _loss(model, batch, at_head)
+        marks["loss"] = live.recent
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    # Again for the operations: the counter's own hooks would keep tensors alive that are otherwise given back.
+    forward, backward = step_flops(model, batch)
     attention = _attention_flops(model, batch)
     return StepCosts(
         activations=marks["head"],
@@ -125,15 +120,31 @@ def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = 
 
 
 def step_flops(model: PreTrainedModel, batch: MicroBatch) -> tuple[int, int]:
-    """Operations of one micro-batch's forward and backward, on the meta device, scores of attention not computed anew."""
-    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with forward:
-        loss = _loss(model, batch, lambda: None)
-    with backward:
-        loss.backward()
+    """Operations of one micro-batch's forward and backward, on the meta device, scores of attention not computed anew.
+
+    Raises ConfigError for a model whose code needs real numbers.
+    """
+    forward, backward = (FlopCounterMode(display=False, custom_mapping=_GROUPED) for _ in range(2))
+    with _said_of(type(model).__name__):
+        with forward:
+            loss = _loss(model, batch, lambda: None)
+        with backward:
+            loss.backward()
+        attention = _attention_flops(model, batch)
     model.zero_grad(set_to_none=True)
-    attention = _attention_flops(model, batch)
     return forward.get_total_flops() + attention, backward.get_total_flops() + 2 * attention
+
+
+@contextmanager
+def _said_of(model: str) -> Iterator[None]:
+    """Whatever a model's own code raises where tensors have no numbers, and it may be anything, as a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ConfigError(f"backbone.id: {model} cannot be carried out without its numbers ({reason})") from error
 
 
 def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None]) -> Tensor:
@@ -206,6 +217,14 @@ def _fused(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
 
 _FUSED = "gatera_fused_shapes"
 AttentionInterface.register(_FUSED, _fused)
+
+
+def _grouped_flops(a: torch.Size, b: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Of rows (n, in) through an expert each, (experts, in, out), or of the gradient of those experts: ``2 · n · in · out``."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+_GROUPED = {torch.ops.aten._grouped_mm: _grouped_flops}  # a mixture's experts, which PyTorch's counter does not know
 
 
 def _attention_flops(model: PreTrainedModel, batch: MicroBatch) -> int:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MixtralConfig, Qwen3Config
 
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, inject_adapters, record_gates
 from gatera_lightning.adapters.inject import adapter_parameters
 from gatera_lightning.backbone import ready_for_training
 from gatera_lightning.commands.plan import Layout, predict_memory
-from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs
+from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs, step_flops
 from gatera_lightning.losses import summed_cross_entropy, summed_gate_entropy, target_positions_only
 
 SIZES = {
@@ -106,8 +106,26 @@ def test_operations_by_hand():
 def test_a_model_whose_code_needs_numbers_is_said():
     model = build_on_meta(LLAMA, BackboneConfig(id="here"), AdapterConfig(rank=4), torch.float32)
     model.model.layers[1].register_forward_pre_hook(lambda _, args: args[0].sum().item())
-    with pytest.raises(ConfigError, match=r"^plan: LlamaForCausalLM cannot be carried out without its numbers \(.*item"):
+    with pytest.raises(ConfigError, match=r"^backbone.id: LlamaForCausalLM cannot be carried out without its numbers \(.*item"):
         step_costs(model, BATCH)
+
+
+def test_a_model_that_cannot_even_be_built_is_said():
+    """Falcon keeps a table of attentions of its own."""
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ConfigError, match=r"^backbone.id: Falcon cannot be carried out without its numbers \(KeyError: "):
+        build_on_meta(config, BackboneConfig(id="here"), AdapterConfig(rank=4), torch.bfloat16)
+
+
+def test_operations_of_a_mixture_are_those_of_the_experts_that_a_token_meets():
+    """By the difference of two widths: three matrices in each of two experts, twice again for the gradient of their input."""
+    adapter, flops = AdapterConfig(rank=8, gate="none", target_modules=["q_proj"], layers=[0]), []
+    for width in (64, 4096):
+        sizes = SIZES | {"intermediate_size": width, "num_local_experts": 4, "num_experts_per_tok": 2}
+        model = build_on_meta(MixtralConfig(vocab_size=512, **sizes), BackboneConfig(id="here"), adapter, torch.bfloat16)
+        flops.append(step_flops(model, BATCH))
+    expected = 4 * 2 * (8 * 64) * 2 * 3 * 96 * (4096 - 64)
+    assert [wide - narrow for narrow, wide in zip(*flops, strict=True)] == [expected, expected]
 
 
 @pytest.mark.slow

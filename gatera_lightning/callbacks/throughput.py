@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from typing_extensions import override
 
 from gatera_lightning.costs import MicroBatch, build_on_meta, step_flops
@@ -19,6 +18,31 @@ from gatera_lightning.datamodules.statistics import right_lengths
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+PEAK_TFLOPS = {
+    "NVIDIA A10": 125,
+    "NVIDIA A30": 165,
+    "NVIDIA A40": 149.7,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA L4": 121,
+    "NVIDIA L40": 181,
+    "NVIDIA L40S": 362,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H200": 989,
+    "NVIDIA H200 NVL": 835,
+    "NVIDIA GH200 120GB": 989,
+    "NVIDIA GH200 480GB": 989,
+}
+"""10¹² operations a second in bf16 or fp16, without sparsity, by NVIDIA's data sheets and the name that the driver gives.
+
+Names are matched whole: a slice of a GPU (MIG) has a longer one. Lightning's table takes an L40S for an L4.
+"""
 
 
 class Throughput(L.Callback):
@@ -32,7 +56,7 @@ class Throughput(L.Callback):
       no gradients of frozen weights, the head at target tokens only, nothing that is recomputed. Counted by ``costs.py``, as
       ``plan`` does, once, for the mean micro-batch.
     - ``model_flops_utilization``: that, of what the devices could do at the backbone's dtype; left out where neither
-      ``peak_tflops`` nor Lightning's table of GPUs says it, as on a CPU.
+      ``peak_tflops`` nor the table of GPUs above says it, as on a CPU or in float32.
     - ``memory_gib``: of the first process. On CUDA the most that tensors took since the last reading; elsewhere the memory that
       the process holds at that moment (VmRSS), left out where there is no /proc.
 
@@ -45,7 +69,7 @@ class Throughput(L.Callback):
         Args:
             every_n_steps: Optimizer steps between two readings; 0 switches them off.
             peak_tflops: What one device can do at the backbone's dtype, in 10¹² dense operations a second; null takes it from
-                Lightning's table, which lacks some GPUs and has some with sparsity (H100 NVL).
+                the table of GPUs, which knows bfloat16 and float16.
         """
         if every_n_steps < 0:
             raise ValueError(f"throughput.every_n_steps: {every_n_steps}; accepted: at least 1, or 0 for never")
@@ -76,9 +100,8 @@ class Throughput(L.Callback):
         if self.every_n_steps and trainer.loggers and trainer.is_global_zero:
             module: Any = pl_module
             self._flops_per_token = _flops_per_token(module, trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-            self._peak_flops = 1e12 * self.peak_tflops if self.peak_tflops else None
-            if self._peak_flops is None:
-                self._peak_flops = get_available_flops(module.device, module.model.get_input_embeddings().weight.dtype)
+            peak = self.peak_tflops or _peak_tflops(module.device, module.model.get_input_embeddings().weight.dtype)
+            self._peak_flops = 1e12 * peak if peak else None
         self._reset_peak_memory(pl_module.device)
         self._since, self._step = time.perf_counter(), trainer.global_step
 
@@ -132,7 +155,7 @@ class Throughput(L.Callback):
         return {f"throughput/{name}": value for name, value in found.items()}
 
     def _reset_peak_memory(self, device: torch.device) -> None:
-        if device.type == "cuda":
+        if self.every_n_steps and device.type == "cuda":  # switched off, it leaves the counter to others
             torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -144,8 +167,8 @@ def _flops_per_token(module: Any, batches: TrainingBatches) -> float | None:
         with torch.random.fork_rng(devices=[]):  # the copy's initial values must not move the run's random numbers
             model = build_on_meta(deepcopy(module.model.config), backbone, module.adapter, torch.bfloat16)
             flops = sum(step_flops(model, batch))
-    except (ConfigError, RuntimeError, NotImplementedError) as error:
-        log.warning("throughput: no operations a second, for they cannot be counted (%s)", " ".join(str(error).split())[:200])
+    except ConfigError as error:
+        log.warning("throughput: no operations a second, for they cannot be counted (%s)", error)
         return None
     return flops / (batch.rows * batch.tokens)
 
@@ -158,6 +181,13 @@ def mean_micro_batch(batches: TrainingBatches) -> MicroBatch:
     length = round(sum(n * n for n in used) / tokens)  # attention costs Σ n²: the length at which that is tokens · length
     rows = max(1, round(tokens / sum(len(step.micro_batches) for step in batches.steps) / length))
     return MicroBatch(rows, length, max(1, round(rows * length * sum(step.targets for step in batches.steps) / tokens)))
+
+
+def _peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What the table has of a device."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name(device))
 
 
 def _memory(device: torch.device) -> int | None:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 from torch.utils.flop_counter import FlopCounterMode
 
+from gatera_lightning import costs
 from gatera_lightning.callbacks import throughput
 from gatera_lightning.callbacks.throughput import Throughput
 from gatera_lightning.costs import MicroBatch
@@ -125,6 +126,23 @@ def test_devices_share_what_is_used_of_them(monkeypatch):
     assert four["throughput/model_flops_utilization"] == pytest.approx(0.15)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA H200", torch.float16, 989),
+        ("NVIDIA L4", torch.bfloat16, 121),
+        ("NVIDIA L40S", torch.bfloat16, 362),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", torch.bfloat16, None),
+        ("a GPU to come", torch.bfloat16, None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_whole_name(monkeypatch, name, dtype, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert throughput._peak_tflops(torch.device("cuda", 0), dtype) == peak
+
+
 def test_the_mean_micro_batch():
     """Rows of 2 and 6 tokens: attention costs 40, as 8 tokens would in rows of 5."""
     steps = [
@@ -161,15 +179,22 @@ def test_memory_of_a_gpu_is_its_peak_between_two_readings(tiny_backbone, tmp_pat
     assert calls == ["reset", "read", "reset", "read", "reset"]
 
 
-def test_a_model_that_cannot_be_counted_is_trained_all_the_same(tiny_backbone, tmp_path, monkeypatch, caplog):
-    def refuse(*_):
-        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+def test_switched_off_it_leaves_the_peak_to_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: pytest.fail("reset"))
+    Throughput(0).on_train_start(SimpleNamespace(loggers=[], global_step=0), SimpleNamespace(device=torch.device("cuda", 0)))
 
-    monkeypatch.setattr(throughput, "step_flops", refuse)
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AttributeError])
+def test_a_model_that_cannot_be_counted_is_trained_all_the_same(tiny_backbone, tmp_path, monkeypatch, caplog, error):
+    def refuse(*_):
+        raise error("what its code says")
+
+    monkeypatch.setattr(costs, "_loss", refuse)
     logger = CSVLogger(tmp_path)
     tiny_trainer(tmp_path, Throughput(2), logger=logger).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
     assert all("model_tflops" not in reading and "step_seconds" in reading for reading in readings(logger).values())
-    assert caplog.text.count("no operations a second, for they cannot be counted (Tensor.item()") == 1
+    (line,) = [line for line in caplog.messages if "no operations a second, for they cannot be counted" in line]
+    assert re.search(rf"LlamaForCausalLM .*\({error.__name__}: .*what its code says", line)
 
 
 def test_it_changes_nothing(tiny_backbone, tmp_path):
