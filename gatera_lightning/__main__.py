@@ -5,9 +5,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import DistNetworkError
+from typing_extensions import override
 
 from gatera_lightning.adapters.files import AdapterFileError
 from gatera_lightning.callbacks.progress_bar import disable_library_bars
@@ -91,12 +93,24 @@ def _who() -> str:
     return f"{PROG} (process {_rank()})" if _rank() else PROG
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at that moment: a live bar puts itself in its place, and lines above itself."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 def _show_own_log() -> None:
     """Lines such as "continuing from …" on the first process, warnings on all; where logging is set up, as it is set up."""
     own = logging.getLogger("gatera_lightning")
     if not own.hasHandlers():
-        own.addHandler(logging.StreamHandler())
+        own.addHandler(_Stderr())
         own.setLevel(logging.WARNING if _rank() else logging.INFO)
+    for lightning in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
+        if any(type(handler) is logging.StreamHandler for handler in lightning.handlers):  # its own; a plain one
+            lightning.handlers = [_Stderr()]
 
 
 def _rank() -> int:

@@ -223,7 +223,8 @@ class GateRAModule(L.LightningModule):
         sums = self.trainer.strategy.reduce(torch.cat([self._step_sums, squares]), reduce_op="sum")
         (task, entropy, gate_mean), squares = sums[:3].unbind(), sums[3:]
         loss = task + self.gate_entropy_weight * entropy
-        if not torch.isfinite(loss + squares.sum()):  # the squares are finite iff every gradient's norm is
+        # Norms above 1.8e19 count as well: their squares overflow in fp32, and so would AdamW's second moments.
+        if not torch.isfinite(loss + squares.sum()):
             self._skip(optimizer, self._describe_non_finite(float(loss), float(squares.sum().sqrt())))
             return
         self.log_dict({"train/loss": loss, "train/task_loss": task}, prog_bar=True)
@@ -269,6 +270,11 @@ class GateRAModule(L.LightningModule):
         )
 
     # --- evaluation ---
+
+    def on_validation_start(self) -> None:
+        """Make the metrics' sums anew: those of an earlier ``validate`` are inference tensors, which ``fit`` cannot add to."""
+        for metric in (self.val_loss, *self.val_accuracy.values()):
+            cast(MeanMetric, metric).reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect ``Σ CE / target tokens`` of the right answers over the whole split, whatever the batch sizes.

@@ -85,11 +85,14 @@ def squared_gradient_norms(optimizer: Optimizer, processes: int) -> Tensor:
     """This process's part of the squared L2 norm of each parameter group's gradients, (groups,): over processes they add up.
 
     Of a shard that is its own square; what several processes hold alike, as all of them do without sharding, is divided by
-    their number. Needs no communication and no look at a number.
+    their number. Needs no communication and no look at a number. 0 without gradients.
     """
     parts = []
     for group in optimizer.param_groups:
         gradients = [p.grad for p in group["params"] if p.grad is not None]
+        if not gradients:
+            parts.append(torch.zeros((), device=group["params"][0].device))
+            continue
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         norms = torch._foreach_mul(torch._foreach_norm(local), [_copies(g, processes) ** -0.5 for g in gradients])
         parts.append(torch.stack(norms).square().sum())

@@ -27,6 +27,7 @@ from gatera_lightning.losses import IGNORE
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from fit_script import Job, Rows, run
+from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
 
 def build(folder, **settings):
@@ -206,9 +207,12 @@ def test_a_poisoned_loss_stops_before_the_step_and_names_it(tiny_backbone, tmp_p
     assert str(sorted(third_step)) in str(caught.value)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_backbone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", [torch.inf, 1e20])
+def test_a_gradient_whose_square_is_not_finite_stops_before_the_step(tiny_backbone, tmp_path, monkeypatch, value):
+    """AdamW's second moment would be infinite for good."""
+
     def poison(self, *args):
-        next(iter(adapter_parameters(self.model).values())).grad[0, 0] = torch.inf
+        next(iter(adapter_parameters(self.model).values())).grad[0, 0] = value
 
     monkeypatch.setattr(GateRAModule, "on_after_backward", poison)
     with pytest.raises(NonFiniteLossError, match="the norm of its gradients inf"):
@@ -220,6 +224,16 @@ def test_a_validation_with_a_nan_is_never_a_good_one(tiny_backbone):
     module.val_loss.update(torch.tensor(torch.nan), weight=5)
     module.val_loss.update(torch.tensor(2.0), weight=3)
     assert not math.isfinite(float(module.val_loss.compute()))
+
+
+def test_a_module_that_was_validated_can_be_fitted(tiny_backbone, tmp_path):
+    module, data = tiny_module(tiny_backbone), tiny_data(tiny_backbone)
+    tiny_trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    trainer = tiny_trainer(tmp_path, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
+    trainer.fit(module, datamodule=data)
+    fitted = trainer.callback_metrics["val/loss"]
+    (again,) = tiny_trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    assert again["val/loss"] == pytest.approx(float(fitted))
 
 
 def test_random_state_of_another_number_of_processes_is_said_to_be_lost(tiny_backbone, tmp_path, caplog):

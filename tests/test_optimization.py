@@ -143,6 +143,16 @@ def test_all_problems_are_found_at_once():
     assert len(OptimizerConfig(lr=-1, schedule="no", weight_decay=-1, warmup_steps=-1, gate_lr_multiplier=-1).problems()) == 5
 
 
+def test_a_group_without_gradients_has_the_norm_0(tiny_llama):
+    model = adapted(tiny_llama)
+    optimizer, _ = build_optimizer(OptimizerConfig(), model, lambda: 10)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    update, gate = squared_gradient_norms(optimizer, 1).tolist()
+    assert update == pytest.approx(sum(p.numel() for p in optimizer.param_groups[0]["params"]))
+    assert gate == 0
+
+
 @pytest.mark.parametrize("processes", [1, 4])
 def test_gradient_norms_of_updates_and_gates_are_those_of_one_long_vector(tiny_llama, processes):
     """Every process of DDP holds whole gradients, so each adds its part of their square."""

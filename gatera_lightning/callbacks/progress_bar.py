@@ -20,8 +20,8 @@ class StepProgressBar(ProgressBar):
     """``step 40/120  loss 2.310  open 0.52  1,234 tokens/s  ETA 3:20``, over the optimizer steps of the whole run.
 
     ``open`` is the mean gate. On a terminal this is one bar, at the bottom; elsewhere it is lines without control characters.
-    Figures are renewed, and lines written, every ``trainer.log_every_n_steps`` steps and at the last one; an evaluation writes
-    a line for each tenth of it. A validation within training leaves a line with its result in either case.
+    Figures are renewed, and lines written, every ``trainer.log_every_n_steps`` steps (0: never) and at the last one; an
+    evaluation writes a line for each tenth of it. A validation within training leaves a line with its result in either case.
     ``trainer.enable_progress_bar: false`` turns all of it off. Only the first process says anything.
     """
 
@@ -57,7 +57,7 @@ class StepProgressBar(ProgressBar):
             return  # in the middle of an accumulated step
         self._progress.update(task.id, completed=trainer.global_step)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0 or task.finished:
+        if task.finished or (every and trainer.global_step % every == 0):
             self._show(task, *_figures(trainer))
 
     @override
@@ -99,7 +99,8 @@ class StepProgressBar(ProgressBar):
         if self._progress is not None:
             scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             found = [f"{name} {value:.3f}" for name, value in scores.items()]
-            self._print("  ".join([_position(self._progress.tasks[0]), *found]))
+            # A line that stays: where a bar is, it has taken the place of stdout. At once, for a file may be watched.
+            print("  ".join([_position(self._progress.tasks[0]), *found]), flush=True)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -133,7 +134,7 @@ class StepProgressBar(ProgressBar):
                 console=console,
                 expand=True,
                 refresh_per_second=4,
-                speed_estimate_period=600,  # seconds; a step may take minutes
+                speed_estimate_period=math.inf,  # a step may take an hour; rich looks at the last 1,000 of them
                 redirect_stderr=sys.stderr.isatty(),
                 disable=not self._live,
             )
@@ -147,11 +148,7 @@ class StepProgressBar(ProgressBar):
             figures = (*figures, f"ETA {_clock(int(task.time_remaining))}")
         self._progress.update(task.id, figures="  ".join(figures))
         if not self._live:
-            self._print("  ".join([_position(task), *figures]))
-
-    def _print(self, line: str) -> None:
-        """A line that stays, above the bar if there is one; at once, for a file may be watched."""
-        print(line, flush=True)  # where a bar is, it has taken the place of stdout
+            print("  ".join([_position(task), *figures]), flush=True)
 
     def _end(self) -> None:
         if self._progress is not None and len(self._progress.tasks) > 1:

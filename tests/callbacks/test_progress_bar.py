@@ -1,6 +1,7 @@
 """What a run says of itself: lines in a file, a bar on a terminal, nothing where it was told to be quiet."""
 
 import io
+import logging
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from rich.text import Text
 from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.__main__ import main
+from gatera_lightning.__main__ import _show_own_log, main
 from gatera_lightning.callbacks.progress_bar import StepProgressBar
 from gatera_lightning.callbacks.throughput import Throughput
 from gatera_lightning.cli import GateRACLI, with_found_configs
@@ -32,14 +33,14 @@ class Terminal(io.StringIO):
 
 
 class Watch(L.Callback):
-    """What a step's line should say, and a clock on which a step takes 100 seconds."""
+    """What a step's line should say, and a clock on which a step takes 100 seconds, or as many as it is told."""
 
-    def __init__(self, monkeypatch, stop_at=None):
-        self.seconds, self.stop_at, self.expected = 0.0, stop_at, {}
+    def __init__(self, monkeypatch, stop_at=None, pace=100.0):
+        self.seconds, self.stop_at, self.pace, self.expected = 0.0, stop_at, pace, {}
         monkeypatch.setattr(rich.console, "monotonic", lambda: self.seconds)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.seconds += 100.0 / trainer.accumulate_grad_batches
+        self.seconds += self.pace / trainer.accumulate_grad_batches
         if trainer.global_step == self.stop_at:
             raise KeyError("stopped")
 
@@ -72,6 +73,16 @@ def test_lines_of_a_run(tiny_backbone, tmp_path, monkeypatch, capsys):
     assert len(validations) == 2
     assert validations[0].startswith("step 3/7  val/loss ")
     assert validations[1] == f"step 6/7  val/loss {float(trainer.callback_metrics['val/loss']):.3f}"
+
+
+def test_the_time_left_of_steps_that_take_an_hour(tiny_backbone, tmp_path, monkeypatch, capsys):
+    fit(tiny_backbone, tmp_path, Watch(monkeypatch, pace=3600.0))
+    assert re.findall("step ([1-4]).*  ETA (.*)", capsys.readouterr().out) == [("2", "2:00:00"), ("3", "1:00:00")]
+
+
+def test_no_interval_is_only_the_last_step(tiny_backbone, tmp_path, capsys):
+    fit(tiny_backbone, tmp_path, log_every_n_steps=0)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 4/4"]
 
 
 def test_without_gates_or_a_measurement_nothing_is_said_of_them(tiny_backbone, tmp_path, capsys):
@@ -113,6 +124,32 @@ def test_a_bar_on_a_terminal(tiny_backbone, tmp_path, monkeypatch):
     assert re.search(rf"^validate {BAR} \d/1 ", seen, re.MULTILINE)
     assert len(re.findall(r"^step \d/4  val/loss [\d.]+$", seen, re.MULTILINE)) == 2
     assert not re.search(r"^step \d/4  loss", seen, re.MULTILINE)
+
+
+class Warns(L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            logging.getLogger("gatera_lightning.adapters").warning("a warning of ours")
+            logging.getLogger("lightning.pytorch.utilities.rank_zero").warning("a warning of Lightning's")
+
+
+def test_what_is_logged_stands_above_the_bar(tiny_backbone, tmp_path, monkeypatch):
+    """It goes through the bar, which begins after logging was set up, not past it."""
+    terminal, past = Terminal(), Terminal()
+    for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", past)
+    for name in ("gatera_lightning", "lightning.pytorch"):  # as where nobody has set logging up
+        monkeypatch.setattr(logging.getLogger(name), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("gatera_lightning"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [logging.StreamHandler()])
+    _show_own_log()
+    fit(tiny_backbone, tmp_path, Warns())
+    seen = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", terminal.getvalue()).replace("\r", "\n")).plain
+    for warning in ("a warning of ours", "a warning of Lightning's"):
+        assert warning in [line.strip() for line in seen.splitlines()]
+        assert warning not in past.getvalue()
 
 
 def test_an_error_leaves_the_terminal_as_it_was(tiny_backbone, tmp_path, monkeypatch):
