@@ -96,7 +96,7 @@ def tokenise(
     EOS: chat templates write both. When the longest candidate does not fit into ``max_length``, the prompt loses tokens
     after its BOS, the same for every candidate. Raises ValueError when an answer leaves no room for any prompt token.
     """
-    prompt_ids = _prompt_ids(tokenizer, prompt, special_tokens)
+    prompt_ids = tokenise_prompt(tokenizer, prompt, special_tokens=special_tokens)
     candidates = []
     for answer in answers:
         joint = list(tokenizer(prompt + answer + turn_end, add_special_tokens=special_tokens).input_ids)
@@ -117,10 +117,11 @@ def tokenise(
     return bos + prompt_ids[len(prompt_ids) - room + len(bos) :], candidates, True
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, special_tokens: bool) -> list[int]:
+def tokenise_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool = True) -> list[int]:
+    """The tokens of a text that goes on: without the EOS that some tokenizers put behind every text."""
     ids = list(tokenizer(prompt, add_special_tokens=special_tokens).input_ids)
     if special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()  # some tokenizers close every text; this one goes on
+        ids.pop()
     return ids
 
 
@@ -140,7 +141,7 @@ def token_ranges(
     if not tokenizer.is_fast:
         raise ValueError("train_on every_response needs a fast tokenizer, which knows the characters of each token")
     offsets = tokenizer(prompt, add_special_tokens=special_tokens, return_offsets_mapping=True).offset_mapping
-    cut = len(_prompt_ids(tokenizer, prompt, special_tokens)) - len(prompt_ids)
+    cut = len(tokenise_prompt(tokenizer, prompt, special_tokens=special_tokens)) - len(prompt_ids)
     kept = 1 if cut and prompt_ids[0] == tokenizer.bos_token_id else 0  # BOS, before what is left
     found = []
     for start, end in ranges:

@@ -145,6 +145,11 @@ def load_config(config: BackboneConfig) -> Any:
     return _from_pretrained(AutoConfig, config)
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a model with this configuration can read at most; None where it names no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a backbone, with a pad token.
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_backbone import tiny_backbone_folder, tiny_data, tiny_module, tiny_trainer
 from torch import nn
+from transformers import Gemma3Config, LlamaConfig, MambaConfig
 
 from gatera_lightning import BackboneConfig, ConfigError
-from gatera_lightning.backbone import load_backbone, load_tokenizer, native_dtype
+from gatera_lightning.backbone import context_length, load_backbone, load_tokenizer, native_dtype
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 
 
@@ -260,6 +261,12 @@ def test_a_folder_without_weights_is_named(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="cannot load the folder"):
         load_backbone(BackboneConfig(id=str(folder)))
+
+
+def test_the_context_is_the_language_models_and_some_name_none():
+    assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
+    assert context_length(Gemma3Config(text_config={"max_position_embeddings": 88})) == 88
+    assert context_length(MambaConfig()) is None
 
 
 @pytest.mark.slow

@@ -37,6 +37,11 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
+def has_token_gates(model: nn.Module) -> bool:
+    """Whether any adapted layer has a gate of its own for every token."""
+    return any(layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(model).values())
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by full name. Freezing, optimizer, checkpoints, counts and export all ask this."""
     return {

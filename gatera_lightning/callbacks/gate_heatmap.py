@@ -4,10 +4,12 @@ import logging
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.adapters.inject import has_token_gates
+from gatera_lightning.backbone import context_length
+from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
+from gatera_lightning.datamodules.tokens import tokenise_prompt
 from gatera_lightning.inspection.heatmap import draw_heatmap, pixels
 from gatera_lightning.inspection.reading import EXAMPLE_TEXTS, ProbeText, read_gates
 from gatera_lightning.inspection.token_text import token_texts
@@ -19,7 +21,8 @@ class GateHeatmap(L.Callback):
     """TensorBoard images ``gate_heatmap/<number>``, layer × token, of probe texts: at the first step and every so many.
 
     One forward a text, without dropout, so nothing in training changes by it. A sharded model takes part on every process.
-    With a logger other than TensorBoard the pictures are skipped, with one line; without token gates there is nothing to do.
+    With a logger other than TensorBoard the pictures are skipped, with one line, and so is a text longer than the model's
+    context; without token gates there is nothing to do.
     """
 
     def __init__(self, every_n_steps: int = 100, texts: list[str] = list(EXAMPLE_TEXTS)) -> None:  # noqa: B006  # never changed
@@ -37,23 +40,26 @@ class GateHeatmap(L.Callback):
         self.texts = texts
         self._probes: list[ProbeText] = []
         self._labels: list[list[str]] = []
-        self._drawn: int | None = None
+        self._drawn = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module: Any = pl_module
         data: Any = getattr(trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
-        self._probes, self._drawn = [], None
-        gated = any(layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(module.model).values())
-        if not gated or not self.every_n_steps or tokenizer is None:
+        self._probes, self._labels = [], []
+        self._drawn = trainer.global_step  # where a run goes on, the run before has drawn this step
+        if not self.every_n_steps or tokenizer is None or not has_token_gates(module.model):
             return
-        if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            if trainer.loggers and trainer.is_global_zero:
-                log.warning("gate heatmaps need the TensorBoard logger: skipping the pictures")
+        if not tensorboard_loggers(trainer, missing="gate heatmaps need the TensorBoard logger: skipping the pictures"):
             return
+        limit = context_length(module.model.config)
         for text in self.texts:
-            ids = tokenizer(text).input_ids
+            ids = tokenise_prompt(tokenizer, text)
+            if limit is not None and len(ids) > limit:
+                if trainer.is_global_zero:
+                    log.warning("gate heatmaps: left out %.40r…, %d tokens of at most %d", text, len(ids), limit)
+                continue
             self._probes.append(ProbeText(text, ids, len(ids)))
             self._labels.append(token_texts(tokenizer, ids))
 
@@ -72,6 +78,5 @@ class GateHeatmap(L.Callback):
             return
         for number, (probe, gates, labels) in enumerate(zip(self._probes, reading.gates, self._labels, strict=True), 1):
             picture = pixels(draw_heatmap(reading.modules, gates, labels, probe.prompt, f"step {step}"))
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(f"gate_heatmap/{number}", picture, step, dataformats="HWC")
+            for logger in tensorboard_loggers(trainer):
+                logger.experiment.add_image(f"gate_heatmap/{number}", picture, step, dataformats="HWC")

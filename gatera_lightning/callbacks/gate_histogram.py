@@ -1,6 +1,5 @@
 """Gates over time: histograms of all, of each family, layer and module, prompt and response tokens apart."""
 
-import logging
 import math
 from typing import Any
 
@@ -12,13 +11,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
 from gatera_lightning.datamodules.tokens import Batch
 from gatera_lightning.inspection.capture import GatedModule
 from gatera_lightning.inspection.gate_shares import ShareHistory, draw_shares
 from gatera_lightning.inspection.heatmap import pixels
 from gatera_lightning.inspection.statistics import BINS, PHASES, STATISTICS, GateStatistics, statistics_of_counts
-
-log = logging.getLogger(__name__)
 
 _LIMITS = [(i + 1) / BINS for i in range(BINS)]
 
@@ -69,6 +67,7 @@ class GateHistogram(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._logged_step = self._restored.get("logged_step", trainer.global_step)
         self.history = ShareHistory(**self._restored["history"]) if "history" in self._restored else None
+        self.counts, self.names = None, []  # those of another fit
         if "bins" in self._restored:
             bins, sums = self._restored["bins"].to(pl_module.device), self._restored["sums"].to(pl_module.device)
             self.names, self.counts = self._restored["names"], GateStatistics(bins.shape[1]).to(pl_module.device)
@@ -77,10 +76,9 @@ class GateHistogram(L.Callback):
                 self.counts.sums += sums
         self._restored = {}
         module: Any = pl_module
-        gated = any(layer.gate is not None for layer in adapted_linears(module.model).values())
-        tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-        if gated and self.every_n_steps and trainer.loggers and not tensorboard and trainer.is_global_zero:
-            log.warning("gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures")
+        if self.every_n_steps and any(layer.gate is not None for layer in adapted_linears(module.model).values()):
+            missing = "gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures"
+            tensorboard_loggers(trainer, missing=missing)
 
     @override
     def on_train_batch_end(
@@ -117,7 +115,7 @@ class GateHistogram(L.Callback):
             for name, value in zip(STATISTICS, values, strict=True)
             if not (math.isnan(value) or tag.startswith("gate_modules/"))  # no tokens; a thousand lines that nobody reads
         }
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        writers = [logger.experiment for logger in tensorboard_loggers(trainer)]
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
                 logger.log_metrics(scalars, step=trainer.global_step)

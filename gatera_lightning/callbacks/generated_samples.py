@@ -2,19 +2,20 @@
 
 import html
 import logging
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from gatera_lightning.adapters.inject import adapted_linears
-from gatera_lightning.datamodules.tokens import PromptBatch, collate_prompts
+from gatera_lightning.adapters.inject import has_token_gates
+from gatera_lightning.backbone import context_length
+from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
+from gatera_lightning.datamodules.tokens import PromptBatch, collate_prompts, tokenise_prompt
 from gatera_lightning.generation import DecodingConfig, end_tokens, generate
 from gatera_lightning.inspection.capture import capture_gates
 from gatera_lightning.inspection.coloured_text import draw_text
@@ -41,7 +42,8 @@ class GeneratedSamples(L.Callback):
     Texts ``samples/<number>``, in which tokens of the response with a mean gate of at least 0.5 are bold, and pictures
     ``samples/<number>`` with every token on the colour of its gate, where gates depend on tokens. The most likely tokens are
     taken, so nothing is drawn at random, and nothing in training changes by it. All prompts are one batch; every process takes
-    part, as a sharded model needs. With a logger other than TensorBoard samples are skipped, with one line.
+    part, as a sharded model needs. With a logger other than TensorBoard samples are skipped, with one line; a model that cannot
+    write ends the samples, with another, and not the run.
     """
 
     def __init__(self, prompts: int | list[str] = 3, max_new_tokens: int = 16) -> None:
@@ -52,7 +54,8 @@ class GeneratedSamples(L.Callback):
             max_new_tokens: Tokens after which a response is cut. Each costs a forward: a validation takes longer by as much as
                 a step or two.
         """
-        if prompts < 0 if isinstance(prompts, int) else not all(text.strip() for text in prompts):
+        usable = prompts >= 0 if isinstance(prompts, int) else all(text.strip() for text in prompts)
+        if not usable or isinstance(prompts, bool):
             raise ValueError(
                 f"generated_samples.prompts: {prompts}; accepted: 0, a number of rows, or texts, none of them empty"
             )
@@ -70,17 +73,15 @@ class GeneratedSamples(L.Callback):
         self._prompts = []
         if not self.prompts or tokenizer is None:
             return
-        if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            if trainer.loggers and trainer.is_global_zero:
-                log.warning("generated samples need the TensorBoard logger: skipping them")
+        if not tensorboard_loggers(trainer, missing="generated samples need the TensorBoard logger: skipping them"):
             return
         if isinstance(self.prompts, int):
             found = list(data.tables["validation"][: self.prompts]["prompt"]) if "validation" in data.tables else []
         else:
-            found = [list(tokenizer(text).input_ids) for text in self.prompts]
-        limit = getattr(module.model.config.get_text_config(decoder=True), "max_position_embeddings", math.inf)
-        room = limit - self.max_new_tokens
-        self._prompts = [ids for ids in found if len(ids) <= room]
+            found = [tokenise_prompt(tokenizer, text) for text in self.prompts]
+        limit = context_length(module.model.config)
+        room = None if limit is None else limit - self.max_new_tokens
+        self._prompts = [ids for ids in found if room is None or len(ids) <= room]
         if len(self._prompts) < len(found) and trainer.is_global_zero:
             log.warning(
                 "generated samples: left out %d of %d prompts, longer than the %d tokens that max_new_tokens %d leaves them",
@@ -99,17 +100,29 @@ class GeneratedSamples(L.Callback):
         if not self._prompts:  # also outside of training
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # there when there are prompts
-        samples = self._samples(pl_module, data.tokenizer)
+        module: Any = pl_module
+        try:
+            samples = self._samples(module, data.tokenizer)
+        except Exception as error:  # of the model's own code, which nothing else asks to go on from a cache
+            if module.device_mesh is not None and isinstance(error, torch.OutOfMemoryError):
+                raise  # the other processes may have had room, and would wait
+            self._prompts = []
+            log.warning(
+                "generated samples: %s cannot write them (%s: %s); none from here on",
+                type(module.model).__name__,
+                type(error).__name__,
+                " ".join(str(error).split())[:300],
+            )
+            return
         if not trainer.is_global_zero:
             return
         step = trainer.global_step
         for number, sample in enumerate(samples, 1):
             picture = None if sample.gates is None else _picture(sample, data.tokenizer, f"step {step}")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text(f"samples/{number}", markup(sample, data.tokenizer), step)
-                    if picture is not None:
-                        logger.experiment.add_image(f"samples/{number}", picture, step, dataformats="HWC")
+            for logger in tensorboard_loggers(trainer):
+                logger.experiment.add_text(f"samples/{number}", markup(sample, data.tokenizer), step)
+                if picture is not None:
+                    logger.experiment.add_image(f"samples/{number}", picture, step, dataformats="HWC")
 
     def _samples(self, pl_module: L.LightningModule, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """A collective for a sharded model. In validation, models are in eval mode."""
@@ -123,8 +136,7 @@ class GeneratedSamples(L.Callback):
         decoding = DecodingConfig(max_new_tokens=self.max_new_tokens + 1)
         with capture_gates(module.model) as captured:
             written = generate(module.model, batch, decoding, in_step=module.device_mesh is not None).tolist()
-        layers = adapted_linears(module.model).values()
-        gated = any(layer.gate is not None and layer.gate.depends_on_token for layer in layers)
+        gated = has_token_gates(module.model)
         ends = end_tokens(module.model, batch["eos_id"])
         samples = []
         for row, (prompt, response) in enumerate(zip(self._prompts, written, strict=True)):

@@ -26,6 +26,7 @@ from tensorboard.plugins.hparams.metadata import (
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from typing_extensions import override
 
+from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
 from gatera_lightning.evaluation.ranking import Score
 
 _CHARTS = {  # a tag is a regular expression that has to match from the start
@@ -63,6 +64,7 @@ _SETTINGS: dict[str, type] = {
     "alpha": float,
     "dropout": float,
     "target_modules": str,
+    "layers": str,
     "gate_bias": float,
     "gate_entropy_weight": float,
     "lr": float,
@@ -70,7 +72,10 @@ _SETTINGS: dict[str, type] = {
     "schedule": str,
     "warmup_steps": float,
     "weight_decay": float,
+    "max_steps": float,
     "data": str,
+    "template": str,
+    "train_on": str,
     "batch_size": float,
     "seed": float,
 }
@@ -84,7 +89,7 @@ _RESULTS = (
 
 
 class TensorBoardOverview(L.Callback):
-    """Writes, when training starts, which scalars to show together, and the settings beside which TensorBoard shows results.
+    """Writes, when training or a test starts, which scalars to show together, and the settings beside which results stand.
 
     A result is the last value of its scalar, so a run that fails has its own too. Nothing is written twice into one folder,
     where a run goes on; nothing without a TensorBoard logger.
@@ -92,6 +97,7 @@ class TensorBoardOverview(L.Callback):
 
     def __init__(self) -> None:
         self._written: list[str] = []
+        self._ended: set[str] = set()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -105,15 +111,23 @@ class TensorBoardOverview(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Keep Lightning from inventing a result (``hp_metric`` −1), which TensorBoard would show instead of the real ones."""
-        for logger in _tensorboard(trainer):
+        for logger in tensorboard_loggers(trainer):
             logger._default_hp_metric = False
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A test by itself has a folder of its own."""
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         settings = settings_of(trainer, pl_module)
-        for logger in _tensorboard(trainer):
+        for logger in tensorboard_loggers(trainer):
             folder = os.path.abspath(logger.log_dir)
             if folder in self._written:
                 continue
@@ -141,9 +155,19 @@ class TensorBoardOverview(L.Callback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say that all went well. Of a failure nothing is said: TensorBoard believes the first end, and a run may yet go on."""
-        if trainer.is_global_zero:
-            end = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
-            for logger in _tensorboard(trainer):
+        self._end(trainer)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer)
+
+    def _end(self, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        end = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
+        for logger in tensorboard_loggers(trainer):
+            if logger.log_dir not in self._ended:
+                self._ended.add(logger.log_dir)
                 _write(logger, SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))
 
 
@@ -159,10 +183,12 @@ def settings_of(trainer: L.Trainer, module: Any) -> dict[str, Any]:
         "alpha": adapter.alpha,
         "dropout": adapter.dropout,
         "target_modules": ", ".join(adapter.target_modules),
+        "layers": None if adapter.layers is None else ", ".join(map(str, adapter.layers)),
         "lr": optimizer.lr,
         "schedule": optimizer.schedule,
         "warmup_steps": optimizer.warmup_steps,
         "weight_decay": optimizer.weight_decay,
+        "max_steps": trainer.max_steps if trainer.max_steps > 0 else None,
         "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")),
     }
     if adapter.gate != "none":
@@ -172,11 +198,9 @@ def settings_of(trainer: L.Trainer, module: Any) -> dict[str, Any]:
     if data is not None:
         found["data"] = ", ".join(data.hparams.get("train") or [type(data).__name__])
         found["batch_size"] = data.batch_size
+        found["template"] = getattr(data, "template", None)  # not every source of tokens has one
+        found["train_on"] = data.train_on
     return {name: found[name] for name in _SETTINGS if found.get(name) is not None}
-
-
-def _tensorboard(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _write(logger: TensorBoardLogger, tag: str, data: HParamsPluginData) -> None:

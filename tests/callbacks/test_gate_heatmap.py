@@ -37,6 +37,36 @@ def test_a_picture_of_each_text_at_the_first_step_and_every_two(tiny_backbone, t
     assert first.encoded_image_string != last.encoded_image_string
 
 
+def test_a_second_run_with_the_same_callback_draws_its_own(tiny_backbone, tmp_path):
+    callback = GateHeatmap(2, ["What do bees make?"])
+    for name in ("one", "two"):
+        logger = TensorBoardLogger(tmp_path, name)
+        tiny_trainer(tmp_path, callback, logger=logger).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+        assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [1, 2, 4]
+
+
+def test_a_step_is_drawn_once_whether_the_run_begins_or_goes_on(tiny_backbone, tmp_path):
+    """With two micro-batches a step, the first one ends at the step that the run before has drawn."""
+    settings = {"accumulate_grad_batches": 2, "limit_train_batches": 6}
+    logger = TensorBoardLogger(tmp_path, "one")
+    trainer = tiny_trainer(tmp_path, GateHeatmap(2), logger=logger, max_steps=2, **settings)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone, batch_size=8))
+    assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [1, 2]
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    logger = TensorBoardLogger(tmp_path, "two")
+    trainer = tiny_trainer(tmp_path, GateHeatmap(2), logger=logger, max_steps=4, **settings)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=tmp_path / "two.ckpt")
+    assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [4]
+
+
+def test_a_text_longer_than_the_context_is_left_out_and_said(tiny_backbone, tmp_path, caplog):
+    logger = TensorBoardLogger(tmp_path)
+    fit(tiny_backbone, tmp_path, logger, every_n_steps=4, texts=["a b " * 300, "Why?"])
+    assert "gate heatmaps: left out 'a b a b" in caplog.text
+    assert "tokens of at most 512" in caplog.text
+    assert list(images(logger.log_dir)) == ["gate_heatmap/1"]
+
+
 def test_a_run_is_the_same_with_and_without_pictures(tiny_backbone, tmp_path):
     with_pictures = fit(tiny_backbone, tmp_path / "with", TensorBoardLogger(tmp_path), every_n_steps=1)
     without = fit(tiny_backbone, tmp_path / "without", False)

@@ -195,6 +195,19 @@ def test_shares_of_closed_and_open_gates(tiny_backbone, tmp_path):
         assert [e.value for e in events(logger.log_dir).Scalars(f"gates/prompt/{share}")] == [1.0, 1.0]
 
 
+def test_what_a_run_left_uncounted_is_no_part_of_the_next(tiny_backbone, tmp_path):
+    """Four steps with a histogram after the third; then four of another model, with gates on other layers."""
+    callback, logged = GateHistogram(3), []
+    for settings in ({}, {"target_modules": ["o_proj"]}):
+        tape, logger = Tape(), TensorBoardLogger(tmp_path, name=f"run{len(logged)}")
+        trainer = tiny_trainer(tmp_path, tape, callback, logger=logger)
+        trainer.fit(tiny_module(tiny_backbone, **settings), datamodule=tiny_data(tiny_backbone))
+        (event,) = events(logger.log_dir).Histograms("gates/prompt")
+        logged.append(event.histogram_value.num)
+        expected = sum(part[0].sum() for z, batch in tape.seen[:3] for part in [numpy_counts(z, batch)["prompt"]])
+        assert logged[-1] == expected
+
+
 def test_other_loggers_keep_the_scalars_and_say_so_once(tiny_backbone, tmp_path, caplog):
     logger = CSVLogger(tmp_path)
     fit(tiny_backbone, tmp_path, logger)

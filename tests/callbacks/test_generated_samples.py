@@ -13,9 +13,11 @@ from matplotlib import colormaps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_tokenizer, tiny_trainer
+from tokenizers.processors import TemplateProcessing
 
 from gatera_lightning import adapter_parameters
 from gatera_lightning.callbacks import generated_samples
+from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
 from gatera_lightning.callbacks.generated_samples import GeneratedSamples, Sample, markup
 from gatera_lightning.inspection.coloured_text import draw_text
 from gatera_lightning.inspection.heatmap import pixels
@@ -68,7 +70,7 @@ def test_samples_after_every_validation(tiny_backbone, tmp_path):
     assert pictures == {"samples/1": [2, 4], "samples/2": [2, 4]}
     assert [sample.ids for sample in callback.found] == callback.greedy
     for sample, gates in zip(callback.found, callback.read, strict=True):
-        assert np.abs(sample.gates - gates).max() < 1e-5
+        assert np.abs(sample.gates - gates).max() < 1e-6
     for number, question in enumerate(map(PlainQuestion.of, sample_rows("validation")[:2]), 1):
         by_step = texts[f"samples/{number}/text_summary"]
         assert list(by_step) == [2, 4]
@@ -92,7 +94,7 @@ def test_responses_that_end_early_are_without_what_follows(tiny_backbone, tmp_pa
     cut = [prompt + list(itertools.takewhile(lambda token: token != ending, response)) for prompt, response in whole]
     assert [sample.ids for sample in callback.found] == cut
     for sample, gates in zip(callback.found, callback.read, strict=True):
-        assert np.abs(sample.gates - gates).max() < 1e-5
+        assert np.abs(sample.gates - gates).max() < 1e-6
 
 
 def test_a_run_is_the_same_with_and_without_samples(tiny_backbone, tmp_path):
@@ -128,6 +130,37 @@ def test_without_token_gates_there_is_the_text_alone(tiny_backbone, tmp_path, ga
 def test_other_loggers_go_without_and_are_told_once(tiny_backbone, tmp_path, caplog):
     fit(tiny_backbone, tmp_path, GeneratedSamples(), logger=CSVLogger(tmp_path))
     assert caplog.text.count("generated samples need the TensorBoard logger") == 1
+
+
+def test_a_model_that_cannot_write_ends_the_samples_and_not_the_run(tiny_backbone, tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def refuse(*_, **__):
+        asked.append(1)
+        raise AttributeError("this state\nhas no get_seq_length")
+
+    monkeypatch.setattr(generated_samples, "generate", refuse)
+    logger = TensorBoardLogger(tmp_path)
+    fit(tiny_backbone, tmp_path, GeneratedSamples(2), logger=logger)
+    assert written(logger.log_dir) == ({}, {})
+    said = "LlamaForCausalLM cannot write them (AttributeError: this state has no get_seq_length); none from here on"
+    assert caplog.text.count(said) == len(asked) == 1
+
+
+def test_the_model_goes_on_where_a_tokenizer_closes_every_text(tiny_backbone, tmp_path):
+    data, callback, heatmap = tiny_data(tiny_backbone), Read(["Why?"], max_new_tokens=3), GateHeatmap(4, ["Why?"])
+    ids, backend = data.tokenizer("Why?").input_ids, data.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="$A <|eos|>", special_tokens=[("<|eos|>", data.tokenizer.eos_token_id)])
+    assert data.tokenizer("Why?").input_ids == [*ids, data.tokenizer.eos_token_id]
+    trainer = tiny_trainer(tmp_path, callback, heatmap, logger=TensorBoardLogger(tmp_path), limit_val_batches=1)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=data)
+    assert callback.found[0].ids[: callback.found[0].prompt] == ids
+    assert [probe.ids for probe in heatmap._probes] == [ids]
+
+
+def test_true_is_no_number_of_prompts():
+    with pytest.raises(ValueError, match="generated_samples.prompts: True; accepted: 0, a number of rows"):
+        GeneratedSamples(True)
 
 
 def test_switched_off_nothing_is_written(tiny_backbone, tmp_path):

@@ -111,6 +111,9 @@ def test_settings_and_results_of_a_run(tiny_backbone, tmp_path):
         "schedule": "linear",
         "warmup_steps": 0,
         "weight_decay": 0,
+        "max_steps": 4,
+        "template": "plain",
+        "train_on": "response",
         "data": "everyday[:48]",
         "batch_size": 8,
         "seed": 0,
@@ -121,6 +124,16 @@ def test_settings_and_results_of_a_run(tiny_backbone, tmp_path):
     assert found == {name: scalars.Scalars(name)[-1].value for name in found}
     assert status == api_pb2.STATUS_SUCCESS
     assert "hp_metric" not in scalars.Tags()["scalars"]
+
+
+def test_a_test_by_itself_has_its_settings_beside_its_results(tiny_backbone, tmp_path):
+    trainer = tiny_trainer(tmp_path, TensorBoardOverview(), logger=TensorBoardLogger(tmp_path, name="run"))
+    trainer.test(tiny_module(tiny_backbone, layers=[1]), datamodule=tiny_data(tiny_backbone), verbose=False)
+    _, _, sessions = hparams_tab(tmp_path)
+    ((settings, found, status),) = sessions.values()
+    assert (settings["update"], settings["layers"]) == ("hira", "1")
+    assert {"test/loss", "test/accuracy_sum"} <= set(found)
+    assert status == api_pb2.STATUS_SUCCESS
 
 
 def test_columns_are_the_same_whichever_run_is_read_first(tiny_backbone, tmp_path):
