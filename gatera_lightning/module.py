@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
@@ -219,6 +220,7 @@ class GateRAModule(L.LightningModule):
 
         Raises NonFiniteLossError on every rank alike, with the step and the example ids.
         """
+        self._log_at(self.trainer.global_step + 1)
         squares = squared_gradient_norms(optimizer, self.trainer.world_size).to(self._step_sums)
         sums = self.trainer.strategy.reduce(torch.cat([self._step_sums, squares]), reduce_op="sum")
         (task, entropy, gate_mean), squares = sums[:3].unbind(), sums[3:]
@@ -234,6 +236,13 @@ class GateRAModule(L.LightningModule):
             self.log_dict({f"lr/{group['name']}": group["lr"], f"grad_norm/{group['name']}": norm})
         self._step_sums = torch.zeros_like(self._step_sums)
         self._step_history.clear()
+
+    def _log_at(self, step: int) -> None:
+        """Let Lightning log under the step that has been taken, as callbacks do: by itself it is one behind.
+
+        It takes a metric of that name for the step, and then no longer adds the epoch.
+        """
+        self.log_dict({"step": float(step), "epoch": float(self.current_epoch)})
 
     def _skip(self, optimizer: torch.optim.Optimizer, reason: str) -> None:
         """Let the optimizer step do nothing: without gradients, neither parameters nor moments move."""
@@ -297,6 +306,11 @@ class GateRAModule(L.LightningModule):
                 for question in questions:
                     accuracy.update(float(question.choice(score) == question.gold))  # type: ignore[arg-type, operator]
                 self.log(f"val/accuracy_{score}", accuracy)  # type: ignore[arg-type]
+
+    def on_validation_epoch_end(self) -> None:
+        """Within training, its step is the last one taken."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._log_at(self.trainer.global_step)
 
     def test_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """The log-likelihood of each candidate answer, or what the model generates after each prompt."""

@@ -1,5 +1,6 @@
 """GateRAModule: equal to a plain loop, holding the adapter only, refusing what would train something else."""
 
+import csv
 import math
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 
 from gatera_lightning import (
     AdapterConfig,
@@ -22,6 +24,8 @@ from gatera_lightning import (
 )
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.backbone import load_backbone, load_tokenizer
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.throughput import Throughput
 from gatera_lightning.errors import CheckpointError
 from gatera_lightning.losses import IGNORE
 
@@ -234,6 +238,37 @@ def test_a_module_that_was_validated_can_be_fitted(tiny_backbone, tmp_path):
     fitted = trainer.callback_metrics["val/loss"]
     (again,) = tiny_trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
     assert again["val/loss"] == pytest.approx(float(fitted))
+
+
+class Validations(L.Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_end(self, trainer, module):
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_everything_of_a_step_is_logged_under_its_number(tiny_backbone, tmp_path, accumulate):
+    """The module's numbers, those of callbacks and of validations after every micro-batch; epochs of three steps."""
+    validations, logger = Validations(), CSVLogger(tmp_path)
+    settings = {"limit_val_batches": 1, "val_check_interval": 1, "accumulate_grad_batches": accumulate, "logger": logger}
+    trainer = tiny_trainer(tmp_path, Throughput(1), validations, AdapterCheckpoint(), **settings)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone, train=["everyday[:24]"]))
+    with open(Path(logger.log_dir, "metrics.csv")) as file:
+        rows = list(csv.DictReader(file))
+    steps = {name: [int(row["step"]) for row in rows if row[name]] for name in rows[0]}
+    for name in ("train/loss", "lr/gate", "grad_norm/update", "throughput/step_seconds"):
+        assert steps[name] == [1, 2, 3, 4]
+    assert steps["val/loss"] == validations.steps
+    assert [float(row["epoch"]) for row in rows if row["train/loss"]] == [0, 0, 0, 1]
+    assert all(row["epoch"] for row in rows if row["val/loss"])
+    assert Path(trainer.checkpoint_callback.best_model_path).name == f"best-step={best_step(rows)}.ckpt"
+
+
+def best_step(rows):
+    """Where the validation loss was lowest."""
+    return min((float(row["val/loss"]), int(row["step"])) for row in rows if row["val/loss"])[1]
 
 
 def test_random_state_of_another_number_of_processes_is_said_to_be_lost(tiny_backbone, tmp_path, caplog):
