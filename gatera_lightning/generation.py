@@ -1,5 +1,6 @@
 """Completing prompts with a model that has gated layers: Hugging Face's decoding over the adapted backbone."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from gatera_lightning.adapters.prepared import prepared_for_inference
 from gatera_lightning.datamodules.tokens import PromptBatch
 
 
@@ -23,6 +25,9 @@ class DecodingConfig:
 
     use_cache: bool = True
     """Keep keys and values of earlier tokens. Without it the same answers cost more time and less memory."""
+
+    prepared: bool = True
+    """Keep HiRA's W0 ⊙ BA while generating: the same answers in less time, for the memory of the adapted weights once more."""
 
     def problems(self) -> list[str]:
         """Everything about these values that cannot work; empty when all is well."""
@@ -76,7 +81,8 @@ def generate(
     # What settings leave open, Transformers takes from the model: penalties and bans that its publisher recommends for chats.
     published, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        with torch.no_grad():
+        prepared = prepared_for_inference(model) if config.prepared else nullcontext()
+        with torch.no_grad(), prepared:
             ids = model.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],

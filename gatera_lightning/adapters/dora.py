@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.lora import low_rank_factors
+from gatera_lightning.adapters.ops import without_gradients
 
 
 class DoRA(nn.Module):
@@ -23,6 +24,8 @@ class DoRA(nn.Module):
         self.scale = scale
         own = torch.linalg.vector_norm(base.weight.detach(), dim=1, dtype=dtype)
         self.magnitude = nn.Parameter(own)
+        self.kept: Tensor | None = None
+        """:meth:`constant`, inside ``prepared_for_inference``."""
 
     @torch.no_grad()
     def row_norm(self, weight: Tensor) -> Tensor:
@@ -36,10 +39,15 @@ class DoRA(nn.Module):
 
     def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
         """``g · u(x)``; x (..., in), base_out = W0 x (..., out) -> (..., out)."""
-        ratio = self.magnitude / self.row_norm(weight)  # (out,)
+        norm = self.row_norm(weight) if self.kept is None else without_gradients(self.kept)
+        ratio = self.magnitude / norm  # (out,)
         low_rank = F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
         u = (ratio - 1).to(x.dtype) * base_out + ratio.to(x.dtype) * low_rank
         return u if g is None else u * g.unsqueeze(-1).to(u.dtype)
+
+    def constant(self, weight: Tensor) -> Tensor:
+        """The row norms, (out,)."""
+        return self.row_norm(weight)
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:

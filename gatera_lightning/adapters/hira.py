@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.lora import low_rank_factors
-from gatera_lightning.adapters.ops import gated_hadamard
+from gatera_lightning.adapters.ops import gated_hadamard, gated_linear, hadamard_weight, without_gradients
 
 
 class HiRA(nn.Module):
@@ -17,10 +17,19 @@ class HiRA(nn.Module):
     ) -> None:
         super().__init__()
         self.a, self.b = low_rank_factors(base, rank, dtype, generator)
+        self.kept: Tensor | None = None
+        """:meth:`constant`, inside ``prepared_for_inference``."""
 
     def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
         """``g · u(x)``; x (..., in), weight W0 (out, in), g (...) or None -> (..., out)."""
+        if self.kept is not None:
+            return gated_linear(x, without_gradients(self.kept), g)
         return gated_hadamard(x, weight, self.a, self.b, g)
+
+    @torch.no_grad()
+    def constant(self, weight: Tensor) -> Tensor:
+        """``W0 ⊙ BA`` in W0's dtype, (out, in), as the forward computes it."""
+        return hadamard_weight(weight, self.a, self.b)
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:

@@ -18,7 +18,22 @@ def _in_own_dtypes(x: Tensor) -> torch.autocast:
 
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``W0 ⊙ (B A)`` in ``weight``'s dtype; weight (out, in), a (r, in), b (out, r)."""
-    return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
+    with _in_own_dtypes(weight):
+        return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
+
+
+def gated_linear(x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
+    """``g · Δ x`` in Δ's dtype; x (..., in), delta (out, in), g (...) or None for 1; no gradient of Δ or g."""
+    with _in_own_dtypes(x):
+        u = F.linear(x.to(delta.dtype), delta)  # (..., out)
+    return u if g is None else u.mul_(g.unsqueeze(-1).to(u.dtype))
+
+
+def without_gradients(kept: Tensor) -> Tensor:
+    """``kept``, where no gradient is asked for: the factors behind it would not get theirs."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a forward with gradients inside prepared_for_inference: the adapter's factors would get none")
+    return kept
 
 
 class _GatedHadamard(torch.autograd.Function):
@@ -31,9 +46,7 @@ class _GatedHadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g)
-        with _in_own_dtypes(x):
-            u = F.linear(x.to(weight.dtype), hadamard_weight(weight, a, b))  # (..., out)
-        return u if g is None else u.mul_(g.unsqueeze(-1).to(u.dtype))
+        return gated_linear(x, hadamard_weight(weight, a, b), g)
 
     @staticmethod
     @once_differentiable
