@@ -39,15 +39,12 @@ def generate(argv: Sequence[str]) -> None:
     ]:
         raise ConfigError(too_long)
     speaker.introduce()
-    try:
+    with _as_long_as_somebody_reads():
         for prompt, ids in zip(prompts, asked, strict=True):
             if len(prompts) > 1:
                 speaker.remark(f"> {prompt}")
             if speaker.answer(ids).stopped:
                 raise SystemExit(130)
-    except BrokenPipeError:  # head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        raise SystemExit(141) from None
 
 
 def chat(argv: Sequence[str]) -> None:
@@ -57,8 +54,14 @@ def chat(argv: Sequence[str]) -> None:
     """
     speaker = Speaker(_chat_parser().parse_args(argv))
     _read_any_bytes()
+    speaker.prompt_ids(_asked([{"role": "user", "content": "?"}]))  # said now where a template takes no turn at all
     speaker.introduce()
     speaker.remark(_HELP)
+    with _as_long_as_somebody_reads():
+        _converse(speaker)
+
+
+def _converse(speaker: Speaker) -> None:
     history: list[Message] = []
     for line in _lines():
         if line == "/quit":
@@ -72,15 +75,26 @@ def chat(argv: Sequence[str]) -> None:
             speaker.remark(f"that {why}")
         elif line:
             history.append({"role": "user", "content": line})
-            if ids := _fitting(speaker, history):
+            try:
+                ids = _fitting(speaker, history)
+            except ConfigError as error:  # some templates take no second turn
+                history.pop()
+                speaker.remark(f"not asked: {error}; /reset forgets what was said before")
+                continue
+            if ids:
                 history.append({"role": "assistant", "content": speaker.answer(ids).text.strip()})
+
+
+def _asked(history: Sequence[Message]) -> Chat:
+    """The conversation so far, with a response that is yet to come."""
+    return Chat((*history, {"role": "assistant", "content": ""}))
 
 
 def _fitting(speaker: Speaker, history: list[Message]) -> list[int] | None:
     """The conversation's prompt, its oldest turns forgotten until it fits; None, and nothing kept, if none does."""
     turns = len(history) // 2
     while True:
-        ids = speaker.prompt_ids(Chat((*history, {"role": "assistant", "content": ""})))
+        ids = speaker.prompt_ids(_asked(history))
         if len(ids) <= speaker.room or len(history) == 1:
             break
         del history[:2]
@@ -104,12 +118,30 @@ def _lines() -> Iterator[str]:
         import readline  # noqa: F401  # input() edits lines and recalls earlier ones with it
     while True:
         try:
-            yield input("> ").strip()
+            yield _typed().strip()
         except KeyboardInterrupt:
             print(f"\n{_HELP}", file=sys.stderr)
         except EOFError:
-            print()
+            print(file=sys.stderr)
             return
+
+
+def _typed() -> str:
+    """A line, asked for where answers do not go when they go into a file or pipe."""
+    if sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
+
+
+@contextlib.contextmanager
+def _as_long_as_somebody_reads() -> Iterator[None]:
+    """End without a word, by the status of a broken pipe, when ``head`` has seen enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(141) from None
 
 
 def _read_any_bytes() -> None:

@@ -9,16 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
 from gatera_lightning.adapters.inject import adapted_linears, replace_module
-from gatera_lightning.backbone import BackboneConfig, Dtype, load_backbone, load_tokenizer
+from gatera_lightning.backbone import BackboneConfig, Dtype, context_length, load_backbone, load_config, load_tokenizer
 from gatera_lightning.cli import PROG, with_found_configs
 from gatera_lightning.commands.preview import PreviewedSplit
-from gatera_lightning.datamodules.tokens import PromptBatch
+from gatera_lightning.datamodules.tokens import collate_prompts, tokenise_prompt
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation import DecodingConfig, generate
 from gatera_lightning.inspection.heatmap import draw_heatmap
@@ -27,6 +26,8 @@ from gatera_lightning.inspection.report import ReadAdapter, page, report
 from gatera_lightning.inspection.token_text import token_texts
 
 FORMATS = ("html", "png", "json")
+_SPLITS = ("train", "validation", "test")
+_OF_ROWS = {"split": "test", "rows": 4}
 
 
 def gates(argv: Sequence[str]) -> None:
@@ -39,8 +40,8 @@ def gates(argv: Sequence[str]) -> None:
     backbone = BackboneConfig(id=configs[0][1]["id"], revision=configs[0][1]["revision"], dtype=own.dtype)
     tokenizer = load_tokenizer(backbone)
     texts, chosen = _texts(own, others, tokenizer)
+    _refuse_long(texts, own.generate, context_length(load_config(backbone)))
     model = load_backbone(backbone, "cpu")
-    _refuse_long(texts, model)
     adapters: list[ReadAdapter] = []
     for folder, (config, origin) in zip(own.adapter, configs, strict=True):
         for name, layer in adapted_linears(model).items():  # of the adapter before
@@ -102,6 +103,13 @@ def _checked(own: argparse.Namespace, others: Sequence[str]) -> list[tuple[Adapt
         problems.append("--text: '' is empty; accepted: a text")
     if own.generate < 0:
         problems.append(f"--generate: {own.generate}; accepted: tokens to generate, 0 for none")
+    for name, default in _OF_ROWS.items():
+        if getattr(own, name) is None:
+            setattr(own, name, default)
+        elif not others:
+            problems.append(f"--{name}: {getattr(own, name)}, and no rows are read; accepted with a recipe (--config …)")
+    if own.split not in _SPLITS:
+        problems.append(f"--split: {own.split!r} is unknown; accepted: {', '.join(_SPLITS)}")
     if own.rows < 1:
         problems.append(f"--rows: {own.rows}; accepted: an integer of at least 1")
     kind = own.format or own.out.suffix[1:]
@@ -138,29 +146,35 @@ def _texts(own: argparse.Namespace, others: Sequence[str], tokenizer: PreTrained
             )
         return texts, f"the first {len(texts)} rows of the {own.split} split of {' '.join(others)}"
     given = own.text or EXAMPLE_TEXTS
-    texts = [
-        ProbeText(text if len(text) <= 60 else text[:59] + "…", ids, len(ids))
-        for text in given
-        if (ids := tokenizer(text).input_ids)
-    ]
+    texts = []
+    for text in given:
+        ids = tokenise_prompt(tokenizer, text)
+        if not ids:
+            raise ConfigError(f"--text: {text!r:.60} has no tokens; accepted: a text in which this tokenizer sees some")
+        texts.append(ProbeText(text if len(text) <= 60 else text[:59] + "…", ids, len(ids)))
     return texts, f"{len(given)} texts given" if own.text else f"{len(given)} example texts"
 
 
-def _refuse_long(texts: list[ProbeText], model: PreTrainedModel) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for text in texts:
-        if limit is not None and len(text.ids) > limit:
-            raise ConfigError(f"--text: {text.title!r} has {len(text.ids):,} tokens; accepted by this model: at most {limit:,}")
+def _refuse_long(texts: list[ProbeText], generated: int, limit: int | None) -> None:
+    """Raise ConfigError unless every text, and what is generated behind it, fits into ``limit`` tokens."""
+    if limit is None:
+        return
+    if generated >= limit:
+        raise ConfigError(f"--generate: {generated:,}; accepted by this model: less than {limit:,}")
+    accepted = "accepted by this model" + (f" with --generate {generated:,}" if generated else "")
+    if long := [
+        f"--text: {text.title!r} has {len(text.ids):,} tokens; {accepted}: at most {limit - generated:,}"
+        for text in texts
+        if len(text.ids) + generated > limit
+    ]:
+        raise ConfigError(long)
 
 
 def _continued(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: ProbeText, tokens: int) -> ProbeText:
     """The text and what the model writes behind it."""
-    prompt = torch.tensor([text.ids])
-    batch: Any = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pad_id": tokenizer.pad_token_id}
-    batch |= {"eos_id": tokenizer.eos_token_id}
-    written: PromptBatch = batch
+    prompt = collate_prompts([text.ids], [0], pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id)
     model.eval()
-    ids = generate(model, written, DecodingConfig(max_new_tokens=tokens))[0].tolist()
+    ids = generate(model, prompt, DecodingConfig(max_new_tokens=tokens))[0].tolist()
     return ProbeText(text.title, text.ids + ids, len(text.ids), decoded=True)
 
 
@@ -183,8 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adapter", metavar="FOLDER", action="append", required=True, help="give it twice to compare two")
     parser.add_argument("--text", action="append", help="a text to look at; may be repeated; default: three examples")
-    parser.add_argument("--split", default="test", help="which rows of a recipe: train, validation, test; default: test")
-    parser.add_argument("--rows", metavar="N", type=int, default=4, help="how many rows of a recipe; default: 4")
+    parser.add_argument("--split", help="which rows of a recipe: train, validation, test; default: test")
+    parser.add_argument("--rows", metavar="N", type=int, help="how many rows of a recipe; default: 4")
     parser.add_argument("--generate", metavar="N", type=int, default=0, help="let the first adapter write at most N tokens")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of the backbone; default: auto")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="*.html, *.json, or *.png (one a text)")

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
@@ -20,10 +21,10 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
 from gatera_lightning.adapters.gates import StaticGate
 from gatera_lightning.adapters.inject import adapted_linears
-from gatera_lightning.backbone import BackboneConfig, Dtype, load_backbone, load_config, load_tokenizer
+from gatera_lightning.backbone import BackboneConfig, Dtype, context_length, load_backbone, load_config, load_tokenizer
 from gatera_lightning.datamodules.conversations import Chat, ConversationPrompts, Instruction
 from gatera_lightning.datamodules.prompts import Template
-from gatera_lightning.datamodules.tokens import collate_prompts, tokenise
+from gatera_lightning.datamodules.tokens import collate_prompts, tokenise_prompt
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation import DecodingConfig, Sampling, end_tokens, generate
 from gatera_lightning.inspection.capture import capture_gates
@@ -57,7 +58,7 @@ class Speaker:
         if settings.template == "chat" and not self.tokenizer.chat_template:
             raise ConfigError("--template: chat needs a tokenizer with a chat template, and this one has none; accepted: plain")
         self.template: Template | Literal["none"] = settings.template or ("chat" if self.tokenizer.chat_template else "plain")
-        limit = getattr(load_config(self.backbone).get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = context_length(load_config(self.backbone))
         self.room = math.inf if limit is None else limit - settings.max_new_tokens
         if self.room < 1:
             raise ConfigError(f"--max_new_tokens: {settings.max_new_tokens}; accepted by this model: less than {limit:,}")
@@ -102,14 +103,20 @@ class Speaker:
         return backbone
 
     def prompt_ids(self, asked: str | Instruction | Chat) -> list[int]:
-        """The tokens that the model reads before it answers, as training writes them; with template none, a text as it is."""
+        """The tokens that the model reads before it answers, as training writes them; with template none, a text as it is.
+
+        Raises ConfigError when the template cannot write what is asked.
+        """
         if self.template == "none":
             assert isinstance(asked, str)
             text = asked
         else:
             assert not isinstance(asked, str)
-            text = ConversationPrompts(self.template, self.tokenizer).fitting(asked, sys.maxsize).text
-        return tokenise(self.tokenizer, text, [""], sys.maxsize, special_tokens=self.template != "chat")[0]
+            try:
+                text = ConversationPrompts(self.template, self.tokenizer).fitting(asked, sys.maxsize).text
+            except (ValueError, TemplateError) as error:
+                raise ConfigError(f"--template: {self.template}: {error}; accepted: plain, or turns that it takes") from error
+        return tokenise_prompt(self.tokenizer, text, special_tokens=self.template != "chat")
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -98,6 +98,14 @@ class GateCapture:
         return {name: np.concatenate(values) if values else np.array([]) for name, values in parts.items()}
 
 
+def _tokens_before(cache: Any, mask: Tensor | None, tokens: int) -> int:
+    """How many tokens a forward of ``tokens`` went on from: by its cache, which holds its own now, or by its mask."""
+    try:
+        return max(0, int(cache.get_seq_length()) - tokens)
+    except (AttributeError, NotImplementedError, ValueError):  # no cache, or one that keeps a state and counts nothing
+        return 0 if mask is None or mask.ndim != 2 else mask.shape[1] - tokens
+
+
 _COLUMNS = ("call", "phase", "row", "position", "token_id", "layer", "module", "gate")
 
 
@@ -114,8 +122,7 @@ def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
         ids = kwargs.get("input_ids", args[0] if args else None)
         shape = (ids if ids is not None else kwargs["inputs_embeds"][..., 0]).shape  # (rows, tokens)
         mask = kwargs.get("attention_mask")
-        cached = kwargs.get("past_key_values")
-        before = 0 if cached is None else int(cached.get_seq_length()) - shape[1]  # the forward has added its own
+        before = _tokens_before(kwargs.get("past_key_values"), mask, shape[1])
         if mask is None or mask.ndim != 2:
             mask = torch.ones(shape[0], before + shape[1], dtype=torch.long)
         mask = mask.cpu().long()

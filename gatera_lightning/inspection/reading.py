@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from gatera_lightning.inspection.capture import GatedModule, capture_gates
+from gatera_lightning.inspection.statistics import PHASES
+
+ReadingPhase = Literal["prompt", "response", "response_read", "response_generated"]
 
 EXAMPLE_TEXTS = (
     "Question: What do bees make?\nAnswer: honey",
@@ -35,10 +39,22 @@ class GateReading:
     texts: list[ProbeText]
     gates: list[np.ndarray]
 
-    def of(self, phase: str) -> np.ndarray:
-        """Gates (modules, tokens) of all texts' ``prompt`` or ``response`` tokens."""
-        cut = [slice(None, text.prompt) if phase == "prompt" else slice(text.prompt, None) for text in self.texts]
-        return np.concatenate([gates[:, part] for gates, part in zip(self.gates, cut, strict=True)], 1)
+    @property
+    def phases(self) -> tuple[ReadingPhase, ...]:
+        """What its tokens fall into: those of responses apart, by whether they were read or generated, where any were."""
+        generated = {text.decoded for text in self.texts}
+        if True not in generated:
+            return PHASES
+        return ("prompt", "response_read", "response_generated") if False in generated else ("prompt", "response_generated")
+
+    def of(self, phase: ReadingPhase) -> np.ndarray:
+        """Gates (modules, tokens) of all texts' tokens of one phase; ``response`` is every response."""
+        parts = []
+        for text, gates in zip(self.texts, self.gates, strict=True):
+            response = ("response", "response_generated" if text.decoded else "response_read")
+            parts += [gates[:, : text.prompt]] if phase == "prompt" else []
+            parts += [gates[:, text.prompt :]] if phase in response else []
+        return np.concatenate([np.empty((len(self.modules), 0), np.float32), *parts], 1)
 
 
 def read_gates(model: PreTrainedModel, texts: Sequence[ProbeText]) -> GateReading:

@@ -51,6 +51,7 @@ def report(
                     {"path": module.path, "layer": module.layer, "name": module.name} for module in adapter.reading.modules
                 ],
                 "gates": [[[round(float(g), 7) for g in module] for module in gates] for gates in adapter.reading.gates],
+                "phases": list(adapter.reading.phases),
                 "statistics": _statistics(adapter.reading),
                 "extremes": _extremes(adapter.reading, labels),
             }
@@ -64,7 +65,7 @@ def _statistics(reading: GateReading) -> dict[str, Any]:
     found: dict[str, Any] = {}
     families = list(dict.fromkeys(module.name for module in reading.modules))
     layers = sorted({module.layer for module in reading.modules})
-    for phase in PHASES:
+    for phase in dict.fromkeys((*PHASES, *reading.phases)):  # response is every response, read or generated
         gates = reading.of(phase)
         found[phase] = statistics_of(gates) | {"layers": layers}
         found[phase]["mean_by_layer"] = {

@@ -1,5 +1,7 @@
 """Statistics of gates over many tokens, as a torchmetrics metric: kept on the device, summed over processes."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from gatera_lightning.losses import gate_entropy
 
 BINS = 50
 CLOSED, OPEN = 0.1, 0.9
-PHASES = ("prompt", "response")
+PHASES: tuple[Literal["prompt"], Literal["response"]] = ("prompt", "response")
 STATISTICS = ("mean", "share_closed", "share_open", "entropy")
 """Of ``g``: its mean, the shares below 0.1 and from 0.9 on, and the mean of ``H(g)``, in nats."""
 

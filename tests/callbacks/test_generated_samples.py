@@ -152,14 +152,16 @@ def test_the_model_goes_on_where_a_tokenizer_closes_every_text(tiny_backbone, tm
     ids, backend = data.tokenizer("Why?").input_ids, data.tokenizer.backend_tokenizer
     backend.post_processor = TemplateProcessing(single="$A <|eos|>", special_tokens=[("<|eos|>", data.tokenizer.eos_token_id)])
     assert data.tokenizer("Why?").input_ids == [*ids, data.tokenizer.eos_token_id]
-    trainer = tiny_trainer(tmp_path, callback, heatmap, logger=TensorBoardLogger(tmp_path), limit_val_batches=1)
+    trainer = tiny_trainer(
+        tmp_path, callback, heatmap, logger=TensorBoardLogger(tmp_path), limit_val_batches=1, val_check_interval=2
+    )
     trainer.fit(tiny_module(tiny_backbone), datamodule=data)
     assert callback.found[0].ids[: callback.found[0].prompt] == ids
     assert [probe.ids for probe in heatmap._probes] == [ids]
 
 
 def test_true_is_no_number_of_prompts():
-    with pytest.raises(ValueError, match="generated_samples.prompts: True; accepted: 0, a number of rows"):
+    with pytest.raises(ValueError, match=r"generated_samples\.prompts: True; accepted: 0, a number of rows"):
         GeneratedSamples(True)
 
 

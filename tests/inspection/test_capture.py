@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
@@ -79,6 +80,36 @@ def test_generation_by_hand(model, use_cache):
         assert gates.shape == (4, 4)
     else:
         assert [call.gates.shape[2] for call in captured.calls] == [4, 5, 6]
+
+
+class StateOnly:
+    """What a recurrent model goes on from: it counts no tokens."""
+
+    def get_seq_length(self):
+        raise ValueError("`get_seq_length` can only be called on Attention layers")
+
+
+class Recurrent(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return self.model(input_ids=input_ids)
+
+
+@pytest.mark.parametrize(
+    "going_on", [{"past_key_values": StateOnly()}, {"past_key_values": (1, 2)}, {"state": [1, 2]}], ids=str
+)
+def test_a_cache_that_counts_no_tokens_leaves_that_to_the_mask(model, going_on):
+    model = Recurrent(model)
+    with capture_gates(model) as captured:
+        model(input_ids=PROMPTS, attention_mask=MASK, **going_on)
+        model(input_ids=PROMPTS[:, :1], attention_mask=torch.cat([MASK, torch.ones(2, 1, dtype=torch.long)], 1), **going_on)
+        model(input_ids=PROMPTS, **going_on)
+    assert [call.phase for call in captured.calls] == ["prefill", "decoding", "prefill"]
+    assert captured.calls[1].positions.tolist() == [[4], [2]]
+    assert captured.row(1)[0][:3] == [5, 6, 0]
 
 
 def test_a_table_has_a_line_for_each_module_and_real_token(model):

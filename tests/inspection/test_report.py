@@ -13,6 +13,10 @@ from gatera_lightning import AdapterConfig, inject_adapters, save_adapter
 from gatera_lightning.__main__ import main
 from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
 from gatera_lightning.backbone import BackboneConfig, load_backbone, load_tokenizer
+from gatera_lightning.commands import gates as gates_command
+from gatera_lightning.inspection.capture import GatedModule
+from gatera_lightning.inspection.reading import GateReading, ProbeText
+from gatera_lightning.inspection.report import ReadAdapter, report
 
 TEXTS = ["Question: what do <script>document.title = 'run'</script> make?", "We ride $5 bikes."]
 
@@ -73,6 +77,8 @@ def test_every_number_is_the_models(tuned, tiny_backbone, tmp_path):
     assert statistics["share_open"] == pytest.approx((whole >= 0.9).mean(), abs=1e-6)
     assert statistics["bins"] == np.histogram(whole, 50, (0, 1))[0].tolist()
     assert one["statistics"]["response"]["tokens"] == 0
+    assert one["phases"] == ["prompt", "response"]
+    assert not {"response_read", "response_generated"} & set(one["statistics"])
     rows = [k for k, module in enumerate(one["modules"]) if (module["layer"], module["name"]) == (1, "up_proj")]
     assert statistics["mean_by_layer"]["up_proj"][1] == pytest.approx(whole[rows].mean(), abs=1e-6)
     means = [gates.mean(0) for gates in expected]
@@ -110,7 +116,30 @@ def test_what_is_generated_is_a_decoded_response(tuned, tmp_path):
         assert "".join(text["tokens"][: text["prompt"]]) == given
         assert text["decoded"]
         assert 1 <= len(text["tokens"]) - text["prompt"] <= 4
-    assert report["adapters"][0]["statistics"]["response"]["tokens"] > 0
+    (one,) = report["adapters"]
+    assert one["phases"] == ["prompt", "response_generated"]
+    assert one["statistics"]["response_generated"] == one["statistics"]["response"]
+    assert one["statistics"]["response"]["tokens"] == sum(len(text["tokens"]) - text["prompt"] for text in report["texts"])
+
+
+def test_responses_are_apart_by_whether_they_were_read_or_generated(tiny_backbone):
+    tokenizer = load_tokenizer(BackboneConfig(id=str(tiny_backbone)))
+    texts = [ProbeText("read", [5, 6, 7], 2), ProbeText("generated", [5, 6, 7, 8], 1, decoded=True)]
+    values = [np.float32([[0.1, 0.2, 0.3]]), np.float32([[0.5, 0.6, 0.7, 0.95]])]
+    reading = GateReading([GatedModule("model.layers.0.q_proj")], texts, values)
+    (one,) = report([ReadAdapter({}, reading)], tokenizer, {})["adapters"]
+    found = one["statistics"]
+    assert one["phases"] == ["prompt", "response_read", "response_generated"]
+    assert {phase: found[phase]["tokens"] for phase in (*one["phases"], "response")} == {
+        "prompt": 3,
+        "response_read": 1,
+        "response_generated": 3,
+        "response": 4,
+    }
+    assert found["response_read"]["mean"] == pytest.approx(0.3)
+    assert found["response_generated"]["mean"] == pytest.approx(0.75)
+    assert found["response_generated"]["share_open"] == pytest.approx(1 / 3)
+    assert found["response_generated"]["mean_by_layer"] == {"q_proj": [pytest.approx(0.75)]}
 
 
 def test_two_adapters_on_the_same_texts(tuned, tiny_backbone, tmp_path):
@@ -143,19 +172,34 @@ def test_a_picture_a_text(tuned, tmp_path):
     ("args", "said"),
     [
         (["--text", " "], "--text: '' is empty; accepted: a text"),
+        (["--rows", "3"], "--rows: 3, and no rows are read; accepted with a recipe"),
+        (["--split", "train"], "--split: train, and no rows are read; accepted with a recipe"),
+        (["--split", "dev", "--config", "quickstart.yaml"], "--split: 'dev' is unknown; accepted: train, validation, test"),
         (["--rows", "0"], "--rows: 0; accepted: an integer of at least 1"),
         (["--generate", "-1"], "--generate: -1; accepted: tokens to generate, 0 for none"),
         (["--config", "quickstart.yaml"], "--text and --config: texts come from one of them; accepted: "),
         (["--out", "x.pdf"], "--out: x.pdf ends in '.pdf'; accepted: .html, .png, .json, or --format"),
         (["--out", "/nowhere/x.html"], "--out: cannot write /nowhere/x.html; accepted: a file in a folder that exists"),
         (["--adapter", "/nowhere"], "--adapter: /nowhere: no adapter here (adapter_config.json is missing)"),
-        (["--text", "word " * 300], "tokens; accepted by this model: at most "),
+        (["--text", "word " * 300], "tokens; accepted by this model: at most 512"),
+        (["--generate", "480"], "tokens; accepted by this model with --generate 480: at most 32"),
+        (["--generate", "512"], "--generate: 512; accepted by this model: less than 512"),
     ],
 )
-def test_what_cannot_work_is_said(tuned, tmp_path, capsys, args, said):
+def test_what_cannot_work_is_said_before_weights_are_loaded(tuned, tmp_path, capsys, monkeypatch, args, said):
+    def load(*_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(gates_command, "load_backbone", load)
     assert asked(tmp_path, *args) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("report.*"))
+
+
+def test_a_text_without_tokens_is_refused(tuned, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gates_command, "tokenise_prompt", lambda tokenizer, text: [5] if text == TEXTS[0] else [])
+    assert asked(tmp_path) == 2
+    assert "--text: 'We ride $5 bikes.' has no tokens; accepted: a text in which" in capsys.readouterr().err
 
 
 def test_an_adapter_without_gates_is_said_to_have_none(tiny_backbone, tmp_path, capsys):
