@@ -4,6 +4,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, save_adapter
 from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.merge import merge_adapter
+from gatera_lightning.adapters.prepared import prepared_for_inference
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.backbone import BackboneConfig
 from gatera_lightning.errors import ConfigError, NonFiniteLossError
@@ -27,6 +28,7 @@ __all__ = [
     "inject_adapters",
     "load_adapter",
     "merge_adapter",
+    "prepared_for_inference",
     "record_gates",
     "save_adapter",
 ]
