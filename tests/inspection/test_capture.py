@@ -99,7 +99,9 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "going_on", [{"past_key_values": StateOnly()}, {"past_key_values": (1, 2)}, {"state": [1, 2]}], ids=str
+    "going_on",
+    [{"past_key_values": StateOnly()}, {"past_key_values": (1, 2)}, {"state": [1, 2]}],
+    ids=["without attention", "a tuple", "by another name"],
 )
 def test_a_cache_that_counts_no_tokens_leaves_that_to_the_mask(model, going_on):
     model = Recurrent(model)
