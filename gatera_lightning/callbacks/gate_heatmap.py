@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class GateHeatmap(L.Callback):
-    """TensorBoard images ``gate_heatmap/<number>``, layer × token, of probe texts: at the first step and every so many.
+    """TensorBoard images ``gate_heatmap/<number>``, layer × token, of probe texts: at the first step, every so many, the last.
 
     One forward a text, without dropout, so nothing in training changes by it. A sharded model takes part on every process.
     With a logger other than TensorBoard the pictures are skipped, with one line, and so is a text longer than the model's
@@ -68,11 +68,18 @@ class GateHeatmap(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        due = step == 1 or (self.every_n_steps and step % self.every_n_steps == 0)
-        if not self._probes or not due or step == self._drawn:
+        if step == 1 or (self.every_n_steps and step % self.every_n_steps == 0):
+            self._draw(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, module: Any) -> None:
+        step = trainer.global_step
+        if not self._probes or step == self._drawn:
             return
         self._drawn = step
-        module: Any = pl_module
         reading = read_gates(module.model, self._probes)  # every process of a sharded model has to take part
         if not trainer.is_global_zero:
             return

@@ -37,6 +37,12 @@ def test_a_picture_of_each_text_at_the_first_step_and_every_two(tiny_backbone, t
     assert first.encoded_image_string != last.encoded_image_string
 
 
+def test_the_last_step_is_drawn_whatever_the_interval(tiny_backbone, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    fit(tiny_backbone, tmp_path, logger, every_n_steps=3, texts=["What do bees make?"])
+    assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [1, 3, 4]
+
+
 def test_a_second_run_with_the_same_callback_draws_its_own(tiny_backbone, tmp_path):
     callback = GateHeatmap(2, ["What do bees make?"])
     for name in ("one", "two"):

@@ -130,7 +130,7 @@ class Warns(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step == 2:
             logging.getLogger("gatera_lightning.adapters").warning("a warning of ours")
-            logging.getLogger("lightning.pytorch.utilities.rank_zero").warning("a warning of Lightning's")
+            logging.getLogger("lightning.pytorch.anywhere").warning("a warning of Lightning's")
 
 
 def test_what_is_logged_stands_above_the_bar(tiny_backbone, tmp_path, monkeypatch):

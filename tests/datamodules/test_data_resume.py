@@ -295,9 +295,9 @@ class _SaveEverywhere(L.Callback):
 
 
 @pytest.fixture
-def fit(make_data, write, rows):
+def fit(make_data, write, rows, caplog):
     """``fit(workers)``: a run's witness; with ``save`` it writes checkpoints, with ``resume`` it starts from one."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, "lightning.pytorch")  # of this test alone
     source = [write("rows.json", rows(ROWS))]
 
     def run(workers, *, validation=True, save=None, resume=None):
