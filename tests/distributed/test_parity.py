@@ -30,7 +30,8 @@ def read(out):
     return losses, norms, load_file(out / "adapter" / "adapter_model.safetensors")
 
 
-def assert_same(out, reference):
+def assert_same(out, reference, left_out=()):
+    """``left_out`` are steps that were not taken, of which nothing is logged."""
     losses, norms, adapter = read(out)
     expected_losses, expected_norms, expected_adapter = read(reference)
     assert losses == pytest.approx(expected_losses, rel=1e-13)
@@ -39,7 +40,8 @@ def assert_same(out, reference):
     logged, expected_logged = (json.loads((folder / "logged_norms.json").read_text()) for folder in (out, reference))
     for of_step, expected in zip(logged, expected_logged, strict=True):
         assert of_step == pytest.approx(expected, rel=1e-11)
-    assert [math.hypot(*step) for step in logged] == pytest.approx(norms, rel=1e-11)  # of all gradients, before clipping
+    for number, (of_step, whole) in enumerate(zip(logged, norms, strict=True)):  # of all gradients, before clipping
+        assert number in left_out or math.hypot(*of_step) == pytest.approx(whole, rel=1e-11)
     assert adapter.keys() == expected_adapter.keys()
     for name, tensor in adapter.items():
         assert (tensor - expected_adapter[name]).abs().max() < 1e-12, name
