@@ -98,7 +98,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stderr)
+        self.stream = sys.stderr  # setStream would flush the one before, which may be closed
         super().emit(record)
 
 

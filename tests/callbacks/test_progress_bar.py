@@ -152,6 +152,18 @@ def test_what_is_logged_stands_above_the_bar(tiny_backbone, tmp_path, monkeypatc
         assert warning not in past.getvalue()
 
 
+def test_a_stderr_that_was_closed_is_left_behind(monkeypatch):
+    own = logging.getLogger("gatera_lightning")
+    monkeypatch.setattr(own, "propagate", False)
+    monkeypatch.setattr(own, "handlers", [])
+    _show_own_log()
+    for text in ("first", "second"):
+        with io.StringIO() as stream:
+            monkeypatch.setattr(sys, "stderr", stream)
+            own.warning(text)
+            assert stream.getvalue() == f"{text}\n"
+
+
 def test_an_error_leaves_the_terminal_as_it_was(tiny_backbone, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
