@@ -135,14 +135,19 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
     tokens = bins.sum((0, 2))  # (modules,), all alike
     means, squares = sums[0].sum(0) / tokens, sums[2].sum(0) / tokens
     told["between modules"] = float(means.var(unbiased=False) / (squares.mean() - means.mean() ** 2))
+    apart = told_apart(bins)
+    return told | {"told apart": float(apart.mean()), "best": float((apart - 0.5).abs().max())}
+
+
+def told_apart(bins: torch.Tensor) -> torch.Tensor:
+    """How often a response token's gate is above a prompt token's of its module, (phases, modules, 50) -> (modules,)."""
     share = bins / bins.sum(-1, keepdim=True)
     below = share[0].cumsum(-1) - share[0] / 2  # prompt gates below a bin, half of those in it
-    above = (share[1] * below).sum(-1)  # (modules,)
-    return told | {"told apart": float(above.mean()), "best": float((above - 0.5).abs().max())}
+    return (share[1] * below).sum(-1)
 
 
 def families(found: dict[str, Any]) -> str:
-    """Mean gate of each family of modules, and of each third of the layers."""
+    """Mean gates of module families, and of self-attention and MLP by thirds of the layers; how many modules tell phases apart."""
     bins, sums = torch.tensor(found["bins"]), torch.tensor(found["sums"])
     modules = [GatedModule(name) for name in found["modules"]]
     depth = 1 + max(module.layer for module in modules)
@@ -151,9 +156,14 @@ def families(found: dict[str, Any]) -> str:
         return f"{statistics_of_counts(bins[:, chosen].sum((0, 1)), sums[:, :, chosen].sum((1, 2)))[0]:.2f}"
 
     by_name = {m.name: [i for i, other in enumerate(modules) if other.name == m.name] for m in modules}
-    thirds = [[i for i, m in enumerate(modules) if m.layer * 3 // depth == third] for third in range(3)]
     told = [f"{name.removesuffix('_proj')} {mean(chosen)}" for name, chosen in by_name.items()]
-    return ", ".join(told) + "; thirds of the layers " + " / ".join(map(mean, thirds))
+    for part in ("self_attn", "mlp"):
+        of_part = [i for i, m in enumerate(modules) if f".{part}." in m.path]
+        thirds = [mean([i for i in of_part if modules[i].layer * 3 // depth == third]) for third in range(3)]
+        told.append(f"{part} by thirds of the layers {' / '.join(thirds)}")
+    apart = told_apart(bins.double())
+    told.append(f"response below prompt over 60 % in {int((apart < 0.4).sum())} modules, above in {int((apart > 0.6).sum())}")
+    return ", ".join(told)
 
 
 def show(results: list[dict[str, Any]]) -> None:

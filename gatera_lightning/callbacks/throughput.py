@@ -39,7 +39,7 @@ PEAK_TFLOPS = {
     "NVIDIA GH200 120GB": 989,
     "NVIDIA GH200 480GB": 989,
 }
-"""10¹² operations a second in bf16 or fp16, without sparsity, by NVIDIA's data sheets and the name that the driver gives.
+"""10¹² operations a second in bf16 or fp16, without sparsity, as NVIDIA states them, by the name that the driver gives.
 
 Names are matched whole: a slice of a GPU (MIG) has a longer one. Lightning's table takes an L40S for an L4.
 """
