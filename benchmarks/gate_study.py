@@ -147,7 +147,7 @@ def told_apart(bins: torch.Tensor) -> torch.Tensor:
 
 
 def families(found: dict[str, Any]) -> str:
-    """Mean gates of module families, and of self-attention and MLP by thirds of the layers; how many modules tell phases apart."""
+    """Mean gates of families, and of self-attention and MLP by thirds of the layers; how many modules tell phases apart."""
     bins, sums = torch.tensor(found["bins"]), torch.tensor(found["sums"])
     modules = [GatedModule(name) for name in found["modules"]]
     depth = 1 + max(module.layer for module in modules)
