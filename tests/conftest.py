@@ -45,9 +45,12 @@ def tiny_backbone(tmp_path_factory):
         yield tiny_backbone_folder(tmp_path_factory.mktemp("backbone"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Selenium's driver of a headless Chromium, 1,400 x 1,200; skips where Debian's chromium is neither there nor asked for."""
+    """Selenium's driver of a headless Chromium, 1,400 x 1,200, one a file: its log must hold no other page's warnings.
+
+    Skips where Debian's chromium is neither there nor asked for.
+    """
     from system_packages import needs_programs
 
     packages = ("chromium", "chromium-driver")
