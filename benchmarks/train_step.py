@@ -1,0 +1,196 @@
+"""What an optimizer step costs: this library's methods, PEFT's, and the frozen backbone as the limit, in one run.
+
+    python benchmarks/train_step.py [--dtype bfloat16] [--rounds 7] [--only gatera peft_lora] [--out results/train_step.json]
+
+SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 rows of 160 tokens with 8 targets each, AdamW. PEFT is used
+as its documentation shows, logits of every token included; ``peft_lora_targets`` gives it our output head. ``frozen`` is the
+backbone's forward and its gradient by the embeddings, logits at the targets only: no method can take less. ``flops`` counts the
+products of a step, and what is saved for backward is counted without the weights.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from interleaved import Round, clock, interleaved, machine, ratio, write
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gatera_lightning import AdapterConfig, inject_adapters
+from gatera_lightning.adapters.inject import adapter_parameters
+from gatera_lightning.adapters.recording import record_gates
+from gatera_lightning.losses import (
+    IGNORE,
+    next_token_labels,
+    summed_cross_entropy,
+    summed_gate_entropy,
+    target_positions_only,
+)
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+OURS = {
+    "gatera": AdapterConfig(),
+    "hira": AdapterConfig(gate="none"),
+    "lora": AdapterConfig(update="lora", gate="none"),
+    "dora": AdapterConfig(update="dora", gate="none"),
+}
+PEFT = ("peft_lora", "peft_lora_targets", "peft_dora", "peft_hira")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def backbone(dtype: str, layers: int, width: int) -> LlamaForCausalLM:
+    """SmolLM2-135M's shape, or a smaller or wider one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 192,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(DEVICE, getattr(torch, dtype)).train()
+
+
+def rows(count: int, tokens: int, targets: int) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, (count, tokens), the last ``targets`` of each row carrying loss."""
+    ids = torch.randint(0, 49152, (count, tokens), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    labels = ids.clone()
+    labels[:, :-targets] = IGNORE
+    return ids, labels
+
+
+def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: tuple[int, int, int]) -> Round:
+    """A whole optimizer step of ``method``."""
+    model: nn.Module = backbone(dtype, layers, width)
+    ids, labels = rows(*shape)
+    if method.startswith("peft"):
+        loss_of = with_peft(model, method, rank, ids, labels)
+    elif method == "frozen":
+        loss_of = without_adapter(model, ids, labels)
+    else:
+        loss_of = with_gatera(model, OURS[method], rank, ids, labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+    counted: dict[str, float] = {}
+
+    def step() -> dict[str, float]:
+        loss = loss_of()
+        loss.backward()
+        if optimizer is not None:
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return counted
+
+    counted |= {"flops": flops(step), "saved_bytes": saved_bytes(model, loss_of)}
+    return step
+
+
+def with_gatera(model: nn.Module, config: AdapterConfig, rank: int, ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    inject_adapters(model, replace(config, rank=rank))
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            if name.endswith("update.b"):
+                parameter.normal_(std=1e-3)  # zero as at the beginning would leave A without gradients
+    shifted, mask = next_token_labels(labels), torch.ones_like(ids)
+    keep = shifted != IGNORE
+    targets = shifted[keep]
+
+    def loss_of() -> Tensor:
+        with target_positions_only(model, keep), record_gates(model) as gates:
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        loss = summed_cross_entropy(logits, targets) / len(targets)
+        z = gates.stacked(mask)
+        return loss if z is None else loss + 0.01 * summed_gate_entropy(z, mask) / z.numel()
+
+    return loss_of
+
+
+def with_peft(model: nn.Module, method: str, rank: int, ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    from peft import HiraConfig, LoraConfig, get_peft_model
+
+    chosen: Any = HiraConfig(r=rank, target_modules=TARGETS)
+    if method != "peft_hira":
+        chosen = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, use_dora=method == "peft_dora")
+    wrapped = get_peft_model(model, chosen)  # in place
+    mask = torch.ones_like(ids)
+    if method == "peft_lora_targets":
+        shifted = next_token_labels(labels)
+        keep = shifted != IGNORE
+
+        def loss_of() -> Tensor:
+            with target_positions_only(model, keep):
+                return summed_cross_entropy(wrapped(input_ids=ids, attention_mask=mask).logits, shifted[keep]) / keep.sum()
+
+        return loss_of
+    return lambda: wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+def without_adapter(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    model.requires_grad_(False)
+    shifted, mask = next_token_labels(labels), torch.ones_like(ids)
+    keep = shifted != IGNORE
+
+    def loss_of() -> Tensor:
+        embedded = model.get_input_embeddings()(ids).requires_grad_(True)
+        with target_positions_only(model, keep):
+            return summed_cross_entropy(model(inputs_embeds=embedded, attention_mask=mask).logits, shifted[keep]) / keep.sum()
+
+    return loss_of
+
+
+def flops(step: Callable[[], Any]) -> int:
+    """Of the products of one step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def saved_bytes(model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
+    """What autograd keeps between forward and backward, parameters and buffers left out, shared storages once."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of()
+    return sum(kept.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--shape", type=int, nargs=3, default=(4, 160, 8), metavar=("ROWS", "TOKENS", "TARGETS"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=("frozen", *OURS, *PEFT), default=("frozen", *OURS, *PEFT))
+    parser.add_argument("--out", help="a JSON file")
+    args = parser.parse_args()
+    setting = (args.dtype, args.layers, args.width, args.rank, tuple(args.shape))
+    measured = interleaved({method: (step_of, (method, *setting)) for method in args.only}, args.rounds)
+    write(args.out, vars(args), measured)
+
+    print(machine())
+    reference = next((name for name in ("peft_lora", "frozen") if name in measured), args.only[0])
+    print(f"method               s, median   ÷ {reference:<26}GFLOP   peak MB   saved MB")
+    for name, one in measured.items():
+        line = f"{name:<20}{statistics.median(clock(one)):>9.3f}   {ratio(clock(one), clock(measured[reference])):<26}"
+        print(f"{line}{one.figures['flops'] / 1e9:>8.0f}{one.peak_bytes / 1e6:>10.0f}{one.figures['saved_bytes'] / 1e6:>11.0f}")
+
+
+if __name__ == "__main__":
+    main()
