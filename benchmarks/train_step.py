@@ -1,14 +1,17 @@
 """What an optimizer step costs: this library's methods, PEFT's, and the frozen backbone as the limit, in one run.
 
-    python benchmarks/train_step.py [--dtype bfloat16] [--rounds 7] [--only gatera peft_lora] [--out results/train_step.json]
+    python benchmarks/train_step.py [--dtype float32] [--rounds 7] [--only gatera peft_lora] [--out results/train_step.json]
 
-SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 rows of 160 tokens with 8 targets each, AdamW. PEFT is used
-as its documentation shows, logits of every token included; ``peft_lora_targets`` gives it our output head. ``frozen`` is the
-backbone's forward and its gradient by the embeddings, logits at the targets only: no method can take less. ``flops`` counts the
-products of a step, and what is saved for backward is counted without the weights.
+SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 rows of 160 tokens with 8 targets each, AdamW. In
+``gatera_70_closed`` every gate's bias is such that 70 % of the tokens have gates below 0.1, which are skipped; in
+``gatera_decided`` most others have gates above 0.9 as well, and take the merged weight. PEFT is used as its documentation
+shows, logits of every token included; ``peft_lora_targets`` has our output head. ``frozen`` is the backbone's forward and its
+gradient by the embeddings, logits at the targets only: no method can take less. GFLOP are those of a step's products, and
+what is saved for backward is counted without weights.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gatera_lightning import AdapterConfig, inject_adapters
-from gatera_lightning.adapters.inject import adapter_parameters
+from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.losses import (
     IGNORE,
@@ -34,6 +38,8 @@ from gatera_lightning.losses import (
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 OURS = {
     "gatera": AdapterConfig(),
+    "gatera_70_closed": AdapterConfig(skip_below=0.1),
+    "gatera_decided": AdapterConfig(skip_below=0.1, merge_above=0.9),
     "hira": AdapterConfig(gate="none"),
     "lora": AdapterConfig(update="lora", gate="none"),
     "dora": AdapterConfig(update="dora", gate="none"),
@@ -76,6 +82,8 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
         loss_of = without_adapter(model, ids, labels)
     else:
         loss_of = with_gatera(model, OURS[method], rank, ids, labels)
+        if OURS[method].tells_tokens_apart:
+            set_gates(model, ids, sharpness=1.0 if method == "gatera_70_closed" else 1e3)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
     counted: dict[str, float] = {}
@@ -111,6 +119,22 @@ def with_gatera(model: nn.Module, config: AdapterConfig, rank: int, ids: Tensor,
         return loss if z is None else loss + 0.01 * summed_gate_entropy(z, mask) / z.numel()
 
     return loss_of
+
+
+@torch.no_grad()
+def set_gates(model: nn.Module, ids: Tensor, closed: float = 0.7, *, sharpness: float) -> None:
+    """Biases with which a share ``closed`` of the tokens has gates below the threshold, layer by layer in one forward."""
+
+    def set_bias(layer: AdaptedLinear, args: tuple[Tensor]) -> None:
+        layer.gate.weight.normal_().mul_(sharpness / layer.gate.weight.norm())
+        layer.gate.bias.zero_()
+        z = layer.gate(args[0])
+        layer.gate.bias.sub_(z.quantile(closed)).add_(math.log(0.1 / 0.9))
+
+    handles = [layer.register_forward_pre_hook(set_bias) for layer in adapted_linears(model).values()]
+    model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
 
 
 def with_peft(model: nn.Module, method: str, rank: int, ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:

@@ -38,6 +38,12 @@ class AdapterConfig:
     gate_bias: float = 0.0
     """Initial gate logit b: 0 starts every gate half open (g = 0.5), -2 nearly closed (g = 0.12)."""
 
+    skip_below: float = 0.0
+    """In training, tokens with a gate below this take the frozen path alone: 2 large products in place of 5; 0 skips none."""
+
+    merge_above: float = 1.0
+    """In training, tokens with a gate above this take the merged weight: 3 large products in place of 5; 1 merges none."""
+
     adapter_dtype: AdapterDtype = "float32"
     """Dtype of the trainable master weights; the backbone keeps its own."""
 
@@ -60,6 +66,7 @@ class AdapterConfig:
             found.append(f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1")
         if not _is_finite(self.gate_bias):
             found.append(f"adapter.gate_bias: {self.gate_bias!r}; accepted: a finite number")
+        found += self._partition_problems()
         if not isinstance(self.target_modules, list) or not self.target_modules:
             found.append(f"adapter.target_modules: {self.target_modules!r}; accepted: a list of at least one name or regex")
         else:
@@ -69,6 +76,27 @@ class AdapterConfig:
         ):
             found.append(f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices from 0 on")
         return found
+
+    def _partition_problems(self) -> list[str]:
+        found = [
+            f"adapter.{name}: {getattr(self, name)!r}; accepted: {accepted}"
+            for name, accepted, fits in (
+                ("skip_below", "a gate from 0 (skips none) up to 0.5", lambda value: 0 <= value <= 0.5),
+                ("merge_above", "a gate from 0.5 up to 1 (merges none)", lambda value: 0.5 <= value <= 1),
+            )
+            if not (_is_finite(getattr(self, name)) and fits(getattr(self, name)))
+        ]
+        if self.tells_tokens_apart and (self.update, self.gate, self.dropout) != ("hira", "token", 0.0):
+            found.append(
+                f"adapter.skip_below: {self.skip_below!r}, merge_above: {self.merge_above!r}, with update {self.update!r}, "
+                f"gate {self.gate!r}, dropout {self.dropout!r}; accepted: 0 and 1, or update 'hira', gate 'token' and dropout 0"
+            )
+        return found
+
+    @property
+    def tells_tokens_apart(self) -> bool:
+        """Whether training leaves out products of tokens whose gates are decided."""
+        return self.skip_below > 0 or self.merge_above < 1
 
     @property
     def scale(self) -> float:

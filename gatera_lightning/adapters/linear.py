@@ -13,6 +13,7 @@ from gatera_lightning.adapters.fingerprint import weight_fingerprint
 from gatera_lightning.adapters.gates import GATES, Gate
 from gatera_lightning.adapters.hira import HiRA
 from gatera_lightning.adapters.lora import LoRA
+from gatera_lightning.adapters.partitioned import partitioned_hadamard
 
 Update = LoRA | DoRA | HiRA
 UPDATES: dict[str, type[LoRA] | type[DoRA] | type[HiRA]] = {"lora": LoRA, "dora": DoRA, "hira": HiRA}
@@ -54,17 +55,20 @@ class AdaptedLinear(nn.Module):
         """x (..., in) -> y (..., out)."""
         if x.ndim == 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
-        if self.update.reads_base_out and self.base.bias is not None:
-            base_out = F.linear(x, self.base.weight)  # (..., out): DoRA rescales this part, not the bias
-            y = base_out + self.base.bias
-        else:
-            y = base_out = self.base(x)  # as the frozen model rounds it
         g = None
         if self.gate is not None:
             z = self.gate(x)  # (...)
             if self.on_gate is not None:
                 self.on_gate(z)
             g = torch.sigmoid(z)
+        if self.config.tells_tokens_apart and self.training and torch.is_grad_enabled() and not x.is_meta:
+            update, thresholds = cast(HiRA, self.update), (self.config.skip_below, self.config.merge_above)
+            return partitioned_hadamard(x, self.base.weight, self.base.bias, update.a, update.b, cast(Tensor, g), *thresholds)
+        if self.update.reads_base_out and self.base.bias is not None:
+            base_out = F.linear(x, self.base.weight)  # (..., out): DoRA rescales this part, not the bias
+            y = base_out + self.base.bias
+        else:
+            y = base_out = self.base(x)  # as the frozen model rounds it
         return y + self.update(self.dropout(x), base_out, self.base.weight, g).to(y.dtype)
 
     # Model code asks a linear layer for these (dtype probes, tied heads); the answer is the frozen layer's.

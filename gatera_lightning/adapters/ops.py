@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _in_own_dtypes(x: Tensor) -> torch.autocast:
+def in_own_dtypes(x: Tensor) -> torch.autocast:
     """A region that autocast leaves alone; on the meta device, where costs are planned, autocast does not exist."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``W0 ⊙ (B A)`` in ``weight``'s dtype; weight (out, in), a (r, in), b (out, r)."""
-    with _in_own_dtypes(weight):
+    with in_own_dtypes(weight):
         return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
 
 
 def gated_linear(x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
     """``g · Δ x`` in Δ's dtype; x (..., in), delta (out, in), g (...) or None for 1; no gradient of Δ or g."""
-    with _in_own_dtypes(x):
+    with in_own_dtypes(x):
         u = F.linear(x.to(delta.dtype), delta)  # (..., out)
     return u if g is None else u.mul_(g.unsqueeze(-1).to(u.dtype))
 
@@ -88,7 +88,7 @@ class _TokenLogit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        with _in_own_dtypes(x):
+        with in_own_dtypes(x):
             return torch.matmul(x.to(w.dtype), w) + b
 
     @staticmethod

@@ -126,6 +126,8 @@ def test_the_folder_says_what_it_holds(tiny_llama, tmp_path):
             "target_modules": TARGETS,
             "layers": [1],
             "gate_bias": -2.0,
+            "skip_below": 0.0,
+            "merge_above": 1.0,
             "adapter_dtype": "float32",
         },
         "backbone": {
