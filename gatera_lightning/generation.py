@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from gatera_lightning.adapters.config import threshold_problems
 from gatera_lightning.adapters.prepared import prepared_for_inference
 from gatera_lightning.datamodules.tokens import PromptBatch
 
@@ -29,13 +30,23 @@ class DecodingConfig:
     prepared: bool = True
     """Keep HiRA's W0 ⊙ BA while generating: the same answers in less time, for the memory of the adapted weights once more."""
 
+    skip_below: float = 0.0
+    """Tokens with a gate below this read the frozen weight alone: faster, and not quite the same numbers; 0 is exact."""
+
+    merge_above: float = 1.0
+    """Tokens with a gate above this read the merged weight alone; 1 is exact."""
+
     def problems(self) -> list[str]:
         """Everything about these values that cannot work; empty when all is well."""
-        return [
+        found = [
             f"decoding.{name}: {getattr(self, name)}; accepted: an integer of at least 1"
             for name in ("beams", "max_new_tokens")
             if getattr(self, name) < 1
         ]
+        found += [f"decoding.{problem}" for problem in threshold_problems(self.skip_below, self.merge_above)]
+        if not self.prepared and (self.skip_below > 0 or self.merge_above < 1):
+            found.append("decoding.prepared: false, with skip_below or merge_above; accepted: true, or thresholds of 0 and 1")
+        return found
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,8 @@ def generate(
     # What settings leave open, Transformers takes from the model: penalties and bans that its publisher recommends for chats.
     published, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        prepared = prepared_for_inference(model) if config.prepared else nullcontext()
+        thresholds = {"skip_below": config.skip_below, "merge_above": config.merge_above}
+        prepared = prepared_for_inference(model, **thresholds) if config.prepared else nullcontext()
         with torch.no_grad(), prepared:
             ids = model.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"],

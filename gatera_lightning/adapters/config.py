@@ -66,7 +66,12 @@ class AdapterConfig:
             found.append(f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1")
         if not _is_finite(self.gate_bias):
             found.append(f"adapter.gate_bias: {self.gate_bias!r}; accepted: a finite number")
-        found += self._partition_problems()
+        found += [f"adapter.{problem}" for problem in threshold_problems(self.skip_below, self.merge_above)]
+        if self.tells_tokens_apart and (self.update, self.gate, self.dropout) != ("hira", "token", 0.0):
+            found.append(
+                f"adapter.skip_below: {self.skip_below!r}, merge_above: {self.merge_above!r}, with update {self.update!r}, "
+                f"gate {self.gate!r}, dropout {self.dropout!r}; accepted: 0 and 1, or update 'hira', gate 'token' and dropout 0"
+            )
         if not isinstance(self.target_modules, list) or not self.target_modules:
             found.append(f"adapter.target_modules: {self.target_modules!r}; accepted: a list of at least one name or regex")
         else:
@@ -75,22 +80,6 @@ class AdapterConfig:
             isinstance(self.layers, list) and self.layers and all(_is_int(i) and i >= 0 for i in self.layers)
         ):
             found.append(f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices from 0 on")
-        return found
-
-    def _partition_problems(self) -> list[str]:
-        found = [
-            f"adapter.{name}: {getattr(self, name)!r}; accepted: {accepted}"
-            for name, accepted, fits in (
-                ("skip_below", "a gate from 0 (skips none) up to 0.5", lambda value: 0 <= value <= 0.5),
-                ("merge_above", "a gate from 0.5 up to 1 (merges none)", lambda value: 0.5 <= value <= 1),
-            )
-            if not (_is_finite(getattr(self, name)) and fits(getattr(self, name)))
-        ]
-        if self.tells_tokens_apart and (self.update, self.gate, self.dropout) != ("hira", "token", 0.0):
-            found.append(
-                f"adapter.skip_below: {self.skip_below!r}, merge_above: {self.merge_above!r}, with update {self.update!r}, "
-                f"gate {self.gate!r}, dropout {self.dropout!r}; accepted: 0 and 1, or update 'hira', gate 'token' and dropout 0"
-            )
         return found
 
     @property
@@ -102,6 +91,16 @@ class AdapterConfig:
     def scale(self) -> float:
         """``alpha / rank`` of lora and dora; 1 when alpha is not set."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def threshold_problems(skip_below: Any, merge_above: Any) -> list[str]:
+    """What is wrong with the gates from which a token counts as closed and as open; without the section's name."""
+    found = []
+    if not (_is_finite(skip_below) and 0 <= skip_below <= 0.5):
+        found.append(f"skip_below: {skip_below!r}; accepted: a gate from 0 (skips none) up to 0.5")
+    if not (_is_finite(merge_above) and 0.5 <= merge_above <= 1):
+        found.append(f"merge_above: {merge_above!r}; accepted: a gate from 0.5 up to 1 (merges none)")
+    return found
 
 
 def _is_int(value: Any) -> bool:

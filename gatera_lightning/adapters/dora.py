@@ -37,13 +37,13 @@ class DoRA(nn.Module):
         norm = (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
         return norm.masked_fill(norm == 0, 1.0)  # a row of zeros (pruned, padded) has no direction, and must not divide
 
-    def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
-        """``g · u(x)``; x (..., in), base_out = W0 x (..., out) -> (..., out)."""
+    def forward(self, y: Tensor, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
+        """``y + g · u(x)``; y (..., out), x (..., in), base_out = W0 x (..., out) -> (..., out)."""
         norm = self.row_norm(weight) if self.kept is None else without_gradients(self.kept)
         ratio = self.magnitude / norm  # (out,)
         low_rank = F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
         u = (ratio - 1).to(x.dtype) * base_out + ratio.to(x.dtype) * low_rank
-        return u if g is None else u * g.unsqueeze(-1).to(u.dtype)
+        return y + (u if g is None else u * g.unsqueeze(-1).to(u.dtype)).to(y.dtype)
 
     def constant(self, weight: Tensor) -> Tensor:
         """The row norms, (out,)."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.lora import low_rank_factors
-from gatera_lightning.adapters.ops import gated_hadamard, gated_linear, hadamard_weight, without_gradients
+from gatera_lightning.adapters.ops import hadamard_weight, with_gated, with_gated_hadamard, without_gradients
 
 
 class HiRA(nn.Module):
@@ -20,11 +20,11 @@ class HiRA(nn.Module):
         self.kept: Tensor | None = None
         """:meth:`constant`, inside ``prepared_for_inference``."""
 
-    def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
-        """``g · u(x)``; x (..., in), weight W0 (out, in), g (...) or None -> (..., out)."""
+    def forward(self, y: Tensor, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
+        """``y + g · u(x)``; y (..., out), x (..., in), weight W0 (out, in), g (...) or None -> (..., out)."""
         if self.kept is not None:
-            return gated_linear(x, without_gradients(self.kept), g)
-        return gated_hadamard(x, weight, self.a, self.b, g)
+            return with_gated(y, x, without_gradients(self.kept), g)
+        return with_gated_hadamard(y, x, weight, self.a, self.b, g)
 
     @torch.no_grad()
     def constant(self, weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ UPDATES: dict[str, type[LoRA] | type[DoRA] | type[HiRA]] = {"lora": LoRA, "dora"
 class AdaptedLinear(nn.Module):
     """``y = W0 x + b + g(x) · u(x)`` with ``W0`` and ``b`` frozen.
 
-    ``update(x, base_out, weight, g)`` returns ``g · u(x)``: each update knows where the gate's product is cheapest.
+    ``update(y, x, base_out, weight, g)`` returns ``y + g · u(x)``: each update knows where the gate's product is cheapest.
     ``base_out`` is ``W0 x`` for an update that ``reads_base_out``; others must not look at it.
     ``gate`` is None for the ungated method. ``on_gate`` is called with the gate's logits in every forward while
     :func:`~gatera_lightning.adapters.recording.record_gates` listens.
@@ -43,6 +43,8 @@ class AdaptedLinear(nn.Module):
             self.gate = gate_class(base.in_features, bias=config.gate_bias, dtype=dtype, device=base.weight.device)
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.on_gate: Callable[[Tensor], None] | None = None
+        self.routed: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """What computes the output from x and z inside of a fast ``prepared_for_inference``."""
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to the adapter, by their names within this layer: everything but the base."""
@@ -55,11 +57,14 @@ class AdaptedLinear(nn.Module):
         """x (..., in) -> y (..., out)."""
         if x.ndim == 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
-        g = None
+        z = g = None
         if self.gate is not None:
             z = self.gate(x)  # (...)
             if self.on_gate is not None:
                 self.on_gate(z)
+        if self.routed is not None:
+            return self.routed(x, z)
+        if z is not None:
             g = torch.sigmoid(z)
         if self.config.tells_tokens_apart and self.training and torch.is_grad_enabled() and not x.is_meta:
             update, thresholds = cast(HiRA, self.update), (self.config.skip_below, self.config.merge_above)
@@ -69,7 +74,7 @@ class AdaptedLinear(nn.Module):
             y = base_out + self.base.bias
         else:
             y = base_out = self.base(x)  # as the frozen model rounds it
-        return y + self.update(self.dropout(x), base_out, self.base.weight, g).to(y.dtype)
+        return cast(Tensor, self.update(y, self.dropout(x), base_out, self.base.weight, g))
 
     # Model code asks a linear layer for these (dtype probes, tied heads); the answer is the frozen layer's.
     @property

@@ -32,11 +32,11 @@ class LoRA(nn.Module):
         self.a, self.b = low_rank_factors(base, rank, dtype, generator)
         self.scale = scale
 
-    def forward(self, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
-        """``g · u(x)``; the gate meets the r-dimensional middle, where it costs least. x (..., in) -> (..., out)."""
+    def forward(self, y: Tensor, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
+        """``y + g · u(x)``; the gate meets the r-dimensional middle, where it costs least. y, x -> (..., out)."""
         down = F.linear(x, self.a.to(x.dtype))  # (..., r)
         factor = self.scale if g is None else (self.scale * g).unsqueeze(-1).to(down.dtype)
-        return F.linear(down * factor, self.b.to(x.dtype))
+        return y + F.linear(down * factor, self.b.to(x.dtype)).to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Both save what the frozen layer saves anyway (the input and the small factors) and rebuild the rest in backward.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def in_own_dtypes(x: Tensor) -> torch.autocast:
+def in_own_dtypes(x: Tensor) -> AbstractContextManager[Any]:
     """A region that autocast leaves alone; on the meta device, where costs are planned, autocast does not exist."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -22,11 +24,11 @@ def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
 
 
-def gated_linear(x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
-    """``g · Δ x`` in Δ's dtype; x (..., in), delta (out, in), g (...) or None for 1; no gradient of Δ or g."""
+def with_gated(y: Tensor, x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
+    """``y + g · Δ x``, the product in Δ's dtype; y (..., out), x (..., in), delta (out, in), g (...) or None for 1."""
     with in_own_dtypes(x):
-        u = F.linear(x.to(delta.dtype), delta)  # (..., out)
-    return u if g is None else u.mul_(g.unsqueeze(-1).to(u.dtype))
+        u = F.linear(x.to(delta.dtype), delta).to(y.dtype)  # (..., out)
+        return y + u if g is None else torch.addcmul(y, u, g.unsqueeze(-1).to(y.dtype))
 
 
 def without_gradients(kept: Tensor) -> Tensor:
@@ -37,49 +39,50 @@ def without_gradients(kept: Tensor) -> Tensor:
 
 
 class _GatedHadamard(torch.autograd.Function):
-    """``g · (W0 ⊙ BA) x``. Nothing of size out·in survives the forward: the dense factor is rebuilt in backward.
+    """``y + g · (W0 ⊙ BA) x``. Nothing of size out·in survives the forward: the dense factor is rebuilt in backward.
 
     With ``t = (W0 ⊙ BA)ᵀ dy``: ``dx = g·t``, ``dg = x·t`` (so the ungated update need not be kept),
     ``dP = (g·dy) xᵀ ⊙ W0`` for ``P = BA`` (GateRA, theorem 1), ``dA = Bᵀ dP``, ``dB = dP Aᵀ``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g)
-        return gated_linear(x, hadamard_weight(weight, a, b), g)
+        return with_gated(y, x, hadamard_weight(weight, a, b), g)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, g = ctx.saved_tensors
         dtype = weight.dtype
-        needs_x, _, needs_a, needs_b, needs_g = ctx.needs_input_grad
-        dy = dy.to(dtype)
+        needs_y, needs_x, _, needs_a, needs_b, needs_g = ctx.needs_input_grad
+        du = dy.to(dtype)
         x_ = x.to(dtype)
         dx = da = db = dg = None
         if needs_x or needs_g:
-            t = torch.matmul(dy, hadamard_weight(weight, a, b))  # (..., in)
+            t = torch.matmul(du, hadamard_weight(weight, a, b))  # (..., in)
             if needs_g:
                 dg = (x_ * t).sum(-1, dtype=g.dtype)
             if needs_x:
                 dx = (t if g is None else t.mul_(g.unsqueeze(-1).to(dtype))).to(x.dtype)
         if needs_a or needs_b:
-            du = dy if g is None else dy * g.unsqueeze(-1).to(dtype)
+            if g is not None:
+                du = du * g.unsqueeze(-1).to(dtype)
             dp = torch.mm(du.flatten(0, -2).t(), x_.flatten(0, -2)).mul_(weight)  # (out, in)
             if needs_a:
                 da = torch.mm(b.to(dtype).t(), dp).to(a.dtype)
             if needs_b:
                 db = torch.mm(dp, a.to(dtype).t()).to(b.dtype)
-        return dx, None, da, db, dg
+        return dy if needs_y else None, dx, None, da, db, dg
 
 
-def gated_hadamard(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None = None) -> Tensor:
-    """``g · (W0 ⊙ BA) x``, HiRA's update (Huang et al., ICLR 2025) under GateRA's gate (eq. ``W' = (g·BA + 1) ⊙ W0``).
+def with_gated_hadamard(y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None = None) -> Tensor:
+    """``y + g · (W0 ⊙ BA) x``, HiRA's update (Huang et al., ICLR 2025) under GateRA's gate (``W' = (g·BA + 1) ⊙ W0``).
 
-    Shapes: x (..., in), weight (out, in) frozen, a (r, in), b (out, r), g (...) or None for 1; returns (..., out).
+    Shapes: y (..., out), x (..., in), weight (out, in) frozen, a (r, in), b (out, r), g (...) or None for 1 -> (..., out).
     The products run in ``weight``'s dtype. ``weight`` gets no gradient.
     """
-    return cast(Tensor, _GatedHadamard.apply(x, weight, a, b, g))
+    return cast(Tensor, _GatedHadamard.apply(y, x, weight, a, b, g))
 
 
 class _TokenLogit(torch.autograd.Function):
@@ -88,8 +91,7 @@ class _TokenLogit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        with in_own_dtypes(x):
-            return torch.matmul(x.to(w.dtype), w) + b
+        return _logit(x, w, b)
 
     @staticmethod
     @once_differentiable
@@ -103,4 +105,10 @@ class _TokenLogit(torch.autograd.Function):
 
 def token_logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """``z = w·x + b`` for every token, in w's dtype (fp32 masters); x (..., in), w (in,), b (1,); returns (...)."""
-    return cast(Tensor, _TokenLogit.apply(x, w, b))
+    # What calling a function of autograd costs is a twentieth of decoding a token.
+    return cast(Tensor, _TokenLogit.apply(x, w, b)) if torch.is_grad_enabled() else _logit(x, w, b)
+
+
+def _logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    with in_own_dtypes(x):
+        return torch.matmul(x.to(w.dtype), w) + b

@@ -123,7 +123,7 @@ def partitioned_hadamard(
 
     Off the exact output by at most ``max(skip_below, 1 − merge_above) · |u(x)|``. The gradient is that of this function: exact
     for x and the factors, and for a gate that is in between; a decided gate gets 0 in place of ``g(1−g) · dy·u(x)``.
-    Shapes as in :func:`~gatera_lightning.adapters.ops.gated_hadamard`.
+    Shapes as in :func:`~gatera_lightning.adapters.ops.with_gated_hadamard`.
     """
     tokens = tokens_by_gate(g.detach().flatten(), skip_below, merge_above)
     return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, g, tokens))

@@ -1,30 +1,87 @@
-"""What an update makes of its factors alone, kept while nothing is trained: a token of decoding then needs no ``B A``."""
+"""What does not change while nothing is trained, computed once: a token of decoding then needs no ``B A``.
 
+Exact or fast. Exact keeps HiRA's ``W0 ⊙ BA`` and DoRA's row norms. Fast keeps the merged weight ``W1 = W0 + ΔW``: decoding one
+token is reading weights, and a token whose gate is decided reads one of the two.
+"""
+
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.lora import LoRA
+from gatera_lightning.adapters.ops import without_gradients
+from gatera_lightning.adapters.partitioned import tokens_by_gate
 
 
 @contextmanager
-def prepared_for_inference(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` block, forwards reuse HiRA's ``W0 ⊙ BA`` and DoRA's row norms: the same numbers, bit for bit.
+def prepared_for_inference(model: nn.Module, *, skip_below: float = 0.0, merge_above: float = 1.0) -> Iterator[None]:
+    """Inside the ``with`` block, forwards reuse what updates make of their factors: the same numbers, bit for bit.
 
-    Costs the memory of HiRA's adapted weights once more. Layers whose weights are sharded are left as they are, since what is
-    kept of them would not be. Factors must not change inside; a forward with gradients raises RuntimeError.
+    With thresholds of a gate (0 and 1 leave it exact), a token with ``g < skip_below`` takes ``W0``, one with
+    ``g > merge_above`` takes ``W1``, others ``W0 x + g (W1 x − W0 x)``; without a gate of its own, every token takes the merged
+    weight. The output is off by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` and what merging rounds.
+
+    Costs the memory of the adapted weights once more (exact: HiRA's only). Layers whose weights are sharded are left as they
+    are, since what is kept of them would not be. Factors must not change inside; a forward with gradients raises RuntimeError.
     """
-    kept = []
-    for layer in adapted_linears(model).values():
-        update = layer.update
-        if not isinstance(update, LoRA) and update.kept is None and not isinstance(layer.base.weight, DTensor):
-            update.kept = update.constant(layer.base.weight)
-            kept.append(update)
+    fast = skip_below > 0 or merge_above < 1
+    layers = [layer for layer in adapted_linears(model).values() if not isinstance(layer.base.weight, DTensor)]
+    prepared = [
+        layer for layer in layers if layer.routed is None and (isinstance(layer.update, LoRA) or layer.update.kept is None)
+    ]
+    for layer in prepared:
+        if fast:
+            layer.routed = RoutedLinear(layer, skip_below, merge_above)
+        elif not isinstance(layer.update, LoRA):
+            layer.update.kept = layer.update.constant(layer.base.weight)
     try:
         yield
     finally:
-        for update in kept:
-            update.kept = None
+        for layer in prepared:
+            layer.routed = None
+            if not isinstance(layer.update, LoRA):
+                layer.update.kept = None
+
+
+class RoutedLinear:
+    """An adapted layer as two weights, of which a token with a decided gate reads one."""
+
+    @torch.no_grad()
+    def __init__(self, layer: AdaptedLinear, skip_below: float, merge_above: float) -> None:
+        self.weight, self.bias = layer.base.weight, layer.base.bias
+        self.skip_below, self.merge_above = skip_below, merge_above
+        delta = layer.update.delta_weight(self.weight)  # (out, in)
+        self.by_token = layer.gate is not None and layer.gate.depends_on_token
+        if layer.gate is not None and not self.by_token:
+            delta = delta * torch.sigmoid(layer.gate.bias)
+        self.merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+
+    def __call__(self, x: Tensor, z: Tensor | None) -> Tensor:
+        """x (..., in), z (...) the gates' logits -> (..., out). Waits for the device once, to learn the gates."""
+        merged = without_gradients(self.merged)
+        if z is None or not self.by_token:
+            return F.linear(x, merged, self.bias)
+        if z.numel() == 1:
+            gate = 0.5 + 0.5 * math.tanh(z.item() / 2)
+            if gate < self.skip_below:
+                return F.linear(x, self.weight, self.bias)
+            if gate > self.merge_above:
+                return F.linear(x, merged, self.bias)
+            return torch.lerp(F.linear(x, self.weight, self.bias), F.linear(x, merged, self.bias), gate)
+        rows, g = x.flatten(0, -2), torch.sigmoid(z).flatten()  # (tokens, in), (tokens,)
+        tokens = tokens_by_gate(g, self.skip_below, self.merge_above)
+        y = rows.new_empty(len(rows), len(merged))
+        for indices, weight in ((tokens.closed, self.weight), (tokens.opened, merged)):
+            if len(indices):
+                y[indices] = F.linear(rows[indices], weight, self.bias)
+        if len(tokens.between):
+            x, g = rows[tokens.between], g[tokens.between, None].to(y.dtype)
+            y[tokens.between] = torch.lerp(F.linear(x, self.weight, self.bias), F.linear(x, merged, self.bias), g)
+        return y.unflatten(0, z.shape)

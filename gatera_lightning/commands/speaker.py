@@ -95,6 +95,10 @@ class Speaker:
             problems.append(f"--temperature: {own.temperature}; accepted: 0 for the most likely token, or a number above")
         if own.top_p is not None and not 0 < own.top_p <= 1:
             problems.append(f"--top_p: {own.top_p}; accepted: a probability above 0, up to 1")
+        if own.fast is not None and not 0 < own.fast <= 0.5:
+            problems.append(f"--fast: {own.fast}; accepted: a gate above 0, up to 0.5")
+        if own.fast is not None and own.backbone is not None:
+            problems.append("--fast: a backbone without an adapter has no gates; accepted with --adapter")
         for name in ("top_p", "seed"):
             if getattr(own, name) is not None and own.temperature == 0:
                 problems.append(f"--{name}: {getattr(own, name)}, and nothing is drawn; accepted with --temperature above 0")
@@ -167,7 +171,8 @@ class Speaker:
         prompts["input_ids"] = prompts["input_ids"].to(self.model.device)
         prompts["attention_mask"] = prompts["attention_mask"].to(self.model.device)
         sampling = Sampling(own.temperature, own.top_p or 1.0) if own.temperature else None
-        decoding = DecodingConfig(max_new_tokens=own.max_new_tokens + 1)  # the last one is not said: see TextStream
+        decided = {} if own.fast is None else {"skip_below": own.fast, "merge_above": 1 - own.fast}
+        decoding = DecodingConfig(max_new_tokens=own.max_new_tokens + 1, **decided)  # the last one is not said: see TextStream
         with ExitStack() as block:
             captured = block.enter_context(capture_gates(self.model)) if self._watched else None
             stream = TextStream(self.tokenizer, self._say, captured)
@@ -226,6 +231,14 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
         "template, else plain",
     )
     parser.add_argument("--max_new_tokens", metavar="N", type=int, default=256, help="cut an answer there; default: 256")
+    parser.add_argument(
+        "--fast",
+        metavar="G",
+        type=float,
+        nargs="?",
+        const=0.1,
+        help="a token whose gate is below G or above 1 - G reads one weight in place of two, so the answer may differ; G: 0.1",
+    )
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="draw tokens; default: 0, the most likely ones"
     )

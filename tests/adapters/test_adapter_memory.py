@@ -9,7 +9,7 @@ from torch import nn
 
 from gatera_lightning import AdapterConfig
 from gatera_lightning.adapters.linear import AdaptedLinear
-from gatera_lightning.adapters.ops import gated_hadamard, token_logit
+from gatera_lightning.adapters.ops import token_logit, with_gated_hadamard
 
 IN, OUT, RANK, BATCH, TOKENS = 37, 41, 3, 2, 5  # no product of the others is a multiple of OUT * IN
 METHODS = list(itertools.product(("lora", "dora", "hira"), ("none", "static", "token")))
@@ -115,5 +115,6 @@ def test_the_hadamard_update_saves_its_arguments_alone(dtype):
     x = torch.randn(BATCH, TOKENS, IN).to(dtype).requires_grad_()
     weight, g = torch.randn(OUT, IN).to(dtype), torch.rand(BATCH, TOKENS, requires_grad=True)
     a, b = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
-    _, saved = _saved_by(lambda: gated_hadamard(x, weight, a, b, g))
+    y = torch.zeros(BATCH, TOKENS, OUT, dtype=dtype)
+    _, saved = _saved_by(lambda: with_gated_hadamard(y, x, weight, a, b, g))
     assert {_storage(tensor) for tensor in saved} == {_storage(tensor) for tensor in (x, weight, a, b, g)}

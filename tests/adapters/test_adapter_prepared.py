@@ -1,11 +1,13 @@
-"""Prepared updates compute the same numbers, bit for bit, without computing their constants again."""
+"""Prepared updates compute the same numbers, bit for bit; fast ones read one weight for a token whose gate is decided."""
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.prepared import prepared_for_inference
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -70,3 +72,103 @@ def test_training_inside_is_refused(tiny_llama, update):
         model(IDS)
     model(IDS).logits.sum().backward()
     assert all(layer.update.a.grad is not None for layer in adapted_linears(model).values())
+
+
+def decided_layer(update="hira", gate="token", dtype=torch.float64):
+    """A layer whose gates are set by the first feature of x."""
+    torch.manual_seed(0)
+    layer = AdaptedLinear(nn.Linear(8, 6).to(dtype), AdapterConfig(update=update, gate=gate, rank=3, adapter_dtype="float64"))
+    with torch.no_grad():
+        layer.update.b.normal_()
+        if gate == "token":
+            layer.gate.weight.zero_()[0] = 1.0
+        elif gate == "static":
+            layer.gate.bias.fill_(0.7)
+    return layer.eval()
+
+
+def with_logits(*logits, batch=()):
+    x = torch.randn(len(logits), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = torch.tensor(logits)
+    return x.view(*batch, len(logits), 8)
+
+
+FAST = {"skip_below": 0.1, "merge_above": 0.9}
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["prefill", "one_token"])
+@pytest.mark.parametrize("logits", [(-8, 8, 0.3, -8, 8, -1), (-8,) * 6, (8,) * 6, (0.2,) * 6], ids=str)
+@pytest.mark.parametrize("update", ["lora", "dora", "hira"])
+def test_fast_is_the_layer_with_hard_gates(update, logits, together):
+    layer, x = decided_layer(update), with_logits(*logits)
+    delta = layer.update.delta_weight(layer.base.weight)
+    g = torch.sigmoid(x[:, 0])
+    hard = torch.where(g < 0.1, 0.0, torch.where(g > 0.9, 1.0, g))
+    with torch.no_grad():
+        expected = layer.base(x) + hard[:, None] * (x @ delta.t())
+        with prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
+            found = (
+                layer(x.view(2, 3, 8)).view(6, 6)
+                if together
+                else torch.cat([layer(token.view(1, 1, 8)) for token in x]).view(6, 6)
+            )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["none", "static"])
+@pytest.mark.parametrize("update", ["lora", "dora", "hira"])
+def test_without_gates_of_its_own_a_token_takes_the_merged_weight(update, gate):
+    layer, x = decided_layer(update, gate), with_logits(1, 2, 3)
+    with torch.no_grad():
+        expected = layer(x)
+        with prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+            assert torch.equal(layer(x), nn.functional.linear(x, layer.routed.merged, layer.base.bias))
+
+
+@pytest.mark.parametrize(("logit", "products"), [(-8, 1), (8, 1), (0, 2)])
+def test_how_many_weights_a_token_reads(logit, products):
+    layer, x = decided_layer(), with_logits(logit)
+    with (
+        torch.no_grad(),
+        prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST),
+        FlopCounterMode(display=False) as counter,
+    ):
+        layer(x)
+    assert counter.get_total_flops() == products * 2 * 8 * 6
+
+
+def test_gates_are_still_recorded_and_the_layer_is_as_before_afterwards():
+    layer, x = decided_layer(), with_logits(-800, 800, 0)
+    seen = []
+    layer.on_gate = seen.append
+    with torch.no_grad():
+        exact = layer(x)
+        with prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
+            fast = torch.cat([layer(token[None]) for token in x])
+        assert torch.equal(layer(x), exact)
+    assert torch.cat(seen[1:4]).tolist() == [-800, 800, 0]
+    torch.testing.assert_close(fast, exact, rtol=0, atol=1e-12)
+
+
+def test_training_inside_of_fast_is_refused():
+    layer, x = decided_layer(), with_logits(0)
+    with (
+        prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST),
+        pytest.raises(RuntimeError, match="inside prepared_for"),
+    ):
+        layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_model_generates_the_same_where_gates_are_decided(tiny_llama, dtype):
+    model = adapted(tiny_llama, "hira", dtype=dtype)
+    with torch.no_grad():
+        for index, layer in enumerate(adapted_linears(model).values()):
+            layer.update.b.mul_(0.05)
+            layer.gate.weight.zero_()
+            layer.gate.bias.fill_(40.0 if index % 2 else -40.0)
+        exact = model(IDS).logits
+        with prepared_for_inference(model, **FAST):
+            fast = model(IDS).logits
+    assert float((fast - exact).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.05) * float(exact.abs().max())
