@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 Round = Callable[[], dict[str, float] | None]
-"""What is timed; it may return figures of its own, of which the last round's are kept."""
+"""What is timed; it may return figures of its own."""
 
 
 @dataclass
@@ -30,7 +30,11 @@ class Measured:
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: list[dict[str, float]] = field(default_factory=list)
+
+    def rounds(self, figure: str) -> list[float]:
+        """A figure of each round."""
+        return [figures[figure] for figures in self.figures]
 
 
 def interleaved(
@@ -57,7 +61,7 @@ def interleaved(
                 measured[name].cpu.append(cpu)
                 measured[name].wall.append(wall)
                 measured[name].peak_bytes = max(measured[name].peak_bytes, peak)
-                measured[name].figures |= figures
+                measured[name].figures.append(figures)
     finally:
         for process in processes.values():
             process.kill()

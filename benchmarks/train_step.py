@@ -213,7 +213,8 @@ def main() -> None:
     print(f"method               s, median   ÷ {reference:<26}GFLOP   peak MB   saved MB")
     for name, one in measured.items():
         line = f"{name:<20}{statistics.median(clock(one)):>9.3f}   {ratio(clock(one), clock(measured[reference])):<26}"
-        print(f"{line}{one.figures['flops'] / 1e9:>8.0f}{one.peak_bytes / 1e6:>10.0f}{one.figures['saved_bytes'] / 1e6:>11.0f}")
+        flops, saved = one.rounds("flops")[0], one.rounds("saved_bytes")[0]
+        print(f"{line}{flops / 1e9:>8.0f}{one.peak_bytes / 1e6:>10.0f}{saved / 1e6:>11.0f}")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ def test_colours_are_the_scale_of_the_heatmaps(capsys, tuned, monkeypatch):
     expected = []
     for piece, gate in table:
         colour = [str(round(255 * part)) for part in colormaps["cividis"](float(gate))[:3]]
-        expected += [(*colour, text) for text in re.split("(?=↵)", shown(json.loads(piece)).replace("\n", "↵")) if text]
+        texts = re.split("(?=↵)", shown(json.loads(piece)).replace("\n", "↵"))
+        expected += [(*colour, text.expandtabs()) for text in texts if text]  # as a console prints tabs
     assert [found for found in coloured if found[3]] == expected
     monkeypatch.setenv("NO_COLOR", "1")
     out, err = generated(capsys, tuned, "--gates")
