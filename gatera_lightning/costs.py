@@ -6,7 +6,7 @@ back, every product by its operations. Attention is taken to be a fused kernel, 
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from gatera_lightning.adapters.inject import adapter_parameters, inject_adapters
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.backbone import BackboneConfig, ready_for_training
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.fused_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.losses import summed_cross_entropy, summed_gate_entropy
 from gatera_lightning.parallel import decoder_layers
 
@@ -58,12 +59,14 @@ class StepCosts:
     """Bytes alive between forward and backward, logits left out."""
 
     logits: int
-    """Bytes of logits and of what the loss makes of them."""
+    """Bytes of logits and of what the loss makes of them; of a chunk, where the head computes the loss."""
 
     peak: int
     """Bytes of everything but weights, adapter and moments at the worst moment."""
 
     forward_flops: int
+    """Of a head that computes the loss, the gradient too."""
+
     backward_flops: int
 
 
@@ -101,10 +104,12 @@ def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = 
         marks["head"] = live.now
         live.recent = live.now
 
-    with _said_of(type(model).__name__), live:
-        loss = _loss(model, batch, at_head)
-        marks["loss"] = live.recent
-        loss.backward()
+    with _said_of(type(model).__name__):
+        in_head = returns_what_its_head_does(model)
+        with live:
+            loss = _loss(model, batch, at_head, in_head)
+            marks["loss"] = live.recent
+            loss.backward()
     model.zero_grad(set_to_none=True)
     # Again for the operations: the counter's own hooks would keep tensors alive that are otherwise given back.
     forward, backward = step_flops(model, batch)
@@ -126,8 +131,9 @@ def step_flops(model: PreTrainedModel, batch: MicroBatch) -> tuple[int, int]:
     """
     forward, backward = (FlopCounterMode(display=False, custom_mapping=_GROUPED) for _ in range(2))
     with _said_of(type(model).__name__):
+        in_head = returns_what_its_head_does(model)
         with forward:
-            loss = _loss(model, batch, lambda: None)
+            loss = _loss(model, batch, lambda: None, in_head)
         with backward:
             loss.backward()
         attention = _attention_flops(model, batch)
@@ -147,8 +153,11 @@ def _said_of(model: str) -> Iterator[None]:
         raise ConfigError(f"backbone.id: {model} cannot be carried out without its numbers ({reason})") from error
 
 
-def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None]) -> Tensor:
-    """GateRAModule's loss of a micro-batch of shapes; ``at_head`` is called when the decoder layers have run."""
+def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None], in_head: bool) -> Tensor:
+    """GateRAModule's loss of a micro-batch of shapes, in the head or from its logits.
+
+    ``at_head`` is called when the decoder layers have run.
+    """
     with torch.device("meta"):
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
         targets = torch.zeros(batch.targets, dtype=torch.long)
@@ -159,11 +168,11 @@ def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None]
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        with record_gates(model) as gates:
-            logits = model(input_ids=ids, attention_mask=None).logits
+        with record_gates(model) as gates, cross_entropy_in_head(model, targets) if in_head else nullcontext():
+            out = model(input_ids=ids, attention_mask=None).logits
     finally:
         handle.remove()
-    loss = summed_cross_entropy(logits, targets)
+    loss = out.squeeze() if in_head else summed_cross_entropy(out, targets)
     z = gates.stacked(ids)
     return loss if z is None else loss + summed_gate_entropy(z, ids)
 

@@ -34,6 +34,7 @@ from gatera_lightning.checkpoint_files import WholeCheckpointIO
 from gatera_lightning.datamodules.tokens import Batch, PromptBatch
 from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError
 from gatera_lightning.evaluation.ranking import Score, answer_log_likelihoods, ranked_questions
+from gatera_lightning.fused_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.generation import DecodingConfig, generate
 from gatera_lightning.losses import (
     IGNORE,
@@ -94,6 +95,7 @@ class GateRAModule(L.LightningModule):
         self.report: InjectionReport | None = None
         self.val_loss = MeanMetric(nan_strategy=float("inf"))  # a NaN must not be dropped from the mean
         self.val_accuracy = torch.nn.ModuleDict({score: MeanMetric(nan_strategy="error") for score in get_args(Score)})
+        self._loss_is_in_head = False  # until on_train_start
         self._packing_is_tried = False
         self._skipped_steps = 0
         self._step_sums = torch.zeros(3)
@@ -165,6 +167,10 @@ class GateRAModule(L.LightningModule):
             if parameter.dtype != wanted or not parameter.requires_grad:
                 raise RuntimeError(f"{name} should be trainable in {wanted}, but is {parameter.dtype}")
 
+    def on_train_start(self) -> None:
+        """Find out whether the head can compute the loss: before the first batch, so that a resumed run rounds as it did."""
+        self._loss_is_in_head = returns_what_its_head_does(self.model)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse the first packed batch if the model cannot tell its rows apart."""
         if "position_ids" in batch and not self._packing_is_tried:
@@ -196,11 +202,21 @@ class GateRAModule(L.LightningModule):
             logits = self.model(input_ids=batch["input_ids"], **seen).logits
         return logits, labels[keep], gates
 
+    def summed_task_loss(self, batch: Batch) -> tuple[Tensor, GateRecord]:
+        """``ΣCE`` of a micro-batch, and the gates that were met; without logits where the head can compute it."""
+        if not self._loss_is_in_head:
+            logits, targets, gates = self(batch)
+            return summed_cross_entropy(logits, targets), gates
+        labels = next_token_labels(batch["labels"])
+        with cross_entropy_in_head(self.model, labels[labels != IGNORE]):
+            loss, _, gates = self(batch)
+        return loss.squeeze(), gates
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """This micro-batch's part of the loss of its whole optimizer step."""
-        logits, targets, gates = self(batch)
+        task, gates = self.summed_task_loss(batch)
+        task = task / max(1, batch["step_targets"])
         z = gates.stacked(batch["attention_mask"])  # (layers, batch, tokens)
-        task = summed_cross_entropy(logits, targets) / max(1, batch["step_targets"])
         entropy = gate_mean = task.new_zeros(())
         if z is not None:
             real = batch["attention_mask"]

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
-from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, inject_adapters, record_gates
+from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, fused_cross_entropy, inject_adapters, record_gates
 from gatera_lightning.adapters.inject import adapter_parameters
 from gatera_lightning.backbone import ready_for_training
 from gatera_lightning.commands.plan import Layout, predict_memory
 from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs, step_flops
-from gatera_lightning.losses import summed_cross_entropy, summed_gate_entropy, target_positions_only
+from gatera_lightning.fused_cross_entropy import cross_entropy_in_head
+from gatera_lightning.losses import summed_gate_entropy, target_positions_only
 
 SIZES = {
     "hidden_size": 96,
@@ -48,10 +49,11 @@ def real_step(model, batch):
     keep = torch.zeros(batch.rows, batch.tokens, dtype=torch.bool)
     keep.view(-1)[: batch.targets] = True
 
+    targets = torch.zeros(batch.targets, dtype=torch.long)
+
     def step():
-        with target_positions_only(model, keep), record_gates(model) as gates:
-            logits = model(input_ids=ids, attention_mask=mask).logits
-        loss = summed_cross_entropy(logits, torch.zeros(batch.targets, dtype=torch.long))
+        with target_positions_only(model, keep), record_gates(model) as gates, cross_entropy_in_head(model, targets):
+            loss = model(input_ids=ids, attention_mask=mask).logits.squeeze()
         z = gates.stacked(mask)
         (loss if z is None else loss + summed_gate_entropy(z, mask)).backward()
         model.zero_grad(set_to_none=True)
@@ -81,6 +83,24 @@ def test_another_family():
     assert planned.peak == pytest.approx(allocated_peak(real_step(model.train(), BATCH)), rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_a_wide_vocabulary_only_a_chunk_is_there(dtype, monkeypatch):
+    """Of 96 targets eight at a time; a soft cap comes after the head, and needs the logits of all."""
+    monkeypatch.setattr(fused_cross_entropy, "LOGITS_AT_A_TIME", 8 * 16384)
+    sizes, backbone = SIZES | {"num_hidden_layers": 2, "vocab_size": 16384}, BackboneConfig(id="here")
+    planned, capped = (
+        step_costs(build_on_meta(config(**sizes), backbone, AdapterConfig(rank=4), dtype), BATCH)
+        for config in (LlamaConfig, Gemma2Config)
+    )
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=dtype)
+    inject_adapters(model, AdapterConfig(rank=4))
+    ready_for_training(model, backbone)
+    assert planned.peak == pytest.approx(allocated_peak(real_step(model.train(), BATCH)), rel=0.1)
+    of_chunk, gradient = 8 * 16384 * (4 if dtype == torch.float32 else 6), 96 * 96 * dtype.itemsize
+    assert planned.logits == pytest.approx(of_chunk + gradient, rel=0.02)
+    assert capped.logits > 12 * of_chunk
+
+
 def test_sizes_by_hand():
     model = build_on_meta(LLAMA, BackboneConfig(id="here"), AdapterConfig(rank=8), torch.bfloat16)
     layer = 2 * (96 * 96 * 2 + 2 * 96 * 32 + 3 * 96 * 256 + 2 * 96)  # q, o; k, v; gate, up, down; two norms
@@ -91,15 +111,15 @@ def test_sizes_by_hand():
 
 
 def test_operations_by_hand():
-    """A frozen layer is one product; HiRA's update is BA and another."""
+    """A frozen layer is one product, the head another, of its loss's gradient; HiRA's update is BA and another."""
     adapter = AdapterConfig(rank=8, gate="none", target_modules=["up_proj"], layers=[3])
     costs = step_costs(build_on_meta(LLAMA, BackboneConfig(id="here"), adapter, torch.float32), BATCH)
     tokens, matrix = 8 * 64, 2 * 96 * 256
     layer = 2 * tokens * (96 * 96 * 2 + 2 * 96 * 32 + 3 * 96 * 256)
     attention = 2 * 64**2 * 96 * 8 * 4  # half of the square, two products
-    assert costs.forward_flops == 4 * layer + 2 * 96 * 96 * 512 + matrix * (8 + tokens) + attention
-    # Below the adapted layer nothing has a gradient: the head, down_proj, and up_proj's dP, dA and dB.
-    assert costs.backward_flops >= 2 * 96 * 96 * 512 + 2 * tokens * 96 * 256 + matrix * (tokens + 2 * 8)
+    assert costs.forward_flops == 4 * layer + 2 * 2 * 96 * 96 * 512 + matrix * (8 + tokens) + attention
+    # Below the adapted layer nothing has a gradient: down_proj, and up_proj's dP, dA and dB.
+    assert costs.backward_flops >= 2 * tokens * 96 * 256 + matrix * (tokens + 2 * 8)
     assert costs.backward_flops < costs.forward_flops
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from gatera_lightning import (
     AdapterConfig,
@@ -19,6 +20,7 @@ from gatera_lightning import (
     NonFiniteLossError,
     OptimizerConfig,
     adapter_parameters,
+    fused_cross_entropy,
     inject_adapters,
     save_adapter,
 )
@@ -61,9 +63,9 @@ def batch_of(labels, padding=()):
     }
 
 
-def twin_losses(folder, epochs):
+def twin_losses(folder, attention, epochs):
     """The training loop in plain PyTorch: one forward of the whole step, full logits, means, entropy from its definition."""
-    backbone = BackboneConfig(id=str(folder), dtype="float64")
+    backbone = BackboneConfig(id=str(folder), dtype="float64", attn_implementation=attention)
     model = load_backbone(backbone)
     config = AdapterConfig(rank=4, gate_bias=0.3, adapter_dtype="float64")
     inject_adapters(model, config, torch.Generator().manual_seed(3))
@@ -105,19 +107,45 @@ def twin_losses(folder, epochs):
     return losses
 
 
-def test_losses_equal_a_plain_loop(tiny_backbone, tmp_path):
-    watched = run(Job(str(tiny_backbone), str(tmp_path), accumulate=2, epochs=2))
-    assert [float.fromhex(x) for x in watched.losses] == pytest.approx(twin_losses(tiny_backbone, 2), rel=1e-12)
+@pytest.fixture(scope="module")
+def capped(tiny_backbone, tmp_path_factory):
+    """A tiny Gemma 2, whose logits are capped after the head, at a value that they reach."""
+    tokenizer, folder = AutoTokenizer.from_pretrained(tiny_backbone), tmp_path_factory.mktemp("capped")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": len(tokenizer)}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=0.1, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_no_target_tokens_is_no_nan(tiny_backbone, monkeypatch):
+@pytest.mark.parametrize(
+    ("backbone", "attention", "in_head", "rel"),
+    [("tiny_backbone", "sdpa", True, 1e-12), ("capped", "eager", False, 1e-10)],  # Gemma's norms are fp32 whatever the dtype
+)
+def test_losses_equal_a_plain_loop(backbone, attention, in_head, rel, request, tmp_path, monkeypatch):
+    """Computed in the head, some positions at a time, and from logits that a model caps."""
+    folder, shapes, summed = request.getfixturevalue(backbone), set(), fused_cross_entropy._of_chunk
+    monkeypatch.setattr(fused_cross_entropy, "LOGITS_AT_A_TIME", 4000)  # ten positions
+    monkeypatch.setattr(fused_cross_entropy, "_of_chunk", lambda h, *rest: shapes.add(len(h)) or summed(h, *rest))
+    watched = run(Job(str(folder), str(tmp_path), accumulate=2, epochs=2, attention=attention))
+    assert [float.fromhex(x) for x in watched.losses] == pytest.approx(twin_losses(folder, attention, 2), rel=rel)
+    assert max(shapes, default=0) == (10 if in_head else 0)
+
+
+@pytest.mark.parametrize("in_head", [True, False])
+def test_no_target_tokens_is_no_nan(tiny_backbone, monkeypatch, in_head):
     module = build(tiny_backbone, gate_entropy_weight=0.0)
+    if in_head:
+        module.on_train_start()
+    assert module._loss_is_in_head == in_head
     batch = batch_of([[IGNORE] * 5, [IGNORE] * 5])
     monkeypatch.setattr(module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
     loss = module.training_step(batch, 0)["loss"]
     loss.backward()
     assert float(loss) == 0
-    assert all(not p.grad.any() for p in adapter_parameters(module.model).values())
+    assert all(p.grad is not None and not p.grad.any() for p in adapter_parameters(module.model).values())
 
 
 def test_padding_changes_neither_loss_nor_entropy(tiny_backbone, monkeypatch):

@@ -46,6 +46,7 @@ class Job:
     workers: int = 0
     epochs: int = 1
     dtype: str = "float64"
+    attention: str = "sdpa"
     resume: str | None = None
     save_at: list[int] = field(default_factory=list)  # optimizer steps after which a checkpoint is written
     save_epoch_ends: bool = False
@@ -149,7 +150,7 @@ class Poisoned(GateRAModule):
 def run(job: Job) -> Watch:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
-    backbone = BackboneConfig(id=job.backbone, dtype=job.dtype, gradient_checkpointing=job.checkpointing)
+    backbone = BackboneConfig(job.backbone, None, job.dtype, job.attention, gradient_checkpointing=job.checkpointing)
     module = Poisoned(
         backbone=backbone,
         adapter=AdapterConfig(

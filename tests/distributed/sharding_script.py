@@ -14,6 +14,7 @@ from fit_script import Job, run
 from torch.distributed.tensor import DTensor
 
 from gatera_lightning import module as of_gatera
+from gatera_lightning.fused_cross_entropy import returns_what_its_head_does
 from gatera_lightning.sharded_loading import load_sharded
 
 
@@ -53,6 +54,7 @@ def main(job):
     run(job)
     model, rank, out = seen["model"], torch.distributed.get_rank(), Path(job.out)
     held["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    held["in_head"] = returns_what_its_head_does(model)
     (out / f"held_{rank}.json").write_text(json.dumps(held))
     if rank == 0:
         torch.save(seen["loaded"], out / "loaded.pt")

@@ -109,7 +109,7 @@ def test_tied_embeddings_stay_tied_and_train_as_in_one_process(sharded, deep, tm
     fit(deep, tmp_path)
     assert_same(out, tmp_path)
     assert_other_targets(out)
-    assert all(of_rank["tied"] for of_rank in held)
+    assert all(of_rank["tied"] and of_rank["in_head"] for of_rank in held)
 
 
 def test_a_loss_that_is_nan_on_one_process_is_left_out_on_both(tiny_backbone, tmp_path):
