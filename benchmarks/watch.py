@@ -40,7 +40,7 @@ class Watch:
         self.positions += self._running * args[0].numel()
 
     def _projected(self, _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        self.head_positions += self._running * output.shape[:-1].numel()
+        self.head_positions += self._running * args[0].shape[:-1].numel()
 
 
 def _most_resident() -> int:

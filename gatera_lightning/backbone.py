@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.gguf_reading import read_once
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,8 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
             from transformers import GgufConfig
 
             options["quantization_config"] = GgufConfig(dequantize=True)
-        return auto.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
+        with read_once(keep=auto is not AutoModelForCausalLM):
+            return auto.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
     source = expanded(config.id)
     options |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
