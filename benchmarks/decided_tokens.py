@@ -7,8 +7,8 @@ Each setting ``λ:gate_bias:gate_lr_multiplier`` is trained twice from one seed,
 thresholds G (skip below G, merge above 1 − G):
 
 - training: how far the loss of a batch is off, and the cosine between its gradient and the exact one, of the updates and of
-  the gates; means over eight held-out batches, and the worst;
-- decoding: how many of the held-out prompts are answered by other tokens than exactly, greedily, at most 16 tokens each.
+  the gates; means over four held-out batches, and the worst;
+- decoding: how many of 32 held-out prompts are answered by other tokens than exactly, greedily, at most 16 tokens each.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.tokens import Batch, collate_prompts
 from gatera_lightning.generation import DecodingConfig, generate
 
-THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2)
-BATCHES, PROMPTS = 8, 64
+THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
+BATCHES, PROMPTS = 4, 32
 
 
 def set_thresholds(module: GateRAModule, gate: float) -> None:
