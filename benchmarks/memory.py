@@ -1,4 +1,4 @@
-"""What the verb ``plan`` predicts of a step's peak memory, beside what PyTorch's allocator handed out and the process's own peak.
+"""What ``plan`` predicts of a step's peak memory, beside what PyTorch's allocator handed out and the process's own peak.
 
     python benchmarks/memory.py [--dtype float32] [--out results/memory.json]
 

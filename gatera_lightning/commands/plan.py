@@ -63,6 +63,8 @@ def plan(argv: Sequence[str]) -> None:
         f"  compute        {flops / tokens / 1e9:.2f} GFLOP a token (forward {costs.forward_flops / tokens / 1e9:.2f}), "
         f"{steps * flops / 1e12:.2f} TFLOP a step and device"
     )
+    if settings.adapter.tells_tokens_apart:
+        print("                 with every gate undecided; what skip_below and merge_above leave out depends on the gates")
     moved = communication(sizes, layout, steps)
     print("  communication  " + (", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in moved.items()) or "none"))
 

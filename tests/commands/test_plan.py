@@ -117,6 +117,14 @@ def test_operations_of_a_step_are_those_of_all_its_micro_batches(show, monkeypat
     )
 
 
+def test_operations_that_gates_may_leave_out_are_said_to_be_counted(show):
+    said = "with every gate undecided; what skip_below and merge_above leave out depends on the gates"
+    assert said not in show()
+    printed = show("--model.adapter.skip_below", "0.1")
+    assert said in printed
+    assert figure(printed, "compute") == figure(show(), "compute")
+
+
 def test_recomputed_layers_are_computed_again(show, monkeypatch):
     seen = []
     monkeypatch.setattr(gatera_lightning.commands.plan, "step_costs", lambda *_, recomputed: seen.append(recomputed) or COSTS)
