@@ -11,8 +11,9 @@ seed n.
 The loops differ in what their users get: ours plans batches of rows of similar length and computes logits at the targets;
 Hugging Face's draws rows at random, pads to the longest of a batch, and computes the logits of every token. Variants, run when
 asked for, tell these apart: ``hf_lora_by_length`` groups by length, an option of theirs that does nothing below eight batches,
-``gatera_packed`` packs, and ``gatera_skip`` leaves out decided tokens as overlays/skip_decided.yaml does. Smaller differences: their AdamW is fused, their learning rate begins at 0
-and ours at 1/(warm-up + 1) of its peak, A is drawn by either's own rule, and in bfloat16 theirs runs under autocast.
+``gatera_packed`` packs, and ``gatera_skip`` leaves out decided tokens as overlays/skip_decided.yaml does. Smaller differences:
+their AdamW is fused, their learning rate begins at 0 and ours at 1/(warm-up + 1) of its peak, A is drawn by either's own rule,
+and in bfloat16 theirs runs under autocast.
 
 Seconds are those from the first batch to the last step; ``set-up``, CPU seconds too, is told apart: backbone, adapter, tables,
 trainer. ``padding`` is its share of the positions that went through the model, ``head`` the share that went on through the
