@@ -19,7 +19,7 @@ RECOMPUTED = {"MulBackward0", "SiluBackward0", "GeluBackward0", "ToCopyBackward0
 """Names of autograd's nodes: a product, two activations, a change of dtype."""
 
 LONGEST = 4
-"""Operations behind each other that cost less than the memory is worth: a gated MLP has two, a norm four."""
+"""Operations at most that one tensor takes: a gated MLP has two, a norm four. Of a loop's long chain, every fifth is kept."""
 
 
 @contextmanager
@@ -68,7 +68,7 @@ class _Keeping:
         self._narrow.clear()
 
     def _again(self, node: Node) -> "_Again | None":
-        """How a node's output is computed again; None where an input is missing or it would take too long."""
+        """How a node's output is computed again; None where an input is missing or it takes too many operations."""
         if node not in self._found:
             self._found[node] = self._search(node) if node.name() in RECOMPUTED else None
         return self._found[node]
