@@ -6,14 +6,15 @@ SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 rows o
 ``gatera_70_closed`` every gate's bias is such that 70 % of the tokens have gates below 0.1, which are skipped; in
 ``gatera_decided`` most others have gates above 0.9 as well, and take the merged weight. PEFT is used as its documentation
 shows, logits of every token included; ``peft_lora_targets`` has our output head. ``frozen`` is the backbone's forward and its
-gradient by the embeddings, logits at the targets only: no method can take less. GFLOP are those of a step's products, and
-what is saved for backward is counted without weights.
+gradient by the embeddings, logits at the targets only: no method can take less. ``gatera_kept`` is GateRA with nothing computed
+again in backward. GFLOP are those of a step's products; saved is what forward leaves alive for backward, without weights.
 """
 
 import argparse
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,8 @@ from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.recording import record_gates
+from gatera_lightning.costs import LiveBytes
+from gatera_lightning.fused_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.losses import (
     IGNORE,
     next_token_labels,
@@ -34,10 +37,12 @@ from gatera_lightning.losses import (
     summed_gate_entropy,
     target_positions_only,
 )
+from gatera_lightning.recomputation import elementwise_recomputed
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 OURS = {
     "gatera": AdapterConfig(),
+    "gatera_kept": AdapterConfig(),
     "gatera_70_closed": AdapterConfig(skip_below=0.1),
     "gatera_decided": AdapterConfig(skip_below=0.1, merge_above=0.9),
     "hira": AdapterConfig(gate="none"),
@@ -81,7 +86,7 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
     elif method == "frozen":
         loss_of = without_adapter(model, ids, labels)
     else:
-        loss_of = with_gatera(model, OURS[method], rank, ids, labels)
+        loss_of = with_gatera(model, OURS[method], rank, ids, labels, less_kept=method != "gatera_kept")
         if OURS[method].tells_tokens_apart:
             set_gates(model, ids, sharpness=1.0 if method == "gatera_70_closed" else 1e3)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -101,7 +106,10 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
     return step
 
 
-def with_gatera(model: nn.Module, config: AdapterConfig, rank: int, ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def with_gatera(
+    model: nn.Module, config: AdapterConfig, rank: int, ids: Tensor, labels: Tensor, *, less_kept: bool
+) -> Callable[[], Tensor]:
+    """GateRAModule's loss."""
     inject_adapters(model, replace(config, rank=rank))
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
@@ -110,11 +118,16 @@ def with_gatera(model: nn.Module, config: AdapterConfig, rank: int, ids: Tensor,
     shifted, mask = next_token_labels(labels), torch.ones_like(ids)
     keep = shifted != IGNORE
     targets = shifted[keep]
+    assert returns_what_its_head_does(model)
 
     def loss_of() -> Tensor:
-        with target_positions_only(model, keep), record_gates(model) as gates:
-            logits = model(input_ids=ids, attention_mask=mask).logits
-        loss = summed_cross_entropy(logits, targets) / len(targets)
+        with (
+            elementwise_recomputed() if less_kept else nullcontext(),
+            target_positions_only(model, keep),
+            record_gates(model) as gates,
+            cross_entropy_in_head(model, targets),
+        ):
+            loss = model(input_ids=ids, attention_mask=mask).logits.squeeze() / len(targets)
         z = gates.stacked(mask)
         return loss if z is None else loss + 0.01 * summed_gate_entropy(z, mask) / z.numel()
 
@@ -178,19 +191,12 @@ def flops(step: Callable[[], Any]) -> int:
 
 
 def saved_bytes(model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
-    """What autograd keeps between forward and backward, parameters and buffers left out, shared storages once."""
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of()
-    return sum(kept.values())
+    """What forward leaves alive for backward, parameters and buffers left out."""
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        loss = loss_of()
+        kept = live.now
+        del loss
+    return kept
 
 
 def main() -> None:

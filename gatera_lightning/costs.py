@@ -25,6 +25,7 @@ from gatera_lightning.errors import ConfigError
 from gatera_lightning.fused_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.losses import summed_cross_entropy, summed_gate_entropy
 from gatera_lightning.parallel import decoder_layers
+from gatera_lightning.recomputation import elementwise_recomputed
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = 
 
     Raises ConfigError for a model whose code needs real numbers.
     """
-    live = _LiveBytes([*model.parameters(), *model.buffers()])
+    live = LiveBytes([*model.parameters(), *model.buffers()])
     marks: dict[str, int] = {}
 
     def at_head() -> None:
@@ -168,7 +169,11 @@ def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None]
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        with record_gates(model) as gates, cross_entropy_in_head(model, targets) if in_head else nullcontext():
+        with (
+            elementwise_recomputed(),
+            record_gates(model) as gates,
+            cross_entropy_in_head(model, targets) if in_head else nullcontext(),
+        ):
             out = model(input_ids=ids, attention_mask=None).logits
     finally:
         handle.remove()
@@ -177,7 +182,7 @@ def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None]
     return loss if z is None else loss + summed_gate_entropy(z, ids)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations make, as long as something holds them; those of ``known`` are left out."""
 
     def __init__(self, known: list[Tensor]) -> None:

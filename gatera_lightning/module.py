@@ -46,6 +46,7 @@ from gatera_lightning.losses import (
 )
 from gatera_lightning.optimization import OptimizerConfig, build_optimizer, squared_gradient_norms
 from gatera_lightning.parallel import AdapterShardingStrategy
+from gatera_lightning.recomputation import elementwise_recomputed
 from gatera_lightning.resuming import begin_next_epoch, recount_batches
 from gatera_lightning.sharded_loading import load_sharded
 
@@ -194,7 +195,7 @@ class GateRAModule(L.LightningModule):
         """Logits (1, targets, vocabulary), labels (targets,), and the gates that were met."""
         labels = next_token_labels(batch["labels"])
         keep = labels != IGNORE  # (batch, tokens)
-        with target_positions_only(self.model, keep), record_gates(self.model) as gates:
+        with elementwise_recomputed(), target_positions_only(self.model, keep), record_gates(self.model) as gates:
             if "position_ids" in batch:  # packed: without a mask, positions that begin anew keep rows apart
                 seen = {"attention_mask": None, "position_ids": batch["position_ids"]}
             else:

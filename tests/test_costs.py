@@ -17,6 +17,7 @@ from gatera_lightning.commands.plan import Layout, predict_memory
 from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs, step_flops
 from gatera_lightning.fused_cross_entropy import cross_entropy_in_head
 from gatera_lightning.losses import summed_gate_entropy, target_positions_only
+from gatera_lightning.recomputation import elementwise_recomputed
 
 SIZES = {
     "hidden_size": 96,
@@ -52,7 +53,12 @@ def real_step(model, batch):
     targets = torch.zeros(batch.targets, dtype=torch.long)
 
     def step():
-        with target_positions_only(model, keep), record_gates(model) as gates, cross_entropy_in_head(model, targets):
+        with (
+            elementwise_recomputed(),
+            target_positions_only(model, keep),
+            record_gates(model) as gates,
+            cross_entropy_in_head(model, targets),
+        ):
             loss = model(input_ids=ids, attention_mask=mask).logits.squeeze()
         z = gates.stacked(mask)
         (loss if z is None else loss + summed_gate_entropy(z, mask)).backward()
