@@ -34,7 +34,7 @@ def measuring(method: str, dtype: str, count: int, tokens: int, targets: int, re
     own = BackboneConfig(id="here", gradient_checkpointing=recomputed)
     model = backbone(dtype, 30, 576)
     ids, labels = rows(count, tokens, targets)
-    loss_of = with_gatera(model, OURS[method], 32, ids, labels)
+    loss_of = with_gatera(model, OURS[method], 32, ids, labels, less_kept=True)
     ready_for_training(model, own)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False)

@@ -4,10 +4,11 @@
 
 SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 rows of 160 tokens with 8 targets each, AdamW. In
 ``gatera_70_closed`` every gate's bias is such that 70 % of the tokens have gates below 0.1, which are skipped; in
-``gatera_decided`` most others have gates above 0.9 as well, and take the merged weight. PEFT is used as its documentation
-shows, logits of every token included; ``peft_lora_targets`` has our output head. ``frozen`` is the backbone's forward and its
-gradient by the embeddings, logits at the targets only: no method can take less. ``gatera_kept`` is GateRA with nothing computed
-again in backward. GFLOP are those of a step's products; saved is what forward leaves alive for backward, without weights.
+``gatera_decided`` most others have gates above 0.9 as well, and take the merged weight. ``gatera_kept`` is GateRA with nothing
+computed again in backward; what is ``_compiled`` has its decoder layers compiled, which is not timed. PEFT is used as its
+documentation shows, logits of every token included; ``peft_lora_targets`` has our output head. ``frozen`` is the backbone's
+forward and its gradient by the embeddings, logits at the targets only: no eager method can take less. GFLOP are those of a
+step's products; saved is what forward leaves alive for backward, without weights.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.recording import record_gates
+from gatera_lightning.compiled_layers import compile_layers
 from gatera_lightning.costs import LiveBytes
 from gatera_lightning.fused_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.losses import (
@@ -49,7 +51,9 @@ OURS = {
     "lora": AdapterConfig(update="lora", gate="none"),
     "dora": AdapterConfig(update="dora", gate="none"),
 }
+COMPILED = {f"{method}_compiled": OURS[method] for method in ("gatera", "lora")}
 PEFT = ("peft_lora", "peft_lora_targets", "peft_dora", "peft_hira")
+METHODS = ("frozen", *OURS, *COMPILED, *PEFT)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -86,8 +90,9 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
     elif method == "frozen":
         loss_of = without_adapter(model, ids, labels)
     else:
-        loss_of = with_gatera(model, OURS[method], rank, ids, labels, less_kept=method != "gatera_kept")
-        if OURS[method].tells_tokens_apart:
+        config = (OURS | COMPILED)[method]
+        loss_of = with_gatera(model, config, rank, ids, labels, less_kept=method != "gatera_kept")
+        if config.tells_tokens_apart:
             set_gates(model, ids, sharpness=1.0 if method == "gatera_70_closed" else 1e3)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
@@ -102,7 +107,10 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
             optimizer.zero_grad(set_to_none=True)
         return counted
 
-    counted |= {"flops": flops(step), "saved_bytes": saved_bytes(model, loss_of)}
+    counted["flops"] = flops(step)  # before compiling, which leaves the products as they are, but the counter would see none
+    if method in COMPILED:
+        compile_layers(model)
+    counted["saved_bytes"] = saved_bytes(model, loss_of)
     return step
 
 
@@ -207,7 +215,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--shape", type=int, nargs=3, default=(4, 160, 8), metavar=("ROWS", "TOKENS", "TARGETS"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="+", choices=("frozen", *OURS, *PEFT), default=("frozen", *OURS, *PEFT))
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     setting = (args.dtype, args.layers, args.width, args.rank, tuple(args.shape))

@@ -42,6 +42,10 @@ class BackboneConfig:
     gradient_checkpointing: bool = False
     """Recompute each decoder layer in backward (non-reentrant): less memory, about a third more time."""
 
+    compile: bool = False
+    """Train through ``torch.compile``, a decoder layer at a time; evaluation and decoding stay as they are. The first steps
+    take a minute longer. On a CPU it needs a C++ compiler."""
+
     trust_remote_code: bool = False
     """Run model code that comes with the weights. Only for publishers you trust."""
 

@@ -31,6 +31,7 @@ from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.candidates import candidate_log_likelihoods, continues_from_keys
 from gatera_lightning.checkpoint_files import WholeCheckpointIO
+from gatera_lightning.compiled_layers import compile_layers
 from gatera_lightning.datamodules.tokens import Batch, PromptBatch
 from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError
 from gatera_lightning.evaluation.ranking import Score, answer_log_likelihoods, ranked_questions
@@ -105,6 +106,11 @@ class GateRAModule(L.LightningModule):
     def problems(self) -> list[str]:
         """Everything about the settings that cannot work; empty when all is well. Reads no weights."""
         found = self.backbone.problems() + self.adapter.problems() + self.optimizer.problems() + self.decoding.problems()
+        if self.backbone.compile and self.adapter.tells_tokens_apart:
+            found.append(
+                f"backbone.compile: true, with adapter.skip_below {self.adapter.skip_below} and merge_above "
+                f"{self.adapter.merge_above}, whose products have as many rows as gates decide; accepted: false, or 0 and 1"
+            )
         if not 0 <= self.gate_entropy_weight < math.inf:
             found.append(f"gate_entropy_weight: {self.gate_entropy_weight}; accepted: a number of at least 0")
         if self.warm_start is not None:
@@ -155,6 +161,8 @@ class GateRAModule(L.LightningModule):
             self.report = inject_adapters(model, self.adapter, torch.Generator().manual_seed(seed))
             if self.warm_start is not None:
                 load_adapter(model, self.warm_start)
+        if self.backbone.compile:
+            compile_layers(model)
         model.train()  # Hugging Face returns eval mode, which silences dropout and gradient checkpointing
         self.model = model
 

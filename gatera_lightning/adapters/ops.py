@@ -24,6 +24,23 @@ def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
 
 
+@torch.library.custom_op("gatera_lightning::hadamard_weight_once", mutates_args=())
+def hadamard_weight_once(weight: Tensor, a: Tensor, b: Tensor, there: Tensor) -> Tensor:
+    """:func:`hadamard_weight`, which a compiler cannot compute before ``there`` is, nor look into."""
+    return hadamard_weight(weight, a, b)
+
+
+@hadamard_weight_once.register_fake
+def _(weight: Tensor, a: Tensor, b: Tensor, there: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def rebuilt_hadamard_weight(weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
+    """``W0 ⊙ (B A)`` for backward. A compiler that saw the forward's product again would keep that one: (out, in) a layer."""
+    compiling = torch.compiler.is_compiling()
+    return cast(Tensor, hadamard_weight_once(weight, a, b, dy)) if compiling else hadamard_weight(weight, a, b)
+
+
 def with_gated(y: Tensor, x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
     """``y + g · Δ x``, the product in Δ's dtype; y (..., out), x (..., in), delta (out, in), g (...) or None for 1."""
     with in_own_dtypes(x):
@@ -60,7 +77,7 @@ class _GatedHadamard(torch.autograd.Function):
         x_ = x.to(dtype)
         dx = da = db = dg = None
         if needs_x or needs_g:
-            t = torch.matmul(du, hadamard_weight(weight, a, b))  # (..., in)
+            t = torch.matmul(du, rebuilt_hadamard_weight(weight, a, b, dy))  # (..., in)
             if needs_g:
                 dg = (x_ * t).sum(-1, dtype=g.dtype)
             if needs_x:

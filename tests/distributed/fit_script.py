@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Job:
     strategy: str = "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too), hsdp (2 × 1), offload
     accumulate: int = 1
     checkpointing: bool = False
+    backend: str | None = None  # of torch.compile, through which decoder layers then run
     clip: float | None = None
     dropout: float = 0.0
     workers: int = 0
@@ -150,7 +152,11 @@ class Poisoned(GateRAModule):
 def run(job: Job) -> Watch:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
-    backbone = BackboneConfig(job.backbone, None, job.dtype, job.attention, gradient_checkpointing=job.checkpointing)
+    backbone = BackboneConfig(
+        job.backbone, None, job.dtype, job.attention, gradient_checkpointing=job.checkpointing, compile=job.backend is not None
+    )
+    if job.backend is not None:
+        torch.compile = partial(torch.compile, backend=job.backend)
     module = Poisoned(
         backbone=backbone,
         adapter=AdapterConfig(

@@ -101,6 +101,15 @@ def test_two_fsdp2_processes_with_checkpointing_and_clipping_equal_one(tiny_back
 
 
 @pytest.mark.slow
+@pytest.mark.stress
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_with_compiled_layers_equal_one_without(tiny_backbone, tmp_path, large_batch, strategy):
+    job = {"accumulate": 2, "checkpointing": strategy == "fsdp", "backend": "aot_eager"}
+    fit(tiny_backbone, tmp_path, epochs=3, strategy=strategy, **job)
+    assert_same(tmp_path, large_batch)
+
+
+@pytest.mark.slow
 def test_a_non_finite_loss_ends_every_process_and_names_the_example(tiny_backbone, tmp_path):
     done = fit(tiny_backbone, tmp_path, check=False, strategy="ddp", accumulate=2, poison=7)
     assert done.returncode != 0
