@@ -5,8 +5,9 @@
 SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, a prompt of 64 tokens, Hugging Face's ``generate`` with
 its cache. ``backbone`` is also what any merged adapter costs. Gates are set as in train_step.py: about 70 % of the tokens are
 closed, nearly all others open, in every layer; ``decided`` is the share of the decoded tokens' gates below 0.1 or above 0.9.
-``gatera`` is exact, ``gatera_fast`` reads one weight for a decided gate, ``gatera_plain`` is the layer as it trains, product of
-the factors and all. The first token's time is that of a ``generate`` of one token; preparing an adapter is left out.
+``gatera`` is exact, ``gatera_fast`` reads one weight for a decided gate, ``gatera_plain`` is the layer as it trains, with the
+product of its factors. The first token's time is that of a ``generate`` of one token. Preparing an adapter, once for all
+prompts of a ``with`` block and anew in every call of ``gatera_lightning.generation.generate``, is told apart.
 """
 
 import argparse
@@ -56,9 +57,12 @@ def decoding_of(method: str, dtype: str, batch: int, new_tokens: int) -> Round:
     share = decided(model, lambda: generated(8))
 
     def once() -> dict[str, float]:
+        begun = clock_now()
         with nullcontext() if method == "gatera_plain" else prepared_for_inference(model, **thresholds):
+            prepared = clock_now() - begun
             first = generated(1)
-            return {"first_token_s": first, "token_s": (generated(new_tokens + 1) - first) / new_tokens, "decided": share}
+            token = (generated(new_tokens + 1) - first) / new_tokens
+        return {"prepare_s": prepared, "first_token_s": first, "token_s": token, "decided": share}
 
     return once
 
@@ -97,12 +101,14 @@ def main() -> None:
     write(args.out, vars(args), measured)
 
     print(machine())
-    print("method           tokens/s   ÷ backbone               first token, s   decided   peak MB")
+    against = f"÷ {args.only[0]}"
+    print(f"method           tokens/s   {against:<24}prepare, s   first token, s   decided   peak MB")
     for name, one in measured.items():
         speed = args.batch / statistics.median(one.rounds("token_s"))
         line = f"{name:<15}{speed:>10.1f}   {ratio(measured[args.only[0]].rounds('token_s'), one.rounds('token_s')):<24}"
-        first, share = statistics.median(one.rounds("first_token_s")), one.rounds("decided")[0]
-        print(f"{line}{first:>15.2f}{share:>10.0%}{one.peak_bytes / 1e6:>10.0f}")
+        prepare, first = (statistics.median(one.rounds(figure)) for figure in ("prepare_s", "first_token_s"))
+        line += f"{prepare:>10.2f}{first:>17.2f}"
+        print(f"{line}{one.rounds('decided')[0]:>10.0%}{one.peak_bytes / 1e6:>10.0f}")
 
 
 if __name__ == "__main__":

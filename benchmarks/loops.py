@@ -84,7 +84,7 @@ def lightning_loop(method: str, data: MixedRows, settings: Settings, seed: int) 
             accelerator="gpu" if DEVICE == "cuda" else "cpu",
             devices=1,
             max_epochs=1,
-            callbacks=[L.pytorch.callbacks.LambdaCallback(on_train_start=watch.start, on_train_end=watch.stop)],
+            callbacks=[L.pytorch.callbacks.LambdaCallback(on_train_epoch_start=watch.start, on_train_end=watch.stop)],
             limit_val_batches=0,
             gradient_clip_val=1.0,
             logger=False,

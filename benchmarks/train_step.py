@@ -7,8 +7,8 @@ SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 rows o
 ``gatera_decided`` most others have gates above 0.9 as well, and take the merged weight. ``gatera_kept`` is GateRA with nothing
 computed again in backward; what is ``_compiled`` has its decoder layers compiled, which is not timed. PEFT is used as its
 documentation shows, logits of every token included; ``peft_lora_targets`` has our output head. ``frozen`` is the backbone's
-forward and its gradient by the embeddings, logits at the targets only: no eager method can take less. GFLOP are those of a
-step's products; saved is what forward leaves alive for backward, without weights.
+forward and its gradient by the embeddings, with our head and recomputation: what a method pays before its own products. GFLOP
+are those of a step's products; saved is what forward leaves alive for backward, without weights.
 """
 
 import argparse
@@ -182,11 +182,12 @@ def without_adapter(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[
     model.requires_grad_(False)
     shifted, mask = next_token_labels(labels), torch.ones_like(ids)
     keep = shifted != IGNORE
+    targets = shifted[keep]
 
     def loss_of() -> Tensor:
         embedded = model.get_input_embeddings()(ids).requires_grad_(True)
-        with target_positions_only(model, keep):
-            return summed_cross_entropy(model(inputs_embeds=embedded, attention_mask=mask).logits, shifted[keep]) / keep.sum()
+        with elementwise_recomputed(), target_positions_only(model, keep), cross_entropy_in_head(model, targets):
+            return model(inputs_embeds=embedded, attention_mask=mask).logits.squeeze() / len(targets)
 
     return loss_of
 

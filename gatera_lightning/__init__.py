@@ -7,7 +7,8 @@ from gatera_lightning.adapters.merge import merge_adapter
 from gatera_lightning.adapters.prepared import prepared_for_inference
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.backbone import BackboneConfig
-from gatera_lightning.errors import ConfigError, NonFiniteLossError
+from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError
+from gatera_lightning.generation import DecodingConfig
 from gatera_lightning.inspection.capture import capture_gates
 from gatera_lightning.inspection.statistics import GateStatistics
 from gatera_lightning.module import GateRAModule
@@ -17,7 +18,9 @@ __all__ = [
     "AdapterConfig",
     "AdapterFileError",
     "BackboneConfig",
+    "CheckpointError",
     "ConfigError",
+    "DecodingConfig",
     "GateRAModule",
     "GateStatistics",
     "InjectionReport",

@@ -4,6 +4,8 @@ import importlib.util
 import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -111,6 +113,18 @@ def native_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     """Whether rows that stand behind each other in one line, with positions from 0 each, leave each other alone.
@@ -122,13 +136,9 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     device = next(model.parameters()).device
     lines = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [7, 3, 1, 2, 5, 6, 7]], device=device)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device).expand(2, -1)
-    training = model.training
-    model.eval()  # dropout would tell them apart too
-    try:
+    with evaluating(model):  # dropout would tell them apart too
         one, other = model(input_ids=lines, attention_mask=None, position_ids=positions).logits[:, 4:].float()
         alone = model(input_ids=lines[:1, 4:]).logits[0].float()
-    finally:
-        model.train(training)
     spread = float(alone.std())
     return all(float((packed - alone).abs().max()) <= 0.5 * spread for packed in (one, other))
 

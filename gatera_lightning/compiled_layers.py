@@ -67,7 +67,7 @@ class _CompiledForward:
         listening = [linear.on_gate for linear in self.gated]
         try:
             returned, ran = self.compiled(self.own, self.gated, args, kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise ConfigError(
                 f"model.backbone.compile: true, and {type(self.layer).__name__} cannot be compiled "
                 f"({' '.join(str(error).split())[:300]}); accepted: false"

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from gatera_lightning.backbone import evaluating
+
 LOGITS_AT_A_TIME = 2**25
 """Logits of a chunk: in bf16 and with their fp32 copy 200 MB, however many targets there are.
 
@@ -101,13 +103,8 @@ def returns_what_its_head_does(model: PreTrainedModel) -> bool:
 
     token = int(getattr(model.config, "pad_token_id", None) == 0)  # models warn of padding without a mask
     ids = torch.full((1, 2), token, device=next(model.parameters()).device)
-    training = model.training
-    model.eval()
-    try:
-        with _forward_of(head, hand_out):
-            returned = model(input_ids=ids).logits
-    finally:
-        model.train(training)
+    with evaluating(model), _forward_of(head, hand_out):
+        returned = model(input_ids=ids).logits
     return len(handed_out) == 1 and returned is handed_out[0] and returned._version == 0
 
 

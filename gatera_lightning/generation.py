@@ -43,8 +43,9 @@ class DecodingConfig:
             for name in ("beams", "max_new_tokens")
             if getattr(self, name) < 1
         ]
-        found += [f"decoding.{problem}" for problem in threshold_problems(self.skip_below, self.merge_above)]
-        if not self.prepared and (self.skip_below > 0 or self.merge_above < 1):
+        of_thresholds = threshold_problems(self.skip_below, self.merge_above)
+        found += [f"decoding.{problem}" for problem in of_thresholds]
+        if not of_thresholds and not self.prepared and (self.skip_below, self.merge_above) != (0.0, 1.0):
             found.append("decoding.prepared: false, with skip_below or merge_above; accepted: true, or thresholds of 0 and 1")
         return found
 

@@ -18,15 +18,17 @@ def read_once(*, keep: bool) -> Iterator[None]:
 
     original = gguf.GGUFReader
 
-    def reader(path: Any, *args: Any) -> Any:
-        return _parsed(original, path, os.stat(path).st_mtime_ns, *args)
+    def reader(path: Any, *args: Any, **kwargs: Any) -> Any:
+        return _parsed(original, path, os.stat(path).st_mtime_ns, *args, **kwargs)
 
-    with patch("gguf.GGUFReader", reader), patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)):
-        yield
-    if not keep:
-        _parsed.cache_clear()  # a hundred megabytes
+    try:
+        with patch("gguf.GGUFReader", reader), patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)):
+            yield
+    finally:
+        if not keep:
+            _parsed.cache_clear()  # a hundred megabytes
 
 
 @lru_cache(maxsize=1)
-def _parsed(reader: Any, path: Any, changed: int, *args: Any) -> Any:
-    return reader(path, *args)
+def _parsed(reader: Any, path: Any, changed: int, *args: Any, **kwargs: Any) -> Any:
+    return reader(path, *args, **kwargs)

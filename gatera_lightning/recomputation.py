@@ -26,9 +26,12 @@ LONGEST = 4
 def elementwise_recomputed() -> Iterator[None]:
     """In the ``with`` block, let autograd keep no output of a cheap elementwise operation; numbers are the same bit for bit.
 
-    Changes nothing where no graph is built, inside a checkpointed layer, which keeps nothing, and while torch.compile traces.
+    Changes nothing where no graph is built, inside a checkpointed layer, which keeps nothing, while torch.compile traces, and
+    where somebody else's hooks are at work already (``save_on_cpu``). A graph must be gone through whole: after a backward that
+    freed an operation, another that needs its output raises RuntimeError, where autograd might have kept that output.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or hooked:
         yield
         return
     keeping = _Keeping()
@@ -45,16 +48,21 @@ class _Keeping:
     def __init__(self) -> None:
         self._found: dict[Node, _Again | None] = {}
         self._narrow: dict[Node, _Kept] = {}
+        # By its number, what a node has saved through this hook, told by what made that. Inside a checkpoint nodes save
+        # elsewhere, and what they saved there can be asked for once only.
+        self._saved: dict[int, set[Node | None]] = {}
 
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Autograd's hook."""
+        number = torch.autograd._get_sequence_nr() - 1  # of the node that has just been made, and saves
+        self._saved.setdefault(number, set()).add(tensor.grad_fn)
         whole = tensor if tensor._base is None else tensor._base
         node = whole.grad_fn
         if node is None or whole._version > 0:  # once written to, it may not be what its node made
             return _Kept(tensor)
         again = self._again(node)
         if again is not None:
-            again.is_used()
+            again.is_used(whole.stride())
             return again if whole is tensor else _View(again, tensor)
         if whole is tensor and (dtype := _narrower(node, tensor)) is not None:
             if node not in self._narrow:
@@ -66,18 +74,23 @@ class _Keeping:
         """After forward: the graph holds its hooks, which would hold the graph."""
         self._found.clear()
         self._narrow.clear()
+        self._saved.clear()
 
-    def _again(self, node: Node) -> "_Again | None":
+    def _again(self, node: Node, depth: int = 1) -> "_Again | None":
         """How a node's output is computed again; None where an input is missing or it takes too many operations."""
         if node not in self._found:
-            self._found[node] = self._search(node) if node.name() in RECOMPUTED else None
+            self._found[node] = self._search(node, depth) if node.name() in RECOMPUTED and depth <= LONGEST else None
         return self._found[node]
 
-    def _search(self, node: Node) -> "_Again | None":
+    def _search(self, node: Node, depth: int) -> "_Again | None":
         sources = [source for source, _ in node.next_functions if source is not None]
+        saves_nothing = node.name() == "ToCopyBackward0"
+        saved = self._saved.get(node._sequence_nr())  # type: ignore[attr-defined]
+        if not saves_nothing and (saved is None or not saved <= {*sources, None}):
+            return None
         # A product keeps a factor for the other one's gradient, and does not if that is a frozen weight or a number.
-        if node.name() == "ToCopyBackward0" or (node.name() == "MulBackward0" and len(sources) == 1):
-            missing = self._again(sources[0])
+        if saves_nothing or (node.name() == "MulBackward0" and len(sources) == 1):
+            missing = self._again(sources[0], depth + 1)
             again = None if missing is None else _Again(node, [missing], missing)
         else:
             again = _Again(node, [found for source in sources if (found := self._found.get(source)) is not None])
@@ -93,10 +106,12 @@ class _Again:
         self._inputs = inputs
         self._missing = missing
         self._uses = self._asked = 0
+        self._stride: tuple[int, ...] | None = None
         self._value: Tensor | None = None
 
-    def is_used(self) -> None:
-        """By one more operation, which will ask for it in backward."""
+    def is_used(self, stride: tuple[int, ...] | None = None) -> None:
+        """By one more operation, which will ask for it in backward; ``stride`` is how the output lay."""
+        self._stride = self._stride or stride
         if not self._uses:
             for each in self._inputs:
                 each.is_used()
@@ -104,10 +119,16 @@ class _Again:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        value = self._output() if self._value is None else self._value
+        value = self._laid_out(self._output()) if self._value is None else self._value
         self._asked += 1
         self._value = value if self._asked % self._uses else None
         return value
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        """As the output lay, which an operation may have been told (``memory_format``): views of it count on that."""
+        if self._stride is None or value.stride() == self._stride:
+            return value
+        return torch.empty_strided(value.shape, self._stride, dtype=value.dtype, device=value.device).copy_(value)
 
     def _output(self) -> Tensor:
         node = self._node

@@ -215,3 +215,11 @@ def test_trying_leaves_no_trace():
     with pytest.raises(ZeroDivisionError), cross_entropy_in_head(model, ids[0]):
         raise ZeroDivisionError
     assert "forward" not in vars(model.lm_head)
+
+
+def test_the_trial_leaves_every_module_in_its_mode(tiny_llama):
+    model = tiny_llama().train().requires_grad_(False)
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert returns_what_its_head_does(model)
+    assert [module.training for module in model.modules()] == modes

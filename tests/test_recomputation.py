@@ -326,3 +326,51 @@ def test_the_modules_step_keeps_less_and_has_the_same_bits(tiny_backbone, monkey
     (kept, ours), (all_kept, usual) = found
     assert kept < 0.9 * all_kept
     assert all(torch.equal(one, other) for one, other in zip(ours, usual, strict=True))
+
+
+@pytest.mark.parametrize(
+    "last", [F.silu, lambda h: h * h.sigmoid(), lambda h: F.gelu(h).double()], ids=["silu", "product", "cast"]
+)
+def test_what_a_checkpointed_layer_hands_out_is_kept_by_whoever_needs_it(last):
+    """Its operations have saved nothing here, and what they saved inside can be asked for once only."""
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 3, requires_grad=True) for _ in range(3)]
+
+    def gradients(block):
+        h = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+        with block:
+            for weight in weights:
+                h = checkpoint(lambda h, weight: last(h.float() @ weight), h, weight, use_reentrant=False)
+            loss = (h * h).sum()
+        return torch.autograd.grad(loss, weights)
+
+    for again, plain in zip(gradients(elementwise_recomputed()), gradients(nullcontext()), strict=True):
+        assert torch.equal(again, plain)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.preserve_format], ids=str)
+def test_a_view_of_a_copy_that_was_laid_out_otherwise(format):
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def gradient(block):
+        with block:
+            h = F.silu(x.t()).to(torch.float64, memory_format=format)
+            loss = h.reshape(-1).sin().sum() + h.flatten()[3:9].view(2, 3).cos().sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    assert torch.equal(gradient(elementwise_recomputed()), gradient(nullcontext()))
+
+
+def test_under_hooks_of_somebody_else_nothing_is_changed():
+    x, packed = torch.randn(4, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t), elementwise_recomputed():
+        F.silu(x).sin()
+    assert len(packed) == 2
+
+
+def test_a_chain_longer_than_the_stack_of_python():
+    h = torch.ones(2, requires_grad=True)
+    with elementwise_recomputed():
+        for _ in range(3000):
+            h = h * 1.0
+        h.sin().sum().backward()

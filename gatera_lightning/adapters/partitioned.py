@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatera_lightning.adapters.ops import hadamard_weight, in_own_dtypes
+from gatera_lightning.adapters.ops import hadamard_weight, in_own_dtypes, with_gated_hadamard
 
 PAYS_FROM = 1 / 8
-"""Share of decided tokens from which telling them apart pays: below it, moving rows costs what the left-out products save."""
+"""Share of decided tokens from which telling them apart pays: below it, moving rows costs what the left-out products save.
+
+Only the time depends on it, not what is computed: a step cut up otherwise is the same step."""
 
 
 class TokensByGate(NamedTuple):
@@ -25,17 +27,20 @@ class TokensByGate(NamedTuple):
     opened: Tensor
 
 
-def tokens_by_gate(g: Tensor, skip_below: float, merge_above: float) -> TokensByGate:
-    """Tokens with ``g < skip_below``, with ``g > merge_above``, and the others; g (tokens,).
+def hard_gates(g: Tensor, skip_below: float, merge_above: float) -> Tensor:
+    """``γ``: 0 where ``g < skip_below``, 1 where ``g > merge_above``, else g, NaN included; a decided gate gets no gradient."""
+    return torch.where(g < skip_below, 0.0, torch.where(g > merge_above, 1.0, g))
 
-    All of them are in between where fewer than an eighth are not. Waits for the device once.
+
+def tokens_by_gate(hard: Tensor) -> TokensByGate | None:
+    """Tokens whose hard gate (tokens,) is 0, those with another, those with 1; None where fewer than an eighth are decided.
+
+    Waits for the device once.
     """
-    group = (g >= skip_below).to(torch.uint8) + (g > merge_above)  # 0 closed, 1 in between, 2 open
+    group = 1 - (hard == 0).to(torch.int8) + (hard == 1)  # 0 closed, 1 in between, 2 open
     order = group.argsort(stable=True)
     counts = torch.stack([(group == n).sum() for n in range(3)]).tolist()
-    if counts[0] + counts[2] < PAYS_FROM * len(g):
-        order, counts = torch.arange(len(g), device=g.device), [0, len(g), 0]
-    return TokensByGate(*order.split(counts))
+    return TokensByGate(*order.split(counts)) if counts[0] + counts[2] >= PAYS_FROM * len(hard) else None
 
 
 def partitioned_linear(
@@ -61,7 +66,7 @@ def partitioned_linear(
 
 
 class _PartitionedHadamard(torch.autograd.Function):
-    """Forward and backward of the three kinds of tokens; a decided token gives its gate no gradient."""
+    """Forward and backward of the three kinds of tokens, by their hard gates."""
 
     @staticmethod
     def forward(
@@ -110,20 +115,16 @@ class _PartitionedHadamard(torch.autograd.Function):
 
 
 def partitioned_hadamard(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    g: Tensor,
-    skip_below: float,
-    merge_above: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Tensor, skip_below: float, merge_above: float
 ) -> Tensor:
-    """``W0 x + b + γ · (W0 ⊙ BA) x`` with ``γ = 0`` where ``g < skip_below``, 1 where ``g > merge_above``, else g.
+    """``W0 x + b + γ · (W0 ⊙ BA) x`` with the :func:`hard_gates` γ of g (...).
 
-    Off the exact output by at most ``max(skip_below, 1 − merge_above) · |u(x)|``. The gradient is that of this function: exact
-    for x and the factors, and for a gate that is in between; a decided gate gets 0 in place of ``g(1−g) · dy·u(x)``.
+    Off the exact output by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` and what rounding ``W0 + W0 ⊙ BA`` to W0's
+    dtype loses. The gradient is that of this function: a decided gate gets 0 in place of ``g(1−g) · dy·u(x)``.
     Shapes as in :func:`~gatera_lightning.adapters.ops.with_gated_hadamard`.
     """
-    tokens = tokens_by_gate(g.detach().flatten(), skip_below, merge_above)
-    return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, g, tokens))
+    hard = hard_gates(g, skip_below, merge_above)
+    tokens = tokens_by_gate(hard.detach().flatten())
+    if tokens is None:
+        return with_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
+    return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.lora import LoRA
-from gatera_lightning.adapters.ops import without_gradients
-from gatera_lightning.adapters.partitioned import tokens_by_gate
+from gatera_lightning.adapters.ops import in_own_dtypes, without_gradients
+from gatera_lightning.adapters.partitioned import hard_gates, tokens_by_gate
 
 
 @contextmanager
@@ -36,12 +36,12 @@ def prepared_for_inference(model: nn.Module, *, skip_below: float = 0.0, merge_a
     prepared = [
         layer for layer in layers if layer.routed is None and (isinstance(layer.update, LoRA) or layer.update.kept is None)
     ]
-    for layer in prepared:
-        if fast:
-            layer.routed = RoutedLinear(layer, skip_below, merge_above)
-        elif not isinstance(layer.update, LoRA):
-            layer.update.kept = layer.update.constant(layer.base.weight)
     try:
+        for layer in prepared:
+            if fast:
+                layer.routed = RoutedLinear(layer, skip_below, merge_above)
+            elif not isinstance(layer.update, LoRA):
+                layer.update.kept = layer.update.constant(layer.base.weight)
         yield
     finally:
         for layer in prepared:
@@ -65,23 +65,36 @@ class RoutedLinear:
 
     def __call__(self, x: Tensor, z: Tensor | None) -> Tensor:
         """x (..., in), z (...) the gates' logits -> (..., out). Waits for the device once, to learn the gates."""
-        merged = without_gradients(self.merged)
-        if z is None or not self.by_token:
-            return F.linear(x, merged, self.bias)
-        if z.numel() == 1:
-            gate = 0.5 + 0.5 * math.tanh(z.item() / 2)
-            if gate < self.skip_below:
-                return F.linear(x, self.weight, self.bias)
-            if gate > self.merge_above:
-                return F.linear(x, merged, self.bias)
-            return torch.lerp(F.linear(x, self.weight, self.bias), F.linear(x, merged, self.bias), gate)
-        rows, g = x.flatten(0, -2), torch.sigmoid(z).flatten()  # (tokens, in), (tokens,)
-        tokens = tokens_by_gate(g, self.skip_below, self.merge_above)
-        y = rows.new_empty(len(rows), len(merged))
-        for indices, weight in ((tokens.closed, self.weight), (tokens.opened, merged)):
+        without_gradients(self.merged)
+        with in_own_dtypes(x):
+            x = x.to(self.weight.dtype)
+            if z is None or not self.by_token:
+                return self._opened(x)
+            if z.numel() == 1:
+                gate = 0.5 + 0.5 * math.tanh(z.item() / 2)
+                if gate < self.skip_below:
+                    return self._closed(x)
+                return self._opened(x) if gate > self.merge_above else torch.lerp(self._closed(x), self._opened(x), gate)
+            return self._by_gate(x.flatten(0, -2), torch.sigmoid(z).flatten()).unflatten(0, z.shape)
+
+    def _by_gate(self, x: Tensor, g: Tensor) -> Tensor:
+        """x (tokens, in), g (tokens,) -> (tokens, out)."""
+        hard = hard_gates(g, self.skip_below, self.merge_above)
+        tokens = tokens_by_gate(hard)
+        weight = hard.unsqueeze(-1).to(x.dtype)
+        if tokens is None:
+            return torch.lerp(self._closed(x), self._opened(x), weight)
+        y = x.new_empty(len(x), len(self.merged))
+        for indices, product in ((tokens.closed, self._closed), (tokens.opened, self._opened)):
             if len(indices):
-                y[indices] = F.linear(rows[indices], weight, self.bias)
+                y[indices] = product(x[indices])
         if len(tokens.between):
-            x, g = rows[tokens.between], g[tokens.between, None].to(y.dtype)
-            y[tokens.between] = torch.lerp(F.linear(x, self.weight, self.bias), F.linear(x, merged, self.bias), g)
-        return y.unflatten(0, z.shape)
+            rows = x[tokens.between]
+            y[tokens.between] = torch.lerp(self._closed(rows), self._opened(rows), weight[tokens.between])
+        return y
+
+    def _closed(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def _opened(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.merged, self.bias)

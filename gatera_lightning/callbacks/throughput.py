@@ -54,7 +54,7 @@ class Throughput(L.Callback):
       there, such as writing a checkpoint, counts too.
     - ``model_tflops``: 10¹² operations a second that the model's real tokens need, forward and backward as they are trained:
       no gradients of frozen weights, the head at target tokens only, nothing that is recomputed. Counted by ``costs.py``, as
-      ``plan`` does, once, for the mean micro-batch.
+      ``plan`` does, once, for the mean micro-batch; what ``skip_below`` and ``merge_above`` leave out counts as done.
     - ``model_flops_utilization``: that, of what the devices could do at the backbone's dtype; left out where neither
       ``peak_tflops`` nor the table of GPUs above says it, as on a CPU or in float32.
     - ``memory_gib``: of the first process. On CUDA the most that tensors took since the last reading; elsewhere the memory that

@@ -143,6 +143,8 @@ class Speaker:
         chosen = " (an adapter answers best in the data.template of its training: --template)" if guessed else ""
         drawn = f"temperature {own.temperature:g}" if own.temperature else "the most likely tokens"
         self.remark(f"template {self.template}{chosen}; {drawn}, at most {own.max_new_tokens} an answer")
+        if own.fast is not None:
+            self.remark(f"fast: gates below {own.fast:g} count as 0, above {1 - own.fast:g} as 1; the exact answer may differ")
         gates = [layer.gate for layer in adapted_linears(model).values()]
         if self._watched and self._colours:
             self.remarks.print(Text.assemble((f"mean gate of {len(gates)} modules  ", "dim"), legend()))

@@ -168,6 +168,8 @@ def test_every_problem_with_the_model_is_named_at_once(tiny_llama):
         ({"skip_below": -0.1}, "adapter.skip_below: -0.1"),
         ({"skip_below": 0.6}, "adapter.skip_below: 0.6"),
         ({"skip_below": float("nan")}, "adapter.skip_below: nan"),
+        ({"skip_below": "0.1"}, "adapter.skip_below: '0.1'"),
+        ({"merge_above": None}, "adapter.merge_above: None"),
         ({"merge_above": 0.4}, "adapter.merge_above: 0.4"),
         ({"merge_above": 1.1}, "adapter.merge_above: 1.1"),
         ({"skip_below": 0.1, "gate": "static"}, "adapter.skip_below: 0.1, merge_above: 1.0, with update 'hira', gate 'static'"),

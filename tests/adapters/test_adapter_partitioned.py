@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.inject import adapter_parameters
 from gatera_lightning.adapters.linear import AdaptedLinear
-from gatera_lightning.adapters.partitioned import tokens_by_gate
+from gatera_lightning.adapters.partitioned import hard_gates, partitioned_hadamard, tokens_by_gate
 
 IN, OUT, RANK = 12, 10, 3
 LOGITS = {
@@ -106,16 +106,45 @@ def test_nothing_is_computed_of_an_update_that_no_token_takes():
 
 
 def test_a_gate_on_the_threshold_is_in_between():
-    tokens = tokens_by_gate(torch.tensor([0.05, 0.1, 0.5, 0.9, 0.95]), 0.1, 0.9)
-    assert [kind.tolist() for kind in tokens] == [[0], [1, 2, 3], [4]]
+    hard = hard_gates(torch.tensor([0.05, 0.1, 0.5, 0.9, 0.95]), 0.1, 0.9)
+    assert torch.equal(hard, torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]))
+    assert [kind.tolist() for kind in tokens_by_gate(hard)] == [[0], [1, 2, 3], [4]]
 
 
 def test_few_decided_tokens_are_not_told_apart():
     gates = torch.full((16,), 0.5)
     gates[3] = 0.0
-    assert len(tokens_by_gate(gates, 0.1, 0.9).between) == 16
+    assert tokens_by_gate(gates) is None
     gates[4] = 1.0
-    assert [len(kind) for kind in tokens_by_gate(gates, 0.1, 0.9)] == [1, 14, 1]
+    assert [len(kind) for kind in tokens_by_gate(gates)] == [1, 14, 1]
+
+
+def test_a_gate_that_is_no_number_stays_one_that_is_none():
+    layer, x = layer_with([float("nan"), -8, -8, 8, 8, 0, -8, 8])
+    with torch.no_grad():
+        x.nan_to_num_(nan=1.0)
+        layer.gate.weight.zero_()[1] = float("nan")
+    assert bool(layer(x).isnan().all())
+    assert torch.equal(hard_gates(torch.tensor([float("nan"), 0.0]), 0.1, 0.9).isnan(), torch.tensor([True, False]))
+
+
+def test_what_a_token_is_does_not_depend_on_its_batch():
+    layer, _ = layer_with(LOGITS["every kind"])
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(32, IN, generator=generator, dtype=torch.float64)
+    g = torch.full((32,), 0.5, dtype=torch.float64)
+    g[:3], g[3] = 0.01, 0.99  # one in eight of all, and of the first half one in four
+    arguments = (layer.base.weight, layer.base.bias, layer.update.a, layer.update.b)
+    whole = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
+    halves = [
+        partitioned_hadamard(part, *arguments, gates, 0.1, 0.9) for part, gates in zip(x.split(16), g.split(16), strict=True)
+    ]
+    alone = [partitioned_hadamard(x[n : n + 1], *arguments, g[n : n + 1], 0.1, 0.9) for n in range(32)]
+    g[2] = 0.5  # fewer than one in eight: not told apart
+    few = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
+    for other in (torch.cat(halves), torch.cat(alone)):
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat([few[:2], few[3:]]), torch.cat([whole[:2], whole[3:]]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -172,3 +172,37 @@ def test_a_whole_model_generates_the_same_where_gates_are_decided(tiny_llama, dt
         with prepared_for_inference(model, **FAST):
             fast = model(IDS).logits
     assert float((fast - exact).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.05) * float(exact.abs().max())
+
+
+def test_a_gate_that_is_no_number_is_not_hidden():
+    layer, x = decided_layer(), with_logits(-8, 8, 0, -8, 8, 0)
+    with torch.no_grad():
+        layer.gate.bias.fill_(float("nan"))
+        with prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
+            assert bool(layer(x).isnan().all())
+            assert bool(layer(x[:1]).isnan().all())
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_fast_under_autocast(tokens):
+    layer, x = decided_layer(), with_logits(-8, 8, 0, -8, 8, 0)[:tokens]
+    with torch.no_grad(), prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
+        plain = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(layer(x), plain)
+
+
+@pytest.mark.parametrize("thresholds", [{}, FAST], ids=["exact", "fast"])
+def test_an_error_while_preparing_leaves_the_model_as_it_was(tiny_llama, thresholds, monkeypatch):
+    model = adapted(tiny_llama, "hira")
+    layers = list(adapted_linears(model).values())
+
+    def no_memory(weight):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(layers[4].update, "constant", no_memory)
+    monkeypatch.setattr(layers[4].update, "delta_weight", no_memory)
+    with pytest.raises(torch.OutOfMemoryError), prepared_for_inference(model, **thresholds):
+        pass
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(layer.routed is None and layer.update.kept is None for layer in layers)

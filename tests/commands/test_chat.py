@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from tiny_backbone import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gatera_lightning import AdapterConfig, inject_adapters, load_adapter, save_adapter
+from gatera_lightning import AdapterConfig, generation, inject_adapters, load_adapter, save_adapter
 from gatera_lightning.__main__ import main
 from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
 from gatera_lightning.backbone import BackboneConfig, load_backbone
@@ -227,6 +227,33 @@ def test_colours_are_the_scale_of_the_heatmaps(capsys, tuned, monkeypatch):
     out, err = generated(capsys, tuned, "--gates")
     assert [line.split("\t") for line in out.splitlines() if line] == table
     assert "\x1b" not in out + err
+
+
+def test_fast_answers_are_those_of_hard_gates(capsys, tuned, talkative, monkeypatch):
+    exact, _ = generated(capsys, tuned)
+    seen = []
+    prepared = generation.prepared_for_inference
+    monkeypatch.setattr(
+        generation,
+        "prepared_for_inference",
+        lambda model, **thresholds: seen.append(thresholds) or prepared(model, **thresholds),
+    )
+    assert generated(capsys, tuned)[0] == exact
+    _, err = generated(capsys, tuned, "--fast")
+    assert "fast: gates below 0.1 count as 0, above 0.9 as 1; the exact answer may differ" in err
+    assert generated(capsys, tuned, "--fast", "1e-9")[0] == exact  # no gate of this model is that decided
+    assert [list(thresholds.values()) for thresholds in seen] == [[0.0, 1.0], [0.1, 0.9], [1e-9, 1 - 1e-9]]
+
+
+@pytest.mark.parametrize("gate", ["0", "0.6", "nan"])
+def test_a_gate_that_cannot_be_fast_is_refused(capsys, tuned, gate):
+    assert main(["generate", "--adapter", tuned, "--prompt", "a", "--fast", gate]) == 2
+    assert f"--fast: {float(gate)}; accepted: a gate above 0, up to 0.5" in capsys.readouterr().err
+
+
+def test_fast_without_an_adapter_is_refused(capsys, talkative):
+    assert main(["generate", "--backbone", str(talkative), "--prompt", "a", "--fast", "0.1"]) == 2
+    assert "--fast: a backbone without an adapter has no gates" in capsys.readouterr().err
 
 
 def test_a_static_gate_is_told_once_and_no_gate_is_refused(capsys, talkative, tmp_path):
