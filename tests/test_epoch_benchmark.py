@@ -24,6 +24,8 @@ def test_loops_see_the_same_rows_and_take_the_same_loss(tiny_backbone, monkeypat
         rows = seen[name] = Counter()
 
         def note(_, args, given, rows=rows):
+            if "attention_mask" not in given:  # two tokens by which our module learns what its model's head does
+                return
             ids, real = given["input_ids"], given["attention_mask"].bool()
             rows.update(tuple(ids[line][real[line]].tolist()) for line in range(len(ids)))
 
