@@ -85,7 +85,7 @@ class _Keeping:
     def _search(self, node: Node, depth: int) -> "_Again | None":
         sources = [source for source, _ in node.next_functions if source is not None]
         saves_nothing = node.name() == "ToCopyBackward0"
-        saved = self._saved.get(node._sequence_nr())  # type: ignore[attr-defined]
+        saved = self._saved.get(node._sequence_nr())
         if not saves_nothing and (saved is None or not saved <= {*sources, None}):
             return None
         # A product keeps a factor for the other one's gradient, and does not if that is a frozen weight or a number.
