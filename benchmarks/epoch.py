@@ -11,7 +11,7 @@ seed n.
 The loops differ in what their users get: ours plans batches of rows of similar length and computes logits at the targets;
 Hugging Face's draws rows at random, pads to the longest of a batch, and computes the logits of every token. Variants, run when
 asked for, tell these apart: ``hf_lora_by_length`` groups by length, an option of theirs that does nothing below eight batches,
-``gatera_packed`` packs, and ``gatera_skip`` leaves out decided tokens as overlays/skip_decided.yaml does. Smaller differences:
+``gatera_packed`` packs, and ``gatera_decided`` leaves out decided tokens as fast_decided.yaml does. Smaller differences:
 their AdamW is fused, their learning rate begins at 0 and ours at 1/(warm-up + 1) of its peak, A is drawn by either's own rule,
 and in bfloat16 theirs runs under autocast.
 
@@ -52,7 +52,7 @@ from gatera_lightning.backbone import load_backbone, load_tokenizer, native_dtyp
 from gatera_lightning.datamodules import Batch
 from gatera_lightning.losses import IGNORE
 
-VARIANTS = ("gatera_skip", "gatera_packed", "hf_lora_by_length")
+VARIANTS = ("gatera_decided", "gatera_packed", "hf_lora_by_length")
 
 
 @torch.no_grad()

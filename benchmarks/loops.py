@@ -21,14 +21,14 @@ from gatera_lightning.datamodules import Batch
 from gatera_lightning.losses import summed_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SKIPPING: dict[str, Any] = {"gate_bias": -2.0, "skip_below": 0.1, "merge_above": 0.9}  # overlays/skip_decided.yaml
+DECIDED: dict[str, Any] = {"skip_below": 0.1, "merge_above": 0.9}  # overlays/fast_decided.yaml
 METHODS: dict[str, dict[str, Any]] = {
     "gatera": {},
-    "gatera_skip": SKIPPING,
+    "gatera_decided": DECIDED,
     "hira": {"gate": "none"},
     "lora": {"gate": "none", "update": "lora"},
 }
-LEARNING_RATES = {"gatera": 1e-2, "gatera_skip": 1e-2, "hira": 1e-2, "lora": 2e-3}
+LEARNING_RATES = {"gatera": 1e-2, "gatera_decided": 1e-2, "hira": 1e-2, "lora": 2e-3}
 """The best of those that docs/results.md tried."""
 
 
@@ -68,14 +68,14 @@ class Loop:
 def lightning_loop(method: str, data: MixedRows, settings: Settings, seed: int) -> Loop:
     """GateRAModule in Lightning's Trainer, as the smollm2 recipes set it up, without logger, checkpoints and validation."""
     L.seed_everything(seed, verbose=False)
-    skipping = method == "gatera_skip"
+    decided = method == "gatera_decided"
     module = GateRAModule(
         backbone=settings.frozen(),
         adapter=AdapterConfig(rank=settings.rank, **METHODS[method]),
         optimizer=OptimizerConfig(
-            lr=LEARNING_RATES[method], warmup_steps=settings.warmup, gate_lr_multiplier=10.0 if skipping else 1.0
+            lr=LEARNING_RATES[method], warmup_steps=settings.warmup, gate_lr_multiplier=10.0 if decided else 1.0
         ),
-        gate_entropy_weight=0.1 if skipping else 0.01,
+        gate_entropy_weight=0.1 if decided else 0.01,
     )
     module.configure_model()
 
@@ -164,7 +164,7 @@ LOOPS: dict[str, Callable[[MixedRows, Settings, int], Loop]] = {
     "lora": partial(lightning_loop, "lora"),
     "hf_lora": partial(hf_loop, "lora"),
     "hf_hira": partial(hf_loop, "hira"),
-    "gatera_skip": partial(lightning_loop, "gatera_skip"),
+    "gatera_decided": partial(lightning_loop, "gatera_decided"),
     "gatera_packed": partial(lightning_loop, "gatera"),  # it is the data that packs
     "hf_lora_by_length": partial(hf_loop, "lora", sampling="group_by_length"),
 }
