@@ -261,7 +261,8 @@ def test_the_summary_says_of_what_and_by_what(recorded, tiny_backbone):
     assert {name: summary["model"]["adapter"][name] for name in ("update", "gate", "rank")} == {
         "update": "lora", "gate": "static", "rank": 4
     }  # fmt: skip
-    assert summary["model"]["decoding"] == {"beams": 1, "max_new_tokens": 5, "use_cache": True, "prepared": True}
+    exact = {"prepared": True, "skip_below": 0.0, "merge_above": 1.0}
+    assert summary["model"]["decoding"] == {"beams": 1, "max_new_tokens": 5, "use_cache": True} | exact
     assert (summary["data"]["template"], summary["data"]["eval_batch_size"]) == ("plain", 5)
     assert summary["versions"] == {
         name: importlib.metadata.version(name) for name in ("gatera-lightning", "torch", "lightning", "transformers")
