@@ -90,7 +90,8 @@ def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
         assert all(rest == expected[step] for step, *rest in found)
     name = Path("checkpoints") / "last" / "adapter_model.safetensors"
     assert (Path(folder) / name).read_bytes() == (whole[strategy] / name).read_bytes()
-    assert log.read_text().count("preempted at optimizer step") == TIMES
+    # An urgent job may take the nodes before a busy machine has ended a step: the run then goes on from an earlier checkpoint.
+    assert (TIMES + 1) // 2 <= log.read_text().count("preempted at optimizer step") <= TIMES
     assert {"job.sbatch", "submitted.yaml", "slurm.log", "config.yaml", "checkpoints"} <= {
         p.name for p in Path(folder).iterdir()
     }
