@@ -7,13 +7,12 @@ tensors; the resident set has the interpreter and its libraries as well, and wha
 """
 
 import argparse
-from typing import Any
 
 import torch
+from allocated import peak_bytes
 from interleaved import Round, interleaved, machine, write
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from train_step import DEVICE, OURS, backbone, rows, with_gatera
+from train_step import OURS, backbone, rows, with_gatera
 
 from gatera_lightning import BackboneConfig
 from gatera_lightning.backbone import ready_for_training
@@ -49,29 +48,11 @@ def measuring(method: str, dtype: str, count: int, tokens: int, targets: int, re
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    resident = sum(t.untyped_storage().nbytes() for t in {id(p): p for p in model.parameters()}.values())
-    resident += sum(t.nbytes for state in optimizer.state.values() for t in state.values())
 
     def once() -> dict[str, float]:
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            return {"predicted": predicted.peak, "allocated": torch.cuda.max_memory_allocated()}
-        return {"predicted": predicted.peak, "allocated": resident + allocated_peak(step)}
+        return {"predicted": predicted.peak, "allocated": peak_bytes(step, model, optimizer)}
 
     return once
-
-
-def allocated_peak(step: Any) -> int:
-    """Bytes handed out by the CPU's allocator at the worst moment of ``step()``, above those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 rows o
 computed again in backward; what is ``_compiled`` has its decoder layers compiled, which is not timed. PEFT is used as its
 documentation shows, logits of every token included; ``peft_lora_targets`` has our output head. ``frozen`` is the backbone's
 forward and its gradient by the embeddings, with our head and recomputation: what a method pays before its own products. GFLOP
-are those of a step's products; saved is what forward leaves alive for backward, without weights.
+are those of a step's products; tensors is the most that PyTorch's allocator had handed out, weights and moments included, the
+peak what the process held, with interpreter and libraries; saved is what forward leaves alive for backward, without weights.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from allocated import peak_bytes
 from interleaved import Round, clock, interleaved, machine, ratio, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,6 +113,7 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
     if method in COMPILED:
         compile_layers(model)
     counted["saved_bytes"] = saved_bytes(model, loss_of)
+    counted["allocated_bytes"] = peak_bytes(step, model, optimizer)
     return step
 
 
@@ -225,11 +228,11 @@ def main() -> None:
 
     print(machine())
     reference = next((name for name in ("peft_lora", "frozen") if name in measured), args.only[0])
-    print(f"method               s, median   ÷ {reference:<26}GFLOP   peak MB   saved MB")
+    print(f"method               s, median   ÷ {reference:<26}GFLOP   tensors MB   peak MB   saved MB")
     for name, one in measured.items():
         line = f"{name:<20}{statistics.median(clock(one)):>9.3f}   {ratio(clock(one), clock(measured[reference])):<26}"
-        flops, saved = one.rounds("flops")[0], one.rounds("saved_bytes")[0]
-        print(f"{line}{flops / 1e9:>8.0f}{one.peak_bytes / 1e6:>10.0f}{saved / 1e6:>11.0f}")
+        flops, tensors, saved = (one.rounds(figure)[0] for figure in ("flops", "allocated_bytes", "saved_bytes"))
+        print(f"{line}{flops / 1e9:>8.0f}{tensors / 1e6:>13.0f}{one.peak_bytes / 1e6:>10.0f}{saved / 1e6:>11.0f}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from gatera_lightning.adapters.lora import LoRA
 from gatera_lightning.adapters.ops import in_own_dtypes, without_gradients
 from gatera_lightning.adapters.partitioned import hard_gates, tokens_by_gate
 
+FEW = 32
+"""Tokens up to which sorting them costs more than it saves: reading a weight takes longer than multiplying by it."""
+
 
 @contextmanager
 def prepared_for_inference(model: nn.Module, *, skip_below: float = 0.0, merge_above: float = 1.0) -> Iterator[None]:
@@ -70,28 +73,36 @@ class RoutedLinear:
             x = x.to(self.weight.dtype)
             if z is None or not self.by_token:
                 return self._opened(x)
-            if z.numel() == 1:
-                gate = 0.5 + 0.5 * math.tanh(z.item() / 2)
-                if gate < self.skip_below:
-                    return self._closed(x)
-                return self._opened(x) if gate > self.merge_above else torch.lerp(self._closed(x), self._opened(x), gate)
-            return self._by_gate(x.flatten(0, -2), torch.sigmoid(z).flatten()).unflatten(0, z.shape)
+            if z.numel() <= FEW:
+                return self._of_few(x, z)
+            hard = hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above)
+            return self._by_gate(x.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
 
-    def _by_gate(self, x: Tensor, g: Tensor) -> Tensor:
-        """x (tokens, in), g (tokens,) -> (tokens, out)."""
-        hard = hard_gates(g, self.skip_below, self.merge_above)
+    def _of_few(self, x: Tensor, z: Tensor) -> Tensor:
+        """One weight where it is the same for all, decided without a kernel: one token is what decoding a row has."""
+        gates = [0.5 + 0.5 * math.tanh(logit / 2) for logit in z.flatten().tolist()]
+        if all(gate < self.skip_below for gate in gates):
+            return self._closed(x)
+        if all(gate > self.merge_above for gate in gates):
+            return self._opened(x)
+        return self._between(x, hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above))
+
+    def _by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
+        """x (tokens, in), hard gates (tokens,) -> (tokens, out)."""
         tokens = tokens_by_gate(hard)
-        weight = hard.unsqueeze(-1).to(x.dtype)
         if tokens is None:
-            return torch.lerp(self._closed(x), self._opened(x), weight)
+            return self._between(x, hard)
         y = x.new_empty(len(x), len(self.merged))
         for indices, product in ((tokens.closed, self._closed), (tokens.opened, self._opened)):
             if len(indices):
                 y[indices] = product(x[indices])
         if len(tokens.between):
-            rows = x[tokens.between]
-            y[tokens.between] = torch.lerp(self._closed(rows), self._opened(rows), weight[tokens.between])
+            y[tokens.between] = self._between(x[tokens.between], hard[tokens.between])
         return y
+
+    def _between(self, x: Tensor, g: Tensor) -> Tensor:
+        """x (..., in), g (...) -> (..., out)."""
+        return torch.lerp(self._closed(x), self._opened(x), g.unsqueeze(-1).to(x.dtype))
 
     def _closed(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

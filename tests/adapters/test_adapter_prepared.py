@@ -96,22 +96,18 @@ def with_logits(*logits, batch=()):
 FAST = {"skip_below": 0.1, "merge_above": 0.9}
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["prefill", "one_token"])
+@pytest.mark.parametrize("at_a_time", [1, 3, 60], ids=["one_token", "few_rows", "prefill"])
 @pytest.mark.parametrize("logits", [(-8, 8, 0.3, -8, 8, -1), (-8,) * 6, (8,) * 6, (0.2,) * 6], ids=str)
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
-def test_fast_is_the_layer_with_hard_gates(update, logits, together):
-    layer, x = decided_layer(update), with_logits(*logits)
+def test_fast_is_the_layer_with_hard_gates(update, logits, at_a_time):
+    layer, x = decided_layer(update), with_logits(*logits * 10)
     delta = layer.update.delta_weight(layer.base.weight)
     g = torch.sigmoid(x[:, 0])
     hard = torch.where(g < 0.1, 0.0, torch.where(g > 0.9, 1.0, g))
     with torch.no_grad():
         expected = layer.base(x) + hard[:, None] * (x @ delta.t())
         with prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
-            found = (
-                layer(x.view(2, 3, 8)).view(6, 6)
-                if together
-                else torch.cat([layer(token.view(1, 1, 8)) for token in x]).view(6, 6)
-            )
+            found = torch.cat([layer(tokens.unsqueeze(1)).squeeze(1) for tokens in x.split(at_a_time)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -126,9 +122,13 @@ def test_without_gates_of_its_own_a_token_takes_the_merged_weight(update, gate):
             assert torch.equal(layer(x), nn.functional.linear(x, layer.routed.merged, layer.base.bias))
 
 
-@pytest.mark.parametrize(("logit", "products"), [(-8, 1), (8, 1), (0, 2)])
-def test_how_many_weights_a_token_reads(logit, products):
-    layer, x = decided_layer(), with_logits(logit)
+@pytest.mark.parametrize(
+    ("logits", "products"),
+    [((-8,), 1), ((8,), 1), ((0,), 2), ((-8, -8), 2), ((8, 8), 2), ((-8, 8), 4), ((-8, 8) * 30, 60), ((0, 8) * 30, 90)],
+    ids=str,
+)
+def test_how_many_products_tokens_take(logits, products):
+    layer, x = decided_layer(), with_logits(*logits)
     with (
         torch.no_grad(),
         prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST),
@@ -175,17 +175,16 @@ def test_a_whole_model_generates_the_same_where_gates_are_decided(tiny_llama, dt
 
 
 def test_a_gate_that_is_no_number_is_not_hidden():
-    layer, x = decided_layer(), with_logits(-8, 8, 0, -8, 8, 0)
+    layer, x = decided_layer(), with_logits(*(-8, 8, 0) * 20)
     with torch.no_grad():
         layer.gate.bias.fill_(float("nan"))
         with prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
-            assert bool(layer(x).isnan().all())
-            assert bool(layer(x[:1]).isnan().all())
+            assert all(bool(layer(x[:tokens]).isnan().all()) for tokens in (1, 6, 60))
 
 
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("tokens", [1, 6, 60])
 def test_fast_under_autocast(tokens):
-    layer, x = decided_layer(), with_logits(-8, 8, 0, -8, 8, 0)[:tokens]
+    layer, x = decided_layer(), with_logits(*(-8, 8, 0) * 20)[:tokens]
     with torch.no_grad(), prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
         plain = layer(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
