@@ -116,14 +116,20 @@ def test_sizes_by_hand():
     assert sizes.adapter == 4 * sum(p.numel() for p in adapter_parameters(model).values())
 
 
-def test_operations_by_hand():
-    """A frozen layer is one product, the head another, of its loss's gradient; HiRA's update is BA and another."""
-    adapter = AdapterConfig(rank=8, gate="none", target_modules=["up_proj"], layers=[3])
-    costs = step_costs(build_on_meta(LLAMA, BackboneConfig(id="here"), adapter, torch.float32), BATCH)
+@pytest.mark.parametrize(
+    ("gate", "dtype", "products"), [("none", torch.float32, 0), ("none", torch.bfloat16, 1), ("token", torch.float32, 1)]
+)
+def test_operations_by_hand(gate, dtype, products):
+    """A frozen layer is one product, the head another, of its loss's gradient; HiRA's is BA, and another unless merged.
+
+    A gate's product with a vector is not counted.
+    """
+    adapter = AdapterConfig(rank=8, gate=gate, target_modules=["up_proj"], layers=[3])
+    costs = step_costs(build_on_meta(LLAMA, BackboneConfig(id="here"), adapter, dtype), BATCH)
     tokens, matrix = 8 * 64, 2 * 96 * 256
     layer = 2 * tokens * (96 * 96 * 2 + 2 * 96 * 32 + 3 * 96 * 256)
     attention = 2 * 64**2 * 96 * 8 * 4  # half of the square, two products
-    assert costs.forward_flops == 4 * layer + 2 * 2 * 96 * 96 * 512 + matrix * (8 + tokens) + attention
+    assert costs.forward_flops == 4 * layer + 2 * 2 * 96 * 96 * 512 + matrix * (8 + products * tokens) + attention
     # Below the adapted layer nothing has a gradient: down_proj, and up_proj's dP, dA and dB.
     assert costs.backward_flops >= 2 * tokens * 96 * 256 + matrix * (tokens + 2 * 8)
     assert costs.backward_flops < costs.forward_flops

@@ -13,6 +13,7 @@ from gatera_lightning.adapters.fingerprint import weight_fingerprint
 from gatera_lightning.adapters.gates import GATES, Gate
 from gatera_lightning.adapters.hira import HiRA
 from gatera_lightning.adapters.lora import LoRA
+from gatera_lightning.adapters.ops import merged_hadamard
 from gatera_lightning.adapters.partitioned import partitioned_hadamard
 
 Update = LoRA | DoRA | HiRA
@@ -69,12 +70,21 @@ class AdaptedLinear(nn.Module):
         if self.config.tells_tokens_apart and self.training and torch.is_grad_enabled() and not x.is_meta:
             update, thresholds = cast(HiRA, self.update), (self.config.skip_below, self.config.merge_above)
             return partitioned_hadamard(x, self.base.weight, self.base.bias, update.a, update.b, cast(Tensor, g), *thresholds)
+        if isinstance(self.update, HiRA) and self._merges(x):
+            return merged_hadamard(x, self.base.weight, self.base.bias, self.update.a, self.update.b)
         if self.update.reads_base_out and self.base.bias is not None:
             base_out = F.linear(x, self.base.weight)  # (..., out): DoRA rescales this part, not the bias
             y = base_out + self.base.bias
         else:
             y = base_out = self.base(x)  # as the frozen model rounds it
         return cast(Tensor, self.update(y, self.dropout(x), base_out, self.base.weight, g))
+
+    def _merges(self, x: Tensor) -> bool:
+        """Whether training without a gate multiplies by ``W0 + W0 ⊙ BA``: in bf16 that would round to ``W0`` too often."""
+        dtypes = {x.dtype, self.base.weight.dtype}
+        narrow = x.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
+        plain = self.gate is None and isinstance(self.dropout, nn.Identity)
+        return plain and self.training and torch.is_grad_enabled() and len(dtypes) == 1 and not narrow
 
     # Model code asks a linear layer for these (dtype probes, tied heads); the answer is the frozen layer's.
     @property

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatera_lightning.adapters.ops import hadamard_weight, in_own_dtypes, with_gated_hadamard
+from gatera_lightning.adapters.ops import factor_gradients, hadamard_weight, in_own_dtypes, with_gated_hadamard
 
 PAYS_FROM = 1 / 8
 """Share of decided tokens from which telling them apart pays: below it, moving rows costs what the left-out products save.
@@ -106,11 +106,7 @@ class _PartitionedHadamard(torch.autograd.Function):
             dx = dx.view_as(x).to(x.dtype)
         if needs_a or needs_b:
             factor = torch.cat([gates[between], gates.new_ones(len(opened))]).unsqueeze(1)  # (updated, 1)
-            dp = ((dflat[updated] * factor.to(dtype)).t() @ flat[updated]).mul_(weight)  # (out, in)
-            if needs_a:
-                da = torch.mm(b.to(dtype).t(), dp).to(a.dtype)
-            if needs_b:
-                db = torch.mm(dp, a.to(dtype).t()).to(b.dtype)
+            da, db = factor_gradients(dflat[updated] * factor.to(dtype), flat[updated], weight, a, b)
         return dx, None, None, da, db, dg, None
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning import AdapterConfig
 from gatera_lightning.adapters.linear import AdaptedLinear
@@ -263,6 +264,27 @@ def test_autocast_leaves_the_hadamard_update_in_the_dtype_of_the_frozen_weight(r
     dense = layer.weight.double() * (layer.update.b.double() @ layer.update.a.double())
     _assert_close("u", u.detach(), x.detach().double() @ dense.t(), 1e-5)
     _assert_close("dx", x.grad, dy.double() @ dense, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout", "training", "products"),
+    [("fp32", 0.0, True, 3), ("bf16", 0.0, True, 5), ("fp32", 0.5, True, 5), ("fp32", 0.0, False, 5)],
+)
+def test_ungated_hira_multiplies_by_the_merged_weight_where_rounding_forgives_it(randomise, kind, dropout, training, products):
+    layer = randomise(_layer("hira", "none", dtype=DTYPES[kind][0], dropout=dropout)).train(training)
+    x, dy = _inputs(layer)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).backward(dy)
+    size, factors = layer.weight.numel(), 4 * 2 * 3 * layer.weight.numel()  # B A twice, dA and dB
+    assert counter.get_total_flops() == products * 2 * 6 * size + factors
+
+
+def test_autocast_does_not_round_the_merged_weight(randomise):
+    layer = randomise(_layer("hira", "none"))
+    x, _ = _inputs(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = layer.train()(x)
+        assert torch.equal(merged, layer.eval()(x))
 
 
 @pytest.mark.parametrize("update", ["lora", "dora"])
