@@ -42,15 +42,14 @@ def set_thresholds(module: GateRAModule, gate: float) -> None:
 def gradient(module: GateRAModule, batch: Batch) -> tuple[float, dict[str, Tensor]]:
     """Of a batch's task loss; the gradient of the updates and that of the gates, each as one vector."""
     module.model.train()
+    module.model.zero_grad(set_to_none=True)  # training leaves the gradient of its last step
     loss, _ = module.summed_task_loss(batch)
     loss = loss / max(1, batch["step_targets"])
     loss.backward()
-    parameters = adapter_parameters(module.model)
+    found = {name: p.grad.double().flatten() for name, p in adapter_parameters(module.model).items() if p.grad is not None}
     parts = {
-        part: torch.cat([p.grad.flatten() for name, p in parameters.items() if f".{part}." in name])  # type: ignore[union-attr]
-        for part in ("update", "gate")
+        part: torch.cat([gradient for name, gradient in found.items() if f".{part}." in name]) for part in ("update", "gate")
     }
-    module.model.zero_grad(set_to_none=True)
     return float(loss), parts
 
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from allocated import peak_bytes
+from allocated import kept_bytes, peak_bytes
 from interleaved import Round, clock, interleaved, machine, ratio, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +32,6 @@ from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.recording import record_gates
 from gatera_lightning.compiled_layers import compile_layers
-from gatera_lightning.costs import LiveBytes
 from gatera_lightning.fused_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.losses import (
     IGNORE,
@@ -112,7 +111,8 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
     counted["flops"] = flops(step)  # before compiling, which leaves the products as they are, but the counter would see none
     if method in COMPILED:
         compile_layers(model)
-    counted["saved_bytes"] = saved_bytes(model, loss_of)
+    step()  # moments are there, and code is compiled
+    counted["saved_bytes"] = kept_bytes(loss_of)
     counted["allocated_bytes"] = peak_bytes(step, model, optimizer)
     return step
 
@@ -200,15 +200,6 @@ def flops(step: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
-
-
-def saved_bytes(model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
-    """What forward leaves alive for backward, parameters and buffers left out."""
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        loss = loss_of()
-        kept = live.now
-        del loss
-    return kept
 
 
 def main() -> None:
