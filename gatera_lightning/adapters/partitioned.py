@@ -20,11 +20,17 @@ Only the time depends on it, not what is computed: a step cut up otherwise is th
 
 
 class TokensByGate(NamedTuple):
-    """Indices of tokens, each (n,): those with a closed gate, those in between, those with an open one."""
+    """An order of the tokens in which those with a closed gate come first, those with an open one last, (tokens,)."""
 
-    closed: Tensor
-    between: Tensor
-    opened: Tensor
+    order: Tensor
+    back: Tensor
+    """Where each token stands in ``order``."""
+
+    closed: int
+    """Tokens with a closed gate."""
+
+    frozen: int
+    """These and the tokens in between: all that need the frozen weight's own product."""
 
 
 def hard_gates(g: Tensor, skip_below: float, merge_above: float) -> Tensor:
@@ -33,80 +39,78 @@ def hard_gates(g: Tensor, skip_below: float, merge_above: float) -> Tensor:
 
 
 def tokens_by_gate(hard: Tensor) -> TokensByGate | None:
-    """Tokens whose hard gate (tokens,) is 0, those with another, those with 1; None where fewer than an eighth are decided.
+    """Tokens sorted by their hard gates (tokens,): 0, between, 1; None where fewer than an eighth are 0 or 1.
 
     Waits for the device once.
     """
     group = 1 - (hard == 0).to(torch.int8) + (hard == 1)  # 0 closed, 1 in between, 2 open
     order = group.argsort(stable=True)
-    counts = torch.stack([(group == n).sum() for n in range(3)]).tolist()
-    return TokensByGate(*order.split(counts)) if counts[0] + counts[2] >= PAYS_FROM * len(hard) else None
-
-
-def partitioned_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor | None, g: Tensor, tokens: TokensByGate
-) -> Tensor:
-    """``W0 x + b`` for closed tokens, ``(W0 + Δ) x + b`` for open ones, ``W0 x + b + g · Δ x`` for the others.
-
-    x (tokens, in), weight (out, in), delta (out, in) or None where all are closed, g (tokens,) -> (tokens, out).
-    """
-    if delta is None:
-        return F.linear(x, weight, bias)
-    if len(tokens.opened):
-        y = x.new_empty(len(x), len(weight))
-        frozen = torch.cat([tokens.closed, tokens.between])
-        y[frozen] = F.linear(x[frozen], weight, bias)
-        y[tokens.opened] = F.linear(x[tokens.opened], weight + delta, bias)
-    else:
-        y = F.linear(x, weight, bias)
-    if len(tokens.between):
-        n = tokens.between
-        y.index_add_(0, n, F.linear(x[n] * g[n, None].to(x.dtype), delta))
-    return y
+    closed, frozen = torch.stack([(group < 1).sum(), (group < 2).sum()]).tolist()
+    if closed + len(hard) - frozen < PAYS_FROM * len(hard):
+        return None
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return TokensByGate(order, back, closed, frozen)
 
 
 class _PartitionedHadamard(torch.autograd.Function):
-    """Forward and backward of the three kinds of tokens, by their hard gates."""
+    """Forward and backward of the three kinds of tokens, by their hard gates.
+
+    Rows are moved whole, by index_select: indexing would take several times as long.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Tensor, tokens: TokensByGate
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b, g, *tokens)
+        order, back, closed, frozen = tokens
+        ctx.save_for_backward(x, weight, a, b, g, order, back)
+        ctx.closed, ctx.frozen = closed, frozen
         flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
-        delta = None if len(tokens.closed) == len(flat) else hadamard_weight(weight, a, b)
         with in_own_dtypes(x):
-            y = partitioned_linear(flat, weight, bias, delta, g.flatten(), tokens)
-        return y.unflatten(0, x.shape[:-1])
+            if closed == len(flat):
+                return F.linear(flat, weight, bias).unflatten(0, x.shape[:-1])
+            delta = hadamard_weight(weight, a, b)
+            rows = flat.index_select(0, order)
+            y = rows.new_empty(len(rows), len(weight))
+            y[:frozen] = F.linear(rows[:frozen], weight, bias)
+            if frozen < len(rows):
+                y[frozen:] = F.linear(rows[frozen:], weight + delta, bias)
+            between = slice(closed, frozen)
+            gated = rows[between] * g.flatten()[order[between], None].to(rows.dtype)
+            torch.addmm(y[between], gated, delta.t(), out=y[between])
+            return y.index_select(0, back).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, g, closed, between, opened = ctx.saved_tensors
-        dtype = weight.dtype
-        flat, dflat, gates = x.flatten(0, -2).to(dtype), dy.flatten(0, -2).to(dtype), g.flatten()
+        x, weight, a, b, g, order, back = ctx.saved_tensors
+        closed, frozen, dtype = ctx.closed, ctx.frozen, weight.dtype
         needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
         dx = da = db = dg = None
-        updated = torch.cat([between, opened])
-        if not len(updated):  # the frozen layer
-            dx = torch.mm(dflat, weight).view_as(x).to(x.dtype) if needs_x else None
+        if closed == len(order):  # the frozen layer
+            dx = torch.matmul(dy.to(dtype), weight).to(x.dtype) if needs_x else None
             return dx, None, None, torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(g), None
+        rows = x.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, in)
+        du = dy.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, out)
         delta = hadamard_weight(weight, a, b)
-        t = dflat[between] @ delta  # (in between, in)
+        between = slice(closed, frozen)
+        factor = g.flatten()[order[between], None].to(dtype)  # (in between, 1)
+        t = du[between] @ delta  # (in between, in)
         if needs_g:
-            dg = torch.zeros_like(gates).index_copy_(0, between, (flat[between] * t).sum(-1, dtype=g.dtype)).view_as(g)
+            of_gates = (rows[between] * t).sum(-1, dtype=g.dtype)
+            dg = g.new_zeros(g.numel()).index_copy_(0, order[between], of_gates).view_as(g)
         if needs_x:
-            if len(opened):
-                dx, frozen = torch.empty_like(flat), torch.cat([closed, between])
-                dx[frozen] = dflat[frozen] @ weight
-                dx[opened] = dflat[opened] @ (weight + delta)
-            else:
-                dx = dflat @ weight
-            dx.index_add_(0, between, t.mul_(gates[between, None].to(dtype)))
-            dx = dx.view_as(x).to(x.dtype)
+            sorted_dx = torch.empty_like(rows)
+            torch.mm(du[:frozen], weight, out=sorted_dx[:frozen])
+            if frozen < len(rows):
+                torch.mm(du[frozen:], weight + delta, out=sorted_dx[frozen:])
+            sorted_dx[between].addcmul_(t, factor)
+            dx = x.new_empty(x.shape, dtype=dtype)  # itself no view: then autograd may add to it in place
+            torch.index_select(sorted_dx, 0, back, out=dx.view(rows.shape))
+            dx = dx.to(x.dtype)
         if needs_a or needs_b:
-            factor = torch.cat([gates[between], gates.new_ones(len(opened))]).unsqueeze(1)  # (updated, 1)
-            da, db = factor_gradients(dflat[updated] * factor.to(dtype), flat[updated], weight, a, b)
+            du[between] *= factor
+            da, db = factor_gradients(du[closed:], rows[closed:], weight, a, b)
         return dx, None, None, da, db, dg, None
 
 

@@ -92,13 +92,10 @@ class RoutedLinear:
         tokens = tokens_by_gate(hard)
         if tokens is None:
             return self._between(x, hard)
-        y = x.new_empty(len(x), len(self.merged))
-        for indices, product in ((tokens.closed, self._closed), (tokens.opened, self._opened)):
-            if len(indices):
-                y[indices] = product(x[indices])
-        if len(tokens.between):
-            y[tokens.between] = self._between(x[tokens.between], hard[tokens.between])
-        return y
+        order, back, closed, frozen = tokens
+        rows, g = x.index_select(0, order), hard.index_select(0, order)
+        between = self._between(rows[closed:frozen], g[closed:frozen])
+        return torch.cat([self._closed(rows[:closed]), between, self._opened(rows[frozen:])]).index_select(0, back)
 
     def _between(self, x: Tensor, g: Tensor) -> Tensor:
         """x (..., in), g (...) -> (..., out)."""

@@ -108,7 +108,8 @@ def test_nothing_is_computed_of_an_update_that_no_token_takes():
 def test_a_gate_on_the_threshold_is_in_between():
     hard = hard_gates(torch.tensor([0.05, 0.1, 0.5, 0.9, 0.95]), 0.1, 0.9)
     assert torch.equal(hard, torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]))
-    assert [kind.tolist() for kind in tokens_by_gate(hard)] == [[0], [1, 2, 3], [4]]
+    order, back, closed, frozen = tokens_by_gate(hard.flip(0))
+    assert (order.tolist(), back.tolist(), closed, frozen) == ([4, 1, 2, 3, 0], [4, 1, 2, 3, 0], 1, 4)
 
 
 def test_few_decided_tokens_are_not_told_apart():
@@ -116,7 +117,9 @@ def test_few_decided_tokens_are_not_told_apart():
     gates[3] = 0.0
     assert tokens_by_gate(gates) is None
     gates[4] = 1.0
-    assert [len(kind) for kind in tokens_by_gate(gates)] == [1, 14, 1]
+    order, back, closed, frozen = tokens_by_gate(gates)
+    assert (order[0], order[-1], closed, frozen) == (3, 4, 1, 15)
+    assert torch.equal(order[back], torch.arange(16))
 
 
 def test_a_gate_that_is_no_number_stays_one_that_is_none():
