@@ -12,7 +12,7 @@ import statistics
 from typing import Any
 
 from interleaved import clock, interleaved, machine, ratio, write
-from train_step import step_of
+from train_step import counts, step_of
 
 MIDDLE: dict[str, Any] = {"layers": 8, "width": 576, "rank": 32, "rows": 4, "tokens": 128, "targets": 8}
 SIZES = {
@@ -40,18 +40,19 @@ def main() -> None:
             one = MIDDLE | {name: size}
             shape = (one["rows"], one["tokens"], one["targets"])
             contenders[f"{name} {size}"] = (step_of, (args.method, args.dtype, one["layers"], one["width"], one["rank"], shape))
+        counted = counts({label: setting for label, (_, setting) in contenders.items()})
         measured = interleaved(contenders, args.rounds)
-        write(args.out and args.out.replace(".json", f"_{name}.json"), vars(args) | MIDDLE, measured)
-        half = None
+        write(args.out and args.out.replace(".json", f"_{name}.json"), vars(args) | MIDDLE | {"counted": counted}, measured)
+        half, half_flops = None, 0.0
         for label, one in measured.items():
-            flops = one.rounds("flops")[0]
+            flops = counted[label]["flops"]
             line = f"{label:<16}{statistics.median(clock(one)):>11.3f}"
             if half is None:
                 print(f"{line}{'':<28}{flops / 1e9:>6.0f}{'':<9}{one.peak_bytes / 1e6:>10.0f}")
             else:
-                seconds, products = ratio(clock(one), clock(half)), flops / half.rounds("flops")[0]
+                seconds, products = ratio(clock(one), clock(half)), flops / half_flops
                 print(f"{line}   {seconds:<25}{flops / 1e9:>6.0f}{products:>9.2f}{one.peak_bytes / 1e6:>10.0f}")
-            half = one
+            half, half_flops = one, flops
 
 
 if __name__ == "__main__":

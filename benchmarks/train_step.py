@@ -15,7 +15,7 @@ peak what the process held, with interpreter and libraries; saved is what forwar
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -82,8 +82,32 @@ def rows(count: int, tokens: int, targets: int) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: tuple[int, int, int]) -> Round:
-    """A whole optimizer step of ``method``."""
+def step_of(method: str, *setting: Any) -> Round:
+    """A whole optimizer step of ``method``; the setting is dtype, layers, width, rank, and (rows, tokens, targets)."""
+    return _built(method, *setting)[0]
+
+
+def counts_of(method: str, *setting: Any) -> Round:
+    """What is counted of a step, in a process of its own: counting would enlarge the peak of the one that is timed."""
+    step, loss_of, model, optimizer = _built(method, *setting, compiled=False)
+    flops = products(step)  # before compiling, which leaves the products as they are, but the counter would see none
+    if method in COMPILED:
+        compile_layers(model)
+    step()  # moments are there, and code is compiled
+    counted = {"flops": flops, "saved_bytes": kept_bytes(loss_of), "allocated_bytes": peak_bytes(step, model, optimizer)}
+    return lambda: counted
+
+
+def _built(
+    method: str,
+    dtype: str,
+    layers: int,
+    width: int,
+    rank: int,
+    shape: tuple[int, int, int],
+    compiled: bool = True,
+) -> tuple[Callable[[], None], Callable[[], Tensor], nn.Module, torch.optim.Optimizer | None]:
+    """The step, its loss alone, the model, and the optimizer if there is something to train."""
     model: nn.Module = backbone(dtype, layers, width)
     ids, labels = rows(*shape)
     if method.startswith("peft"):
@@ -95,26 +119,19 @@ def step_of(method: str, dtype: str, layers: int, width: int, rank: int, shape: 
         loss_of = with_gatera(model, config, rank, ids, labels, less_kept=method != "gatera_kept")
         if config.tells_tokens_apart:
             set_gates(model, ids, sharpness=1.0 if method == "gatera_70_closed" else 1e3)
+    if compiled and method in COMPILED:
+        compile_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
-    counted: dict[str, float] = {}
 
-    def step() -> dict[str, float]:
-        loss = loss_of()
-        loss.backward()
+    def step() -> None:
+        loss_of().backward()
         if optimizer is not None:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return counted
 
-    counted["flops"] = flops(step)  # before compiling, which leaves the products as they are, but the counter would see none
-    if method in COMPILED:
-        compile_layers(model)
-    step()  # moments are there, and code is compiled
-    counted["saved_bytes"] = kept_bytes(loss_of)
-    counted["allocated_bytes"] = peak_bytes(step, model, optimizer)
-    return step
+    return step, loss_of, model, optimizer
 
 
 def with_gatera(
@@ -195,11 +212,18 @@ def without_adapter(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[
     return loss_of
 
 
-def flops(step: Callable[[], Any]) -> int:
-    """Of the products of one step."""
+def products(step: Callable[[], Any]) -> int:
+    """Floating-point operations of one step's products."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
+
+
+def counts(contenders: Mapping[str, tuple[Any, ...]]) -> dict[str, dict[str, float]]:
+    """:func:`counts_of` each contender, by its name, one after another."""
+    return {
+        name: interleaved({name: (counts_of, args)}, rounds=1, warmup=0)[name].figures[0] for name, args in contenders.items()
+    }
 
 
 def main() -> None:
@@ -214,15 +238,16 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     setting = (args.dtype, args.layers, args.width, args.rank, tuple(args.shape))
+    counted = counts({method: (method, *setting) for method in args.only})
     measured = interleaved({method: (step_of, (method, *setting)) for method in args.only}, args.rounds)
-    write(args.out, vars(args), measured)
+    write(args.out, vars(args) | {"counted": counted}, measured)
 
     print(machine())
     reference = next((name for name in ("peft_lora", "frozen") if name in measured), args.only[0])
     print(f"method               s, median   ÷ {reference:<26}GFLOP   tensors MB   peak MB   saved MB")
     for name, one in measured.items():
         line = f"{name:<20}{statistics.median(clock(one)):>9.3f}   {ratio(clock(one), clock(measured[reference])):<26}"
-        flops, tensors, saved = (one.rounds(figure)[0] for figure in ("flops", "allocated_bytes", "saved_bytes"))
+        flops, tensors, saved = (counted[name][figure] for figure in ("flops", "allocated_bytes", "saved_bytes"))
         print(f"{line}{flops / 1e9:>8.0f}{tensors / 1e6:>13.0f}{one.peak_bytes / 1e6:>10.0f}{saved / 1e6:>11.0f}")
 
 

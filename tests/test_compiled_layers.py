@@ -90,7 +90,13 @@ def kept_for_backward(model, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("update", "gate", "recomputed"),
-    [("hira", "token", False), ("hira", "token", True), ("lora", "none", False), ("dora", "static", True)],
+    [
+        ("hira", "token", False),
+        ("hira", "token", True),
+        ("hira", "none", False),
+        ("lora", "none", False),
+        ("dora", "static", True),
+    ],
 )
 def test_losses_gradients_and_gates_are_the_same(tiny_llama, backend, update, gate, recomputed):
     backend("aot_eager")

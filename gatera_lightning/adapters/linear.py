@@ -67,11 +67,13 @@ class AdaptedLinear(nn.Module):
             return self.routed(x, z)
         if z is not None:
             g = torch.sigmoid(z)
-        if self.config.tells_tokens_apart and self.training and torch.is_grad_enabled() and not x.is_meta:
-            update, thresholds = cast(HiRA, self.update), (self.config.skip_below, self.config.merge_above)
-            return partitioned_hadamard(x, self.base.weight, self.base.bias, update.a, update.b, cast(Tensor, g), *thresholds)
-        if isinstance(self.update, HiRA) and self._merges(x):
-            return merged_hadamard(x, self.base.weight, self.base.bias, self.update.a, self.update.b)
+        if isinstance(self.update, HiRA) and self.update.kept is None and self.training and torch.is_grad_enabled():
+            frozen = x, self.base.weight, self.base.bias
+            if self.config.tells_tokens_apart and g is not None and not x.is_meta:
+                thresholds = self.config.skip_below, self.config.merge_above
+                return partitioned_hadamard(*frozen, self.update.a, self.update.b, g, *thresholds)
+            if g is None and self._forgives_merging(x):
+                return merged_hadamard(*frozen, self.update.a, self.update.b)
         if self.update.reads_base_out and self.base.bias is not None:
             base_out = F.linear(x, self.base.weight)  # (..., out): DoRA rescales this part, not the bias
             y = base_out + self.base.bias
@@ -79,12 +81,10 @@ class AdaptedLinear(nn.Module):
             y = base_out = self.base(x)  # as the frozen model rounds it
         return cast(Tensor, self.update(y, self.dropout(x), base_out, self.base.weight, g))
 
-    def _merges(self, x: Tensor) -> bool:
-        """Whether training without a gate multiplies by ``W0 + W0 ⊙ BA``: in bf16 that would round to ``W0`` too often."""
-        dtypes = {x.dtype, self.base.weight.dtype}
-        narrow = x.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
-        plain = self.gate is None and isinstance(self.dropout, nn.Identity)
-        return plain and self.training and torch.is_grad_enabled() and len(dtypes) == 1 and not narrow
+    def _forgives_merging(self, x: Tensor) -> bool:
+        """Whether ``W0 + W0 ⊙ BA`` may stand for its parts: no dropout between them, and not in bf16, which rounds it to W0."""
+        autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
+        return isinstance(self.dropout, nn.Identity) and self.base.weight.dtype.itemsize >= 4 and not autocast
 
     # Model code asks a linear layer for these (dtype probes, tied heads); the answer is the frozen layer's.
     @property

@@ -1,6 +1,6 @@
 """The products that autograd would compute wastefully: the Hadamard update, gated or merged, and the gate's logit.
 
-Both save what the frozen layer saves anyway (the input and the small factors) and rebuild the rest in backward.
+They save what the frozen layer saves anyway (the input and the small factors) and rebuild the rest in backward.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -104,12 +104,15 @@ def with_gated_hadamard(y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tens
 
 
 class _MergedHadamard(torch.autograd.Function):
-    """``(W0 + W0 ⊙ BA) x + b``, and ``dx = (W0 + W0 ⊙ BA)ᵀ dy``: 3 large products where the parts apart take 5."""
+    """``(W0 + W0 ⊙ BA) x + b``, and ``dx = (W0 + W0 ⊙ BA)ᵀ dy``: 3 large products where the parts apart take 5.
+
+    The merged weight is not kept either.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
-        return F.linear(x, hadamard_weight(weight, a, b).add_(weight), bias)
+        return F.linear(x, hadamard_weight(weight, a, b).add_(weight), bias).detach()  # a view could not be written to
 
     @staticmethod
     @once_differentiable

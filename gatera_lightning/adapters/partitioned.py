@@ -68,7 +68,7 @@ class _PartitionedHadamard(torch.autograd.Function):
         flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
         with in_own_dtypes(x):
             if closed == len(flat):
-                return F.linear(flat, weight, bias).unflatten(0, x.shape[:-1])
+                return F.linear(flat, weight, bias).unflatten(0, x.shape[:-1]).detach()  # a view could not be written to
             delta = hadamard_weight(weight, a, b)
             rows = flat.index_select(0, order)
             y = rows.new_empty(len(rows), len(weight))
@@ -77,8 +77,8 @@ class _PartitionedHadamard(torch.autograd.Function):
                 y[frozen:] = F.linear(rows[frozen:], weight + delta, bias)
             between = slice(closed, frozen)
             gated = rows[between] * g.flatten()[order[between], None].to(rows.dtype)
-            torch.addmm(y[between], gated, delta.t(), out=y[between])
-            return y.index_select(0, back).unflatten(0, x.shape[:-1])
+            torch.addmm(y[between], gated, delta.t(), out=y[between])  # addmm_ would not be counted by FlopCounterMode
+            return y.index_select(0, back).unflatten(0, x.shape[:-1]).detach()
 
     @staticmethod
     @once_differentiable

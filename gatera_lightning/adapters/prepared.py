@@ -79,12 +79,14 @@ class RoutedLinear:
             return self._by_gate(x.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
 
     def _of_few(self, x: Tensor, z: Tensor) -> Tensor:
-        """One weight where it is the same for all, decided without a kernel: one token is what decoding a row has."""
+        """Decided without a kernel where all take one weight, or there is but one token: what decoding a row has."""
         gates = [0.5 + 0.5 * math.tanh(logit / 2) for logit in z.flatten().tolist()]
         if all(gate < self.skip_below for gate in gates):
             return self._closed(x)
         if all(gate > self.merge_above for gate in gates):
             return self._opened(x)
+        if len(gates) == 1:
+            return torch.lerp(self._closed(x), self._opened(x), gates[0])
         return self._between(x, hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above))
 
     def _by_gate(self, x: Tensor, hard: Tensor) -> Tensor:

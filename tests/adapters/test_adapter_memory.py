@@ -16,9 +16,9 @@ METHODS = list(itertools.product(("lora", "dora", "hira"), ("none", "static", "t
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _adapted(update, gate, dtype):
+def _adapted(update, gate, dtype, dropout=0.5):
     torch.manual_seed(0)
-    layer = AdaptedLinear(nn.Linear(IN, OUT).to(dtype), AdapterConfig(update=update, gate=gate, rank=RANK, dropout=0.5))
+    layer = AdaptedLinear(nn.Linear(IN, OUT).to(dtype), AdapterConfig(update=update, gate=gate, rank=RANK, dropout=dropout))
     return layer, torch.randn(BATCH, TOKENS, IN).to(dtype).requires_grad_()
 
 
@@ -55,10 +55,11 @@ def _made_by(run):
     return result, [tensor for tensor in alive if _is_dense(tensor)]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("update", "gate"), METHODS)
-def test_autograd_saves_no_dense_tensor_but_the_frozen_weight(randomise, update, gate, dtype):
-    layer, x = _adapted(update, gate, dtype)
+def test_autograd_saves_no_dense_tensor_but_the_frozen_weight(randomise, update, gate, dtype, dropout):
+    layer, x = _adapted(update, gate, dtype, dropout)
     randomise(layer)
     y, saved = _saved_by(lambda: layer(x))
     dense = [tensor for tensor in saved if _is_dense(tensor)]
@@ -68,10 +69,11 @@ def test_autograd_saves_no_dense_tensor_but_the_frozen_weight(randomise, update,
     assert all(p.grad is not None for p in layer.adapter_params().values())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("update", "gate"), METHODS)
-def test_no_dense_tensor_is_alive_after_the_forward(randomise, update, gate, dtype):
-    layer, x = _adapted(update, gate, dtype)
+def test_no_dense_tensor_is_alive_after_the_forward(randomise, update, gate, dtype, dropout):
+    layer, x = _adapted(update, gate, dtype, dropout)
     randomise(layer)
     y, dense = _made_by(lambda: layer(x))
     assert {_storage(tensor) for tensor in dense} <= {_storage(layer.base.weight)}

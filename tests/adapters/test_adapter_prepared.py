@@ -65,9 +65,11 @@ def test_blocks_within_blocks(tiny_llama):
     assert all(layer.update.kept is None for layer in layers)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gate", ["none", "token"])
 @pytest.mark.parametrize("update", ["dora", "hira"])
-def test_training_inside_is_refused(tiny_llama, update):
-    model = adapted(tiny_llama, update)
+def test_training_inside_is_refused(tiny_llama, update, gate, training):
+    model = adapted(tiny_llama, update, gate).train(training)
     with prepared_for_inference(model), pytest.raises(RuntimeError, match="inside prepared_for_inference"):
         model(IDS)
     model(IDS).logits.sum().backward()
@@ -124,7 +126,17 @@ def test_without_gates_of_its_own_a_token_takes_the_merged_weight(update, gate):
 
 @pytest.mark.parametrize(
     ("logits", "products"),
-    [((-8,), 1), ((8,), 1), ((0,), 2), ((-8, -8), 2), ((8, 8), 2), ((-8, 8), 4), ((-8, 8) * 30, 60), ((0, 8) * 30, 90)],
+    [
+        ((-8,), 1),
+        ((8,), 1),
+        ((0,), 2),
+        ((-8, -8), 2),
+        ((8, 8), 2),
+        ((-8, 8), 4),
+        ((-8, 8) * 16, 64),
+        ((-8, 8) * 17, 34),
+        ((0, 8) * 30, 90),
+    ],
     ids=str,
 )
 def test_how_many_products_tokens_take(logits, products):

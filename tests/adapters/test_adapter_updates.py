@@ -279,6 +279,27 @@ def test_ungated_hira_multiplies_by_the_merged_weight_where_rounding_forgives_it
     assert counter.get_total_flops() == products * 2 * 6 * size + factors
 
 
+@pytest.mark.parametrize(
+    ("gate", "settings"), [*((gate, {}) for gate in GATES), ("token", {"skip_below": 0.4, "merge_above": 0.6})], ids=str
+)
+def test_the_output_may_be_written_to(randomise, gate, settings):
+    """Models clamp queries and keys in place (OLMo)."""
+    layer = randomise(_layer("hira", gate, **settings))
+    x, dy = _inputs(layer)
+    layer(x).clamp_(-0.1, 0.1).backward(dy)
+    found = x.grad
+    x.grad = None
+    layer(x).clamp(-0.1, 0.1).backward(dy)
+    assert torch.equal(found, x.grad)
+
+
+def test_validation_within_training_is_evaluation(randomise):
+    layer = randomise(_layer("hira", "none"))
+    x, _ = _inputs(layer)
+    with torch.no_grad():
+        assert torch.equal(layer.train()(x), layer.eval()(x))
+
+
 def test_autocast_does_not_round_the_merged_weight(randomise):
     layer = randomise(_layer("hira", "none"))
     x, _ = _inputs(layer)
