@@ -45,7 +45,7 @@ class AdaptedLinear(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.on_gate: Callable[[Tensor], None] | None = None
         self.routed: Callable[[Tensor, Tensor | None], Tensor] | None = None
-        """What computes the output from x and z inside of a fast ``prepared_for_inference``."""
+        """What computes the output from x, and z if somebody listens, inside of a fast ``prepared_for_inference``."""
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
         """The parameters that belong to the adapter, by their names within this layer: everything but the base."""
@@ -59,7 +59,7 @@ class AdaptedLinear(nn.Module):
         if x.ndim == 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
         z = g = None
-        if self.gate is not None:
+        if self.gate is not None and (self.routed is None or self.on_gate is not None):
             z = self.gate(x)  # (...)
             if self.on_gate is not None:
                 self.on_gate(z)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gatera_lightning.adapters.gates import StaticGate, TokenGate
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.lora import LoRA
@@ -61,33 +62,44 @@ class RoutedLinear:
         self.weight, self.bias = layer.base.weight, layer.base.bias
         self.skip_below, self.merge_above = skip_below, merge_above
         delta = layer.update.delta_weight(self.weight)  # (out, in)
-        self.by_token = layer.gate is not None and layer.gate.depends_on_token
-        if layer.gate is not None and not self.by_token:
+        self.gate = layer.gate if isinstance(layer.gate, TokenGate) else None
+        if self.gate is not None:
+            self.gate_weight, self.gate_bias = self.gate.weight.detach(), float(self.gate.bias)
+        if isinstance(layer.gate, StaticGate):
             delta = delta * torch.sigmoid(layer.gate.bias)
         self.merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
 
     def __call__(self, x: Tensor, z: Tensor | None) -> Tensor:
-        """x (..., in), z (...) the gates' logits -> (..., out). Waits for the device once, to learn the gates."""
+        """x (..., in), z (...) the gates' logits if they were computed already -> (..., out).
+
+        Waits for the device once, to learn the gates.
+        """
         without_gradients(self.merged)
         with in_own_dtypes(x):
-            x = x.to(self.weight.dtype)
-            if z is None or not self.by_token:
-                return self._opened(x)
+            rows = x.to(self.weight.dtype)
+            if self.gate is None:
+                return self._opened(rows)
+            if z is None and x.numel() == x.shape[-1]:
+                return self._of_few(rows, self._logit_of_one(x))
+            z = self.gate(x) if z is None else z
             if z.numel() <= FEW:
-                return self._of_few(x, z)
+                return self._of_few(rows, *z.flatten().tolist())
             hard = hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above)
-            return self._by_gate(x.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
+            return self._by_gate(rows.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
 
-    def _of_few(self, x: Tensor, z: Tensor) -> Tensor:
-        """Decided without a kernel where all take one weight, or there is but one token: what decoding a row has."""
-        gates = [0.5 + 0.5 * math.tanh(logit / 2) for logit in z.flatten().tolist()]
+    def _logit_of_one(self, x: Tensor) -> float:
+        """Of the one token in x (..., in), up to rounding: calling the gate would take a twentieth of decoding a token."""
+        return torch.dot(x.reshape(-1).to(self.gate_weight.dtype), self.gate_weight).item() + self.gate_bias
+
+    def _of_few(self, x: Tensor, *logits: float) -> Tensor:
+        """Decided without a kernel: decoding has one token or a few, and starting a kernel takes as long as they do."""
+        gates = [0.5 + 0.5 * math.tanh(logit / 2) for logit in logits]
         if all(gate < self.skip_below for gate in gates):
             return self._closed(x)
         if all(gate > self.merge_above for gate in gates):
             return self._opened(x)
-        if len(gates) == 1:
-            return torch.lerp(self._closed(x), self._opened(x), gates[0])
-        return self._between(x, hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above))
+        hard = [0.0 if gate < self.skip_below else 1.0 if gate > self.merge_above else gate for gate in gates]
+        return self._between(x, x.new_tensor(hard).view(x.shape[:-1]))
 
     def _by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
         """x (tokens, in), hard gates (tokens,) -> (tokens, out)."""
