@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gatera_lightning.adapters.gates import StaticGate, TokenGate
+from gatera_lightning.adapters.gates import TokenGate
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.lora import LoRA
@@ -62,11 +62,12 @@ class RoutedLinear:
         self.weight, self.bias = layer.base.weight, layer.base.bias
         self.skip_below, self.merge_above = skip_below, merge_above
         delta = layer.update.delta_weight(self.weight)  # (out, in)
-        self.gate = layer.gate if isinstance(layer.gate, TokenGate) else None
-        if self.gate is not None:
-            self.gate_weight, self.gate_bias = self.gate.weight.detach(), float(self.gate.bias)
-        if isinstance(layer.gate, StaticGate):
+        self.gate = layer.gate if layer.gate is not None and layer.gate.depends_on_token else None
+        if layer.gate is not None and self.gate is None:
             delta = delta * torch.sigmoid(layer.gate.bias)
+        self.linear_gate: tuple[Tensor, float] | None = None
+        if type(self.gate) is TokenGate:  # a kind derived from it may compute otherwise
+            self.linear_gate = self.gate.weight.detach(), float(self.gate.bias)
         self.merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
 
     def __call__(self, x: Tensor, z: Tensor | None) -> Tensor:
@@ -79,17 +80,14 @@ class RoutedLinear:
             rows = x.to(self.weight.dtype)
             if self.gate is None:
                 return self._opened(rows)
-            if z is None and x.numel() == x.shape[-1]:
-                return self._of_few(rows, self._logit_of_one(x))
+            if z is None and self.linear_gate is not None and x.numel() == x.shape[-1]:
+                weight, bias = self.linear_gate  # calling the gate would take a twentieth of decoding a token
+                return self._of_few(rows, torch.dot(x.reshape(-1).to(weight.dtype), weight).item() + bias)
             z = self.gate(x) if z is None else z
             if z.numel() <= FEW:
                 return self._of_few(rows, *z.flatten().tolist())
             hard = hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above)
             return self._by_gate(rows.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
-
-    def _logit_of_one(self, x: Tensor) -> float:
-        """Of the one token in x (..., in), up to rounding: calling the gate would take a twentieth of decoding a token."""
-        return torch.dot(x.reshape(-1).to(self.gate_weight.dtype), self.gate_weight).item() + self.gate_bias
 
     def _of_few(self, x: Tensor, *logits: float) -> Tensor:
         """Decided without a kernel: decoding has one token or a few, and starting a kernel takes as long as they do."""

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning import AdapterConfig, inject_adapters
+from gatera_lightning.adapters.gates import TokenGate
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.prepared import prepared_for_inference
@@ -148,6 +149,22 @@ def test_how_many_products_tokens_take(logits, products):
     ):
         layer(x)
     assert counter.get_total_flops() == products * 2 * 8 * 6
+
+
+def test_a_gate_of_another_kind_is_asked_itself():
+    class Negated(TokenGate):
+        def forward(self, x):
+            return -super().forward(x)
+
+    layer, x = decided_layer(), with_logits(-8, 8, 0.3)
+    layer.gate.__class__ = Negated
+    with torch.no_grad():
+        g = torch.sigmoid(-x[:, 0])
+        hard = torch.where(g < 0.1, 0.0, torch.where(g > 0.9, 1.0, g))
+        expected = layer.base(x) + hard[:, None] * (x @ layer.update.delta_weight(layer.base.weight).t())
+        with prepared_for_inference(nn.ModuleDict({"one": layer}), **FAST):
+            found = torch.cat([layer(token[None]) for token in x])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_gates_are_still_recorded_and_the_layer_is_as_before_afterwards():
