@@ -94,7 +94,7 @@ def kept_for_backward(model, batch):
         ("hira", "token", False),
         ("hira", "token", True),
         ("hira", "none", False),
-        ("lora", "none", False),
+        pytest.param("lora", "none", False, marks=pytest.mark.stress),
         ("dora", "static", True),
     ],
 )
