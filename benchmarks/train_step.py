@@ -84,12 +84,15 @@ def rows(count: int, tokens: int, targets: int) -> tuple[Tensor, Tensor]:
 
 def step_of(method: str, *setting: Any) -> Round:
     """A whole optimizer step of ``method``; the setting is dtype, layers, width, rank, and (rows, tokens, targets)."""
-    return _built(method, *setting)[0]
+    step, _, model, _ = _built(method, *setting)
+    if method in COMPILED:
+        compile_layers(model)
+    return step
 
 
 def counts_of(method: str, *setting: Any) -> Round:
     """What is counted of a step, in a process of its own: counting would enlarge the peak of the one that is timed."""
-    step, loss_of, model, optimizer = _built(method, *setting, compiled=False)
+    step, loss_of, model, optimizer = _built(method, *setting)
     flops = products(step)  # before compiling, which leaves the products as they are, but the counter would see none
     if method in COMPILED:
         compile_layers(model)
@@ -99,15 +102,9 @@ def counts_of(method: str, *setting: Any) -> Round:
 
 
 def _built(
-    method: str,
-    dtype: str,
-    layers: int,
-    width: int,
-    rank: int,
-    shape: tuple[int, int, int],
-    compiled: bool = True,
+    method: str, dtype: str, layers: int, width: int, rank: int, shape: tuple[int, int, int]
 ) -> tuple[Callable[[], None], Callable[[], Tensor], nn.Module, torch.optim.Optimizer | None]:
-    """The step, its loss alone, the model, and the optimizer if there is something to train."""
+    """The step, its loss alone, the model, and the optimizer if there is something to train; nothing is compiled."""
     model: nn.Module = backbone(dtype, layers, width)
     ids, labels = rows(*shape)
     if method.startswith("peft"):
@@ -119,8 +116,6 @@ def _built(
         loss_of = with_gatera(model, config, rank, ids, labels, less_kept=method != "gatera_kept")
         if config.tells_tokens_apart:
             set_gates(model, ids, sharpness=1.0 if method == "gatera_70_closed" else 1e3)
-    if compiled and method in COMPILED:
-        compile_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
