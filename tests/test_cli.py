@@ -144,6 +144,7 @@ BAD = [
     *("--model.gate_entropy_weight", "-1", "--model.warm_start", "nowhere"),
     *("--data.init_args.train", "[nothing]", "--data.init_args.batch_size", "0"),
     *("--trainer.precision", "16-mixed", "--trainer.use_distributed_sampler", "true", "--trainer.strategy", "fsdp"),
+    *("--trainer.val_check_interval", "00:00:10:00"),
 ]
 SAID = [
     "model.adapter.rank: -1",
@@ -154,6 +155,7 @@ SAID = [
     "data.batch_size: 0",
     "data.train: task 'nothing'",
     "trainer.precision: '16-mixed'",
+    "trainer.val_check_interval: a time",
     "trainer.use_distributed_sampler: true",
     "trainer.strategy: 'fsdp'",
 ]

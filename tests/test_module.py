@@ -210,11 +210,41 @@ def test_warm_start_takes_the_folder_s_values(tiny_backbone, tmp_path):
         assert torch.equal(tensor, first.state_dict()[name])
 
 
-def test_mixed_precision_is_refused(tiny_backbone):
-    module = build(tiny_backbone)
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_mixed_precision_is_refused_before_weights_are_loaded(tiny_backbone, verb):
+    module = tiny_module(tiny_backbone)
     trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"trainer\.precision: bf16-true"):
-        trainer.fit(module, train_dataloaders=[batch_of([[IGNORE, 7, 8]])])
+    with pytest.raises(ConfigError, match=r"trainer\.precision: bf16-true"):
+        getattr(trainer, verb)(module, [batch_of([[IGNORE, 7, 8]])])
+    assert module.model is None
+
+
+def test_a_validation_by_the_clock_is_refused(tiny_backbone):
+    settings = {"max_steps": 1, "logger": False, "enable_checkpointing": False, "val_check_interval": "00:00:10:00"}
+    with pytest.raises(ConfigError, match=r"trainer\.val_check_interval: a time"):
+        L.Trainer(accelerator="cpu", **settings).fit(tiny_module(tiny_backbone), [batch_of([[IGNORE, 7, 8]])])
+
+
+def test_a_checkpoint_of_another_program_is_named(tiny_backbone, tmp_path):
+    torch.save({"state_dict": {}, "global_step": 3, "loops": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="none of an adapter; it lacks adapter, backbone"):
+        tiny_trainer(tmp_path).test(tiny_module(tiny_backbone), tiny_data(tiny_backbone), ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_a_run_that_failed_leaves_nothing_to_the_next(tiny_backbone, tmp_path):
+    """As in a notebook: the same module, once its cause is repaired."""
+    module, data = tiny_module(tiny_backbone), tiny_data(tiny_backbone)
+    module.configure_model()
+    first = next(iter(adapter_parameters(module.model).values()))
+    whole = first.detach().clone()
+    first.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError):
+        tiny_trainer(tmp_path).fit(module, data)
+    first.data.copy_(whole)
+    trainer = tiny_trainer(tmp_path)
+    trainer.fit(module, tiny_data(tiny_backbone))
+    assert trainer.global_step > 1
+    assert math.isfinite(trainer.callback_metrics["train/loss"])
 
 
 def test_problems_are_collected():

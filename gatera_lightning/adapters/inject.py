@@ -12,6 +12,8 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.errors import ConfigError
 
+_WHOLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclass(frozen=True)
 class InjectionReport:
@@ -25,11 +27,14 @@ class InjectionReport:
     """Trainable elements: the adapter's."""
     frozen: int
     """Frozen elements: the backbone's."""
+    experts: tuple[str, ...] = ()
+    """Names of routed experts' weights, which cannot be adapted and stay as they are."""
 
     def __str__(self) -> str:
         patterns = ", ".join(f"{pattern} × {count}" for pattern, count in self.matches.items())
         share = 100 * self.trainable / (self.trainable + self.frozen)
-        return f"{len(self.layers)} adapted layers ({patterns}); {self.trainable:,} trainable parameters ({share:.2f} %)"
+        text = f"{len(self.layers)} adapted layers ({patterns}); {self.trainable:,} trainable parameters ({share:.2f} %)"
+        return f"{text}; not adapted: the experts' {', '.join(self.experts)}" if self.experts else text
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -73,16 +78,22 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Ge
 
     model.requires_grad_(False)
     for name, linear in targets.items():
-        replace_module(model, name, AdaptedLinear(linear, config, generator))
+        replace_module(model, name, AdaptedLinear(linear, config, generator).train(linear.training))
     adapter = {id(p): p.numel() for p in adapter_parameters(model).values()}
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
-    return InjectionReport(tuple(targets), matches, sum(adapter.values()), frozen)
+    return InjectionReport(tuple(targets), matches, sum(adapter.values()), frozen, _experts(model))
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
-    """The linear layers to adapt, by name, and the matches per pattern; raises ConfigError as inject_adapters says."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n}
+    """The linear layers to adapt, by name, and the matches per pattern; raises ConfigError as inject_adapters says.
+
+    Of a model that also sees or hears, they are those of the text decoder.
+    """
+    head, decoder = None, model
+    if isinstance(model, PreTrainedModel):
+        head, decoder = model.get_output_embeddings(), model.get_decoder()
+    inside = set(decoder.modules())
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m in inside and m is not head and n}
     problems = []
     in_layers = linears
     if config.layers is not None:
@@ -112,6 +123,14 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
                 f"accepted here: 1 to {smaller}"
             )
             break
+    for name, linear in targets.items():
+        if linear.weight.dtype not in _WHOLE or linear.weight.shape != (linear.out_features, linear.in_features):
+            kind, shape = str(linear.weight.dtype).removeprefix("torch."), tuple(linear.weight.shape)
+            problems.append(
+                f"backbone.id: {name} is a {type(linear).__name__} whose weight is {kind} {shape}; accepted: weights that are "
+                "not quantised"
+            )
+            break
     if problems:
         raise ConfigError(problems)
     return {name: targets[name] for name in linears if name in targets}, matches
@@ -138,9 +157,14 @@ def _no_match(model: nn.Module, pattern: str, linears: dict[str, nn.Linear], hea
     conv1d = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "Conv1D"})
     if conv1d:
         text += f". {', '.join(conv1d)}: Conv1D layers (transposed weights), which cannot be adapted"
-    experts = sorted({n.rpartition(".")[2] for n, p in model.named_parameters() if p.ndim == 3})
-    if experts:
+    if experts := _experts(model):
         text += f". {', '.join(experts)}: mixture-of-experts weights in one 3-D parameter, which cannot be adapted"
     if head is not None and any(m is head and _matches(pattern, n) for n, m in model.named_modules()):
         text += ". The output head itself is never adapted"
     return text
+
+
+def _experts(model: nn.Module) -> tuple[str, ...]:
+    """Last names of weights with three dimensions, convolutions' apart: routed experts, all of a layer's in one parameter."""
+    of_modules = ((module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False))
+    return tuple(sorted({name for module, name, p in of_modules if p.ndim == 3 and not isinstance(module, nn.Conv1d)}))

@@ -52,6 +52,46 @@ def tokens_by_gate(hard: Tensor) -> TokensByGate | None:
     return TokensByGate(order, back, closed, frozen)
 
 
+class _SkippingHadamard(torch.autograd.Function):
+    """The frozen layer for all tokens, and the update of those ``between``: where no token is open, only theirs are moved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Tensor, between: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b, g, between)
+        flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
+        with in_own_dtypes(x):
+            y = F.linear(flat, weight, bias)
+            if len(between):
+                gated = flat.index_select(0, between).mul_(_column(g, between, y.dtype))
+                y.index_add_(0, between, gated @ hadamard_weight(weight, a, b).t())
+            return y.unflatten(0, x.shape[:-1]).detach()  # a view could not be written to
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, g, between = ctx.saved_tensors
+        dtype = weight.dtype
+        needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
+        dx = da = db = dg = None
+        if needs_x:
+            dx = torch.matmul(dy.to(dtype), weight)  # (..., in)
+        if not len(between):
+            return _in(x.dtype, dx), None, None, torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(g), None
+        rows = x.flatten(0, -2).to(dtype).index_select(0, between)  # (between, in)
+        du = dy.flatten(0, -2).to(dtype).index_select(0, between)  # (between, out)
+        t = du @ hadamard_weight(weight, a, b)  # (between, in)
+        factor = _column(g, between, dtype)
+        if needs_g:
+            dg = _gate_gradient(g, between, rows, t)
+        if dx is not None:
+            dx.view(-1, dx.shape[-1]).index_add_(0, between, t.mul_(factor))
+        if needs_a or needs_b:
+            da, db = factor_gradients(du.mul_(factor), rows, weight, a, b)
+        return _in(x.dtype, dx), None, None, da, db, dg, None
+
+
 class _PartitionedHadamard(torch.autograd.Function):
     """Forward and backward of the three kinds of tokens, by their hard gates.
 
@@ -65,18 +105,14 @@ class _PartitionedHadamard(torch.autograd.Function):
         order, back, closed, frozen = tokens
         ctx.save_for_backward(x, weight, a, b, g, order, back)
         ctx.closed, ctx.frozen = closed, frozen
-        flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
         with in_own_dtypes(x):
-            if closed == len(flat):
-                return F.linear(flat, weight, bias).unflatten(0, x.shape[:-1]).detach()  # a view could not be written to
             delta = hadamard_weight(weight, a, b)
-            rows = flat.index_select(0, order)
+            rows = x.flatten(0, -2).to(weight.dtype).index_select(0, order)  # (tokens, in)
             y = rows.new_empty(len(rows), len(weight))
             y[:frozen] = F.linear(rows[:frozen], weight, bias)
-            if frozen < len(rows):
-                y[frozen:] = F.linear(rows[frozen:], weight + delta, bias)
+            y[frozen:] = F.linear(rows[frozen:], weight + delta, bias)
             between = slice(closed, frozen)
-            gated = rows[between] * g.flatten()[order[between], None].to(rows.dtype)
+            gated = rows[between] * _column(g, order[between], rows.dtype)
             torch.addmm(y[between], gated, delta.t(), out=y[between])  # addmm_ would not be counted by FlopCounterMode
             return y.index_select(0, back).unflatten(0, x.shape[:-1]).detach()
 
@@ -87,31 +123,40 @@ class _PartitionedHadamard(torch.autograd.Function):
         closed, frozen, dtype = ctx.closed, ctx.frozen, weight.dtype
         needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
         dx = da = db = dg = None
-        if closed == len(order):  # the frozen layer
-            dx = torch.matmul(dy.to(dtype), weight).to(x.dtype) if needs_x else None
-            return dx, None, None, torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(g), None
         rows = x.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, in)
         du = dy.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, out)
         delta = hadamard_weight(weight, a, b)
         between = slice(closed, frozen)
-        factor = g.flatten()[order[between], None].to(dtype)  # (in between, 1)
+        factor = _column(g, order[between], dtype)
         t = du[between] @ delta  # (in between, in)
         if needs_g:
-            of_gates = (rows[between] * t).sum(-1, dtype=g.dtype)
-            dg = g.new_zeros(g.numel()).index_copy_(0, order[between], of_gates).view_as(g)
+            dg = _gate_gradient(g, order[between], rows[between], t)
         if needs_x:
             sorted_dx = torch.empty_like(rows)
             torch.mm(du[:frozen], weight, out=sorted_dx[:frozen])
-            if frozen < len(rows):
-                torch.mm(du[frozen:], weight + delta, out=sorted_dx[frozen:])
+            torch.mm(du[frozen:], weight + delta, out=sorted_dx[frozen:])
             sorted_dx[between].addcmul_(t, factor)
             dx = x.new_empty(x.shape, dtype=dtype)  # itself no view: then autograd may add to it in place
             torch.index_select(sorted_dx, 0, back, out=dx.view(rows.shape))
-            dx = dx.to(x.dtype)
         if needs_a or needs_b:
             du[between] *= factor
             da, db = factor_gradients(du[closed:], rows[closed:], weight, a, b)
-        return dx, None, None, da, db, dg, None
+        return _in(x.dtype, dx), None, None, da, db, dg, None
+
+
+def _column(g: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gates of some tokens (n,) as (n, 1)."""
+    return g.flatten().index_select(0, tokens).unsqueeze(1).to(dtype)
+
+
+def _gate_gradient(g: Tensor, tokens: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+    """``dg = x·t`` of some tokens (n,), 0 of all others; rows and t (n, in)."""
+    of_gates = (rows * t).sum(-1, dtype=g.dtype)
+    return g.new_zeros(g.numel()).index_copy_(0, tokens, of_gates).view_as(g)
+
+
+def _in(dtype: torch.dtype, gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)
 
 
 def partitioned_hadamard(
@@ -127,4 +172,6 @@ def partitioned_hadamard(
     tokens = tokens_by_gate(hard.detach().flatten())
     if tokens is None:
         return with_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
+    if tokens.frozen == len(tokens.order):
+        return cast(Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, tokens.order[tokens.closed :]))
     return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gatera_lightning.adapters.gates import TokenGate
+from gatera_lightning.adapters.hira import HiRA
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.adapters.linear import AdaptedLinear
 from gatera_lightning.adapters.lora import LoRA
@@ -52,6 +53,12 @@ def prepared_for_inference(model: nn.Module, *, skip_below: float = 0.0, merge_a
             layer.routed = None
             if not isinstance(layer.update, LoRA):
                 layer.update.kept = None
+
+
+def prepared_bytes(model: nn.Module, *, fast: bool) -> int:
+    """What :func:`prepared_for_inference` keeps of a model that is not sharded, DoRA's row norms left out."""
+    layers = adapted_linears(model).values()
+    return sum(layer.base.weight.nbytes for layer in layers if fast or isinstance(layer.update, HiRA))
 
 
 class RoutedLinear:

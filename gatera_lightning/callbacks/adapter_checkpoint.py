@@ -14,6 +14,11 @@ from gatera_lightning.adapters.files import save_adapter
 from gatera_lightning.checkpoint_files import hold, keep_previous
 from gatera_lightning.errors import CheckpointError
 
+TIMED_VALIDATION = (
+    "trainer.val_check_interval: a time, which passes at another step on every process, and in a resumed run; accepted: "
+    "a number of micro-batches, or a share of an epoch"
+)
+
 
 def better(monitor: str | None) -> Literal["min", "max"]:
     """Which way a logged value gets better: accuracies upwards, losses downwards."""

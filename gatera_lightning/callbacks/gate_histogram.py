@@ -47,6 +47,10 @@ class GateHistogram(L.Callback):
         self._restored: dict[str, Any] = {}
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restored = {}  # what a checkpoint that was evaluated had counted is not this run's
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """What was counted since the last histogram, over all processes, and the picture so far; a collective."""
         state: dict[str, Any] = {"logged_step": self._logged_step}

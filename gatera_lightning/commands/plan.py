@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gatera_lightning.adapters.prepared import prepared_bytes
 from gatera_lightning.backbone import load_config, load_tokenizer, native_dtype
 from gatera_lightning.cli import PROG, RecipeCLI, raise_problems, with_found_configs
 from gatera_lightning.commands.planned_processes import PlannedTrainer, processes_of
@@ -65,6 +66,12 @@ def plan(argv: Sequence[str]) -> None:
     )
     if settings.adapter.tells_tokens_apart:
         print("                 with every gate undecided; what skip_below and merge_above leave out depends on the gates")
+    decoding = settings.decoding
+    if layout.shards == 1 and decoding.prepared:
+        kept = prepared_bytes(model, fast=decoding.skip_below > 0 or decoding.merge_above < 1)
+        print(
+            f"  generating     {kept / _GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"
+        )
     moved = communication(sizes, layout, steps)
     print("  communication  " + (", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in moved.items()) or "none"))
 

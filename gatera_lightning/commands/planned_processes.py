@@ -9,6 +9,7 @@ class PlannedTrainer:
 
     world_size: int
     accumulate_grad_batches: int
+    limit_train_batches: float = 1.0
     global_rank: int = 0
     is_global_zero: bool = False  # whose log lines stand among the figures
 

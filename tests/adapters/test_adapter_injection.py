@@ -11,6 +11,7 @@ from gatera_lightning.adapters.config import GateName, UpdateName
 from gatera_lightning.adapters.gates import GATES
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.adapters.linear import UPDATES, AdaptedLinear
+from gatera_lightning.parallel import decoder_layers
 
 
 def _config(targets=("q_proj",), **settings):
@@ -52,6 +53,24 @@ def _mixtral():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, **sizes)
     return MixtralForCausalLM(config)
+
+
+def _gemma3():
+    """With a tower that sees, whose projections have the text's names and come first."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1)
+    return Gemma3ForConditionalGeneration(config)
+
+
+def _qwen2_moe():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 24, "num_experts": 2}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=64, num_experts_per_tok=1, **sizes))
 
 
 def test_the_report_counts_matches_per_pattern(tiny_llama):
@@ -240,6 +259,46 @@ def test_experts_are_named_for_what_they_are():
     assert "down_proj, gate_up_proj: mixture-of-experts weights in one 3-D parameter" in problem
     assert "fused" not in problem
     assert inject_adapters(_mixtral(), _config(["q_proj"])).matches == {"q_proj": 1}
+
+
+def test_experts_that_stay_as_they_are_are_reported():
+    """A shared expert has the names that were asked for; the routed ones, most of the weights, have not."""
+    report = inject_adapters(_qwen2_moe(), _config(["q_proj", "down_proj"]))
+    assert report.layers == ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_expert.down_proj")
+    assert report.experts == ("down_proj", "gate_up_proj")
+    assert str(report).endswith("not adapted: the experts' down_proj, gate_up_proj")
+
+
+def test_a_convolution_is_no_expert(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[0].conv = nn.Conv1d(4, 4, 3)
+    assert inject_adapters(model, _config()).experts == ()
+
+
+def test_of_a_model_that_sees_the_text_decoder_is_adapted():
+    model = _gemma3()
+    layers = inject_adapters(model, _config(["q_proj", "fc1", "up_proj"][::2])).layers
+    assert layers == ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.0.mlp.up_proj")
+    assert decoder_layers(model) is model.model.language_model.layers
+    (problem,) = _problems(_gemma3(), _config(["fc1"]))
+    assert "'fc1' matches no linear layer" in problem
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapted_layer_drops_out_where_its_model_would(tiny_llama, training):
+    """Models come in evaluation mode from Hugging Face."""
+    model = tiny_llama().train(training)
+    inject_adapters(model, _config(dropout=0.5))
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(32, 32, dtype=torch.int8), torch.zeros(512, 1)], ids=["int8", "packed"])
+def test_quantised_weights_are_named(tiny_llama, weight):
+    model = tiny_llama()
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(weight, requires_grad=False)
+    (problem,) = _problems(model, _config())
+    assert problem.startswith("backbone.id: model.layers.1.self_attn.q_proj is a Linear whose weight is")
+    assert problem.endswith("accepted: weights that are not quantised")
 
 
 def test_an_adapted_model_is_not_adapted_again(tiny_llama):

@@ -208,6 +208,19 @@ def test_what_a_run_left_uncounted_is_no_part_of_the_next(tiny_backbone, tmp_pat
         assert logged[-1] == expected
 
 
+def test_what_an_evaluated_checkpoint_had_counted_is_no_part_of_the_next_fit(tiny_backbone, tmp_path):
+    callback = GateHistogram(3)
+    trainer = tiny_trainer(tmp_path, callback)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    trainer.save_checkpoint(tmp_path / "there.ckpt")
+    tiny_trainer(tmp_path, callback).test(
+        tiny_module(tiny_backbone), tiny_data(tiny_backbone), ckpt_path=tmp_path / "there.ckpt"
+    )
+    logger = TensorBoardLogger(tmp_path, name="next")
+    tiny_trainer(tmp_path, callback, logger=logger).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    assert [event.step for event in events(logger.log_dir).Histograms("gates/prompt")] == [3]
+
+
 def test_other_loggers_keep_the_scalars_and_say_so_once(tiny_backbone, tmp_path, caplog):
     logger = CSVLogger(tmp_path)
     fit(tiny_backbone, tmp_path, logger)

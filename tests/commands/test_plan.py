@@ -101,6 +101,17 @@ def test_four_shards_by_hand(show):
     assert figure(twice, "communication") == f"all-gather {2 * fetched:.2f} GiB, reduce-scatter {2 * reduced:.2f} GiB"
 
 
+def test_what_generating_adds_by_hand(show):
+    """HiRA's W0 ⊙ BA of q, k, v, up, down; LoRA's factors are as good as a product of them, but for the merged weight."""
+    adapted = 4 * 2 * (32 * 32 + 2 * 32 * 16 + 2 * 32 * 48)
+    exact, fast = ["--model.decoding.beams", "1"], ["--model.decoding.skip_below", "0.1"]
+    lora = ["--model.adapter.update", "lora", "--model.adapter.gate", "none"]
+    for flags, bytes_ in ((exact, adapted), (fast, adapted), ([*lora, *exact], 0), ([*lora, *fast], adapted)):
+        assert figure(show(*flags), "generating").startswith(f"{bytes_:.2f} GiB more"), flags
+    for flags in (["--model.decoding.prepared", "false"], [*FSDP, "--trainer.devices", "4"]):
+        assert "generating" not in show(*flags)
+
+
 def test_trainable_parameters_in_double_precision_are_as_many(show):
     printed = show("--model.adapter.adapter_dtype", "float64")
     assert figure(printed, "parameters") == "41,120 frozen in float32, 2,922 trainable in float64 (7.11%)"
@@ -190,7 +201,9 @@ def test_the_micro_batch_is_the_largest_that_fit_would_see(data, train_on, show,
     batches = []
     for rank in (0, 1):
         real = tiny_data(tiny_backbone, validation=["everyday[:16]"], **({"group_by_length": True} | given))
-        real.trainer = SimpleNamespace(world_size=2, global_rank=rank, is_global_zero=False, accumulate_grad_batches=2)
+        real.trainer = SimpleNamespace(
+            world_size=2, global_rank=rank, is_global_zero=False, accumulate_grad_batches=2, limit_train_batches=1.0
+        )
         real.setup("fit")
         batches += list(real.train_dataloader())
     largest = max(batch["input_ids"].numel() for batch in batches)

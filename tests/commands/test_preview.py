@@ -70,7 +70,9 @@ def real_data(folder, ranks=1, rank=0, accumulate=1, **changes):
     """The recipe's data module as ``fit`` would use it in one of ``ranks`` processes."""
     recipe = {"validation": ["everyday[:16]"], "batch_size": 16, "eval_batch_size": 32, "group_by_length": True}
     data = tiny_data(folder, **(recipe | changes))
-    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, is_global_zero=False, accumulate_grad_batches=accumulate)
+    data.trainer = SimpleNamespace(
+        world_size=ranks, global_rank=rank, is_global_zero=False, accumulate_grad_batches=accumulate, limit_train_batches=1.0
+    )
     data.setup("fit")
     data.setup("test")
     return data

@@ -210,11 +210,15 @@ def write(tmp_path):
 
 
 def _connected(family, defaults, own_tokenizer):
-    def build(*, ranks=1, rank=0, accumulate=1, tokenizer=own_tokenizer, stage=None, **settings):
+    def build(*, ranks=1, rank=0, accumulate=1, limit=1.0, tokenizer=own_tokenizer, stage=None, **settings):
         module = family(**(defaults | {"train_on": "response", "max_length": 512} | settings))
         module.connect(tokenizer)
         module.trainer = SimpleNamespace(
-            world_size=ranks, global_rank=rank, is_global_zero=rank == 0, accumulate_grad_batches=accumulate
+            world_size=ranks,
+            global_rank=rank,
+            is_global_zero=rank == 0,
+            accumulate_grad_batches=accumulate,
+            limit_train_batches=limit,
         )
         if stage:
             module.setup(stage)

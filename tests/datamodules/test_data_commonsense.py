@@ -568,6 +568,13 @@ def test_no_source_says_what_is_accepted(make_data, tmp_path):
     ]
 
 
+def test_beside_rows_of_ones_own_no_sample_is_taken_unasked(make_data):
+    """The best checkpoint would be the best at other questions."""
+    data = make_data(train=["/mine.json"])
+    assert [problem.split(":")[0] for problem in data.problems("fit")] == ["data.train", "data.validation"]
+    assert [problem.split(":")[0] for problem in data.problems("test")] == ["data.test"]
+
+
 def test_defaults_are_in_order(make_data):
     for stage in ("fit", "validate", "test", "predict"):
         assert make_data().problems(stage) == []

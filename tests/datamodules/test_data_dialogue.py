@@ -53,7 +53,9 @@ def make_dialogue(tokenizer):
     def build(*, tokenizer=tokenizer, stage=None, **settings):
         module = DialogueDataModule(**({"template": "plain", "train_on": "response", "max_length": 512} | settings))
         module.connect(tokenizer)
-        module.trainer = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True, accumulate_grad_batches=1)
+        module.trainer = SimpleNamespace(
+            world_size=1, global_rank=0, is_global_zero=True, accumulate_grad_batches=1, limit_train_batches=1.0
+        )
         if stage:
             module.setup(stage)
         return module

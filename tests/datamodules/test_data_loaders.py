@@ -177,6 +177,16 @@ def test_batch_size_below_accumulation_times_processes(ranks, accumulate, least,
     assert len(make_all(20, ranks=ranks, accumulate=accumulate, batch_size=least)[0].train_dataloader()) > 0
 
 
+@pytest.mark.parametrize(("limit", "told"), [(3, "3"), (0.3, "5")])
+def test_a_limit_in_the_middle_of_a_step(limit, told, make_all):
+    """The loss of such a step would be divided by the totals of the whole one."""
+    module = make_all(36, accumulate=2, batch_size=4, limit=limit)[0]
+    with pytest.raises(ConfigError, match=rf"trainer\.limit_train_batches: {limit} ends an epoch behind {told} micro-batches"):
+        module.train_dataloader()
+    assert make_all(36, accumulate=2, batch_size=4, limit=4)[0].train_dataloader().epoch_ends_at == 4
+    assert make_all(36, accumulate=2, batch_size=4, limit=50)[0].train_dataloader().epoch_ends_at == 18
+
+
 def test_too_few_rows_for_one_step(make_all):
     with pytest.raises(ConfigError, match=r"data\.train: 3 rows cannot fill 4 micro-batches"):
         make_all(3, accumulate=4, batch_size=8)[0].train_dataloader()

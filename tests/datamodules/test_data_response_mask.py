@@ -118,7 +118,9 @@ def test_the_response_is_the_answer(family, template, kind, train_on, tokenizers
         **{"max_length": 512, "batch_size": len(expected), "group_by_length": False, **settings},
     )
     data.connect(tokenizer)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True, accumulate_grad_batches=1)
+    data.trainer = SimpleNamespace(
+        world_size=1, global_rank=0, is_global_zero=True, accumulate_grad_batches=1, limit_train_batches=1.0
+    )
     data.setup("fit")
     (batch,) = data.train_dataloader()
     assert sorted(batch["example_ids"].tolist()) == list(range(len(expected)))

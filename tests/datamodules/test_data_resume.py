@@ -28,8 +28,8 @@ class _Indices(torch.utils.data.Dataset):
         return index
 
 
-def _loader(steps=STEPS, accumulate=ACCUMULATE, *, seed=3, workers=0):
-    return PlannedLoader(_Indices(steps, accumulate), seed=seed, num_workers=workers)
+def _loader(steps=STEPS, accumulate=ACCUMULATE, *, seed=3, workers=0, limit=None):
+    return PlannedLoader(_Indices(steps, accumulate), seed=seed, num_workers=workers, epoch_ends_at=limit)
 
 
 def _epochs(loader, count):
@@ -103,6 +103,21 @@ def test_an_epoch_left_early_is_followed_by_the_next():
     loader = _loader()
     heads = [list(itertools.islice(loader, 4)) for _ in range(3)]
     assert heads == [order[:4] for order in _epochs(_loader(), 3)]
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_a_limited_epoch_is_resumed_as_it_went_on(position):
+    """The Trainer leaves every epoch behind four of ten batches; saved behind any of the second epoch, or at its start."""
+    whole = _loader(limit=4)
+    _, *expected = [list(itertools.islice(whole, 4)) for _ in range(3)]
+    loader = _loader(limit=4)
+    list(itertools.islice(loader, 4))
+    done = list(itertools.islice(loader, position))
+    resumed = _loader(limit=4)
+    resumed.load_state_dict(loader.state_dict())
+    for length in ([4 - position] if 0 < position < 4 else []) + [4]:
+        done += list(itertools.islice(resumed, length))
+    assert done == list(itertools.chain(*expected))[: len(done)]
 
 
 # --- the position ---
