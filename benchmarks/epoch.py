@@ -11,7 +11,8 @@ seed n.
 The loops differ in what their users get: ours plans batches of rows of similar length and computes logits at the targets;
 Hugging Face's draws rows at random, pads to the longest of a batch, and computes the logits of every token. Variants, run when
 asked for, tell these apart: ``hf_lora_by_length`` groups by length, an option of theirs that does nothing below eight batches,
-``gatera_packed`` packs, and ``gatera_decided`` leaves out decided tokens as fast_decided.yaml does. Smaller differences:
+``gatera_packed`` packs, ``gatera_mixed`` and ``lora_mixed`` draw rows at random too and group those of a step by length, in
+four micro-batches, and ``gatera_decided`` leaves out decided tokens as fast_decided.yaml does. Smaller differences:
 their AdamW is fused, their learning rate begins at 0 and ours at 1/(warm-up + 1) of its peak, A is drawn by either's own rule,
 and in bfloat16 theirs runs under autocast.
 
@@ -52,7 +53,7 @@ from gatera_lightning.backbone import load_backbone, load_tokenizer, native_dtyp
 from gatera_lightning.datamodules import Batch
 from gatera_lightning.losses import IGNORE
 
-VARIANTS = ("gatera_decided", "gatera_packed", "hf_lora_by_length")
+VARIANTS = ("gatera_decided", "gatera_mixed", "lora_mixed", "gatera_packed", "hf_lora_by_length")
 
 
 @torch.no_grad()
@@ -76,11 +77,9 @@ def same_loss(loop: Loop, batch: Batch, settings: Settings) -> float:
     return own
 
 
-def rows_of(settings: Settings, seed: int, packing: bool = False) -> MixedRows:
+def rows_of(settings: Settings, seed: int, **layout: bool) -> MixedRows:
     """The data, its tables open."""
-    data = MixedRows(
-        rows=settings.rows, held_out_rows=settings.held_out, batch_size=settings.batch_size, packing=packing, seed=seed
-    )
+    data = MixedRows(rows=settings.rows, held_out_rows=settings.held_out, batch_size=settings.batch_size, seed=seed, **layout)
     data.connect(load_tokenizer(settings.frozen()))
     data.setup("fit")
     return data
@@ -106,7 +105,7 @@ def epoch(name: str, settings: Settings, seed: int) -> dict[str, float]:
     """Set up, train once over the rows, and judge: what is measured of one run."""
     be_quiet()
     clocks = [time.process_time()]
-    data = rows_of(settings, seed, packing=name == "gatera_packed")
+    data = rows_of(settings, seed, packing=name == "gatera_packed", group_by_length=not name.endswith("_mixed"))
     loop = LOOPS[name](data, settings, seed)
     clocks.append(time.process_time())
 

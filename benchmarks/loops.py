@@ -65,7 +65,7 @@ class Loop:
     """Mean over the targets of a batch."""
 
 
-def lightning_loop(method: str, data: MixedRows, settings: Settings, seed: int) -> Loop:
+def lightning_loop(method: str, data: MixedRows, settings: Settings, seed: int, accumulate: int = 1) -> Loop:
     """GateRAModule in Lightning's Trainer, as the smollm2 recipes set it up, without logger, checkpoints and validation."""
     L.seed_everything(seed, verbose=False)
     decided = method == "gatera_decided"
@@ -84,6 +84,7 @@ def lightning_loop(method: str, data: MixedRows, settings: Settings, seed: int) 
             accelerator="gpu" if DEVICE == "cuda" else "cpu",
             devices=1,
             max_epochs=1,
+            accumulate_grad_batches=accumulate,
             callbacks=[L.pytorch.callbacks.LambdaCallback(on_train_epoch_start=watch.start, on_train_end=watch.stop)],
             limit_val_batches=0,
             gradient_clip_val=1.0,
@@ -166,5 +167,7 @@ LOOPS: dict[str, Callable[[MixedRows, Settings, int], Loop]] = {
     "hf_hira": partial(hf_loop, "hira"),
     "gatera_decided": partial(lightning_loop, "gatera_decided"),
     "gatera_packed": partial(lightning_loop, "gatera"),  # it is the data that packs
+    "gatera_mixed": partial(lightning_loop, "gatera", accumulate=4),  # and the data that mixes
+    "lora_mixed": partial(lightning_loop, "lora", accumulate=4),
     "hf_lora_by_length": partial(hf_loop, "lora", sampling="group_by_length"),
 }

@@ -385,7 +385,8 @@ class GateRAModule(L.LightningModule):
         return type(result)(missing, unexpected)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep how many steps were left out, and what this is an adapter of."""
+        """Keep how many steps were left out, what this is an adapter of, and how its prompts were written."""
+        checkpoint["template"] = getattr(self.trainer.datamodule, "template", None)  # type: ignore[attr-defined]
         checkpoint["skipped_steps"] = self._skipped_steps
         checkpoint["adapter"] = asdict(self.adapter)
         checkpoint["backbone"] = {

@@ -26,11 +26,19 @@ class AdapterFileError(ValueError):
     """An adapter folder is incomplete, damaged, or belongs to another backbone or shape."""
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, backbone: str | None = None, revision: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    backbone: str | None = None,
+    revision: str | None = None,
+    template: str | None = None,
+) -> Path:
     """Write the adapter of ``model`` to ``folder``; each file appears whole or not at all.
 
     ``backbone`` and ``revision`` say where the frozen weights came from (default: what the Hugging Face config
-    knows); the fingerprint of the adapted weights is what loading checks. In a sharded model every rank must call
+    knows); the fingerprint of the adapted weights is what loading checks. ``template`` is how the prompts of the training
+    were written, which ``chat`` and ``generate`` take up. In a sharded model every rank must call
     this (parameters are gathered one by one, the backbone never), and rank 0 writes.
     Raises ValueError when the model has no adapter.
     """
@@ -47,15 +55,19 @@ def save_adapter(model: nn.Module, folder: str | Path, *, backbone: str | None =
         "revision": revision or getattr(hf_config, "_commit_hash", None),
         "fingerprint": backbone_identity(model),
     }
-    return write_adapter(folder, tensors, next(iter(layers.values())).config, origin)
+    return write_adapter(folder, tensors, next(iter(layers.values())).config, origin, template)
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, origin: dict[str, Any]) -> Path:
+def write_adapter(
+    folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, origin: dict[str, Any], template: str | None
+) -> Path:
     """Write an adapter folder of whole CPU tensors; each file appears whole or not at all.
 
     ``origin`` says of the backbone its id, revision and fingerprint.
     """
     description = {"format_version": FORMAT_VERSION, "adapter": asdict(config), "backbone": origin}
+    if template is not None:
+        description["template"] = template
     folder.mkdir(parents=True, exist_ok=True)
     weights_draft, config_draft = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
     save_file(tensors, weights_draft, metadata={"format": "pt"})
@@ -95,6 +107,12 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
     if config.problems():
         raise AdapterFileError(f"{path}: {'; '.join(config.problems())}")
     return config, origin
+
+
+def trained_template(folder: str | Path) -> str | None:
+    """How the prompts were written that an adapter was trained on; None where its folder does not say."""
+    template = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")).get("template")
+    return template if isinstance(template, str) else None
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:

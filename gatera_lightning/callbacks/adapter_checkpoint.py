@@ -118,7 +118,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         failure = getattr(trainer.strategy.checkpoint_io, "failure", None) or failure
         try:
-            save_adapter(module.model, path.with_suffix(""), backbone=module.backbone.id, revision=module.backbone.revision)
+            save_adapter(
+                module.model,
+                path.with_suffix(""),
+                backbone=module.backbone.id,
+                revision=module.backbone.revision,
+                template=getattr(trainer.datamodule, "template", None),  # type: ignore[attr-defined]
+            )
             if held is not None:  # only now: a failed write costs no older checkpoint
                 keep_previous(held, path, self.keep_last if failure is None else 1)
         except (OSError, SafetensorError) as error:

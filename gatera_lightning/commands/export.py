@@ -31,7 +31,7 @@ def export(argv: Sequence[str]) -> None:
         raise ConfigError(f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing)}")
     config = AdapterConfig(**checkpoint["adapter"])
     tensors = {name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
-    folder = write_adapter(args.out, tensors, config, checkpoint["backbone"])
+    folder = write_adapter(args.out, tensors, config, checkpoint["backbone"], checkpoint.get("template"))
     print(f"{folder}: the adapter of {found}, at optimizer step {checkpoint['global_step']}")
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
+from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config, trained_template
 from gatera_lightning.adapters.gates import StaticGate
 from gatera_lightning.adapters.inject import adapted_linears
 from gatera_lightning.backbone import BackboneConfig, Dtype, context_length, load_backbone, load_config, load_tokenizer
@@ -57,7 +57,11 @@ class Speaker:
         self.tokenizer = load_tokenizer(self.backbone)
         if settings.template == "chat" and not self.tokenizer.chat_template:
             raise ConfigError("--template: chat needs a tokenizer with a chat template, and this one has none; accepted: plain")
-        self.template: Template | Literal["none"] = settings.template or ("chat" if self.tokenizer.chat_template else "plain")
+        self.trained_template = None if self.adapter is None else trained_template(settings.adapter)
+        own = self.trained_template if self.trained_template in settings.templates else None
+        self.template: Template | Literal["none"] = (
+            settings.template or own or ("chat" if self.tokenizer.chat_template else "plain")
+        )
         limit = context_length(load_config(self.backbone))
         self.room = math.inf if limit is None else limit - settings.max_new_tokens
         if self.room < 1:
@@ -139,8 +143,11 @@ class Speaker:
         if self.adapter is not None:
             who = f"{own.adapter} ({self.adapter.update} × {self.adapter.gate} gate, rank {self.adapter.rank}) on {who}"
         self.remark(who)
-        guessed = self.adapter is not None and not own.template
-        chosen = " (an adapter answers best in the data.template of its training: --template)" if guessed else ""
+        chosen = ""
+        if self.trained_template is not None and self.trained_template != self.template:
+            chosen = f" (the adapter was trained with {self.trained_template})"
+        elif self.adapter is not None and self.trained_template is None and not own.template:
+            chosen = " (an adapter answers best in the data.template of its training: --template)"
         drawn = f"temperature {own.temperature:g}" if own.temperature else "the most likely tokens"
         self.remark(f"template {self.template}{chosen}; {drawn}, at most {own.max_new_tokens} an answer")
         if own.fast is not None:
@@ -229,9 +236,10 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
     parser.add_argument(
         "--template",
         choices=templates,
-        help="how a prompt is written: as data.template wrote it in training; default: chat where the tokenizer has a chat "
-        "template, else plain",
+        help="how a prompt is written; default: as data.template wrote it in training, or, where the adapter's folder does not "
+        "say, chat where the tokenizer has a chat template, else plain",
     )
+    parser.set_defaults(templates=templates)
     parser.add_argument("--max_new_tokens", metavar="N", type=int, default=256, help="cut an answer there; default: 256")
     parser.add_argument(
         "--fast",

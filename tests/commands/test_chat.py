@@ -27,14 +27,14 @@ from gatera_lightning.streaming import TextStream
 PROMPTS = ["What do bees make?", "Tom has 3 boxes.\nHow many"]
 
 
-def tune(folder, backbone, gate="token"):
+def tune(folder, backbone, gate="token", template=None):
     model = load_backbone(BackboneConfig(id=str(backbone), dtype="float32"), "cpu")
     inject_adapters(model, AdapterConfig(gate=gate, rank=2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-    return str(save_adapter(model, folder, backbone=str(backbone)))
+    return str(save_adapter(model, folder, backbone=str(backbone), template=template))
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +296,24 @@ def test_a_prompt_is_written_as_in_training(capsys, monkeypatch, tuned, by_hand,
     assert out == shown(by_hand.text(prompt, 8)) + "\n"
     assert f"template {template or 'chat'}" in err
     assert ("--template" in err) == (template is None)
+
+
+@pytest.mark.parametrize(
+    ("trained", "verb", "given", "told"),
+    [
+        ("plain", "generate", None, "template plain; "),
+        ("alpaca", "generate", None, "template alpaca; "),
+        ("plain", "generate", "chat", "template chat (the adapter was trained with plain); "),
+        ("plain", "chat", None, "template plain; "),
+        ("alpaca", "chat", None, "template chat (the adapter was trained with alpaca); "),
+    ],
+)
+def test_an_adapter_is_asked_as_it_was_trained(capsys, monkeypatch, talkative, tmp_path, trained, verb, given, told):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))
+    adapter = tune(tmp_path / "adapter", talkative, template=trained)
+    flags = ["--max_new_tokens", "2", "--dtype", "float32", *(["--template", given] if given else [])]
+    assert main([verb, "--adapter", adapter, *(["--prompt", "Why?"] if verb == "generate" else []), *flags]) == 0
+    assert told in capsys.readouterr().err
 
 
 def test_draws_depend_on_the_seed_alone(capsys, tuned):

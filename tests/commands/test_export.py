@@ -11,6 +11,7 @@ from tiny_backbone import tiny_args
 
 from gatera_lightning import BackboneConfig, adapter_parameters, load_adapter
 from gatera_lightning.__main__ import main
+from gatera_lightning.adapters.files import trained_template
 from gatera_lightning.backbone import load_backbone
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -42,6 +43,7 @@ def test_a_checkpoint_gives_the_folder_that_lies_beside_it(checkpoints, tiny_bac
     assert main(["export", str(checkpoints / "last.ckpt"), "--out", "mine"]) == 0
     assert capsys.readouterr().out == f"mine: the adapter of {checkpoints / 'last.ckpt'}, at optimizer step 3\n"
     assert_same(elsewhere / "mine", checkpoints / "last")
+    assert trained_template("mine") == "plain"  # quickstart.yaml's
     fresh = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
     load_adapter(fresh, "mine")
     saved = torch.load(checkpoints / "last.ckpt", weights_only=True)["state_dict"]
