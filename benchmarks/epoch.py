@@ -10,11 +10,11 @@ seed n.
 
 The loops differ in what their users get: ours plans batches of rows of similar length and computes logits at the targets;
 Hugging Face's draws rows at random, pads to the longest of a batch, and computes the logits of every token. Variants, run when
-asked for, tell these apart: ``hf_lora_by_length`` groups by length, an option of theirs that does nothing below eight batches,
-``gatera_packed`` packs, ``gatera_mixed`` and ``lora_mixed`` draw rows at random too and group those of a step by length, in
-four micro-batches, and ``gatera_decided`` leaves out decided tokens as fast_decided.yaml does. Smaller differences:
-their AdamW is fused, their learning rate begins at 0 and ours at 1/(warm-up + 1) of its peak, A is drawn by either's own rule,
-and in bfloat16 theirs runs under autocast.
+asked for, tell these apart: ``hf_lora_by_length`` groups by length, an option of theirs that does nothing below eight batches;
+``gatera_mixed`` and ``lora_mixed`` draw rows at random and group only those of a step by length, in four micro-batches;
+``gatera_packed`` draws them at random and packs them; ``gatera_decided`` leaves out decided tokens as fast_decided.yaml does.
+Smaller differences: their AdamW is fused, their learning rate begins at 0 and ours at 1/(warm-up + 1) of its peak, A is drawn
+by either's own rule, and in bfloat16 theirs runs under autocast.
 
 Seconds are those from the first batch to the last step; ``set-up``, CPU seconds too, is told apart: backbone, adapter, tables,
 trainer. ``padding`` is its share of the positions that went through the model, ``head`` the share that went on through the
@@ -105,7 +105,8 @@ def epoch(name: str, settings: Settings, seed: int) -> dict[str, float]:
     """Set up, train once over the rows, and judge: what is measured of one run."""
     be_quiet()
     clocks = [time.process_time()]
-    data = rows_of(settings, seed, packing=name == "gatera_packed", group_by_length=not name.endswith("_mixed"))
+    packed = name == "gatera_packed"
+    data = rows_of(settings, seed, packing=packed, group_by_length=not (packed or name.endswith("_mixed")))
     loop = LOOPS[name](data, settings, seed)
     clocks.append(time.process_time())
 

@@ -141,7 +141,7 @@ class GateRAModule(L.LightningModule):
                 f"trainer.precision: {self.trainer.precision} would cast the adapter's masters; accepted: 32-true. "
                 "Set model.backbone.dtype instead"
             )
-        if self.trainer._val_check_time_interval is not None:
+        if self.trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
             raise ConfigError(TIMED_VALIDATION)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
@@ -386,7 +386,8 @@ class GateRAModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep how many steps were left out, what this is an adapter of, and how its prompts were written."""
-        checkpoint["template"] = getattr(self.trainer.datamodule, "template", None)  # type: ignore[attr-defined]
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint["template"] = getattr(data, "template", None)
         checkpoint["skipped_steps"] = self._skipped_steps
         checkpoint["adapter"] = asdict(self.adapter)
         checkpoint["backbone"] = {

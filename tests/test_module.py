@@ -215,7 +215,7 @@ def test_mixed_precision_is_refused_before_weights_are_loaded(tiny_backbone, ver
     module = tiny_module(tiny_backbone)
     trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ConfigError, match=r"trainer\.precision: bf16-true"):
-        getattr(trainer, verb)(module, [batch_of([[IGNORE, 7, 8]])])
+        getattr(trainer, verb)(module, tiny_data(tiny_backbone))
     assert module.model is None
 
 

@@ -414,7 +414,7 @@ def test_an_empty_split(content, make_data, write):
 
 
 def test_unknown_task_lists_the_known_ones(make_data):
-    (problem,) = make_data(train=["ARC-Esay"]).problems("fit")
+    (problem,) = make_data(train=["ARC-Esay"], validation=1).problems("fit")
     assert problem.startswith("data.train: task 'ARC-Esay' is unknown")
     assert all(task in problem for task in TASKS)
     assert ".json" in problem

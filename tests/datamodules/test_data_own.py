@@ -206,7 +206,8 @@ def test_a_setting_that_cannot_work(setting, value, problem, make_own):
 
 def test_problems_come_at_once_and_before_any_row_is_read(save, make_own):
     bad = save("bad.jsonl", [{}])
-    data = make_own(train=[bad, "gone.csv"], columns={"x": "y"}, weights={"bad": 1, "gone": -2}, template="vicuna")
+    weights = {"bad": 1, "gone": -2}
+    data = make_own(train=[bad, "gone.csv"], validation=1, columns={"x": "y"}, weights=weights, template="vicuna")
     found = data.problems("fit")
     assert [problem.partition(":")[0] for problem in found] == ["data.template", "data.train", "data.weights", "data.columns"]
     assert found[1] == "data.train: the file gone.csv does not exist"
