@@ -241,11 +241,11 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             raise ConfigError(f"data.train: {error}") from error
         line = self.max_length if self.packing else None
         batches = TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank, line=line)
-        epoch = min(limit, len(batches)) if isinstance(limit, int) else int(limit * len(batches))  # as Lightning counts
+        epoch = min(len(batches), limit if isinstance(limit, int) else int(limit * len(batches)))  # as Lightning counts
         if epoch % accumulate:
             raise ConfigError(
-                f"trainer.limit_train_batches: {limit} ends an epoch behind {epoch} micro-batches, in the middle of a step of "
-                f"{accumulate}; accepted: a multiple of trainer.accumulate_grad_batches"
+                f"trainer.limit_train_batches: {limit} (fast_dev_run and overfit_batches set it too) ends an epoch behind "
+                f"{epoch} micro-batches, in the middle of a step; accepted: a multiple of accumulate_grad_batches, {accumulate}"
             )
         self._train_loader = PlannedLoader(batches, seed=self.seed, num_workers=self.num_workers, epoch_ends_at=epoch)
         if self._train_position is not None:

@@ -70,8 +70,8 @@ class TaskFamily(SupervisedDataModule):
 
         Args:
             template: alpaca, plain, or chat, the tokenizer's own chat template.
-            train: Sources of the training split. Without it, and without a data_dir, every split that is not given is the
-                embedded sample task's. A source with a slice is quoted in YAML lists: ``["openbookqa[:2000]"]``.
+            train: Sources of the training split. Where it is not given, or names embedded samples alone, the sample stands for
+                every split that is not given. A source with a slice is quoted in YAML lists: ``["openbookqa[:2000]"]``.
             validation: Sources of the validation split, or how many rows are held out of training: a number, or a share.
             test: Sources of the test split.
             data_dir: Folder, or its web address, with one folder per task; samples means the embedded rows. $VARIABLES
@@ -81,7 +81,8 @@ class TaskFamily(SupervisedDataModule):
         super().__init__(held_out=validation if isinstance(validation, int | float) else None, **common)
         self.template: Template = template  # type: ignore[assignment]  # render refuses None
         self.data_dir = data_dir
-        default = list(self.sample_tasks) if data_dir == "samples" and train is None else []  # not beside rows of one's own
+        own_rows = any(source.partition("[")[0] not in self.sample_tasks for source in train or [])
+        default = [] if own_rows or data_dir != "samples" else list(self.sample_tasks)
         self.sources = {
             "train": train if train is not None else default,
             "validation": validation if isinstance(validation, list) else default,

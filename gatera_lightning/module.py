@@ -141,7 +141,7 @@ class GateRAModule(L.LightningModule):
                 f"trainer.precision: {self.trainer.precision} would cast the adapter's masters; accepted: 32-true. "
                 "Set model.backbone.dtype instead"
             )
-        if self.trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
+        if stage == "fit" and self.trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
             raise ConfigError(TIMED_VALIDATION)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()

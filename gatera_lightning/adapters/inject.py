@@ -87,13 +87,11 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Ge
 def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
     """The linear layers to adapt, by name, and the matches per pattern; raises ConfigError as inject_adapters says.
 
-    Of a model that also sees or hears, they are those of the text decoder.
+    Of a model that also sees or hears, they are those that read text.
     """
-    head, decoder = None, model
-    if isinstance(model, PreTrainedModel):
-        head, decoder = model.get_output_embeddings(), model.get_decoder()
-    inside = set(decoder.modules())
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m in inside and m is not head and n}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n}
+    linears = {name: linear for name, linear in linears.items() if _reads_text(model, name)}
     problems = []
     in_layers = linears
     if config.layers is not None:
@@ -140,6 +138,16 @@ def _matches(pattern: str, name: str) -> bool:
     return name.rpartition(".")[2] == pattern or re.fullmatch(pattern, name) is not None
 
 
+def _reads_text(model: nn.Module, name: str) -> bool:
+    """Whether the innermost of Hugging Face's models around a module is one of tokens, not of pixels or sounds."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        around = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(around, PreTrainedModel):
+            return around.main_input_name == "input_ids"
+    return True
+
+
 def _layer_index(name: str) -> int | None:
     """The first number in a module's path: ``model.layers.7.mlp.up_proj`` -> 7."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
@@ -165,6 +173,9 @@ def _no_match(model: nn.Module, pattern: str, linears: dict[str, nn.Linear], hea
 
 
 def _experts(model: nn.Module) -> tuple[str, ...]:
-    """Last names of weights with three dimensions, convolutions' apart: routed experts, all of a layer's in one parameter."""
-    of_modules = ((module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False))
-    return tuple(sorted({name for module, name, p in of_modules if p.ndim == 3 and not isinstance(module, nn.Conv1d)}))
+    """Last names of routed experts' weights, all of a layer's in one parameter of three dimensions."""
+    found = set()
+    for path, module in model.named_modules():
+        if "expert" in f"{path}.{type(module).__name__}".lower():
+            found |= {name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
+    return tuple(sorted(found))

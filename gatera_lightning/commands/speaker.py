@@ -59,6 +59,8 @@ class Speaker:
             raise ConfigError("--template: chat needs a tokenizer with a chat template, and this one has none; accepted: plain")
         self.trained_template = None if self.adapter is None else trained_template(settings.adapter)
         own = self.trained_template if self.trained_template in settings.templates else None
+        if own == "chat" and not self.tokenizer.chat_template:
+            own = None
         self.template: Template | Literal["none"] = (
             settings.template or own or ("chat" if self.tokenizer.chat_template else "plain")
         )

@@ -269,10 +269,19 @@ def test_experts_that_stay_as_they_are_are_reported():
     assert str(report).endswith("not adapted: the experts' down_proj, gate_up_proj")
 
 
-def test_a_convolution_is_no_expert(tiny_llama):
+def test_other_weights_of_three_dimensions_are_no_experts(tiny_llama):
     model = tiny_llama()
     model.model.layers[0].conv = nn.Conv1d(4, 4, 3)
     assert inject_adapters(model, _config()).experts == ()
+
+
+def test_a_head_may_have_the_name_of_a_decoder():
+    from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    special = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0)
+    model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**sizes, **special))
+    assert inject_adapters(model, _config()).layers == ("model.layers.0.attn.q_proj",)
 
 
 def test_of_a_model_that_sees_the_text_decoder_is_adapted():
