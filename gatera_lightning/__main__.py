@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import TextIO
@@ -67,13 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     except ConfigError as error:
-        if _rank() == 0 or not error.on_every_process:
+        if _rank() and error.on_every_process:
+            _let_the_first_speak()
+        else:
             count = len(error.problems)
             heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
             print(f"{_who()}: {heading}:", *(f"  - {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
     except (NonFiniteLossError, CheckpointError) as error:
-        if _rank() == 0:  # both are raised by all processes together
+        if _rank():  # both are raised by all processes together
+            _let_the_first_speak()
+        else:
             print(f"{PROG}: {error}", file=sys.stderr)
         return 1
     except DistNetworkError as error:
@@ -86,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{PROG}: {error}", file=sys.stderr)
         return 0 if error.requeued else 75
     return 0
+
+
+def _let_the_first_speak() -> None:
+    """Before this process ends: torchrun and srun then end all others, and the first has perhaps yet to say why."""
+    if {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
+        time.sleep(5)
 
 
 def _who() -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_backbone import sample_rows, tiny_args
 
+import gatera_lightning.__main__
 from gatera_lightning import AdapterConfig, BackboneConfig, sharded_loading
 from gatera_lightning.__main__ import main
 from gatera_lightning.agreement import refuse_other_number, refuse_without_srun, started_by_slurm
@@ -292,6 +293,27 @@ def test_weights_that_the_first_process_does_not_find_are_said_once(launch, dama
     (damaged / "model.safetensors").unlink()
     ended = launch_two(launch, [*SHARDED, "--model.backbone.id", str(damaged)], [], [])
     refused(ended, f"backbone.id: cannot load the folder '{damaged}'")
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "SLURM_PROCID", None])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_speaks_before_a_launcher_ends_it(monkeypatch, capsys, launcher, rank):
+    """torchrun and srun end all processes once one has ended, which may be another than the first."""
+
+    def refuse(_):
+        raise ConfigError("rows: differ", on_every_process=True)
+
+    waited = []
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "1")
+    monkeypatch.setattr(gatera_lightning.__main__, "GateRACLI", refuse)
+    monkeypatch.setattr(gatera_lightning.__main__, "_rank", lambda: rank)
+    monkeypatch.setattr(gatera_lightning.__main__.time, "sleep", waited.append)
+    assert gatera_lightning.__main__.main(["fit"]) == 2
+    assert ("rows: differ" in capsys.readouterr().err) == (rank == 0)
+    assert bool(waited) == (rank == 1 and launcher is not None)
 
 
 def test_an_error_that_pickle_cannot_carry_travels_as_its_text(monkeypatch):
