@@ -95,8 +95,8 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
 
 def ready_for_training(model: PreTrainedModel, config: BackboneConfig) -> None:
     """Without a cache, and with checkpointing as configured; in place."""
-    for config_ in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
-        config_.use_cache = False
+    model.config.use_cache = False
+    model.config.get_text_config(decoder=True).use_cache = False  # a model that sees has a config of its own for text
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
