@@ -84,7 +84,7 @@ def rows(count: int, tokens: int, targets: int) -> tuple[Tensor, Tensor]:
 
 def step_of(method: str, *setting: Any) -> Round:
     """A whole optimizer step of ``method``; the setting is dtype, layers, width, rank, and (rows, tokens, targets)."""
-    step, _, model, _ = _built(method, *setting)
+    step, _, model, _ = built(method, *setting)
     if method in COMPILED:
         compile_layers(model)
     return step
@@ -92,7 +92,7 @@ def step_of(method: str, *setting: Any) -> Round:
 
 def counts_of(method: str, *setting: Any) -> Round:
     """What is counted of a step, in a process of its own: counting would enlarge the peak of the one that is timed."""
-    step, loss_of, model, optimizer = _built(method, *setting)
+    step, loss_of, model, optimizer = built(method, *setting)
     flops = products(step)  # before compiling, which leaves the products as they are, but the counter would see none
     if method in COMPILED:
         compile_layers(model)
@@ -101,7 +101,7 @@ def counts_of(method: str, *setting: Any) -> Round:
     return lambda: counted
 
 
-def _built(
+def built(
     method: str, dtype: str, layers: int, width: int, rank: int, shape: tuple[int, int, int]
 ) -> tuple[Callable[[], None], Callable[[], Tensor], nn.Module, torch.optim.Optimizer | None]:
     """The step, its loss alone, the model, and the optimizer if there is something to train; nothing is compiled."""

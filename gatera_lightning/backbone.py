@@ -101,6 +101,11 @@ def ready_for_training(model: PreTrainedModel, config: BackboneConfig) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def device_here() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def native_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where processors of this type multiply it natively, as far as PyTorch can tell; else float32."""
     if device_type == "cuda":

@@ -45,9 +45,14 @@ class DecodingConfig:
         ]
         of_thresholds = threshold_problems(self.skip_below, self.merge_above)
         found += [f"decoding.{problem}" for problem in of_thresholds]
-        if not of_thresholds and not self.prepared and (self.skip_below, self.merge_above) != (0.0, 1.0):
+        if not of_thresholds and not self.prepared and self.tells_tokens_apart:
             found.append("decoding.prepared: false, with skip_below or merge_above; accepted: true, or thresholds of 0 and 1")
         return found
+
+    @property
+    def tells_tokens_apart(self) -> bool:
+        """Whether a token with a decided gate reads one weight in place of two."""
+        return (self.skip_below, self.merge_above) != (0.0, 1.0)
 
 
 @dataclass(frozen=True)

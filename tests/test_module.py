@@ -29,7 +29,9 @@ from gatera_lightning.backbone import load_backbone, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.throughput import Throughput
 from gatera_lightning.errors import CheckpointError
+from gatera_lightning.generation import DecodingConfig
 from gatera_lightning.losses import IGNORE
+from gatera_lightning.parallel import AdapterShardingStrategy
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from fit_script import Job, Rows, run
@@ -223,6 +225,15 @@ def test_a_validation_by_the_clock_is_refused(tiny_backbone):
     settings = {"max_steps": 1, "logger": False, "enable_checkpointing": False, "val_check_interval": "00:00:10:00"}
     with pytest.raises(ConfigError, match=r"trainer\.val_check_interval: a time"):
         L.Trainer(accelerator="cpu", **settings).fit(tiny_module(tiny_backbone), [batch_of([[IGNORE, 7, 8]])])
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_fast_decoding_of_sharded_weights_is_refused(tiny_backbone, tmp_path, stage):
+    module = tiny_module(tiny_backbone)
+    module.decoding = DecodingConfig(skip_below=0.1)
+    module.trainer = tiny_trainer(tmp_path, strategy=AdapterShardingStrategy())
+    with pytest.raises(ConfigError, match=r"model\.decoding\.skip_below: 0\.1, merge_above: 1\.0, with sharded weights"):
+        module.setup(stage)
 
 
 def test_a_checkpoint_of_another_program_is_named(tiny_backbone, tmp_path):

@@ -58,8 +58,10 @@ class AdaptedLinear(nn.Module):
         """x (..., in) -> y (..., out)."""
         if x.ndim == 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
+        if self.routed is not None and self.on_gate is None:  # first: decoding a token, Python between products shows
+            return self.routed(x, None)
         z = g = None
-        if self.gate is not None and (self.routed is None or self.on_gate is not None):
+        if self.gate is not None:
             z = self.gate(x)  # (...)
             if self.on_gate is not None:
                 self.on_gate(z)

@@ -68,6 +68,7 @@ class RoutedLinear:
     def __init__(self, layer: AdaptedLinear, skip_below: float, merge_above: float) -> None:
         self.weight, self.bias = layer.base.weight, layer.base.bias
         self.skip_below, self.merge_above = skip_below, merge_above
+        self.closed_below, self.open_above = _logit(skip_below), _logit(merge_above)
         delta = layer.update.delta_weight(self.weight)  # (out, in)
         self.gate = layer.gate if layer.gate is not None and layer.gate.depends_on_token else None
         if layer.gate is not None and self.gate is None:
@@ -83,27 +84,29 @@ class RoutedLinear:
         Waits for the device once, to learn the gates.
         """
         without_gradients(self.merged)
-        with in_own_dtypes(x):
-            rows = x.to(self.weight.dtype)
-            if self.gate is None:
-                return self._opened(rows)
-            if z is None and self.linear_gate is not None and x.numel() == x.shape[-1]:
-                weight, bias = self.linear_gate  # calling the gate would take a twentieth of decoding a token
-                return self._of_few(rows, torch.dot(x.reshape(-1).to(weight.dtype), weight).item() + bias)
-            z = self.gate(x) if z is None else z
-            if z.numel() <= FEW:
-                return self._of_few(rows, *z.flatten().tolist())
-            hard = hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above)
-            return self._by_gate(rows.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
+        if torch.is_autocast_enabled(self.weight.device.type):
+            with in_own_dtypes(x):
+                return self(x, z)
+        rows = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)  # a call for nothing is 2 us of every layer
+        if self.gate is None:
+            return self._opened(rows)
+        if z is None and self.linear_gate is not None and x.numel() == x.shape[-1]:
+            weight, bias = self.linear_gate  # calling the gate would take a twentieth of decoding a token
+            row = x if x.dtype == weight.dtype else x.to(weight.dtype)
+            return self._of_few(rows, torch.dot(row.reshape(-1), weight).item() + bias)
+        z = self.gate(x) if z is None else z
+        if z.numel() <= FEW:
+            return self._of_few(rows, *z.flatten().tolist())
+        hard = hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above)
+        return self._by_gate(rows.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
 
     def _of_few(self, x: Tensor, *logits: float) -> Tensor:
         """Decided without a kernel: decoding has one token or a few, and starting a kernel takes as long as they do."""
-        gates = [0.5 + 0.5 * math.tanh(logit / 2) for logit in logits]
-        if all(gate < self.skip_below for gate in gates):
+        if all(z < self.closed_below for z in logits):
             return self._closed(x)
-        if all(gate > self.merge_above for gate in gates):
+        if all(z > self.open_above for z in logits):
             return self._opened(x)
-        hard = [0.0 if gate < self.skip_below else 1.0 if gate > self.merge_above else gate for gate in gates]
+        hard = [0.0 if z < self.closed_below else 1.0 if z > self.open_above else 0.5 + 0.5 * math.tanh(z / 2) for z in logits]
         return self._between(x, x.new_tensor(hard).view(x.shape[:-1]))
 
     def _by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
@@ -125,3 +128,8 @@ class RoutedLinear:
 
     def _opened(self, x: Tensor) -> Tensor:
         return F.linear(x, self.merged, self.bias)
+
+
+def _logit(gate: float) -> float:
+    """``z`` of ``σ(z) = gate``, at 0 and 1 too."""
+    return math.copysign(math.inf, gate - 0.5) if gate in (0, 1) else math.log(gate / (1 - gate))

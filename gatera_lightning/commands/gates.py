@@ -14,7 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config
 from gatera_lightning.adapters.inject import adapted_linears, replace_module
-from gatera_lightning.backbone import BackboneConfig, Dtype, context_length, load_backbone, load_config, load_tokenizer
+from gatera_lightning.backbone import (
+    BackboneConfig,
+    Dtype,
+    context_length,
+    device_here,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+)
 from gatera_lightning.cli import PROG, with_found_configs
 from gatera_lightning.commands.preview import PreviewedSplit
 from gatera_lightning.datamodules.tokens import collate_prompts, tokenise_prompt
@@ -41,7 +49,8 @@ def gates(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(backbone)
     texts, chosen = _texts(own, others, tokenizer)
     _refuse_long(texts, own.generate, context_length(load_config(backbone)))
-    model = load_backbone(backbone, "cpu")
+    device = device_here()
+    model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
     adapters: list[ReadAdapter] = []
     for folder, (config, origin) in zip(own.adapter, configs, strict=True):
         for name, layer in adapted_linears(model).items():  # of the adapter before
@@ -173,6 +182,8 @@ def _refuse_long(texts: list[ProbeText], generated: int, limit: int | None) -> N
 def _continued(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: ProbeText, tokens: int) -> ProbeText:
     """The text and what the model writes behind it."""
     prompt = collate_prompts([text.ids], [0], pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id)
+    prompt["input_ids"] = prompt["input_ids"].to(model.device)
+    prompt["attention_mask"] = prompt["attention_mask"].to(model.device)
     model.eval()
     ids = generate(model, prompt, DecodingConfig(max_new_tokens=tokens))[0].tolist()
     return ProbeText(text.title, text.ids + ids, len(text.ids), decoded=True)

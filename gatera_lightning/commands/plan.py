@@ -67,7 +67,7 @@ def plan(argv: Sequence[str]) -> None:
     if settings.adapter.tells_tokens_apart:
         print("                 with every gate undecided; what skip_below and merge_above leave out depends on the gates")
     decoding = settings.decoding
-    kept = prepared_bytes(model, fast=decoding.skip_below > 0 or decoding.merge_above < 1)
+    kept = prepared_bytes(model, fast=decoding.tells_tokens_apart)
     if kept and layout.shards == 1 and decoding.prepared:
         print(
             f"  generating     {kept / _GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"

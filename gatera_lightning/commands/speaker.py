@@ -21,7 +21,15 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.files import AdapterFileError, load_adapter, read_adapter_config, trained_template
 from gatera_lightning.adapters.gates import StaticGate
 from gatera_lightning.adapters.inject import adapted_linears
-from gatera_lightning.backbone import BackboneConfig, Dtype, context_length, load_backbone, load_config, load_tokenizer
+from gatera_lightning.backbone import (
+    BackboneConfig,
+    Dtype,
+    context_length,
+    device_here,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+)
 from gatera_lightning.datamodules.conversations import Chat, ConversationPrompts, Instruction
 from gatera_lightning.datamodules.prompts import Template
 from gatera_lightning.datamodules.tokens import collate_prompts, tokenise_prompt
@@ -131,12 +139,12 @@ class Speaker:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The weights, on the accelerator where there is one."""
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        model = load_backbone(self.backbone, "cpu" if accelerator is None else accelerator.type)
+        device = device_here()
+        model = load_backbone(self.backbone, device.type)
         if self.adapter is not None:
             load_adapter(model, self.settings.adapter)
         torch.manual_seed(self.settings.seed or 0)
-        return model.to(accelerator or "cpu").eval()  # type: ignore[arg-type]
+        return model.to(device).eval()  # type: ignore[arg-type]
 
     def introduce(self) -> None:
         """Say who speaks, how it is asked and how it answers, a line each; loads the weights."""

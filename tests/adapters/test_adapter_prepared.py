@@ -114,6 +114,19 @@ def test_fast_is_the_layer_with_hard_gates(update, logits, at_a_time):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 60])
+@pytest.mark.parametrize("thresholds", [{"skip_below": 0.1}, {"merge_above": 0.9}], ids=str)
+def test_one_threshold_leaves_the_other_gates_as_they_are(thresholds, at_a_time):
+    layer, x = decided_layer(), with_logits(*(-800, -8, -2.1, 0.3, 2.1, 8, 800) * 6)
+    g = torch.sigmoid(x[:, 0])
+    hard = torch.where(g < 0.1, 0.0, g) if "skip_below" in thresholds else torch.where(g > 0.9, 1.0, g)
+    with torch.no_grad():
+        expected = layer.base(x) + hard[:, None] * (x @ layer.update.delta_weight(layer.base.weight).t())
+        with prepared_for_inference(nn.ModuleDict({"one": layer}), **thresholds):
+            found = torch.cat([layer(tokens) for tokens in x.split(at_a_time)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("gate", ["none", "static"])
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
 def test_without_gates_of_its_own_a_token_takes_the_merged_weight(update, gate):
