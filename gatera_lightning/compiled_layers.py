@@ -26,12 +26,13 @@ def compile_layers(model: nn.Module) -> None:
     """Let every decoder layer of an adapted model run compiled where it trains, in place; all names stay as they are.
 
     A sharded model is sharded before: its hooks stay outside of the graphs, as gradient checkpointing does. The first forward
-    raises ConfigError where a layer cannot be compiled whole. Sets three options of the compiler for the whole process; the
+    raises ConfigError where a layer cannot be compiled whole. Sets four options of the compiler for the whole process; the
     model can then not be pickled whole, but its adapter is saved as ever.
     """
     torch.fx.experimental._config.use_duck_shape = False  # or sizes that happen to be equal make a graph of their own
     torch._dynamo.config.specialize_float = True  # or every constant of a layer is an input, and everything compiled twice
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    torch._dynamo.config.optimize_ddp = False  # or DDP cuts a graph by its buckets of gradients: each layer is one already
     compiled = torch.compile(_with_logits, fullgraph=True, dynamic=True)
     for layer in decoder_layers(model):
         layer.forward = _CompiledForward(layer, compiled)

@@ -1,5 +1,6 @@
 """Completing prompts with a model that has gated layers: Hugging Face's decoding over the adapted backbone."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,12 @@ class DecodingConfig:
     max_new_tokens: int = 16
     """Tokens after which an answer is cut."""
 
+    length_penalty: float = 1.0
+    """Beams compete by their log-likelihood over their length to this power: less than 1 favours short answers."""
+
+    no_repeat_ngram_size: int = 0
+    """Never write so many tokens in a row a second time, those of the prompt included; 0 forbids nothing."""
+
     use_cache: bool = True
     """Keep keys and values of earlier tokens. Without it the same answers cost more time and less memory."""
 
@@ -43,6 +50,12 @@ class DecodingConfig:
             for name in ("beams", "max_new_tokens")
             if getattr(self, name) < 1
         ]
+        if self.no_repeat_ngram_size < 0:
+            found.append(f"decoding.no_repeat_ngram_size: {self.no_repeat_ngram_size}; accepted: an integer of at least 0")
+        if not math.isfinite(self.length_penalty) or (self.beams == 1 and self.length_penalty != 1):
+            found.append(
+                f"decoding.length_penalty: {self.length_penalty}, with beams {self.beams}; accepted: a number, with 1 beam: 1"
+            )
         of_thresholds = threshold_problems(self.skip_below, self.merge_above)
         found += [f"decoding.{problem}" for problem in of_thresholds]
         if not of_thresholds and not self.prepared and self.tells_tokens_apart:
@@ -90,6 +103,8 @@ def generate(
     settings = GenerationConfig(
         num_beams=config.beams,
         max_new_tokens=config.max_new_tokens,
+        length_penalty=config.length_penalty,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
         use_cache=config.use_cache,
         eos_token_id=end_tokens(model, batch["eos_id"]),
         pad_token_id=batch["pad_id"],

@@ -147,11 +147,16 @@ class GateRAModule(L.LightningModule):
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ConfigError("trainer.use_distributed_sampler: true would cut up planned batches; accepted: false")
-        if isinstance(self.trainer.strategy, AdapterShardingStrategy) and self.decoding.tells_tokens_apart:
-            raise ConfigError(
-                f"model.decoding.skip_below: {self.decoding.skip_below}, merge_above: {self.decoding.merge_above}, with "
-                "sharded weights, which are not merged; accepted: 0 and 1, or trainer.strategy auto or ddp"
-            )
+        if isinstance(self.trainer.strategy, AdapterShardingStrategy):
+            if self.decoding.tells_tokens_apart:
+                raise ConfigError(
+                    f"model.decoding.skip_below: {self.decoding.skip_below}, merge_above: {self.decoding.merge_above}, with "
+                    "sharded weights, which are not merged; accepted: 0 and 1, or trainer.strategy auto or ddp"
+                )
+            # FSDP2 keeps the tensors it gathers into: made in inference mode, they could not be trained through later, and a
+            # single shard could not be gathered at all.
+            for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
+                loop.inference_mode = False
         self._skipped_steps = 0
         self._step_sums = torch.zeros(3)
         self._step_history = []

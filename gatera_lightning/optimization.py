@@ -78,7 +78,15 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, total_steps: Call
     if gates:
         groups.append({"params": gates, "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
+    _step_together(optimizer)
+    optimizer.register_load_state_dict_post_hook(_step_together)  # what a checkpoint has is how its own processes did it
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
+
+
+def _step_together(optimizer: Optimizer) -> None:
+    """Sharded parameters in few calls, as AdamW by itself takes whole ones on a GPU: the same numbers, a tenth of the time."""
+    for group in optimizer.param_groups:
+        group["foreach"] = True if isinstance(group["params"][0], DTensor) else None
 
 
 def squared_gradient_norms(optimizer: Optimizer, processes: int) -> Tensor:

@@ -161,11 +161,12 @@ def test_operations_of_a_mixture_are_those_of_the_experts_that_a_token_meets():
 
 
 @pytest.mark.slow
-def test_a_shard_of_two(tiny_backbone, tmp_path):
+@pytest.mark.parametrize("vocabulary", [512, 16384], ids=["layers_are_large", "the_head_is_large"])
+def test_a_shard_of_two(tmp_path, vocabulary):
     """What one of two sharded processes really had out, weights and moments included."""
     script = Path(__file__).parent / "distributed" / "memory_script.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out.json")], capture_output=True, text=True, timeout=240
+        [sys.executable, str(script), str(tmp_path / "out.json"), str(vocabulary)], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())

@@ -1,5 +1,7 @@
 """Generation: batched, padded and cached, it must give what a loop over single rows gives, and never anything sampled."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_trainer
@@ -108,6 +110,24 @@ def test_an_answer_ends_at_any_token_that_ends_one(adapted, own):
     assert found != plain
 
 
+def test_no_n_tokens_are_written_twice(adapted):
+    def repeated(ids):
+        pairs = list(itertools.pairwise(ids))
+        return len(pairs) - len(set(pairs))
+
+    model = adapted()
+    assert any(map(repeated, answers(model, max_new_tokens=16)))
+    for prompt, answer in zip(PROMPTS, answers(model, max_new_tokens=16, no_repeat_ngram_size=2), strict=True):
+        assert repeated(prompt + answer) == repeated(prompt)
+
+
+def test_a_length_penalty_lets_shorter_beams_win(adapted):
+    model = adapted()
+    short, plain, long = (answers(model, beams=4, max_new_tokens=12, length_penalty=power) for power in (-4.0, 1.0, 6.0))
+    assert plain == answers(model, beams=4, max_new_tokens=12)
+    assert sum(map(len, short)) < sum(map(len, plain)) < sum(map(len, long))
+
+
 def test_a_model_without_an_end_of_its_own_ends_at_the_tokenizers(adapted):
     model = adapted()
     expected = answers(model, max_new_tokens=8)
@@ -169,6 +189,11 @@ def test_problems_name_the_setting():
     assert DecodingConfig(beams=0, max_new_tokens=0).problems() == [
         "decoding.beams: 0; accepted: an integer of at least 1",
         "decoding.max_new_tokens: 0; accepted: an integer of at least 1",
+    ]
+    assert DecodingConfig(beams=4, length_penalty=0.9, no_repeat_ngram_size=4).problems() == []
+    assert DecodingConfig(length_penalty=0.9, no_repeat_ngram_size=-1).problems() == [
+        "decoding.no_repeat_ngram_size: -1; accepted: an integer of at least 0",
+        "decoding.length_penalty: 0.9, with beams 1; accepted: a number, with 1 beam: 1",
     ]
 
 

@@ -227,6 +227,14 @@ def test_a_validation_by_the_clock_is_refused(tiny_backbone):
         L.Trainer(accelerator="cpu", **settings).fit(tiny_module(tiny_backbone), [batch_of([[IGNORE, 7, 8]])])
 
 
+def test_sharded_weights_are_never_gathered_in_inference_mode(tiny_backbone, tmp_path):
+    """FSDP2 keeps what it gathers into, and a later fit could not be trained through it."""
+    module = tiny_module(tiny_backbone)
+    module.trainer = trainer = tiny_trainer(tmp_path, strategy=AdapterShardingStrategy())
+    module.setup("test")
+    assert not any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop))
+
+
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_fast_decoding_of_sharded_weights_is_refused(tiny_backbone, tmp_path, stage):
     module = tiny_module(tiny_backbone)

@@ -1,11 +1,15 @@
 """Learning rates against values computed by hand, and every adapter parameter in exactly one group."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gatera_lightning import AdapterConfig, OptimizerConfig, adapter_parameters, inject_adapters
 from gatera_lightning.optimization import build_optimizer, lr_factor, squared_gradient_norms
@@ -168,3 +172,26 @@ def test_gradient_norms_of_updates_and_gates_are_those_of_one_long_vector(tiny_l
     assert expected[0] > 2 * expected[1] > 0
     found = squared_gradient_norms(optimizer, processes)
     assert (processes * found).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_stepped_together_whatever_a_checkpoint_says(tiny_llama, mesh):
+    whole = adapted(tiny_llama)
+    sharded = fully_shard(copy.deepcopy(whole), mesh=mesh)
+    optimizers = [build_optimizer(OptimizerConfig(lr=0.1), model, lambda: 10)[0] for model in (whole, sharded)]
+    for _ in range(2):
+        for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+            model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for one, other in zip(adapter_parameters(whole).values(), adapter_parameters(sharded).values(), strict=True):
+            assert torch.equal(one, other.full_tensor())
+        assert [[group["foreach"] for group in optimizer.param_groups] for optimizer in optimizers] == [[None] * 2, [True] * 2]
+        optimizers[1].load_state_dict(optimizers[1].state_dict() | {"param_groups": optimizers[0].state_dict()["param_groups"]})

@@ -49,8 +49,8 @@ def gates(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(backbone)
     texts, chosen = _texts(own, others, tokenizer)
     _refuse_long(texts, own.generate, context_length(load_config(backbone)))
-    device = device_here()
-    model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
+    with device_here() as device:  # weights go there as they are read
+        model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
     adapters: list[ReadAdapter] = []
     for folder, (config, origin) in zip(own.adapter, configs, strict=True):
         for name, layer in adapted_linears(model).items():  # of the adapter before

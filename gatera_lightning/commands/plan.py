@@ -115,13 +115,15 @@ def predict_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout) -> Memor
     """Memory of one device.
 
     Weights: the device's shard, and whole: the root group, which stays for backward, and two decoder layers, the one at work
-    and the next one, fetched ahead. Moments: AdamW's two, in fp32. Peak: what lies there all the time, and the larger of a
-    step's worst moment and of AdamW's own two temporaries beside the gradients.
+    and the next one, fetched ahead. Moments: AdamW's two, in fp32. Peak: what lies there all the time, and the largest of a
+    step's worst moment, of AdamW's own two temporaries beside the gradients, and of the beginning of a sharded forward: what
+    the root group was received in is kept until the first layer has been received.
     """
     shards = layout.shards
     resident = sizes.frozen if shards == 1 else (0 if layout.offload else sizes.frozen // shards)
     gathered = 0 if shards == 1 else sizes.root + 2 * max(sizes.layers)
     adapter = 0 if layout.offload else sizes.adapter // shards
+    beginning = 0 if shards == 1 else 2 * sizes.root + max(sizes.layers)
     worst = costs.peak - sizes.adapter + sizes.adapter // shards  # the gradients in it are sharded too
     parts = {
         "weights": resident + gathered,
@@ -131,7 +133,7 @@ def predict_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout) -> Memor
         "activations": costs.activations,
         "logits": costs.logits,
     }
-    return Memory(parts, resident + gathered + 3 * adapter + max(worst, 3 * adapter))
+    return Memory(parts, resident + 3 * adapter + max(gathered + max(worst, 3 * adapter), beginning))
 
 
 def communication(sizes: ModelSizes, layout: Layout, micro_batches: int) -> dict[str, int]:

@@ -139,8 +139,8 @@ class Speaker:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The weights, on the accelerator where there is one."""
-        device = device_here()
-        model = load_backbone(self.backbone, device.type)
+        with device_here() as device:  # weights go there as they are read
+            model = load_backbone(self.backbone, device.type)
         if self.adapter is not None:
             load_adapter(model, self.settings.adapter)
         torch.manual_seed(self.settings.seed or 0)

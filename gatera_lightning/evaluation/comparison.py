@@ -59,6 +59,8 @@ class PairResult:
     common: int
     alone: tuple[int, int]
     """Rows that only the baseline, only the other run has."""
+    settings: dict[str, tuple[str, str]] | None
+    """What differs in how the two were evaluated, method aside; None where that is not recorded of both."""
     accuracies: tuple[AccuracyDifference, ...]
     loss: Difference | None
     """Of pooled nats per token; None if a run has no likelihoods or ``retokenized`` is not 0."""
@@ -170,7 +172,16 @@ def _pair(first: RecordedRun, second: RecordedRun, first_label: str, second_labe
         )
     texts = {metric: _text(pairs, metric, seed) for metric in first.metrics if metric in second.metrics}
     alone = (len(first.rows) - len(pairs), len(second.rows) - len(pairs))
-    return PairResult(first_label, second_label, len(pairs), alone, tuple(accuracies), loss, texts, retokenized)
+    settings = _settings_that_differ(first, second)
+    return PairResult(first_label, second_label, len(pairs), alone, settings, tuple(accuracies), loss, texts, retokenized)
+
+
+def _settings_that_differ(first: RecordedRun, second: RecordedRun) -> dict[str, tuple[str, str]] | None:
+    if not first.settings or not second.settings:
+        return None
+    names = sorted({*first.settings, *second.settings})
+    both = {name: (first.settings.get(name, "null"), second.settings.get(name, "null")) for name in names}
+    return {name: (one, other) for name, (one, other) in both.items() if one != other}
 
 
 def _loss(pairs: Pairs, seed: int) -> tuple[Difference | None, int]:

@@ -37,6 +37,7 @@ def as_markdown(comparison: Comparison) -> str:
         blocks += [
             f"{pair.common} rows are common; {_cell(pair.baseline)} has {pair.alone[0]} more, "
             f"{_cell(pair.label)} {pair.alone[1]} more.",
+            *_evaluated_otherwise(pair),
         ]
     if any(run.loss is not None for run in comparison.runs):
         blocks += ["## Nats per token of the right answers", _loss_table(comparison)]
@@ -79,6 +80,7 @@ def as_json(comparison: Comparison) -> str:
             "common": pair.common,
             "only_baseline": pair.alone[0],
             "only_run": pair.alone[1],
+            "evaluated_otherwise": pair.settings,
             "accuracy": [
                 {
                     "measure": row.measure,
@@ -123,6 +125,16 @@ def _difference_table(pair: PairResult) -> str:
         counts = f"{table.only_first} / {table.only_second}" if table else ""
         rows.append([row.measure, task, *_difference_cells(row.difference, counts, higher_is_better=True)])
     return _table(["measure", "task", "difference", "b / c", "p", "verdict"], rows)
+
+
+def _evaluated_otherwise(pair: PairResult) -> list[str]:
+    """A paragraph where the two may differ by more than their methods."""
+    if pair.settings is None:
+        return ["How they were evaluated was not compared: evaluation.json is not beside the predictions of both."]
+    if not pair.settings:
+        return []
+    told = [f"{name} {_cell(one)[:20]} against {_cell(other)[:20]}" for name, (one, other) in pair.settings.items()]
+    return [f"**Evaluated otherwise**, so that the differences are not the methods' alone: {'; '.join(told)}."]
 
 
 def _loss_table(comparison: Comparison) -> str:

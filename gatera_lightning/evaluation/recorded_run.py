@@ -1,4 +1,4 @@
-"""What ``test`` left of a run: ``predictions.jsonl``, read strictly, and the method's name from ``test_results.json``."""
+"""What ``test`` left of a run: ``predictions.jsonl``, read strictly, and beside it the method's name and how it evaluated."""
 
 import json
 import sys
@@ -10,11 +10,13 @@ from reprlib import repr as shortened
 from typing import Any
 
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.evaluation.predictions import IDENTITY
 from gatera_lightning.evaluation.predictions import MERGED as PREDICTIONS
 from gatera_lightning.evaluation.results import LABELS, SUMMARY
 
 _SCORES = {score: label for score, label in LABELS.items() if score != "generation"}
 MEASURES = tuple(LABELS.values())
+_COMPARED = ("format", "adapter", "method")  # what two runs are compared for, or what would not be read otherwise
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class RecordedRun:
 
     path: Path
     method: str | None
+    settings: Mapping[str, str]
+    """How it was evaluated, as JSON by setting: data, backbone, dtype, decoding; empty where that is not recorded."""
     rows: tuple[Row, ...]
 
     @property
@@ -104,7 +108,7 @@ def read_run(path: Path) -> RecordedRun:
             rows[row.task, row.example] = row
     if not rows:
         raise ConfigError(f"{file}: is empty; expected one line per example")
-    return RecordedRun(file, _method(file), tuple(rows[place] for place in sorted(rows)))
+    return RecordedRun(file, _method(file), _settings(file), tuple(rows[place] for place in sorted(rows)))
 
 
 def labels(runs: Sequence[RecordedRun]) -> list[str]:
@@ -217,17 +221,30 @@ def _all(valid: Callable[[Any], bool], length: int | None = None) -> Callable[[A
 
 def _method(predictions: Path) -> str | None:
     """``update × gate``, or ``untrained``, as the summary beside the predictions has it; None without it."""
-    file = predictions.with_name(SUMMARY)
-    if predictions.name != PREDICTIONS or not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{file}: is not JSON ({error})") from None
-    model = found.get("model") if isinstance(found, dict) else None
+    model = _beside(predictions, SUMMARY).get("model")
     if isinstance(model, dict) and model.get("adapter_from") == "untrained":
         return "untrained"
     found = model.get("adapter") if isinstance(model, dict) else None
     if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in ("update", "gate")):
         return None
     return f"{found['update']} × {found['gate']}"
+
+
+def _settings(predictions: Path) -> dict[str, str]:
+    settings: dict[str, str] = {}
+    for name, value in _beside(predictions, IDENTITY).items():
+        parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        settings |= {} if name in _COMPARED else {part: json.dumps(v) for part, v in parts.items()}
+    return settings
+
+
+def _beside(predictions: Path, name: str) -> dict[str, Any]:
+    """An object that ``test`` wrote beside its predictions; empty where it did not, or where the predictions were renamed."""
+    file = predictions.with_name(name)
+    if predictions.name != PREDICTIONS or not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{file}: is not JSON ({error})") from None
+    return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Two sharded processes, one micro-batch each: what the allocator of rank 0 had out. ``python memory_script.py OUT.json``"""
+"""Two sharded processes, one micro-batch each: what rank 0's allocator had out. ``memory_script.py OUT.json VOCABULARY``"""
 
 import json
 import sys
@@ -21,7 +21,7 @@ SIZES = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
 }
-VOCABULARY = 512
+VOCABULARY = int(sys.argv[2])
 BATCH = {"rows": 4, "tokens": 32, "targets": 32}
 
 
@@ -80,7 +80,7 @@ class Measure(L.Callback):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = tempfile.gettempdir() + "/memory_script_backbone"
+    folder = tempfile.gettempdir() + f"/memory_script_backbone_{VOCABULARY}"
     if not Path(folder, "model.safetensors").exists():
         LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZES)).save_pretrained(folder)
     trainer = L.Trainer(

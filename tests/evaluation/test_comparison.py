@@ -206,6 +206,33 @@ def test_an_average_of_shared_tasks_says_so(write):
     assert "average of the 2 shared tasks" in text
 
 
+def test_what_was_evaluated_otherwise_is_named(write, tmp_path):
+    """Method and adapter are what runs are compared for; everything else that differs is no difference of theirs."""
+    identity = {
+        "format": 2, "backbone": "f970", "adapter": "e8f9", "method": {"update": "hira"}, "data": "5756", "dtype": "float32",
+        "decoding": {"beams": 1, "max_new_tokens": 32},
+    }  # fmt: skip
+    other = identity | {"adapter": "0000", "method": {"update": "lora"}}
+    changed = {"dtype": "bfloat16", "decoding": {"beams": 4, "max_new_tokens": 32}, "bert_score": "roberta"}
+    places = [write(name, [row(example=i) for i in range(3)]) for name in "abc"]
+    for place, found in zip(places, (identity, other, other | changed), strict=True):
+        (place / "evaluation.json").write_text(json.dumps(found))
+    found = compare_runs([read_run(place) for place in places])
+    assert [pair.settings for pair in found.pairs] == [
+        {},
+        {"bert_score": ("null", '"roberta"'), "decoding.beams": ("1", "4"), "dtype": ('"float32"', '"bfloat16"')},
+    ]
+    text = as_markdown(found)
+    assert text.count("**Evaluated otherwise**") == 1
+    assert 'bert_score null against "roberta"; decoding.beams 1 against 4; dtype "float32" against "bfloat16".' in text
+    assert json.loads(as_json(found))["pairs"][1]["evaluated_otherwise"]["decoding.beams"] == ["1", "4"]
+    (places[2] / "evaluation.json").unlink()
+    assert "How they were evaluated was not compared" in as_markdown(compare_runs([read_run(p) for p in places[1:]]))
+    (places[2] / "evaluation.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"evaluation\.json: is not JSON"):
+        read_run(places[2])
+
+
 def test_json_holds_the_same_numbers_and_no_nan(comparison, write):
     found = json.loads(as_json(comparison))
     first, pair = found["runs"][0], found["pairs"][0]

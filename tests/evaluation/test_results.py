@@ -261,7 +261,7 @@ def test_the_summary_says_of_what_and_by_what(recorded, tiny_backbone):
     assert {name: summary["model"]["adapter"][name] for name in ("update", "gate", "rank")} == {
         "update": "lora", "gate": "static", "rank": 4
     }  # fmt: skip
-    exact = {"prepared": True, "skip_below": 0.0, "merge_above": 1.0}
+    exact = {"prepared": True, "skip_below": 0.0, "merge_above": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
     assert summary["model"]["decoding"] == {"beams": 1, "max_new_tokens": 5, "use_cache": True} | exact
     assert (summary["data"]["template"], summary["data"]["eval_batch_size"]) == ("plain", 5)
     assert summary["versions"] == {
