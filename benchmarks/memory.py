@@ -8,6 +8,7 @@ its libraries as well, and what the heap keeps for later. Bytes are not timed: o
 """
 
 import argparse
+import math
 
 import torch
 from allocated import peak_bytes
@@ -59,7 +60,8 @@ def main() -> None:
             measured = interleaved({name: (measuring, (method, args.dtype, *sizes))}, rounds=1, warmup=0)
             everything |= measured
             predicted, allocated = (measured[name].rounds(figure)[0] for figure in ("predicted", "allocated"))
-            line = f"{name}{predicted / 1e6:>15.0f}{allocated / 1e6:>15.0f}{predicted / allocated:>24.2f}"
+            told = ("–", "–") if math.isnan(predicted) else (f"{predicted / 1e6:.0f}", f"{predicted / allocated:.2f}")
+            line = f"{name}{told[0]:>15}{allocated / 1e6:>15.0f}{told[1]:>24}"
             print(f"{line}{measured[name].peak_bytes / 1e6:>14.0f}", flush=True)
     settings = vars(args) | {"settings": list(args.settings), "only": list(args.only)}
     write(args.out, settings, everything)
