@@ -16,7 +16,7 @@ from gatera_lightning.evaluation.results import LABELS, SUMMARY
 
 _SCORES = {score: label for score, label in LABELS.items() if score != "generation"}
 MEASURES = tuple(LABELS.values())
-_COMPARED = ("format", "adapter", "method")  # what two runs are compared for, or what would not be read otherwise
+_COMPARED = ("adapter", "method")  # what two runs are compared for
 
 
 @dataclass(frozen=True)
