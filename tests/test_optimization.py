@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.optim import adam
 
 from gatera_lightning import AdapterConfig, OptimizerConfig, adapter_parameters, inject_adapters
 from gatera_lightning.optimization import build_optimizer, lr_factor, squared_gradient_norms
@@ -182,9 +183,16 @@ def mesh():
     dist.destroy_process_group()
 
 
-def test_sharded_parameters_are_stepped_together_whatever_a_checkpoint_says(tiny_llama, mesh):
+def test_sharded_parameters_are_stepped_together_and_no_checkpoint_says_so(tiny_llama, mesh, monkeypatch):
     whole = adapted(tiny_llama)
     sharded = fully_shard(copy.deepcopy(whole), mesh=mesh)
+    together, of_many = [], adam._multi_tensor_adam
+
+    def counted(parameters, *args, **kwargs):
+        together.append(len(parameters))
+        of_many(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(adam, "_multi_tensor_adam", counted)
     optimizers = [build_optimizer(OptimizerConfig(lr=0.1), model, lambda: 10)[0] for model in (whole, sharded)]
     for _ in range(2):
         for model, optimizer in zip((whole, sharded), optimizers, strict=True):
@@ -193,5 +201,6 @@ def test_sharded_parameters_are_stepped_together_whatever_a_checkpoint_says(tiny
             optimizer.zero_grad()
         for one, other in zip(adapter_parameters(whole).values(), adapter_parameters(sharded).values(), strict=True):
             assert torch.equal(one, other.full_tensor())
-        assert [[group["foreach"] for group in optimizer.param_groups] for optimizer in optimizers] == [[None] * 2, [True] * 2]
-        optimizers[1].load_state_dict(optimizers[1].state_dict() | {"param_groups": optimizers[0].state_dict()["param_groups"]})
+    groups = [optimizer.state_dict()["param_groups"] for optimizer in optimizers]
+    assert groups[0] == groups[1]
+    assert together == [len(group["params"]) for group in groups[1]] * 2
