@@ -25,10 +25,10 @@ from gate_study import STEPS, figures, read_held_out, trained
 from torch import Tensor
 
 from gatera_lightning import GateRAModule
-from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
 from gatera_lightning.datamodules.base import SupervisedDataModule
-from gatera_lightning.datamodules.tokens import Batch, collate_prompts
-from gatera_lightning.generation import DecodingConfig, generate
+from gatera_lightning.datamodules.tokenization.tokenize import Batch, collate_prompts
+from gatera_lightning.generation.decoding import DecodingConfig, generate
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
 BATCHES, PROMPTS = 4, 32

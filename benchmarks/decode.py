@@ -7,7 +7,7 @@ its cache. ``backbone`` is also what any merged adapter costs. Gates are set as 
 closed, nearly all others open, in every layer; ``decided`` is the share of the decoded tokens' gates below 0.1 or above 0.9.
 ``gatera`` is exact, ``gatera_fast`` reads one weight for a decided gate, ``gatera_plain`` is the layer as it trains, with the
 product of its factors. The first token's time is that of a ``generate`` of one token. Preparing an adapter, once for all
-prompts of a ``with`` block and anew in every call of ``gatera_lightning.generation.generate``, is told apart.
+prompts of a ``with`` block and anew in every call of ``gatera_lightning.generation.decoding.generate``, is told apart.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from train_step import DEVICE, OURS, PEFT, TARGETS, backbone, rows, set_gates
 from transformers import GenerationConfig
 
 from gatera_lightning import inject_adapters
-from gatera_lightning.adapters.inject import adapted_linears
-from gatera_lightning.adapters.prepared import prepared_for_inference
+from gatera_lightning.adapters.inference import prepared_for_inference
+from gatera_lightning.adapters.injection import adapted_linears
 
 PROMPT = 64
 CONTENDERS = ("backbone", "peft_lora", "peft_hira", "gatera_plain", "gatera", "gatera_fast")

@@ -49,9 +49,9 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 from watch import Watch
 
-from gatera_lightning.backbone import load_backbone, load_tokenizer, native_dtype
+from gatera_lightning.backbone.loading import load_backbone, load_tokenizer, native_dtype
 from gatera_lightning.datamodules import Batch
-from gatera_lightning.losses import IGNORE
+from gatera_lightning.objectives.next_token import IGNORE
 
 VARIANTS = ("gatera_decided", "gatera_mixed", "lora_mixed", "gatera_packed", "hf_lora_by_length")
 

@@ -27,13 +27,13 @@ import lightning as L
 import torch
 
 from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
-from gatera_lightning.backbone import load_tokenizer
+from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.gate_histogram import counted_tokens
 from gatera_lightning.datamodules import CommonsenseDataModule, DialogueDataModule
 from gatera_lightning.datamodules.base import SupervisedDataModule
-from gatera_lightning.inspection.capture import GatedModule
-from gatera_lightning.inspection.statistics import PHASES, GateStatistics, statistics_of_counts
-from gatera_lightning.losses import summed_cross_entropy
+from gatera_lightning.gate_analysis.capture import GatedModule
+from gatera_lightning.gate_analysis.statistics import PHASES, GateStatistics, statistics_of_counts
+from gatera_lightning.objectives.next_token import summed_cross_entropy
 
 CONVAI2 = "$GATERA_DATA/dialogue/convai2/valid_self_original.shared.txt"
 STEPS = {"arc": 80, "dialogue": 40}

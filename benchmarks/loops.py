@@ -16,9 +16,9 @@ from torch import Tensor
 from watch import Watch
 
 from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
-from gatera_lightning.backbone import load_backbone
+from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.datamodules import Batch
-from gatera_lightning.losses import summed_cross_entropy
+from gatera_lightning.objectives.next_token import summed_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DECIDED: dict[str, Any] = {"skip_below": 0.1, "merge_above": 0.9}  # overlays/fast_decided.yaml

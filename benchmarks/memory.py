@@ -16,9 +16,9 @@ from interleaved import Round, interleaved, machine, write
 from train_step import OURS, PEFT, built
 
 from gatera_lightning import BackboneConfig
-from gatera_lightning.backbone import ready_for_training
-from gatera_lightning.commands.plan import Layout, predict_memory
-from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs
+from gatera_lightning.backbone.loading import ready_for_training
+from gatera_lightning.cli.commands.estimate import Layout, predict_memory
+from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs
 
 SETTINGS = {
     "4 x 160": (4, 160, 8, False),

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from gatera_lightning.cli import CALLBACKS, GateRACLI, with_found_configs
+from gatera_lightning.cli.lightning_cli import CALLBACKS, GateRACLI, with_found_configs
 
 STEPS, INTERVAL = 13, 4
 SETTING = "every_n_steps"

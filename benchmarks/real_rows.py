@@ -22,7 +22,7 @@ import lightning as L
 import torch
 
 from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
-from gatera_lightning.backbone import load_tokenizer, native_dtype
+from gatera_lightning.backbone.loading import load_tokenizer, native_dtype
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules import CommonsenseDataModule
 

@@ -9,9 +9,9 @@ import math
 import torch
 
 from gatera_lightning import load_adapter
-from gatera_lightning.backbone import load_backbone
-from gatera_lightning.cli import with_found_configs
-from gatera_lightning.commands.preview import PreviewedSplit
+from gatera_lightning.backbone.loading import load_backbone
+from gatera_lightning.cli.commands.preview import PreviewedSplit
+from gatera_lightning.cli.lightning_cli import with_found_configs
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig
 
 from gatera_lightning import AdapterConfig, BackboneConfig
-from gatera_lightning.commands.plan import Layout, communication, predict_memory
-from gatera_lightning.costs import MicroBatch, build_on_meta, model_sizes, step_costs
+from gatera_lightning.cli.commands.estimate import Layout, communication, predict_memory
+from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs
 
 GIB = 2**30
 VOCABULARY, MLP = 128_256, {"Llama-3-8B": (4096, 14_336, 32, 32), "Llama-3-70B": (8192, 28_672, 80, 64)}

@@ -28,19 +28,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gatera_lightning import AdapterConfig, inject_adapters
-from gatera_lightning.adapters.inject import adapted_linears, adapter_parameters
-from gatera_lightning.adapters.linear import AdaptedLinear
-from gatera_lightning.adapters.recording import record_gates
-from gatera_lightning.compiled_layers import compile_layers
-from gatera_lightning.fused_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
-from gatera_lightning.losses import (
+from gatera_lightning.adapters.gate_recording import record_gates
+from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.backbone.compilation import compile_layers
+from gatera_lightning.backbone.recomputation import elementwise_recomputed
+from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
+from gatera_lightning.objectives.next_token import (
     IGNORE,
     next_token_labels,
     summed_cross_entropy,
     summed_gate_entropy,
     target_positions_only,
 )
-from gatera_lightning.recomputation import elementwise_recomputed
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 OURS = {

@@ -15,17 +15,17 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.batches import LikelihoodBatches, PromptBatches, TokenTable, TrainingBatches
-from gatera_lightning.datamodules.held_out import held_out_rows
+from gatera_lightning.datamodules.answers.options import Reading, matching_option
+from gatera_lightning.datamodules.batching.datasets import LikelihoodBatches, PromptBatches, TokenTable, TrainingBatches
+from gatera_lightning.datamodules.batching.holdout import held_out_rows
+from gatera_lightning.datamodules.batching.loader import PlannedLoader, ignore_signals
+from gatera_lightning.datamodules.batching.mixture import mixed_rows
+from gatera_lightning.datamodules.batching.statistics import right_lengths, target_counts
+from gatera_lightning.datamodules.batching.step_plan import plan_steps, share_batches
 from gatera_lightning.datamodules.leakage import Leakage, find_leakage
-from gatera_lightning.datamodules.loader import PlannedLoader, ignore_signals
-from gatera_lightning.datamodules.mixture import mixed_rows
-from gatera_lightning.datamodules.plan import plan_steps, share_batches
-from gatera_lightning.datamodules.statistics import right_lengths, target_counts
-from gatera_lightning.datamodules.tables import token_table
-from gatera_lightning.datamodules.tokens import Batch, Example, TrainOn
+from gatera_lightning.datamodules.tokenization.cache import token_table
+from gatera_lightning.datamodules.tokenization.tokenize import Batch, Example, TrainOn
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.evaluation.answers import Reading, matching_option
 
 log = logging.getLogger(__name__)
 

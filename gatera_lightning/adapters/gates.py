@@ -7,7 +7,7 @@ from z = 7 on), and a logit costs the same to keep. ``z`` has the shape ``x.shap
 import torch
 from torch import Tensor, nn
 
-from gatera_lightning.adapters.ops import token_logit
+from gatera_lightning.adapters.kernels.hadamard import token_logit
 
 
 class StaticGate(nn.Module):

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
-from gatera_lightning.adapters.files import save_adapter
-from gatera_lightning.checkpoint_files import hold, keep_previous
+from gatera_lightning.adapters.serialization import save_adapter
+from gatera_lightning.checkpointing.checkpoint_io import hold, keep_previous
 from gatera_lightning.errors import CheckpointError
 
 TIMED_VALIDATION = (

@@ -19,10 +19,11 @@ from rich.text import Text
 from torch import Tensor
 from typing_extensions import override
 
-from gatera_lightning.adapters.files import adapter_identity, backbone_identity
-from gatera_lightning.backbone import expanded
-from gatera_lightning.datamodules.tables import data_hash
+from gatera_lightning.adapters.serialization import adapter_identity, backbone_identity
+from gatera_lightning.backbone.loading import expanded
+from gatera_lightning.datamodules.tokenization.cache import data_hash
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.evaluation.likelihood_ranking import ranked_questions
 from gatera_lightning.evaluation.predictions import (
     FORMAT,
     IDENTITY,
@@ -39,9 +40,8 @@ from gatera_lightning.evaluation.predictions import (
     write_merged,
     write_whole,
 )
-from gatera_lightning.evaluation.ranking import ranked_questions
 from gatera_lightning.evaluation.results import SUMMARY, EvaluationResult
-from gatera_lightning.evaluation.results_report import print_table
+from gatera_lightning.evaluation.results_table import print_table
 from gatera_lightning.evaluation.text_metrics import (
     ROW_METRICS,
     RowScores,

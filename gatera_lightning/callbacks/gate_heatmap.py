@@ -6,13 +6,13 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from gatera_lightning.adapters.inject import has_token_gates
-from gatera_lightning.backbone import context_length
+from gatera_lightning.adapters.injection import has_token_gates
+from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.datamodules.tokens import tokenise_prompt
-from gatera_lightning.inspection.heatmap import draw_heatmap, pixels
-from gatera_lightning.inspection.reading import EXAMPLE_TEXTS, ProbeText, read_gates
-from gatera_lightning.inspection.token_text import token_texts
+from gatera_lightning.datamodules.tokenization.tokenize import tokenise_prompt
+from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap, pixels
+from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, read_gates
+from gatera_lightning.gate_analysis.token_labels import token_texts
 
 log = logging.getLogger(__name__)
 

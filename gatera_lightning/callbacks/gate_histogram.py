@@ -10,13 +10,13 @@ from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from torch import Tensor
 from typing_extensions import override
 
-from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.adapters.injection import adapted_linears
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.datamodules.tokens import Batch
-from gatera_lightning.inspection.capture import GatedModule
-from gatera_lightning.inspection.gate_shares import ShareHistory, draw_shares
-from gatera_lightning.inspection.heatmap import pixels
-from gatera_lightning.inspection.statistics import BINS, PHASES, STATISTICS, GateStatistics, statistics_of_counts
+from gatera_lightning.datamodules.tokenization.tokenize import Batch
+from gatera_lightning.gate_analysis.capture import GatedModule
+from gatera_lightning.gate_analysis.plots.gate_shares import ShareHistory, draw_shares
+from gatera_lightning.gate_analysis.plots.heatmap import pixels
+from gatera_lightning.gate_analysis.statistics import BINS, PHASES, STATISTICS, GateStatistics, statistics_of_counts
 
 _LIMITS = [(i + 1) / BINS for i in range(BINS)]
 

@@ -12,16 +12,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from gatera_lightning.adapters.inject import has_token_gates
-from gatera_lightning.backbone import context_length
+from gatera_lightning.adapters.injection import has_token_gates
+from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.datamodules.tokens import PromptBatch, collate_prompts, tokenise_prompt
-from gatera_lightning.generation import DecodingConfig, end_tokens, generate
-from gatera_lightning.inspection.capture import capture_gates
-from gatera_lightning.inspection.coloured_text import draw_text
-from gatera_lightning.inspection.heatmap import pixels
-from gatera_lightning.inspection.token_text import token_texts
-from gatera_lightning.streaming import TextStream
+from gatera_lightning.datamodules.tokenization.tokenize import PromptBatch, collate_prompts, tokenise_prompt
+from gatera_lightning.gate_analysis.capture import capture_gates
+from gatera_lightning.gate_analysis.plots.colored_text import draw_text
+from gatera_lightning.gate_analysis.plots.heatmap import pixels
+from gatera_lightning.gate_analysis.token_labels import token_texts
+from gatera_lightning.generation.decoding import DecodingConfig, end_tokens, generate
+from gatera_lightning.generation.streaming import TextStream
 
 log = logging.getLogger(__name__)
 

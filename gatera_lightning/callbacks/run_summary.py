@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 from typing_extensions import override
 
-from gatera_lightning.masked_text import masked_text
+from gatera_lightning.datamodules.loss_mask_view import masked_text
 
 
 class RunSummary(L.Callback):

@@ -27,7 +27,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from typing_extensions import override
 
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.evaluation.ranking import Score
+from gatera_lightning.evaluation.likelihood_ranking import Score
 
 _CHARTS = {  # a tag is a regular expression that has to match from the start
     "loss": {

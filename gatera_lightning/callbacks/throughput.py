@@ -12,9 +12,9 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from gatera_lightning.costs import MicroBatch, build_on_meta, step_flops
-from gatera_lightning.datamodules.batches import TrainingBatches
-from gatera_lightning.datamodules.statistics import right_lengths
+from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, step_flops
+from gatera_lightning.datamodules.batching.datasets import TrainingBatches
+from gatera_lightning.datamodules.batching.statistics import right_lengths
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)

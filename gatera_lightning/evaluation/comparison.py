@@ -9,7 +9,7 @@ import numpy as np
 
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.intervals import Average, Proportion
-from gatera_lightning.evaluation.paired import Difference, PairedOutcomes, macro_difference, pooled_difference
+from gatera_lightning.evaluation.paired_tests import Difference, PairedOutcomes, macro_difference, pooled_difference
 from gatera_lightning.evaluation.recorded_run import MEASURES, RecordedRun, Row, labels, named
 from gatera_lightning.evaluation.text_metrics import corpus_metrics
 

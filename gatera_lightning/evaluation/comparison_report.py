@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gatera_lightning.evaluation.comparison import Comparison, PairResult, RunResult
-from gatera_lightning.evaluation.paired import MIN_BOOTSTRAP_ROWS, RESAMPLES, Difference
+from gatera_lightning.evaluation.paired_tests import MIN_BOOTSTRAP_ROWS, RESAMPLES, Difference
 from gatera_lightning.evaluation.recorded_run import MEASURES
 from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, ROW_METRICS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.evaluation.ranking import RankedQuestion, Score
+from gatera_lightning.evaluation.likelihood_ranking import RankedQuestion, Score
 
 MERGED = "predictions.jsonl"
 IDENTITY = "evaluation.json"

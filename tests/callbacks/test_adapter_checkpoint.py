@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import BackboneConfig, GateRAModule, adapter_parameters, load_adapter
-from gatera_lightning.backbone import load_backbone
+from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.errors import CheckpointError
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny_backbone import sample_rows, tiny_args, tiny_data, tiny_module, tiny_trainer
 
-import gatera_lightning.cli
-import gatera_lightning.module
+import gatera_lightning.cli.lightning_cli
+import gatera_lightning.training.module
 from gatera_lightning import adapter_parameters
-from gatera_lightning.__main__ import main
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
+from gatera_lightning.cli.main import main
 
 SCORES = ("sum", "per_token", "per_character")
 
@@ -142,8 +142,8 @@ def test_what_only_ranking_knows_is_refused_without_it_before_anything_is_loaded
     def loaded(*_):
         raise AssertionError("weights or tokenizer were loaded")
 
-    monkeypatch.setattr(gatera_lightning.module, "load_backbone", loaded)
-    monkeypatch.setattr(gatera_lightning.cli, "load_tokenizer", loaded)
+    monkeypatch.setattr(gatera_lightning.training.module, "load_backbone", loaded)
+    monkeypatch.setattr(gatera_lightning.cli.lightning_cli, "load_tokenizer", loaded)
     wrong = ["--checkpoint.monitor", "val/accuracy_per_token", "--early_stopping.monitor", "val/accuracy_sum"]
     assert main([*args, *wrong, "--early_stopping.patience", "0"]) == 2
     error = capsys.readouterr().err

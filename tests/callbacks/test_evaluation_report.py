@@ -10,12 +10,12 @@ from rich.text import Text
 from tiny_backbone import sample_rows, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import BackboneConfig, adapter_parameters
-from gatera_lightning.backbone import load_tokenizer
+from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.commands.compare import compare
+from gatera_lightning.cli.commands.compare import compare
 from gatera_lightning.datamodules import DialogueDataModule, MathDataModule
 from gatera_lightning.evaluation.results import EvaluationResult
-from gatera_lightning.evaluation.results_report import print_table
+from gatera_lightning.evaluation.results_table import print_table
 
 BOTH = ["likelihood", "generation"]
 

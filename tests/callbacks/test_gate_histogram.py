@@ -10,10 +10,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.adapters.inject import adapted_linears
+from gatera_lightning.adapters.injection import adapted_linears
 from gatera_lightning.callbacks.gate_histogram import GateHistogram, counted_tokens
-from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate
-from gatera_lightning.inspection.statistics import BINS, PHASES, GateStatistics
+from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
+from gatera_lightning.gate_analysis.statistics import BINS, PHASES, GateStatistics
 
 EDGES = np.linspace(0, 1, BINS + 1)
 FAMILIES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

@@ -19,9 +19,9 @@ from gatera_lightning import adapter_parameters
 from gatera_lightning.callbacks import generated_samples
 from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
 from gatera_lightning.callbacks.generated_samples import GeneratedSamples, Sample, markup
-from gatera_lightning.inspection.coloured_text import draw_text
-from gatera_lightning.inspection.heatmap import pixels
-from gatera_lightning.inspection.reading import ProbeText, read_gates
+from gatera_lightning.gate_analysis.plots.colored_text import draw_text
+from gatera_lightning.gate_analysis.plots.heatmap import pixels
+from gatera_lightning.gate_analysis.probing import ProbeText, read_gates
 
 
 class Read(GeneratedSamples):
@@ -87,7 +87,7 @@ def test_responses_that_end_early_are_without_what_follows(tiny_backbone, tmp_pa
     rows = Counter(token for _, response in whole for token in set(response))
     ending = next(token for token, count in rows.items() if count < len(whole))
     ends = generated_samples.end_tokens
-    for module in ("gatera_lightning.generation", "gatera_lightning.callbacks.generated_samples"):
+    for module in ("gatera_lightning.generation.decoding", "gatera_lightning.callbacks.generated_samples"):
         monkeypatch.setattr(f"{module}.end_tokens", lambda *args: [*ends(*args), ending])
     callback = Read(prompts, max_new_tokens=7)
     fit(tiny_backbone, tmp_path, callback, logger=logger)

@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from rich.text import Text
 from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.__main__ import _show_own_log, main
 from gatera_lightning.callbacks.progress_bar import StepProgressBar
 from gatera_lightning.callbacks.throughput import Throughput
-from gatera_lightning.cli import GateRACLI, with_found_configs
+from gatera_lightning.cli.lightning_cli import GateRACLI, with_found_configs
+from gatera_lightning.cli.main import _show_own_log, main
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")  # escape, carriage return and their like
 BAR = "[━╸╺]+"

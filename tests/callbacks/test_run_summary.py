@@ -5,8 +5,8 @@ import pytest
 from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.run_summary import RunSummary
-from gatera_lightning.datamodules.tokens import AnsweredPrompt, collate
-from gatera_lightning.masked_text import masked_text
+from gatera_lightning.datamodules.loss_mask_view import masked_text
+from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import torch
 from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import GateRAModule
-from gatera_lightning.__main__ import main
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
+from gatera_lightning.cli.main import main
 from gatera_lightning.errors import Preempted
 
 BOTH = (signal.SIGUSR1, signal.SIGTERM)

@@ -15,9 +15,9 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.__main__ import main
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.tensorboard_overview import TensorBoardOverview
+from gatera_lightning.cli.main import main
 
 LAYOUT = "custom_scalars__config__"
 STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]

@@ -19,7 +19,7 @@ from tiny_backbone import SAMPLES, tiny_module, tiny_trainer
 from transformers import AutoTokenizer
 
 from gatera_lightning import BackboneConfig
-from gatera_lightning.backbone import load_tokenizer
+from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules import DialogueDataModule, OwnDataModule
 from gatera_lightning.errors import ConfigError
@@ -87,7 +87,7 @@ def asked(monkeypatch, tiny_backbone):
         width = 1 + max(map(len, said))
         return torch.tensor([ids + [batch["eos_id"]] + [batch["pad_id"]] * (width - 1 - len(ids)) for ids in said])
 
-    monkeypatch.setattr("gatera_lightning.module.generate", generate)
+    monkeypatch.setattr("gatera_lightning.training.module.generate", generate)
     return seen
 
 

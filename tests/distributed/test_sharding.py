@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parity import assert_same, fit, read
+from fits import assert_same, fit, read
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gatera_lightning import AdapterConfig, BackboneConfig, adapter_parameters, inject_adapters
-from gatera_lightning.backbone import load_backbone
+from gatera_lightning.backbone.loading import load_backbone
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parent / "sharding_script.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "sharding_script.py"
 CLIP = 0.003  # below the norm of every step's gradient
 
 

@@ -11,7 +11,7 @@ from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.comparison import common_rows, compare_runs
 from gatera_lightning.evaluation.comparison_report import as_json, as_markdown
 from gatera_lightning.evaluation.intervals import Proportion
-from gatera_lightning.evaluation.paired import PairedOutcomes
+from gatera_lightning.evaluation.paired_tests import PairedOutcomes
 from gatera_lightning.evaluation.recorded_run import MEASURES, labels, read_run
 
 SUMMED, PER_TOKEN, PER_CHARACTER, GENERATED = MEASURES

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import ConfigError, adapter_parameters, save_adapter
-from gatera_lightning.__main__ import main
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
+from gatera_lightning.cli.main import main
+from gatera_lightning.evaluation.likelihood_ranking import RankedQuestion
 from gatera_lightning.evaluation.predictions import (
     FORMAT,
     MERGED,
@@ -30,8 +31,7 @@ from gatera_lightning.evaluation.predictions import (
     read_records,
     write_merged,
 )
-from gatera_lightning.evaluation.ranking import RankedQuestion
-from gatera_lightning.generation import DecodingConfig
+from gatera_lightning.generation.decoding import DecodingConfig
 
 ROWS = 7
 BOTH = ["likelihood", "generation"]

@@ -11,9 +11,9 @@ import sacrebleu
 from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.evaluation.answers import Reading
+from gatera_lightning.datamodules.answers.options import Reading
 from gatera_lightning.evaluation.intervals import Average, Proportion
-from gatera_lightning.evaluation.ranking import Score
+from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.evaluation.results import EvaluationResult
 
 SCORES = ("sum", "per_token", "per_character")

@@ -1,0 +1,1 @@
+"""From token tables to the batches of each optimizer step."""

@@ -1,0 +1,1 @@
+"""Where rows come from: sample data, files, the hub."""

@@ -1,0 +1,1 @@
+"""Tasks: how a row becomes an example."""

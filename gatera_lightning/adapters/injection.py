@@ -1,0 +1,181 @@
+"""Putting adapters into a model: which linear layers match, what stays frozen, and what was done."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.errors import ConfigError
+
+_WHOLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What :func:`inject_adapters` did."""
+
+    layers: tuple[str, ...]
+    """Names of the adapted linear layers, in model order."""
+    matches: dict[str, int]
+    """How many layers each pattern of ``target_modules`` matched."""
+    trainable: int
+    """Trainable elements: the adapter's."""
+    frozen: int
+    """Frozen elements: the backbone's."""
+    experts: tuple[str, ...] = ()
+    """Names of routed experts' weights, which cannot be adapted and stay as they are."""
+
+    def __str__(self) -> str:
+        patterns = ", ".join(f"{pattern} × {count}" for pattern, count in self.matches.items())
+        share = 100 * self.trainable / (self.trainable + self.frozen)
+        text = f"{len(self.layers)} adapted layers ({patterns}); {self.trainable:,} trainable parameters ({share:.2f} %)"
+        return f"{text}; not adapted: the experts' {', '.join(self.experts)}" if self.experts else text
+
+
+def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers of a model by name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def has_token_gates(model: nn.Module) -> bool:
+    """Whether any adapted layer has a gate of its own for every token."""
+    return any(layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(model).values())
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by full name. Freezing, optimizer, checkpoints, counts and export all ask this."""
+    return {
+        f"{layer_name}.{name}" if layer_name else name: parameter
+        for layer_name, layer in adapted_linears(model).items()
+        for name, parameter in layer.adapter_params().items()
+    }
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name``."""
+    parent_name, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent_name), child, module)
+
+
+def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> InjectionReport:
+    """Freeze ``model`` and replace every matching ``nn.Linear`` by an :class:`AdaptedLinear`, in place.
+
+    ``generator`` (CPU) draws the initial values; with the same generator every rank gets the same adapter.
+    Raises ConfigError, naming every problem at once, when a setting cannot work, a pattern matches no linear layer,
+    a rank exceeds a layer's size, or the model is adapted already. The model is unchanged then.
+    """
+    problems = config.problems()
+    if adapted_linears(model):
+        problems.append("the model is already adapted; load its backbone anew to inject another adapter")
+    if problems:
+        raise ConfigError(problems)
+    targets, matches = find_targets(model, config)
+
+    model.requires_grad_(False)
+    for name, linear in targets.items():
+        replace_module(model, name, AdaptedLinear(linear, config, generator).train(linear.training))
+    adapter = {id(p): p.numel() for p in adapter_parameters(model).values()}
+    frozen = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
+    return InjectionReport(tuple(targets), matches, sum(adapter.values()), frozen, _experts(model))
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
+    """The linear layers to adapt, by name, and the matches per pattern; raises ConfigError as inject_adapters says.
+
+    Of a model that also sees or hears, they are those that read text.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n}
+    linears = {name: linear for name, linear in linears.items() if _reads_text(model, name)}
+    problems = []
+    in_layers = linears
+    if config.layers is not None:
+        index = {name: _layer_index(name) for name in linears}
+        missing = sorted(set(config.layers) - set(index.values()))
+        if missing:
+            existing = sorted({i for i in index.values() if i is not None})
+            span = f"{existing[0]}…{existing[-1]}" if existing else "none"
+            problems.append(f"adapter.layers: {missing} do not exist; the model's decoder layers are {span}")
+        in_layers = {name: linear for name, linear in linears.items() if index[name] in config.layers}
+
+    targets: dict[str, nn.Linear] = {}
+    matches = {}
+    for pattern in config.target_modules:
+        found = {name: linear for name, linear in in_layers.items() if _matches(pattern, name)}
+        matches[pattern] = len(found)
+        targets.update(found)
+        if not found and any(_matches(pattern, name) for name in linears):
+            problems.append(f"adapter.target_modules: {pattern!r} matches nothing in adapter.layers {config.layers}")
+        elif not found:
+            problems.append(_no_match(model, pattern, linears, head))
+    for name, linear in targets.items():
+        smaller = min(linear.in_features, linear.out_features)
+        if config.rank > smaller:
+            problems.append(
+                f"adapter.rank: {config.rank} exceeds {name} ({linear.in_features} -> {linear.out_features}); "
+                f"accepted here: 1 to {smaller}"
+            )
+            break
+    for name, linear in targets.items():
+        if linear.weight.dtype not in _WHOLE or linear.weight.shape != (linear.out_features, linear.in_features):
+            kind, shape = str(linear.weight.dtype).removeprefix("torch."), tuple(linear.weight.shape)
+            problems.append(
+                f"backbone.id: {name} is a {type(linear).__name__} whose weight is {kind} {shape}; accepted: weights that are "
+                "not quantised"
+            )
+            break
+    if problems:
+        raise ConfigError(problems)
+    return {name: targets[name] for name in linears if name in targets}, matches
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name.rpartition(".")[2] == pattern or re.fullmatch(pattern, name) is not None
+
+
+def _reads_text(model: nn.Module, name: str) -> bool:
+    """Whether the innermost of Hugging Face's models around a module is one of tokens, not of pixels or sounds."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        around = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(around, PreTrainedModel):
+            return around.main_input_name == "input_ids"
+    return True
+
+
+def _layer_index(name: str) -> int | None:
+    """The first number in a module's path: ``model.layers.7.mlp.up_proj`` -> 7."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _no_match(model: nn.Module, pattern: str, linears: dict[str, nn.Linear], head: nn.Module | None) -> str:
+    """Why ``pattern`` found nothing, and what there is instead."""
+    names = Counter(name.rpartition(".")[2] for name in linears)
+    text = f"adapter.target_modules: {pattern!r} matches no linear layer; this model has " + (
+        ", ".join(f"{name} × {count}" for name, count in names.items()) or "no nn.Linear at all"
+    )
+    fused = [name for name in names if name in ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")]
+    if fused:
+        text += f". {', '.join(fused)}: fused projections, adapted as one layer under that name"
+    conv1d = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "Conv1D"})
+    if conv1d:
+        text += f". {', '.join(conv1d)}: Conv1D layers (transposed weights), which cannot be adapted"
+    if experts := _experts(model):
+        text += f". {', '.join(experts)}: mixture-of-experts weights in one 3-D parameter, which cannot be adapted"
+    if head is not None and any(m is head and _matches(pattern, n) for n, m in model.named_modules()):
+        text += ". The output head itself is never adapted"
+    return text
+
+
+def _experts(model: nn.Module) -> tuple[str, ...]:
+    """Last names of routed experts' weights, all of a layer's in one parameter of three dimensions."""
+    found = set()
+    for path, module in model.named_modules():
+        if "expert" in f"{path}.{type(module).__name__}".lower():
+            found |= {name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
+    return tuple(sorted(found))

@@ -1,0 +1,1 @@
+"""Autograd functions behind the updates and the gates."""

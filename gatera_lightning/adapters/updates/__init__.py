@@ -1,0 +1,1 @@
+"""Updates of a frozen linear layer: LoRA, DoRA, HiRA."""

@@ -1,0 +1,1 @@
+"""The frozen model: load it, probe it, run it cheaply."""

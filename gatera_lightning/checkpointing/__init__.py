@@ -1,0 +1,1 @@
+"""Checkpoints: atomic files, integrity checks and exact resume."""

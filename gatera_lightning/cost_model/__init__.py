@@ -1,0 +1,1 @@
+"""Predicted memory and FLOPs of a training step."""

@@ -1,0 +1,1 @@
+"""Several ranks: sharding, launch checks and gathering."""

@@ -1,0 +1,1 @@
+"""Gate values: capture, statistics, reports and plots."""

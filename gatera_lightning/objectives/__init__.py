@@ -1,0 +1,1 @@
+"""Training objectives: the terms of the loss."""

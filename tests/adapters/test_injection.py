@@ -1,0 +1,353 @@
+"""Which layers are adapted, what is frozen, and what a configuration that cannot work is told."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from gatera_lightning import AdapterConfig, ConfigError, adapter_parameters, inject_adapters
+from gatera_lightning.adapters.config import GateName, UpdateName
+from gatera_lightning.adapters.gates import GATES
+from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.layer import UPDATES, AdaptedLinear
+from gatera_lightning.distributed.sharding import decoder_layers
+
+
+def _config(targets=("q_proj",), **settings):
+    return AdapterConfig(**({"rank": 2, "target_modules": list(targets)} | settings))
+
+
+def _snapshot(model):
+    modules = {name: (id(module), module.training) for name, module in model.named_modules()}
+    values = {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters()}
+    return modules, values
+
+
+def _problems(model, config):
+    """The problems that inject_adapters names; it must have left the model as it was."""
+    before = _snapshot(model)
+    with pytest.raises(ConfigError) as caught:
+        inject_adapters(model, config)
+    assert _snapshot(model) == before
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def _gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+
+
+def _phi3():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Phi3ForCausalLM(Phi3Config(vocab_size=64, num_key_value_heads=2, pad_token_id=0, **sizes))
+
+
+def _mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, **sizes)
+    return MixtralForCausalLM(config)
+
+
+def _gemma3():
+    """With a tower that sees, whose projections have the text's names and come first."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1)
+    return Gemma3ForConditionalGeneration(config)
+
+
+def _qwen2_moe():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 24, "num_experts": 2}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=64, num_experts_per_tok=1, **sizes))
+
+
+def test_the_report_counts_matches_per_pattern(tiny_llama):
+    model = tiny_llama()
+    backbone_size = sum(p.numel() for p in model.parameters())
+    report = inject_adapters(model, _config(["q_proj", "down_proj", r"model\.layers\.1\.self_attn\..*"], rank=3))
+    assert report.matches == {"q_proj": 2, "down_proj": 2, r"model\.layers\.1\.self_attn\..*": 4}
+    assert report.layers == (  # in model order, each once though two patterns match it
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.v_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.down_proj",
+    )
+    assert report.layers == tuple(adapted_linears(model))
+    # q, o: 32 -> 32 (three of them); k, v: 32 -> 16; down: 48 -> 32; rank 3, and in + 1 for the gate
+    expected = 3 * (3 * 64 + 33) + 2 * (3 * 48 + 33) + 2 * (3 * 80 + 49)
+    assert report.trainable == expected == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.frozen == backbone_size == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    text = str(report)
+    assert text.startswith("7 adapted layers (q_proj × 2, down_proj × 2, model")
+    assert f"{expected:,} trainable parameters ({100 * expected / (expected + backbone_size):.2f} %)" in text
+
+
+def test_a_name_is_not_a_prefix_and_a_regular_expression_matches_the_whole_name(tiny_llama):
+    assert _problems(tiny_llama(), _config(["proj"]))
+    assert _problems(tiny_llama(), _config(["q_pro."]))  # no expression is tried on the last segment alone
+    assert _problems(tiny_llama(), _config(["layers.0.self_attn.q_proj"]))
+    assert inject_adapters(tiny_llama(), _config([r".*\.0\..*_proj"])).matches == {r".*\.0\..*_proj": 7}
+    assert inject_adapters(tiny_llama(), _config(["model.layers.0.mlp.up_proj"])).matches.popitem()[1] == 1
+    assert len(inject_adapters(tiny_llama(), _config([r".*q_proj|.*v_proj"])).layers) == 4
+
+
+def test_layers_choose_decoder_layers(tiny_llama):
+    model = tiny_llama(layers=3)
+    report = inject_adapters(model, _config(["q_proj", "up_proj"], layers=[2, 0]))
+    assert report.matches == {"q_proj": 2, "up_proj": 2}
+    assert {name.split(".")[2] for name in report.layers} == {"0", "2"}
+    assert type(model.model.layers[1].self_attn.q_proj) is nn.Linear
+
+
+def test_layers_that_do_not_exist_are_refused(tiny_llama):
+    (problem,) = _problems(tiny_llama(), _config(layers=[0, 2, 7]))
+    assert "adapter.layers: [2, 7] do not exist" in problem
+    assert "0…1" in problem
+
+
+def test_only_the_adapter_learns(tiny_llama):
+    model = tiny_llama()
+    frozen = dict(model.named_parameters())
+    values = {name: p.detach().clone() for name, p in frozen.items()}
+    inject_adapters(model, _config(["q_proj", "down_proj"], update="dora"))
+    adapter = adapter_parameters(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter)
+    assert set(adapter) == {
+        f"model.layers.{i}.{layer}.{name}"
+        for i in range(2)
+        for layer in ("self_attn.q_proj", "mlp.down_proj")
+        for name in ("update.a", "update.b", "update.magnitude", "gate.weight", "gate.bias")
+    }
+    kept = {name.replace(".base.", "."): p for name, p in model.named_parameters() if name not in adapter}
+    assert {name: id(p) for name, p in kept.items()} == {name: id(p) for name, p in frozen.items()}
+    model(torch.arange(8).reshape(1, 8)).logits.square().sum().backward()
+    assert all((p.grad is not None) == (name in adapter) for name, p in model.named_parameters())
+    assert all(torch.equal(p, values[name]) for name, p in frozen.items())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_adapted_model_starts_as_its_backbone(tiny_llama, update):
+    model, tokens = tiny_llama(), torch.arange(12).reshape(2, 6)
+    expected = model(tokens).logits
+    inject_adapters(model, _config(["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], update=update))
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_an_adapted_layer_answers_for_its_linear_layer(tiny_llama):
+    model = tiny_llama(attention_bias=True)
+    inject_adapters(model, _config(["down_proj", "k_proj"]))
+    down, key = model.model.layers[0].mlp.down_proj, model.model.layers[0].self_attn.k_proj
+    assert (down.in_features, down.out_features, down.bias) == (48, 32, None)
+    assert down.weight is down.base.weight
+    assert key.bias is key.base.bias
+    assert key.bias is not None
+    assert "update=hira, gate=token, rank=2" in repr(down)
+
+
+def test_every_problem_of_the_settings_is_named_at_once(tiny_llama):
+    config = _config(
+        ["q_proj", "("], update="vera", gate="soft", rank=0, alpha=-1.0, dropout=1.0, layers=[], adapter_dtype="int8"
+    )
+    problems = _problems(tiny_llama(), config)
+    told = "update", "gate", "adapter_dtype", "rank", "alpha", "dropout", "target_modules", "layers"
+    assert [problem.split(":")[0] for problem in problems] == [f"adapter.{name}" for name in told]
+    assert "'vera' is unknown; accepted: lora, dora, hira" in problems[0]
+    assert "'soft' is unknown; accepted: none, static, token" in problems[1]
+
+
+def test_every_problem_with_the_model_is_named_at_once(tiny_llama):
+    problems = _problems(tiny_llama(), _config(["q_proj", "query", "w2", "up_proj"], rank=33, layers=[0, 9]))
+    told = "layers: [9]", "target_modules: 'query'", "target_modules: 'w2'", "rank: 33 exceeds model.layers.0."
+    assert len(problems) == len(told)
+    assert all(problem.startswith(f"adapter.{start}") for problem, start in zip(problems, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"alpha": 2.0}, "adapter.alpha: 2.0, but update 'hira' has no scale"),
+        ({"update": "lora", "alpha": 0.0}, "adapter.alpha: 0.0"),
+        ({"update": "lora", "alpha": float("nan")}, "adapter.alpha: nan"),
+        ({"gate_bias": float("nan")}, "adapter.gate_bias: nan"),
+        ({"skip_below": -0.1}, "adapter.skip_below: -0.1"),
+        ({"skip_below": 0.6}, "adapter.skip_below: 0.6"),
+        ({"skip_below": float("nan")}, "adapter.skip_below: nan"),
+        ({"skip_below": "0.1"}, "adapter.skip_below: '0.1'"),
+        ({"merge_above": None}, "adapter.merge_above: None"),
+        ({"merge_above": 0.4}, "adapter.merge_above: 0.4"),
+        ({"merge_above": 1.1}, "adapter.merge_above: 1.1"),
+        ({"skip_below": 0.1, "gate": "static"}, "adapter.skip_below: 0.1, merge_above: 1.0, with update 'hira', gate 'static'"),
+        ({"merge_above": 0.9, "update": "lora"}, "adapter.skip_below: 0.0, merge_above: 0.9, with update 'lora'"),
+        ({"skip_below": 0.1, "dropout": 0.1}, "adapter.skip_below: 0.1, merge_above: 1.0"),
+        ({"gate_bias": float("inf")}, "adapter.gate_bias: inf"),
+        ({"rank": -1}, "adapter.rank: -1"),
+        ({"dropout": -0.1}, "adapter.dropout: -0.1"),
+        ({"dropout": float("nan")}, "adapter.dropout: nan"),
+        ({"target_modules": []}, "adapter.target_modules: []; accepted: a list of at least one"),
+        ({"layers": [-1]}, "adapter.layers: [-1]"),
+        ({"gate": "threshold"}, "'threshold' is unknown"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_work_is_refused(tiny_llama, settings, told):
+    (problem,) = _problems(tiny_llama(), _config(**settings))
+    assert told in problem
+
+
+def test_settings_at_the_edge_are_accepted():
+    assert AdapterConfig().problems() == []
+    assert _config(update="lora", alpha=0.5, dropout=0.0, layers=[0]).problems() == []
+    assert _config(update="dora", gate="none", rank=1, dropout=0.99).problems() == []
+
+
+def test_a_rank_above_the_smaller_side_is_refused(tiny_llama):
+    (problem,) = _problems(tiny_llama(), _config(["k_proj"], rank=17))
+    assert "17 exceeds model.layers.0.self_attn.k_proj (32 -> 16); accepted here: 1 to 16" in problem
+    assert inject_adapters(tiny_llama(), _config(["k_proj"], rank=16)).matches == {"k_proj": 2}
+
+
+def test_a_pattern_without_match_lists_what_there_is(tiny_llama):
+    (problem,) = _problems(tiny_llama(), _config(["query_proj"]))
+    assert "'query_proj' matches no linear layer" in problem
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert f"{name} × 2" in problem
+    assert "lm_head" not in problem
+    assert not any(word in problem for word in ("fused", "Conv1D", "expert"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_head_is_never_adapted(tiny_llama, tied):
+    (problem,) = _problems(tiny_llama(tie_word_embeddings=tied), _config(["lm_head"]))
+    assert "The output head itself is never adapted" in problem
+    model = tiny_llama(tie_word_embeddings=tied)
+    report = inject_adapters(model, _config([".*"]))
+    assert report.matches == {".*": 14}
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_conv1d_is_named_for_what_it_is():
+    (problem,) = _problems(_gpt2(), _config(["c_attn"]))
+    assert "c_attn, c_fc, c_proj: Conv1D layers (transposed weights), which cannot be adapted" in problem
+    assert "no nn.Linear at all" in problem
+
+
+def test_fused_projections_are_named_and_can_be_adapted():
+    (problem,) = _problems(_phi3(), _config(["q_proj"]))
+    assert "qkv_proj, gate_up_proj: fused projections, adapted as one layer under that name" in problem
+    model = _phi3()
+    assert inject_adapters(model, _config(["qkv_proj", "gate_up_proj"])).matches == {"qkv_proj": 1, "gate_up_proj": 1}
+    assert model(torch.arange(6).reshape(1, 6)).logits.isfinite().all()
+
+
+def test_experts_are_named_for_what_they_are():
+    (problem,) = _problems(_mixtral(), _config(["down_proj"]))
+    assert "down_proj, gate_up_proj: mixture-of-experts weights in one 3-D parameter" in problem
+    assert "fused" not in problem
+    assert inject_adapters(_mixtral(), _config(["q_proj"])).matches == {"q_proj": 1}
+
+
+def test_experts_that_stay_as_they_are_are_reported():
+    """A shared expert has the names that were asked for; the routed ones, most of the weights, have not."""
+    report = inject_adapters(_qwen2_moe(), _config(["q_proj", "down_proj"]))
+    assert report.layers == ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.shared_expert.down_proj")
+    assert report.experts == ("down_proj", "gate_up_proj")
+    assert str(report).endswith("not adapted: the experts' down_proj, gate_up_proj")
+
+
+def test_other_weights_of_three_dimensions_are_no_experts(tiny_llama):
+    model = tiny_llama()
+    model.model.layers[0].conv = nn.Conv1d(4, 4, 3)
+    assert inject_adapters(model, _config()).experts == ()
+
+
+def test_a_head_may_have_the_name_of_a_decoder():
+    from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    special = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0)
+    model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**sizes, **special))
+    assert inject_adapters(model, _config()).layers == ("model.layers.0.attn.q_proj",)
+
+
+def test_of_a_model_that_sees_the_text_decoder_is_adapted():
+    model = _gemma3()
+    layers = inject_adapters(model, _config(["q_proj", "fc1", "up_proj"][::2])).layers
+    assert layers == ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.0.mlp.up_proj")
+    assert decoder_layers(model) is model.model.language_model.layers
+    (problem,) = _problems(_gemma3(), _config(["fc1"]))
+    assert "'fc1' matches no linear layer" in problem
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapted_layer_drops_out_where_its_model_would(tiny_llama, training):
+    """Models come in evaluation mode from Hugging Face."""
+    model = tiny_llama().train(training)
+    inject_adapters(model, _config(dropout=0.5))
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(32, 32, dtype=torch.int8), torch.zeros(512, 1)], ids=["int8", "packed"])
+def test_quantised_weights_are_named(tiny_llama, weight):
+    model = tiny_llama()
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(weight, requires_grad=False)
+    (problem,) = _problems(model, _config())
+    assert problem.startswith("backbone.id: model.layers.1.self_attn.q_proj is a Linear whose weight is")
+    assert problem.endswith("accepted: weights that are not quantised")
+
+
+def test_an_adapted_model_is_not_adapted_again(tiny_llama):
+    model = tiny_llama()
+    inject_adapters(model, _config())
+    (problem,) = _problems(model, _config(["k_proj"]))
+    assert "already adapted" in problem
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_generator_alone_decides_the_start(tiny_llama, update):
+    def start(seed, noise):
+        torch.manual_seed(noise)
+        model = tiny_llama()
+        inject_adapters(model, _config(["q_proj", "up_proj"], update=update), torch.Generator().manual_seed(seed))
+        return adapter_parameters(model)
+
+    first, same, other = start(7, 0), start(7, 1), start(8, 0)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) != name.endswith("update.a") for name in first)
+    a = [p for name, p in first.items() if name.endswith("q_proj.update.a")]
+    assert not torch.equal(a[0], a[1])  # one draw for each layer
+
+
+def test_the_adapter_has_its_own_dtype(tiny_llama):
+    model = tiny_llama(torch.bfloat16)
+    inject_adapters(model, _config(update="dora", adapter_dtype="float64"))
+    adapter = adapter_parameters(model)
+    assert {p.dtype for p in adapter.values()} == {torch.float64}
+    assert {p.dtype for name, p in model.named_parameters() if name not in adapter} == {torch.bfloat16}
+    assert model(torch.arange(4).reshape(1, 4)).logits.dtype == torch.bfloat16
+
+
+def test_names_in_the_configuration_are_the_names_of_the_code():
+    assert tuple(UPDATES) == get_args(UpdateName)
+    assert tuple(GATES) == get_args(GateName)
+
+
+def test_a_bare_module_can_be_adapted():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    report = inject_adapters(model, _config(["0", "2"], layers=[2, 0]))
+    assert report.layers == ("0", "2")
+    assert [type(module) for module in model] == [AdaptedLinear, nn.ReLU, AdaptedLinear]

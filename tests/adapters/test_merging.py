@@ -1,0 +1,99 @@
+"""Merging: one plain linear layer in the place of every adapted one, and refusal where the gate forbids it."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from gatera_lightning import AdapterConfig, inject_adapters, merge_adapter
+from gatera_lightning.adapters.injection import adapted_linears
+
+UPDATES = ["lora", "dora", "hira"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def _adapted(tiny_llama, randomise, update, gate, dtype=torch.float32, **settings):
+    model = tiny_llama(dtype, attention_bias=True, initializer_range=0.2)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    if update != "hira":
+        settings["alpha"] = 6.0
+    config = AdapterConfig(update=update, gate=gate, rank=4, target_modules=TARGETS, **settings)
+    inject_adapters(model, config, generator)
+    return randomise(model, size=0.2).eval()
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(torch.arange(14).reshape(2, 7)).logits
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("gate", ["none", "static"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_merged_model_equals_the_adapted_one(tiny_llama, randomise, update, gate, kind):
+    dtype = getattr(torch, kind)
+    model = _adapted(tiny_llama, randomise, update, gate, dtype, adapter_dtype=kind, gate_bias=-0.5)
+    backbone = tiny_llama(dtype, attention_bias=True, initializer_range=0.2)
+    expected, names = _logits(model), set(dict(backbone.named_parameters()))
+    assert (expected - _logits(backbone)).abs().max() > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = merge_adapter(model)
+    assert merged is model
+    assert not adapted_linears(merged)
+    layers = merged.model.layers
+    assert all(type(getattr(layer.self_attn, name)) is nn.Linear for layer in layers for name in TARGETS[:3])
+    assert all(type(getattr(layer.mlp, name)) is nn.Linear for layer in layers for name in TARGETS[3:])
+    assert set(dict(merged.named_parameters())) == names
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["none", "static"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_merged_weight_is_the_dense_formula(randomise, update, gate):
+    base = nn.Linear(7, 13).double()
+    model = nn.Sequential(base)
+    w0, bias = base.weight.detach().clone(), base.bias.detach().clone()
+    alpha = None if update == "hira" else 6.0
+    settings = {"update": update, "gate": gate, "rank": 3, "alpha": alpha, "adapter_dtype": "float64"}
+    inject_adapters(model, AdapterConfig(target_modules=["0"], **settings))
+    randomise(model)
+    p = {name: value.detach() for name, value in model[0].adapter_params().items()}
+    merge_adapter(model)
+    ba, g = p["update.b"] @ p["update.a"], torch.sigmoid(p["gate.bias"]) if gate == "static" else 1
+    adapted = {"lora": w0 + 2 * ba, "dora": w0 + 2 * ba, "hira": w0 + w0 * ba}[update]
+    if update == "dora":
+        adapted = p["update.magnitude"].unsqueeze(1) * adapted / adapted.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model[0].weight.detach(), w0 + g * (adapted - w0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(model[0].bias, bias)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_token_gate_is_refused_with_the_reason(tiny_llama, randomise, update):
+    model = _adapted(tiny_llama, randomise, update, "token")
+    before, modules = _logits(model), [id(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="q_proj has a 'token' gate, whose weight differs from token to token"):
+        merge_adapter(model)
+    assert [id(module) for module in model.modules()] == modules
+    assert torch.equal(_logits(model), before)
+
+
+def test_a_model_without_adapter_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="no adapted layers"):
+        merge_adapter(tiny_llama())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_merging_into_bfloat16_warns_and_rounds_once(tiny_llama, randomise, update):
+    model = _adapted(tiny_llama, randomise, update, "static", torch.bfloat16)
+    layer = model.model.layers[1].mlp.up_proj
+    expected = layer.weight.float() + torch.sigmoid(layer.gate.bias) * layer.update.delta_weight(layer.weight)
+    with pytest.warns(UserWarning, match="16-bit weights"):
+        merge_adapter(model)
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, expected.to(torch.bfloat16))

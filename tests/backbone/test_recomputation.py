@@ -1,0 +1,376 @@
+"""The same bits with less kept: losses, gradients, what lives between forward and backward, and what looks alike and is not."""
+
+import gc
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_families import FAMILIES, SIZES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig, adapter_parameters, inject_adapters
+from gatera_lightning.backbone.recomputation import LONGEST, elementwise_recomputed
+from gatera_lightning.cost_model.step_costs import LiveBytes
+from gatera_lightning.training import module as module_file
+
+TOKENS, WIDTH, WIDE = 7, 8, 64
+
+
+def of_family(name, dtype, **adapter):
+    """A tiny model whose adapter does something."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SIZES, **FAMILIES[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+    adapter = {"rank": 2, "adapter_dtype": "float64" if dtype == torch.float64 else "float32"} | adapter
+    inject_adapters(model, AdapterConfig(**adapter))
+    for parameter in adapter_parameters(model).values():
+        parameter.data.normal_(std=0.1)
+    return model.train()
+
+
+def step(model, around):
+    """Loss, gradients, and the bytes alive between forward and backward."""
+    ids = torch.arange(2 * 9).view(2, 9) + 3
+    parameters = list(adapter_parameters(model).values())
+    torch.manual_seed(1)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        with around:
+            logits = model(input_ids=ids, use_cache=False).logits
+        loss = logits.float().square().mean()
+        kept = live.now
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [loss.detach(), *gradients], kept
+
+
+def assert_same_with_less(model, share):
+    """The very bits, and at most ``share`` of the bytes."""
+    (usual, all_kept), (ours, kept) = step(model, nullcontext()), step(model, elementwise_recomputed())
+    for one, other in zip(ours, usual, strict=True):
+        assert (one is None and other is None) or (one.dtype == other.dtype and torch.equal(one, other))
+    assert kept <= share * all_kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, dtype):
+    """Phi's gate and up are one tensor, Gemma's activation is GELU and its norms scale by 1 + w, Cohere norms by mean."""
+    targets = ["gate_up_proj", "down_proj"] if name == "phi3" else ["q_proj", "up_proj", "down_proj"]
+    assert_same_with_less(of_family(name, dtype, target_modules=targets), 0.9)
+
+
+@pytest.mark.parametrize("update", ["lora", "dora", "hira"])
+@pytest.mark.parametrize("gate", ["none", "static", "token"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_methods(update, gate, dropout):
+    assert_same_with_less(of_family("llama", torch.bfloat16, update=update, gate=gate, dropout=dropout), 0.85)
+
+
+@pytest.mark.parametrize("thresholds", [(0.45, 1.0), (0.0, 0.55), (0.5, 0.5)], ids=str)
+def test_tokens_told_apart(thresholds):
+    skip, merge = thresholds
+    assert_same_with_less(of_family("llama", torch.float32, skip_below=skip, merge_above=merge), 0.8)
+
+
+def test_adapters_elsewhere():
+    """A frozen down_proj needs no input; the activation is kept no more all the same."""
+    assert_same_with_less(of_family("llama", torch.float32, target_modules=["q_proj"]), 0.9)
+
+
+def test_autocast():
+    model = of_family("llama", torch.float32)
+
+    cast = torch.autocast("cpu", torch.bfloat16)
+
+    @contextmanager
+    def cast_and_recomputed():
+        with cast, elementwise_recomputed():
+            yield
+
+    usual, all_kept = step(model, cast)
+    ours, kept = step(model, cast_and_recomputed())
+    assert all(torch.equal(one, other) for one, other in zip(ours, usual, strict=True))
+    assert kept < all_kept
+
+
+def test_a_checkpointed_layer_keeps_nothing_and_still_does():
+    model = of_family("llama", torch.float32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_with_less(model, 1.0)
+    plain = of_family("llama", torch.float32)
+    assert step(model, elementwise_recomputed())[1] < 0.5 * step(plain, elementwise_recomputed())[1]
+
+
+# --- one gated MLP, one norm ---
+
+
+@pytest.fixture
+def gate_and_up():
+    torch.manual_seed(0)
+    x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+    return (x, *(torch.randn(WIDE, WIDTH) for _ in range(2)), torch.randn(WIDE, requires_grad=True))
+
+
+def mlp(between=lambda gate, up: F.silu(gate) * up):
+    """Σ of what a down projection that is trained (1, WIDE) makes of it, as a function of the fixture's tensors."""
+    return lambda x, gate, up, down: (F.linear(between(F.linear(x, gate), F.linear(x, up)), down[None])).square().sum()
+
+
+def kept_by(function, tensors, around=elementwise_recomputed):
+    """Result, gradients and bytes alive in between."""
+    with LiveBytes(list(tensors)) as live:
+        with around():
+            out = function(*tensors)
+        kept = live.now
+        gradients = torch.autograd.grad(out, [t for t in tensors if t.requires_grad])
+    return [out.detach(), *gradients], kept
+
+
+def same(function, tensors):
+    """Bytes alive without, and with; the results are the same bits."""
+    (usual, all_kept), (ours, kept) = kept_by(function, tensors, nullcontext), kept_by(function, tensors)
+    assert all(torch.equal(one, other) for one, other in zip(ours, usual, strict=True))
+    return all_kept, kept
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_of_a_gated_mlp_gate_and_up_are_kept(gate_and_up, device):
+    tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in gate_and_up]
+    kept = [kept_by(mlp(), tensors, around)[1] for around in (nullcontext, elementwise_recomputed)]
+    of_width = 4 * TOKENS * WIDE
+    rest = 4 * (TOKENS + 1)  # the output, and its sum
+    assert kept == [4 * of_width + rest, 2 * of_width + rest]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_of_a_norm_its_input_and_one_number_a_row(dtype):
+    """A bf16 input is kept as it is, and not in fp32."""
+    torch.manual_seed(0)
+    x, weight, w = torch.randn(TOKENS, WIDE), torch.randn(WIDE).to(dtype), torch.randn(WIDE, dtype=dtype, requires_grad=True)
+    x = x.to(dtype).requires_grad_()
+
+    def normed(x, weight, w):
+        wide = (x * 1.0).float()
+        return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)) @ w
+
+    all_kept, kept = same(lambda *tensors: normed(*tensors).square().sum(), (x, weight, w))
+    numbers = TOKENS * WIDE
+    rest = dtype.itemsize * (TOKENS + 1) + 4 * TOKENS
+    assert all_kept == (4 + dtype.itemsize) * numbers + rest
+    assert kept == dtype.itemsize * numbers + rest
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_is_computed_once_however_many_ask(gate_and_up):
+    """The product by three operations, one of them through a view; the activation by the product and by its own gradient."""
+    many = mlp(lambda gate, up: (product := F.silu(gate) * up) + product.exp() * product.view(-1, WIDE).sin()[None])
+    counts = []
+    for around in (nullcontext, elementwise_recomputed):
+        with around():
+            out = many(*gate_and_up)
+        with Operations() as operations:
+            torch.autograd.grad(out, gate_and_up[0])
+        counts.append(operations.of)
+    more = counts[1] - counts[0]
+    assert {name: n for name, n in more.items() if name not in ("detach", "as_strided")} == {"silu": 1, "mul": 1}
+    same(many, gate_and_up)
+
+
+def test_nothing_stays_behind(gate_and_up):
+    """A graph that is asked twice gives the same twice and keeps as much as before; without it, all is given back."""
+    with LiveBytes(list(gate_and_up)) as live:
+        with elementwise_recomputed():
+            out = mlp(lambda gate, up: (F.silu(gate) * up).exp())(*gate_and_up)  # which keeps its own output
+        kept = live.now
+        first = torch.autograd.grad(out, gate_and_up[0], retain_graph=True)[0].clone()
+        second = torch.autograd.grad(out, gate_and_up[0], retain_graph=True)[0]
+        assert torch.equal(first, second)
+        del first, second
+        assert live.now == kept
+        gc.disable()  # no cycle may be needed to be found
+        try:
+            del out
+            assert live.now == 0
+        finally:
+            gc.enable()
+
+
+# --- what looks alike ---
+
+
+def no_gradients(change):
+    """Written to behind autograd's back, before anybody keeps it."""
+
+    def between(gate, up):
+        product = F.silu(gate) * up
+        with torch.no_grad():
+            change(product)
+        return product
+
+    return between
+
+
+LOOK_ALIKE = {
+    "scaled": lambda gate, up: 0.5 * (F.silu(gate) * up),
+    "scaled before": lambda gate, up: (F.silu(gate) * 3) * up,
+    "scaled in place": lambda gate, up: (F.silu(gate) * up).mul_(0.5),
+    "scaled in place by a tensor": lambda gate, up: (F.silu(gate) * up).mul_(gate),
+    "scaled without a graph": no_gradients(lambda product: product.mul_(0.5)),
+    "a row set without a graph": no_gradients(lambda product: product[:, 0].zero_()),
+    "clamped": lambda gate, up: (F.silu(gate) * up).clamp(max=0.5),
+    "added to": lambda gate, up: (F.silu(gate) * up).add_(1),
+    "swapped": lambda gate, up: gate * F.silu(up),
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "tanh gelu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "relu": lambda gate, up: F.relu(gate) * up,
+    "quick gelu": lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up,
+    "in place": lambda gate, up: F.silu(gate.add(1), inplace=True) * up,
+    "itself": lambda gate, up: (product := gate * up) * product,
+    "transposed": lambda gate, up: (F.silu(gate) * up).transpose(0, 1).contiguous(),
+    "by column": lambda gate, up: F.silu(gate.mT.contiguous().mT) * up,
+    "in double": lambda gate, up: (F.silu(gate).double() * up).float(),
+    "detached": lambda gate, up: F.silu(gate).detach() * up,
+    "a slice": lambda gate, up: F.pad((F.silu(gate) * up)[..., 1:], (1, 0)).exp(),
+}
+
+
+@pytest.mark.parametrize("between", LOOK_ALIKE.values(), ids=LOOK_ALIKE)
+def test_whatever_is_done_the_numbers_are_the_same(gate_and_up, between):
+    all_kept, kept = same(mlp(between), gate_and_up)
+    assert kept <= all_kept
+
+
+def test_a_product_that_was_written_to_is_kept(gate_and_up):
+    all_kept, kept = same(mlp(no_gradients(lambda product: product.mul_(0.5))), gate_and_up)
+    assert all_kept - kept == 4 * TOKENS * WIDE  # the activation
+
+
+def test_of_a_long_chain_a_part_is_kept(gate_and_up):
+    """A recurrence in Python, of more steps than calls can be nested."""
+
+    def chain(gate, up):
+        by = 1 + up / 1000
+        for _ in range(1000):
+            gate = gate * by
+        return gate
+
+    all_kept, kept = same(mlp(chain), gate_and_up)
+    assert kept / all_kept == pytest.approx(1 / (LONGEST + 1), rel=0.02)
+
+
+def test_what_is_kept_may_not_be_written_to(gate_and_up):
+    """As without hooks, where autograd sees to it."""
+    x, gate, up, down = gate_and_up
+    for change in (lambda g: g.add_(1), lambda g: gate.add_(1)):
+        with elementwise_recomputed():
+            g = F.linear(x, gate)
+            out = F.linear(F.silu(g) * F.linear(x, up), down[None])
+        with torch.no_grad():
+            change(g)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_hooks_of_somebody_else_inside_win(gate_and_up):
+    seen = []
+
+    def between(gate, up):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t.detach(), lambda t: t):
+            return F.silu(gate) * up
+
+    same(mlp(between), gate_and_up)
+    assert len(seen) == 6
+    same(lambda *tensors: checkpoint(mlp(), *tensors, use_reentrant=False), gate_and_up)
+
+
+@pytest.mark.parametrize("off", ["no_grad", "compiling"])
+def test_nothing_is_done_without_a_graph_or_while_compiling(gate_and_up, monkeypatch, off):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: off == "compiling")
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", None)  # calling it would fail
+    with torch.set_grad_enabled(off != "no_grad"), elementwise_recomputed():
+        mlp()(*gate_and_up)
+
+
+# --- the module ---
+
+
+def test_the_modules_step_keeps_less_and_has_the_same_bits(tiny_backbone, monkeypatch):
+    settings = BackboneConfig(id=str(tiny_backbone), dtype="float32")
+    module = GateRAModule(backbone=settings, adapter=AdapterConfig(rank=2), optimizer=OptimizerConfig())
+    module.configure_model()
+    ids = torch.arange(2 * 16).view(2, 16) + 3
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    found = []
+    for around in (elementwise_recomputed, nullcontext):
+        monkeypatch.setattr(module_file, "elementwise_recomputed", around)
+        with LiveBytes([*module.model.parameters(), *module.model.buffers()]) as live:
+            loss, _ = module.summed_task_loss(batch)
+            kept = live.now
+            gradients = torch.autograd.grad(loss, list(adapter_parameters(module.model).values()))
+        found.append((kept, [loss.detach(), *gradients]))
+        del loss, gradients
+    (kept, ours), (all_kept, usual) = found
+    assert kept < 0.9 * all_kept
+    assert all(torch.equal(one, other) for one, other in zip(ours, usual, strict=True))
+
+
+@pytest.mark.parametrize(
+    "last", [F.silu, lambda h: h * h.sigmoid(), lambda h: F.gelu(h).double()], ids=["silu", "product", "cast"]
+)
+def test_what_a_checkpointed_layer_hands_out_is_kept_by_whoever_needs_it(last):
+    """Its operations have saved nothing here, and what they saved inside can be asked for once only."""
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 3, requires_grad=True) for _ in range(3)]
+
+    def gradients(block):
+        h = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+        with block:
+            for weight in weights:
+                h = checkpoint(lambda h, weight: last(h.float() @ weight), h, weight, use_reentrant=False)
+            loss = (h * h).sum()
+        return torch.autograd.grad(loss, weights)
+
+    for again, plain in zip(gradients(elementwise_recomputed()), gradients(nullcontext()), strict=True):
+        assert torch.equal(again, plain)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.preserve_format], ids=str)
+def test_a_view_of_a_copy_that_was_laid_out_otherwise(format):
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def gradient(block):
+        with block:
+            h = F.silu(x.t()).to(torch.float64, memory_format=format)
+            loss = h.reshape(-1).sin().sum() + h.flatten()[3:9].view(2, 3).cos().sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    assert torch.equal(gradient(elementwise_recomputed()), gradient(nullcontext()))
+
+
+def test_under_hooks_of_somebody_else_nothing_is_changed():
+    x, packed = torch.randn(4, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t), elementwise_recomputed():
+        F.silu(x).sin()
+    assert len(packed) == 2
+
+
+def test_a_chain_longer_than_the_stack_of_python():
+    h = torch.ones(2, requires_grad=True)
+    with elementwise_recomputed():
+        for _ in range(3000):
+            h = h * 1.0
+        h.sin().sum().backward()

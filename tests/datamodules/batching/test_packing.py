@@ -1,0 +1,257 @@
+"""Packing: which rows stand behind each other, and that a packed batch says of each row what an unpacked one says."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatera_lightning.datamodules.batching.datasets import TokenTable
+from gatera_lightning.datamodules.batching.packing import packed_lines
+from gatera_lightning.datamodules.batching.statistics import padding_share, planned_lengths, right_lengths
+from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
+from gatera_lightning.objectives.next_token import IGNORE
+
+# --- lines ---
+
+
+def _area(lines, lengths):
+    return len(lines) * max(sum(lengths[row] for row in line) for line in lines)
+
+
+def _partitions(rows):
+    """Every way to put rows into lines."""
+    if not rows:
+        yield []
+        return
+    for lines in _partitions(rows[1:]):
+        yield [[rows[0]], *lines]
+        yield from ([*lines[:place], [rows[0], *lines[place]], *lines[place + 1 :]] for place in range(len(lines)))
+
+
+def _smallest(lengths, capacity):
+    """The least area of all layouts whose lines hold at most ``capacity``, or the longest row."""
+    room = max(capacity, *lengths)
+    layouts = _partitions(list(range(len(lengths))))
+    return min(_area(lines, lengths) for lines in layouts if all(sum(lengths[row] for row in line) <= room for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "expected"),
+    [
+        ([5], 9, [[0]]),
+        ([5], 1, [[0]]),  # longer than a line
+        ([3, 5], 9, [[0, 1]]),
+        ([3, 5], 7, [[0], [1]]),
+        ([5, 2, 3], 6, [[0], [1, 2]]),
+        ([5, 2, 3], 3, [[0], [1, 2]]),  # the longest row makes the room
+        ([4, 4, 4], 8, [[0], [1], [2]]),  # two lines of 8 are more than three of 4
+        ([4, 4, 4, 4], 8, [[0], [1], [2], [3]]),  # the same area in shorter lines
+        ([7, 1, 6, 2, 3], 9, [[0], [1, 3, 4], [2]]),
+        ([6, 1, 1, 1, 3], 6, [[0], [1, 2, 3, 4]]),
+    ],
+)
+def test_lines_by_hand(lengths, capacity, expected):
+    assert sorted(map(sorted, packed_lines(lengths, capacity))) == expected
+
+
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(lengths=SIZES, capacity=st.integers(1, 200))
+def test_every_row_once_within_capacity_and_never_more_positions(lengths, capacity):
+    lines = packed_lines(lengths, capacity)
+    assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
+    assert all(lines)
+    assert max(sum(lengths[row] for row in line) for line in lines) <= max(capacity, *lengths)
+    assert sum(lengths) <= _area(lines, lengths) <= len(lengths) * max(lengths)
+    assert lines == packed_lines(lengths, capacity)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), capacity=st.integers(1, 40))
+def test_small_cases_against_every_layout(lengths, capacity):
+    """Longest first into the emptiest line is not always the best, and never far from it."""
+    least = _smallest(lengths, capacity)
+    assert least <= _area(packed_lines(lengths, capacity), lengths) <= 4 / 3 * least
+
+
+def test_most_small_cases_are_the_best():
+    draw = random.Random(0)
+    cases = [([draw.randint(1, 12) for _ in range(draw.randint(1, 6))], draw.randint(1, 40)) for _ in range(150)]
+    best = [_area(packed_lines(*case), case[0]) == _smallest(*case) for case in cases]
+    assert sum(best) > 0.9 * len(best)
+
+
+@pytest.mark.parametrize("capacity", [24, 60])
+def test_rows_of_one_length_have_no_padding(capacity):
+    assert packed_lines([12] * 7, capacity) == [[row] for row in range(7)]
+
+
+def test_a_line_with_room_for_all_has_no_padding():
+    lengths = [9, 2, 30, 4, 4]
+    assert sorted(packed_lines(lengths, 49)[0]) == [0, 1, 2, 3, 4]
+
+
+# --- a packed batch by hand ---
+
+
+def test_a_packed_batch_by_hand():
+    rows = [
+        AnsweredPrompt([3, 4, 5], [6, 0], earlier=[(1, 2)], example_id=7, characters=9),
+        AnsweredPrompt([8], [0], example_id=4),
+        AnsweredPrompt([9, 9], [0], example_id=2, answer=1, gold=1),
+    ]
+    batch = collate(rows, pad_id=77, train_on="every_response", lines=[[2, 1], [0]])
+    x = IGNORE
+    assert batch["input_ids"].tolist() == [[9, 9, 0, 8, 0], [3, 4, 5, 6, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 5] * 2
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[x, x, 0, x, 0], [x, 4, x, 6, 0]]
+    assert batch["response_mask"].int().tolist() == [[0, 0, 1, 0, 1], [0, 0, 0, 1, 1]]
+    assert batch["example_ids"].tolist() == [7, 4, 2]  # in order of the rows
+    assert batch["answer_ids"].tolist() == batch["gold_ids"].tolist() == [0, 0, 1]
+    assert batch["answer_characters"].tolist() == [9, 1, 1]
+    assert (batch["step_targets"], batch["step_tokens"]) == (5, 10)
+
+    batch = collate(rows, pad_id=77, train_on="response", lines=[[0, 2], [1]])
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 9, 9, 0], [8, 0, *[77] * 6]]
+    assert batch["attention_mask"].tolist() == [[1] * 8, [1, 1, *[0] * 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]  # padding is a row too
+    assert batch["labels"].tolist() == [[x, x, x, 6, 0, x, x, 0], [x, 0, *[x] * 6]]
+    assert batch["response_mask"][1].tolist() == [False, True, *[False] * 6]
+
+
+def test_no_row_learns_from_the_one_before():
+    """Labels are shifted by one when the loss is computed: the first token of a row must have none."""
+    rows = [AnsweredPrompt([], [5, 0], example_id=0), AnsweredPrompt([6], [7, 0], example_id=1)]
+    for train_on in ("response", "all"):
+        batch = collate(rows, pad_id=0, train_on=train_on, lines=[[0, 1]])
+        assert batch["labels"][0, [0, 2]].tolist() == [IGNORE] * 2
+
+
+def test_an_unpacked_batch_has_no_positions():
+    assert "position_ids" not in collate([AnsweredPrompt([5], [6], example_id=0)], pad_id=0, train_on="all")
+
+
+# --- packed and unpacked batches ---
+
+EACH = ("input_ids", "labels", "response_mask")
+
+
+def _rows_of(batch):
+    """What a batch says of each row, by its tokens' positions: rows begin where they are 0."""
+    found = []
+    for line in range(len(batch["input_ids"])):
+        real = int(batch["attention_mask"][line].sum())
+        assert not batch["attention_mask"][line, real:].any()
+        positions = batch["position_ids"][line] if "position_ids" in batch else torch.arange(real)
+        starts = [place for place in range(real) if positions[place] == 0]
+        for start, end in zip(starts, [*starts[1:], real], strict=True):
+            assert positions[start:end].tolist() == list(range(end - start))
+            found.append(tuple(tuple(batch[name][line, start:end].tolist()) for name in EACH))
+        assert (batch["labels"][line, real:] == IGNORE).all()
+        assert not batch["response_mask"][line, real:].any()
+    return sorted(found)
+
+
+@pytest.fixture
+def chats(write):
+    """A file with 23 chats of one to four turns and 8 instructions."""
+    rows = []
+    for number in range(23):
+        turns = [
+            {"role": role, "content": f"{role} {number} {'so ' * (number * turn % 7)}{turn}"}
+            for turn in range(1 + number % 4)
+            for role in ("user", "assistant")
+        ]
+        rows.append({"messages": turns})
+    rows += [{"instruction": f"Count to {number}.", "output": "one " * number + "end"} for number in range(8)]
+    return write("chats.json", rows)
+
+
+LAYOUTS = [(1, 1), (1, 3), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("train_on", ["response", "every_response", "all"])
+@pytest.mark.parametrize(("ranks", "accumulate"), LAYOUTS)
+def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate, train_on, chats, make_own):
+    settings = {"train": [chats], "validation": [chats], "train_on": train_on, "batch_size": 9, "group_by_length": False}
+    padding = {True: 0, False: 0}
+    for rank in range(ranks):
+        plain, packed = (
+            make_own(ranks=ranks, rank=rank, accumulate=accumulate, packing=packing, stage="fit", **settings)
+            for packing in (False, True)
+        )
+        one, other = plain.train_dataloader(), packed.train_dataloader()
+        assert one.dataset.steps == other.dataset.steps
+        assert one.state_dict() == other.state_dict()
+        for unpacked, batch in zip(one, other, strict=True):
+            assert _rows_of(batch) == _rows_of(unpacked)
+            for name in ("example_ids", "answer_ids", "gold_ids", "answer_characters"):
+                assert batch[name].tolist() == unpacked[name].tolist()
+            assert (batch["step_targets"], batch["step_tokens"]) == (unpacked["step_targets"], unpacked["step_tokens"])
+            assert batch["attention_mask"].numel() <= unpacked["attention_mask"].numel()
+            assert batch["input_ids"].shape[1] <= 512
+            for packing, found in ((True, batch), (False, unpacked)):
+                padding[packing] += int((found["attention_mask"] == 0).sum())
+    assert padding[True] < padding[False] / 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_own):
+    data = make_own(train=[chats], validation=1, train_on="every_response", packing=True, accumulate=accumulate, stage="fit")
+    batches = list(data.train_dataloader())
+    for start in range(0, len(batches), accumulate):
+        step = batches[start : start + accumulate]
+        targets, tokens = (
+            sum(int(found.sum()) for found in each)
+            for each in zip(*((batch["labels"] != IGNORE, batch["attention_mask"]) for batch in step), strict=True)
+        )
+        assert {(batch["step_targets"], batch["step_tokens"]) for batch in step} == {(targets, tokens)}
+
+
+@pytest.mark.parametrize("room", [90, 160, 512])
+def test_lines_have_at_most_max_length_tokens(room, chats, make_own):
+    settings = {"train": [chats], "validation": 1, "max_length": room, "batch_size": 10, "group_by_length": False}
+    widths = [batch["input_ids"].shape[1] for batch in make_own(packing=True, stage="fit", **settings).train_dataloader()]
+    assert max(widths) <= room
+    assert max(widths) > room // 2
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_own):
+    settings = {"train": [chats], "validation": 3, "max_length": 200, "batch_size": 8, "group_by_length": grouped}
+    data = make_own(accumulate=accumulate, packing=True, stage="fit", **settings)
+    loader = data.train_dataloader()
+    lengths = planned_lengths(loader.dataset.steps, right_lengths(data.tables["train"]), 200)
+    masks = [batch["attention_mask"] for batch in loader]
+    computed, real = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
+    assert padding_share(lengths) == pytest.approx(1 - real / computed, abs=1e-12)
+    in_order = {tuple(sorted(mask.sum(1).tolist())) for mask in masks}
+    assert in_order == {tuple(sorted(found)) for found in lengths}
+
+
+def test_what_is_not_trained_on_is_not_packed(chats, make_own):
+    data = make_own(train=[chats], validation=[chats], test=[chats], packing=True, stage="fit")
+    data.setup("test")
+    for batch in [*data.val_dataloader(), *data.test_dataloader()[0]]:
+        assert "position_ids" not in batch
+        assert len(batch["input_ids"]) == len(batch["example_ids"])
+
+
+def test_a_packed_batch_of_no_rows_counts_for_nothing(chats, make_own):
+    data = make_own(test=[chats], stage="test")
+    batch = TokenTable(data.tables["test"], pad_id=5, eos_id=6).batch([], "all", every_answer=False, line=99)
+    assert batch["example_ids"].tolist() == [-1]
+    assert (batch["step_targets"], len(batch["input_ids"])) == (0, 1)
+    assert (batch["labels"] == IGNORE).all()
+
+
+def test_packing_changes_no_token(chats, make_own, tokenised):
+    for packing in (False, True):
+        make_own(train=[chats], validation=1, packing=packing, stage="fit")
+    assert len(tokenised) == 31

@@ -1,0 +1,172 @@
+"""Figures of a split: what they say is what counting in the real batches finds."""
+
+import random
+from statistics import median_low
+
+import pytest
+from datasets import Dataset
+
+from gatera_lightning.datamodules.batching.statistics import (
+    SplitStatistics,
+    evaluation_lengths,
+    padding_share,
+    planned_lengths,
+    right_lengths,
+    target_counts,
+)
+from gatera_lightning.datamodules.batching.step_plan import Step, plan_steps
+
+
+def counted_padding(batches):
+    """Padding among all positions of batches that were really built."""
+    masks = [batch["attention_mask"] for batch in batches]
+    return sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+@pytest.fixture
+def data(make_data, rows, write):
+    """A connected data module over ``sizes`` rows of each split."""
+
+    def build(train=23, validation=11, test=13, stage="fit", **settings):
+        sizes = {"train": train, "validation": validation, "test": test}
+        files = {split: [write(f"task_{split}.json", rows(count))] for split, count in sizes.items()}
+        return make_data(stage=stage, **(files | {"batch_size": 8, "eval_batch_size": 9} | settings))
+
+    return build
+
+
+# --- padding ---
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("budget", [None, 500])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_padding_of_planned_micro_batches(data, grouped, budget, accumulate):
+    module = data(accumulate=accumulate, group_by_length=grouped, token_budget=budget)
+    loader = module.train_dataloader()
+    lengths = SplitStatistics.of(module.tables["train"], module.train_on).lengths
+    found = padding_share(planned_lengths(loader.dataset.steps, lengths))
+    assert found == pytest.approx(counted_padding(loader), abs=1e-12)
+    assert found > 0
+
+
+def test_a_plan_is_padded_as_all_processes_together_pad_it(data):
+    masks = []
+    for rank in range(2):
+        module = data(ranks=2, rank=rank, accumulate=2)
+        masks += list(module.train_dataloader())
+    lengths = SplitStatistics.of(module.tables["train"], "response").lengths
+    steps = plan_steps(lengths, lengths, batch_size=8, micro_batches=4, seed=0)
+    assert padding_share(planned_lengths(steps, lengths)) == pytest.approx(counted_padding(masks), abs=1e-12)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_padding_of_validation_batches(data, every):
+    module = data(rank_validation=every)
+    loader = module.val_dataloader()
+    assert padding_share(evaluation_lengths(loader.dataset)) == pytest.approx(counted_padding(loader), abs=1e-12)
+
+
+def test_padding_of_test_batches_by_likelihood_and_by_generation(data):
+    module = data(stage="test", evaluate_by=["likelihood", "generation"])
+    shares = [padding_share(evaluation_lengths(loader.dataset)) for loader in module.test_dataloader()]
+    assert shares == pytest.approx([counted_padding(loader) for loader in module.test_dataloader()], abs=1e-12)
+    assert shares[0] != shares[1]
+
+
+def test_padding_by_hand():
+    assert padding_share([[3, 5], [4]]) == pytest.approx(2 / 14)
+    assert padding_share([[7, 7, 7]]) == 0
+    steps = [Step(((0, 1), (2,)), targets=3, tokens=12)]
+    assert planned_lengths(steps, [3, 5, 4]) == [[3, 5], [4]]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [(None, [[9, 1, 2], [4, 5]]), (9, [[9, 3], [9]]), (8, [[9, 3], [5, 4]]), (11, [[9, 3], [9]]), (99, [[12], [9]])],
+)
+def test_lengths_of_packed_lines_by_hand(line, expected):
+    steps = [Step(((0, 1, 2), (4, 3)), targets=1, tokens=21)]
+    found = planned_lengths(steps, [9, 1, 2, 5, 4], line)
+    assert [sorted(lengths, reverse=True) for lengths in found] == [sorted(lengths, reverse=True) for lengths in expected]
+
+
+# --- what a split consists of ---
+
+
+@pytest.mark.parametrize("train_on", ["response", "all"])
+def test_tokens_and_targets_are_those_of_the_batches(data, train_on):
+    module = data(train_on=train_on)
+    found = SplitStatistics.of(module.tables["train"], train_on)
+    batches = list(module.train_dataloader())
+    assert found.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert found.targets == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    by_example = {
+        int(example): int(real)
+        for batch in batches
+        for example, real in zip(batch["example_ids"], batch["attention_mask"].sum(1), strict=True)
+    }
+    assert found.lengths == [by_example[row] for row in range(23)]
+
+
+@pytest.mark.parametrize("train_on", ["response", "every_response", "all"])
+@pytest.mark.parametrize("max_length", [512, 160, 80])
+def test_targets_of_chats_are_those_of_the_batches(train_on, max_length, make_own):
+    """Whole and shortened."""
+    settings = {"train": ["calendar[:30]"], "validation": ["calendar"], "test": ["calendar"], "batch_size": 7}
+    module = make_own(train_on=train_on, max_length=max_length, stage="fit", **settings)
+    batches = list(module.train_dataloader())
+    by_example = {
+        int(example): int(kept)
+        for batch in batches
+        for example, kept in zip(batch["example_ids"], (batch["labels"] != -100).sum(1), strict=True)
+    }
+    counts = target_counts(module.tables["train"], train_on)
+    assert counts == [by_example[row] for row in range(30)]
+    assert SplitStatistics.of(module.tables["train"], train_on).targets == sum(counts)
+
+
+def test_targets_by_hand():
+    rows = {"prompt": [[1] * 6, [1] * 3], "lengths": [[9, 8], [4, 7]], "gold": [1, 0], "task": ["a", "a"]}
+    table = Dataset.from_dict(rows | {"shortened": [False] * 2, "earlier": [[[0, 2], [3, 5]], []]})
+    assert right_lengths(table) == [8, 4]
+    assert target_counts(table, "response") == [2, 1]
+    assert target_counts(table, "every_response") == [1 + 2 + 2, 1]
+    assert target_counts(table, "all") == [7, 3]
+
+
+def test_lengths_are_quantiles_that_occur():
+    draw = random.Random(0)
+    for count in (1, 2, 7, 20, 100, 333):
+        lengths = [draw.randint(1, 400) for _ in range(count)]
+        found = SplitStatistics({}, lengths, targets=0, shortened=0)
+        assert (found.length(0), found.length(0.5), found.length(1)) == (min(lengths), median_low(lengths), max(lengths))
+        ordered = sorted(lengths)
+        least = next(n for i, n in enumerate(ordered, 1) if 100 * i >= 95 * count)
+        assert found.length(0.95) == least
+
+
+def test_tasks_in_order_of_appearance(data, rows, write):
+    module = data(stage=None)
+    module.sources["train"] = [write(f"{name}.json", rows(count)) for name, count in (("zebra", 3), ("ant", 9), ("mole", 1))]
+    module.setup("fit")
+    found = SplitStatistics.of(module.tables["train"], "response")
+    assert list(found.tasks.items()) == [("zebra", 3), ("ant", 9), ("mole", 1)]
+
+
+def test_prompts_shortened_are_those_that_would_be_longer(data):
+    whole = [max(lengths) for lengths in data().tables["train"]["lengths"]]
+    room = median_low(whole)
+    found = SplitStatistics.of(data(max_length=room).tables["train"], "response")
+    assert found.shortened == sum(length > room for length in whole)
+    assert 0 < found.shortened < len(whole)
+    assert found.length(1) == room
+
+
+def test_a_row_without_a_prompt_has_no_target_at_its_start():
+    rows = {"prompt": [[], [1, 2]], "lengths": [[3, 4], [5]], "gold": [1, 0], "task": ["a", "a"]}
+    rows |= {"shortened": [False, True], "earlier": [[], []]}
+    table = Dataset.from_dict(rows)
+    found = SplitStatistics.of(table, "response")
+    assert (found.lengths, found.targets, found.shortened) == ([4, 5], 3 + 3, 1)
+    assert SplitStatistics.of(table, "all").targets == 3 + 4

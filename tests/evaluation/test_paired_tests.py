@@ -1,0 +1,254 @@
+"""Paired tests against brute force, published examples, normal theory, and the error rate that they promise."""
+
+import math
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+
+from gatera_lightning.evaluation import paired_tests as paired
+from gatera_lightning.evaluation.paired_tests import Difference, PairedOutcomes, macro_difference, pooled_difference
+
+Z = 1.959963984540054
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# --- McNemar's mid-p -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("b", "c"), [*product(range(8), repeat=2), (30, 12), (3, 40), (77, 78)])
+def test_mid_p_is_the_doubled_exact_tail_less_the_point_probability(b, c):
+    n = b + c
+    pmf = [Fraction(math.comb(n, k), 2**n) for k in range(n + 1)]
+    tail = min(sum(pmf[: b + 1]), sum(pmf[b:]))
+    assert PairedOutcomes(5, b, c, 9).p == float(2 * (tail - pmf[b] / 2))
+
+
+def test_no_discordant_row_is_no_evidence():
+    assert PairedOutcomes(7, 0, 0, 3).p == 1
+    assert PairedOutcomes(0, 4, 4, 0).p == 1
+
+
+def test_mid_p_of_many_rows_is_the_normal_one():
+    z = 300 / math.sqrt(20_300)
+    assert PairedOutcomes(0, 10_000, 10_300, 0).p == pytest.approx(math.erfc(z / math.sqrt(2)), rel=2e-3)
+
+
+def test_rows_are_counted_by_who_is_right():
+    first, second = [True] * 6 + [False] * 9, [True] * 1 + [False] * 5 + [True] * 2 + [False] * 7
+    assert PairedOutcomes.of(first, second) == PairedOutcomes(both=1, only_first=5, only_second=2, neither=7)
+    assert PairedOutcomes.of(first, second).difference.value == pytest.approx(3 / 15 - 6 / 15)
+    with pytest.raises(ValueError, match="longer"):
+        PairedOutcomes.of(first, [*second, True])
+
+
+# --- Newcombe's interval ---------------------------------------------------------------------------------------------
+
+PUBLISHED = [  # Altman et al. 2000, "Statistics with confidence", table 6.2; Fagerland et al. 2013 (Bentur et al. 2009)
+    (PairedOutcomes(14, 0, 5, 22), (0.0115, 0.2265), 0.0313),
+    (PairedOutcomes(1, 1, 7, 12), (0.026, 0.507), 0.0391),
+]
+
+
+@pytest.mark.parametrize(("table", "interval", "p"), PUBLISHED)
+def test_published_examples(table, interval, p):
+    assert table.interval == pytest.approx(interval, abs=5e-4)
+    assert table.p == pytest.approx(p, abs=1e-4)
+
+
+def newcombe(a, b, c, d):
+    """Method 10 for second minus first, from the roots of Wilson's quadratics."""
+    n = a + b + c + d
+    p1, p2 = (a + b) / n, (a + c) / n
+    (l1, u1), (l2, u2) = (sorted(np.roots([1 + Z**2 / n, -2 * p - Z**2 / n, p * p]).real) for p in (p1, p2))
+    excess, margins = a * d - b * c, (a + b) * (c + d) * (a + c) * (b + d)
+    excess = max(excess - n / 2, 0) if excess > 0 else excess
+    phi = 0 if margins == 0 else excess / margins**0.5
+    low = np.array([p2 - l2, u1 - p1])
+    high = np.array([u2 - p2, p1 - l1])
+    correlation = np.array([[1, -phi], [-phi, 1]])
+    return p2 - p1 - (low @ correlation @ low) ** 0.5, p2 - p1 + (high @ correlation @ high) ** 0.5
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_interval_of_every_small_table(n):
+    for a, b, c in product(range(n + 1), repeat=3):
+        if (d := n - a - b - c) < 0:
+            continue
+        low, high = PairedOutcomes(a, b, c, d).interval
+        assert (low, high) == pytest.approx(newcombe(a, b, c, d), abs=1e-6)
+        assert -1 - 1e-12 <= low <= (c - b) / n <= high <= 1 + 1e-12
+        assert PairedOutcomes(a, c, b, d).interval == pytest.approx((-high, -low))  # runs exchanged
+
+
+def test_correlated_answers_narrow_the_interval():
+    correlated, independent = PairedOutcomes(480, 20, 20, 480), PairedOutcomes(250, 250, 250, 250)
+    assert correlated.interval == pytest.approx((-0.01241, 0.01241), abs=2e-4)  # Wald: 1.96 sqrt(40) / 1000
+    assert independent.interval == pytest.approx((-0.0438, 0.0438), abs=2e-4)  # Wald: 1.96 sqrt(500) / 1000
+
+
+def test_nothing_to_compare():
+    nothing = PairedOutcomes(0, 0, 0, 0).difference
+    assert all(math.isnan(number) for number in (nothing.value, nothing.low, nothing.high, nothing.p))
+
+
+# --- paired bootstrap ------------------------------------------------------------------------------------------------
+
+
+def losses(n, generator, shift=0.0, noise=0.3):
+    """Nats of two runs on the same rows: difficulty common to both, which pairing takes out."""
+    tokens = generator.integers(1, 9, n)
+    difficulty = tokens * generator.gamma(2.0, 0.5, n)
+    first, second = difficulty + tokens * generator.normal(0, noise, (2, n)) + tokens * np.array([[0.0], [shift]])
+    return first, second, tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 130, 10**6])
+def test_loss_bootstrap_is_a_loop_over_resamples_however_it_is_chunked(chunk, monkeypatch):
+    monkeypatch.setattr(paired, "_CHUNK", chunk)
+    first, second, tokens = losses(40, rng(3), shift=0.1)
+    found = pooled_difference(first, second, tokens, rng(5), resamples=50)
+    draws, generator = [], rng(5)
+    for _ in range(50):
+        rows = generator.integers(40, size=40)
+        mine = sum(second[i] for i in rows) / sum(tokens[i] for i in rows)
+        draws.append(mine - sum(first[i] for i in rows) / sum(tokens[i] for i in rows))
+    below, above = sum(d <= 0 for d in draws), sum(d >= 0 for d in draws)
+    assert found.value == pytest.approx(second.sum() / tokens.sum() - first.sum() / tokens.sum())
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
+    assert found.p == pytest.approx(min(1, 2 * (min(below, above) + 1) / 51))
+
+
+def test_loss_bootstrap_agrees_with_the_delta_method():
+    first, second, tokens = losses(800, rng(1), shift=0.02)
+    found = pooled_difference(first, second, tokens, rng(2))
+    residual = second - first - found.value * tokens
+    error = residual.std() / tokens.mean() / math.sqrt(800)
+    assert (found.low, found.high) == pytest.approx((found.value - Z * error, found.value + Z * error), abs=0.1 * error)
+    assert found.p == pytest.approx(math.erfc(abs(found.value) / error / math.sqrt(2)), abs=0.02)
+
+
+def test_macro_bootstrap_agrees_with_normal_theory_of_paired_rows():
+    tasks = [PairedOutcomes(150, 20, 30, 100), PairedOutcomes(20, 6, 12, 2), PairedOutcomes(400, 60, 55, 85)]
+    found = macro_difference(tasks, rng(4), resamples=40_000)
+    shares = [((t.only_second - t.only_first) / t.n, (t.only_second + t.only_first) / t.n, t.n) for t in tasks]
+    value = sum(d for d, _, _ in shares) / 3
+    error = math.sqrt(sum((moved - d * d) / (n - 1) for d, moved, n in shares)) / 3
+    assert found.value == pytest.approx(value)
+    assert (found.low, found.high) == pytest.approx((value - Z * error, value + Z * error), abs=0.1 * error)
+    assert found.p == pytest.approx(math.erfc(value / error / math.sqrt(2)), abs=0.02)
+
+
+def test_small_tasks_keep_their_variance():
+    found = macro_difference([PairedOutcomes(0, 2, 2, 0)] * 50, rng(), resamples=40_000)
+    assert found.high == pytest.approx(Z * math.sqrt(1 / 3 / 50), rel=0.05)  # of n draws it were sqrt(1 / 4 / 50)
+
+
+def test_p_is_never_zero():
+    first, second, tokens = losses(100, rng(), shift=5.0)
+    assert pooled_difference(first, second, tokens, rng(), resamples=999).p == pytest.approx(2 / 1000)
+    assert macro_difference([PairedOutcomes(0, 0, 500, 0)] * 2, rng(), resamples=999).p == pytest.approx(2 / 1000)
+
+
+def test_equal_runs_do_not_differ():
+    first, _, tokens = losses(100, rng())
+    assert pooled_difference(first, first.copy(), tokens, rng(), resamples=99) == Difference(0.0, 0.0, 0.0, 1.0)
+    assert macro_difference([PairedOutcomes(60, 0, 0, 40)] * 3, rng(), resamples=99) == Difference(0.0, 0.0, 0.0, 1.0)
+
+
+def test_sums_that_only_rounding_keeps_from_zero_count_on_both_sides():
+    found = paired._percentile(0.0, np.array([0.1 + 0.2 - 0.3] * 99))
+    assert found.p == 1
+
+
+def test_too_few_rows_have_no_interval():
+    first, second, tokens = losses(19, rng())
+    for found in (
+        pooled_difference(first, second, tokens, rng()),
+        macro_difference([PairedOutcomes(2, 3, 4, 0)] * 2, rng()),
+        macro_difference([PairedOutcomes(20, 3, 4, 10), PairedOutcomes(0, 0, 1, 0)], rng()),
+    ):
+        assert not math.isnan(found.value)
+        assert all(math.isnan(number) for number in (found.low, found.high, found.p))
+        assert found.verdict(higher_is_better=True) == "too few rows"
+
+
+def test_impossible_input():
+    with pytest.raises(ValueError, match="at least one task"):
+        macro_difference([], rng())
+    with pytest.raises(ValueError, match="three"):
+        pooled_difference(np.ones(3), np.ones(2), np.ones(3, int), rng())
+    with pytest.raises(ValueError, match="with weights"):
+        pooled_difference(np.ones(30), np.ones(30), np.zeros(30, int), rng())
+
+
+def test_verdicts():
+    up, down, unsure = Difference(0.1, 0.0, 0.2, 0.049), Difference(-0.1, -0.2, 0.0, 0.049), Difference(0.1, -0.1, 0.2, 0.05)
+    assert [d.verdict(higher_is_better=True) for d in (up, down, unsure)] == ["better", "worse", "no difference shown"]
+    assert [d.verdict(higher_is_better=False) for d in (up, down, unsure)] == ["worse", "better", "no difference shown"]
+
+
+# --- calibration: equal runs are declared different in about 5 of 100 ------------------------------------------------
+
+
+def answers(generator, replications, n, accuracy, shared, gain=0.0):
+    """(replications, n) right or wrong twice, of equal accuracy plus ``gain``; a share of rows is answered alike."""
+    first, own = generator.random((2, replications, n))
+    luck = np.where(generator.random((replications, n)) < shared, first, own)
+    return first < accuracy, luck < accuracy + gain
+
+
+def rejections(first, second):
+    cells = (first & second, first & ~second, ~first & second, ~(first | second))
+    tables = np.stack([cell.sum(1) for cell in cells], axis=1).tolist()  # (replications, 4)
+    return np.mean([PairedOutcomes(*table).p < paired.LEVEL for table in tables])
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("shared", [0.0, 0.6])
+def test_mcnemar_rejects_equal_runs_5_times_in_100(accuracy, shared):
+    assert 0.03 <= rejections(*answers(rng(11), 2_000, 200, accuracy, shared)) <= 0.07
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.6])
+def test_newcombe_covers_the_true_difference_95_times_in_100(shared):
+    first, second = answers(rng(12), 2_000, 200, 0.7, shared, gain=0.05)
+    covered = 0
+    for one, other in zip(first.tolist(), second.tolist(), strict=True):
+        low, high = PairedOutcomes.of(one, other).interval
+        covered += low <= 0.05 <= high
+    assert 0.93 <= covered / 2_000 <= 0.97
+
+
+def test_mcnemar_finds_ten_points_in_a_thousand_rows():
+    assert rejections(*answers(rng(13), 500, 1_000, 0.6, 0.0, gain=0.1)) >= 0.99
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_loss_bootstrap_rejects_equal_runs_5_times_in_100(noise):
+    generator = rng(14)
+    found = [pooled_difference(*losses(150, generator, noise=noise), generator, resamples=400) for _ in range(1_000)]
+    assert 0.03 <= np.mean([d.p < paired.LEVEL for d in found]) <= 0.07
+
+
+def test_loss_bootstrap_finds_a_real_difference():
+    generator = rng(15)
+    found = [pooled_difference(*losses(500, generator, shift=-0.1), generator, resamples=400) for _ in range(100)]
+    assert np.mean([d.verdict(higher_is_better=False) == "better" for d in found]) >= 0.99
+
+
+@pytest.mark.parametrize("sizes", [(60, 120, 240), (8,) * 25])
+@pytest.mark.parametrize("shared", [0.0, 0.6])
+def test_macro_bootstrap_rejects_equal_runs_5_times_in_100(sizes, shared):
+    generator, rejected = rng(16), []
+    for _ in range(1_000):
+        tasks = []
+        for task, n in enumerate(sizes):
+            first, second = answers(generator, 1, n, 0.5 + 0.4 * task / len(sizes), shared)
+            tasks.append(PairedOutcomes.of(first[0].tolist(), second[0].tolist()))
+        rejected.append(macro_difference(tasks, generator, resamples=400).p < paired.LEVEL)
+    assert 0.03 <= np.mean(rejected) <= 0.07

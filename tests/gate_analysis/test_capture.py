@@ -1,0 +1,159 @@
+"""Captured gates are those computed by hand from every layer's input; rows, positions and phases are the generation's."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gatera_lightning import AdapterConfig, inject_adapters
+from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
+from gatera_lightning.gate_analysis.capture import GatedModule, capture_gates
+
+PROMPTS = torch.tensor([[7, 3, 9, 4], [0, 0, 5, 6]])
+MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # left padding
+
+
+@pytest.fixture
+def model(tiny_llama):
+    model = tiny_llama(initializer_range=0.2)
+    inject_adapters(model, AdapterConfig(rank=3, target_modules=["q_proj", "down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def by_hand(model, forward):
+    """σ(w·x + b) of every layer's own input, (modules, rows, tokens) a forward."""
+    calls, inputs = [], {}
+    layers = adapted_linears(model)
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
+        for name, layer in layers.items()
+    ]
+    handles.append(
+        model.register_forward_hook(
+            lambda *_: calls.append(
+                torch.stack([torch.sigmoid(x @ layers[n].gate.weight + layers[n].gate.bias) for n, x in inputs.items()])
+            )
+        )
+    )
+    forward()
+    for handle in handles:
+        handle.remove()
+    return [call.detach() for call in calls]
+
+
+def test_one_forward_by_hand(model):
+    with capture_gates(model) as captured:
+        model(input_ids=PROMPTS, attention_mask=MASK)
+    (call,) = captured.calls
+    (expected,) = by_hand(model, lambda: model(input_ids=PROMPTS, attention_mask=MASK))
+    assert [module.path for module in captured.modules] == [
+        f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    assert (call.gates - expected).abs().max() < 1e-6
+    assert call.phase == "prefill"
+    assert torch.equal(call.real, MASK.bool())
+    assert call.positions[1, 2:].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_by_hand(model, use_cache):
+    def generate():
+        return model.generate(
+            input_ids=PROMPTS, attention_mask=MASK, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=use_cache
+        )
+
+    with capture_gates(model) as captured:
+        ids = generate()
+    expected = by_hand(model, generate)
+    assert len(captured.calls) == len(expected) == 3
+    for call, gates in zip(captured.calls, expected, strict=True):
+        assert (call.gates - gates).abs().max() < 1e-6
+    if use_cache:
+        assert [call.phase for call in captured.calls] == ["prefill", "decoding", "decoding"]
+        assert [call.positions.tolist() for call in captured.calls[1:]] == [[[4], [2]], [[5], [3]]]
+        row, gates = captured.row(1)
+        assert row == [5, 6, *ids[1, 4:6].tolist()]  # the last token is never read
+        assert gates.shape == (4, 4)
+    else:
+        assert [call.gates.shape[2] for call in captured.calls] == [4, 5, 6]
+
+
+class StateOnly:
+    """What a recurrent model goes on from: it counts no tokens."""
+
+    def get_seq_length(self):
+        raise ValueError("`get_seq_length` can only be called on Attention layers")
+
+
+class Recurrent(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return self.model(input_ids=input_ids)
+
+
+@pytest.mark.parametrize(
+    "going_on",
+    [{"past_key_values": StateOnly()}, {"past_key_values": (1, 2)}, {"state": [1, 2]}],
+    ids=["without attention", "a tuple", "by another name"],
+)
+def test_a_cache_that_counts_no_tokens_leaves_that_to_the_mask(model, going_on):
+    model = Recurrent(model)
+    with capture_gates(model) as captured:
+        model(input_ids=PROMPTS, attention_mask=MASK, **going_on)
+        model(input_ids=PROMPTS[:, :1], attention_mask=torch.cat([MASK, torch.ones(2, 1, dtype=torch.long)], 1), **going_on)
+        model(input_ids=PROMPTS, **going_on)
+    assert [call.phase for call in captured.calls] == ["prefill", "decoding", "prefill"]
+    assert captured.calls[1].positions.tolist() == [[4], [2]]
+    assert captured.row(1)[0][:3] == [5, 6, 0]
+
+
+def test_a_table_has_a_line_for_each_module_and_real_token(model):
+    with capture_gates(model) as captured:
+        model(input_ids=PROMPTS, attention_mask=MASK)
+    table = captured.columns()
+    assert {name: len(column) for name, column in table.items()} == dict.fromkeys(table, 4 * 6)
+    of_one = (table["layer"] == 1) & (table["module"] == "down_proj") & (table["row"] == 1)
+    assert table["token_id"][of_one].tolist() == [5, 6]
+    assert table["position"][of_one].tolist() == [0, 1]
+    np.testing.assert_array_equal(table["gate"][of_one], captured.calls[0].gates[3, 1, 2:])
+
+
+def test_capturing_changes_no_output_and_ends_with_the_block(model):
+    expected = model(input_ids=PROMPTS, attention_mask=MASK).logits
+    with capture_gates(model) as captured:
+        assert torch.equal(model(input_ids=PROMPTS, attention_mask=MASK).logits, expected)
+    model(input_ids=PROMPTS)
+    assert len(captured.calls) == 1
+
+
+def test_a_forward_from_embeddings_has_gates_and_no_tokens(model):
+    embedded = model.get_input_embeddings()(PROMPTS)
+    with capture_gates(model) as captured:
+        model(inputs_embeds=embedded, attention_mask=MASK)
+    assert set(captured.columns()["token_id"]) == {-1}
+    with pytest.raises(ValueError, match="from embeddings: its tokens are unknown"):
+        captured.row(0)
+
+
+def test_without_gates_nothing_is_captured(tiny_llama):
+    model = tiny_llama()
+    inject_adapters(model, AdapterConfig(update="lora", gate="none", rank=3))
+    with capture_gates(model) as captured:
+        model(input_ids=PROMPTS)
+    assert captured.calls == []
+    assert all(len(column) == 0 for column in captured.columns().values())
+
+
+@pytest.mark.parametrize(
+    ("path", "layer", "name"), [("model.layers.11.mlp.up_proj", 11, "up_proj"), ("lm_head", -1, "lm_head")]
+)
+def test_a_module_by_its_path(path, layer, name):
+    module = GatedModule(path)
+    assert (module.layer, module.name) == (layer, name)

@@ -1,0 +1,27 @@
+"""Every token becomes a label that can be read, whatever its bytes are."""
+
+import pytest
+from tiny_backbone import tiny_tokenizer
+
+from gatera_lightning.gate_analysis.token_labels import token_texts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a b", ["a", " b"]),
+        ("x\ty\n", ["x", "⇥", "y", "↵"]),
+        ("\x07", ["\\x07"]),
+        ("<script>", list("<script>")),
+        ("é", ["⟨Ã⟩", "⟨©⟩"]),  # two bytes, neither of which is text
+    ],
+)
+def test_a_text_token_by_token(text, expected):
+    tokenizer = tiny_tokenizer()
+    ids = [i for c in text for i in tokenizer(c).input_ids] if text not in ("a b",) else tokenizer(text).input_ids
+    assert token_texts(tokenizer, ids) == expected
+
+
+def test_special_tokens_keep_their_names():
+    tokenizer = tiny_tokenizer()
+    assert token_texts(tokenizer, [tokenizer.bos_token_id, tokenizer.eos_token_id]) == ["<|bos|>", "<|eos|>"]

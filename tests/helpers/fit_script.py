@@ -1,0 +1,225 @@
+"""One small fit in a process of its own (or two): prints nothing, writes what a test compares.
+
+``python fit_script.py '{"backbone": FOLDER, "out": FOLDER, …}'`` — see ``Job`` for the rest. Rank 0 writes ``losses.json``
+(hex floats, one per optimizer step), ``norms.json`` and ``logged_norms.json`` (of updates and of gates), every rank
+``ids_RANK.json`` and ``targets_RANK.json`` (example ids, and the number of tokens with loss, per micro-batch), and the adapter
+goes to ``out/adapter``.
+"""
+
+import io
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.tensor import DTensor
+
+from gatera_lightning import AdapterConfig, GateRAModule, adapter_parameters, save_adapter
+from gatera_lightning.backbone.loading import BackboneConfig, load_tokenizer
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.callbacks.generated_samples import GeneratedSamples
+from gatera_lightning.callbacks.safe_preempt import SafePreempt
+from gatera_lightning.checkpointing.checkpoint_io import WholeCheckpointIO, newest_sound_checkpoint
+from gatera_lightning.datamodules import Example, SupervisedDataModule
+from gatera_lightning.distributed.sharding import AdapterShardingStrategy
+from gatera_lightning.errors import Preempted
+from gatera_lightning.training.optimizer import OptimizerConfig
+
+
+@dataclass
+class Job:
+    backbone: str
+    out: str
+    strategy: str = "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too), hsdp (2 × 1), offload
+    accumulate: int = 1
+    checkpointing: bool = False
+    backend: str | None = None  # of torch.compile, through which decoder layers then run
+    clip: float | None = None
+    dropout: float = 0.0
+    workers: int = 0
+    epochs: int = 1
+    dtype: str = "float64"
+    attention: str = "sdpa"
+    resume: str | None = None
+    save_at: list[int] = field(default_factory=list)  # optimizer steps after which a checkpoint is written
+    save_epoch_ends: bool = False
+    kill_at: int | None = None  # the process dies after this optimizer step, without a chance to clean up
+    poison: int | None = None  # the loss of the micro-batch with this example id becomes NaN
+    skip: int = 0  # so many steps with a NaN are left out
+    keep: bool = False  # checkpoints after every step, as AdapterCheckpoint keeps them; resume="newest" goes on from them
+    slow_write: float = 0.0  # seconds that a checkpoint takes, half written
+    preempt: bool = False  # end with status 75 on SIGUSR1 and SIGTERM
+    step_seconds: float = 0.0  # that a micro-batch takes
+    tensorboard: bool = False  # event files in out
+
+
+class Rows(SupervisedDataModule):
+    """Thirty made-up rows, 28 to train on, whose prompts and answers differ a lot in length."""
+
+    def examples(self, split):
+        words = ["stone", "river", "lamp", "paper", "green", "cold", "hat", "boat", "seven", "winter", "garden", "loud"]
+        for i in range(30):
+            prompt = "Question: " + " ".join(words[(i * 5 + k) % 12] for k in range(1 + (7 * i) % 9)) + "\nAnswer:"
+            yield Example(prompt, [" " + " ".join(words[(i + k) % 12] for k in range(1 + (5 * i) % 6))], 0, "made-up")
+
+
+class SlowIO(WholeCheckpointIO):
+    """Stays a while where a kill would leave half a file."""
+
+    seconds = 0.0
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        def half(state, file):
+            buffer = io.BytesIO()
+            whole(state, buffer)
+            content = buffer.getvalue()
+            file.write(content[: len(content) // 2])
+            file.flush()
+            time.sleep(self.seconds)
+            file.write(content[len(content) // 2 :])
+
+        whole, torch.save = torch.save, half
+        try:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        finally:
+            torch.save = whole
+
+
+class Watch(L.Callback):
+    def __init__(self, job):
+        self.job, self.losses, self.ids, self.targets, self.norms, self.logged_norms = job, [], [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        grads = [p.grad for p in adapter_parameters(module.model).values()]
+        norm = torch.nn.utils.get_total_norm(grads)
+        self.norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.ids.append(batch["example_ids"].tolist())
+        self.targets.append(int((batch["labels"][:, 1:] != -100).sum()))
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
+        self.logged_norms.append([float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")])
+        if self.job.keep:  # a line a step, on disk before the checkpoint of the step is
+            ids = self.ids[-trainer.accumulate_grad_batches :]
+            with open(f"{self.job.out}/steps_{trainer.global_rank}.jsonl", "a") as file:
+                file.write(json.dumps([trainer.global_step, self.losses[-1], ids]) + "\n")
+        if trainer.global_step in self.job.save_at:
+            trainer.save_checkpoint(f"{self.job.out}/step_{trainer.global_step}.ckpt")
+        if trainer.global_step == self.job.kill_at:
+            trainer.strategy.barrier()
+            self.write(trainer)
+            os._exit(9)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        time.sleep(self.job.step_seconds)
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.job.save_epoch_ends:
+            trainer.save_checkpoint(f"{self.job.out}/epoch_{trainer.current_epoch}.ckpt")
+
+    def write(self, trainer):
+        out = Path(self.job.out)
+        if trainer.is_global_zero:
+            (out / "losses.json").write_text(json.dumps(self.losses))
+            (out / "norms.json").write_text(json.dumps(self.norms))
+            (out / "logged_norms.json").write_text(json.dumps(self.logged_norms))
+        (out / f"ids_{trainer.global_rank}.json").write_text(json.dumps(self.ids))
+        (out / f"targets_{trainer.global_rank}.json").write_text(json.dumps(self.targets))
+
+
+class Poisoned(GateRAModule):
+    example: int | None = None
+
+    def training_step(self, batch, batch_idx):
+        outputs: dict[str, Any] = super().training_step(batch, batch_idx)
+        if self.example is not None and self.example in batch["example_ids"]:
+            self._step_sums = self._step_sums + torch.nan
+            self._step_history[-1] = (torch.tensor(torch.nan), self._step_history[-1][1])
+        return outputs
+
+
+def run(job: Job) -> Watch:
+    torch.set_num_threads(1)
+    L.seed_everything(3, verbose=False)
+    backbone = BackboneConfig(
+        job.backbone, None, job.dtype, job.attention, gradient_checkpointing=job.checkpointing, compile=job.backend is not None
+    )
+    if job.backend is not None:
+        torch.compile = partial(torch.compile, backend=job.backend)
+    module = Poisoned(
+        backbone=backbone,
+        adapter=AdapterConfig(
+            rank=4, dropout=job.dropout, gate_bias=0.3, adapter_dtype="float64" if job.dtype == "float64" else "float32"
+        ),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, gate_lr_multiplier=0.5, max_skipped_steps=job.skip),
+        gate_entropy_weight=0.1,
+    )
+    module.example = job.poison
+    data = Rows(
+        train_on="response",
+        max_length=64,
+        batch_size=8,
+        eval_batch_size=4,
+        token_budget=None,
+        group_by_length=True,
+        num_workers=job.workers,
+        seed=1,
+        held_out=2,
+    )
+    data.connect(load_tokenizer(backbone))
+    strategies = {
+        "single": "auto",
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "fsdp": AdapterShardingStrategy(),
+        "sharded": AdapterShardingStrategy(sharded_checkpoints=True),
+        "hsdp": AdapterShardingStrategy(shard_size=1, replicate_size=2),
+        "offload": AdapterShardingStrategy(shard_size=2, cpu_offload=True),
+    }
+    watch = Watch(job)
+    callbacks = [watch, GateHistogram(3), *([SafePreempt()] if job.preempt else [])]
+    if job.tensorboard:
+        callbacks.append(GeneratedSamples(2, max_new_tokens=6))
+    if job.keep:
+        callbacks.append(AdapterCheckpoint(monitor=None, every_n_steps=1))
+    SlowIO.seconds = job.slow_write
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1 if job.strategy == "single" else 2,
+        strategy=strategies[job.strategy],
+        accumulate_grad_batches=job.accumulate,
+        gradient_clip_val=job.clip,
+        max_epochs=job.epochs,
+        callbacks=callbacks,
+        plugins=[SlowIO()] if job.slow_write else [],
+        default_root_dir=job.out,
+        logger=TensorBoardLogger(job.out, name="", version="") if job.tensorboard else False,
+        enable_checkpointing=job.keep,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    resume = newest_sound_checkpoint(Path(job.out) / "checkpoints") if job.resume == "newest" else job.resume
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    watch.write(trainer)
+    save_adapter(module.model, Path(job.out) / "adapter")
+    return watch
+
+
+if __name__ == "__main__":
+    try:
+        run(Job(**json.loads(sys.argv[1])))
+    except Preempted as error:
+        print(error)
+        sys.exit(75)

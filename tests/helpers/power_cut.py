@@ -1,0 +1,25 @@
+"""Command lines that end in the middle of a run."""
+
+import pytest
+
+from gatera_lightning.cli.main import main
+from gatera_lightning.training.module import GateRAModule
+
+ADAPTER = "checkpoints/last/adapter_model.safetensors"
+
+
+class PowerCut(BaseException):
+    """What ends a run from outside."""
+
+
+def cut_off(command, step):
+    """Run a command line, and end it when it begins another step after so many."""
+
+    def cut(self, batch, batch_idx):
+        if self.trainer.global_step == step:
+            raise PowerCut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GateRAModule, "on_train_batch_start", cut)
+        with pytest.raises(PowerCut):
+            main(command)

@@ -1,0 +1,140 @@
+"""Jobs on a real SLURM of two nodes: by DDP and FSDP2, requeued on USR1, preempted by an urgent job, bit for bit the same.
+
+``GATERA_PREEMPTIONS`` says how often a job is preempted; twice by default, ten times under ``make stress``.
+"""
+
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_command import slurm
+from tiny_backbone import run_program, tiny_args
+
+from gatera_lightning.cli.main import main
+
+pytestmark = pytest.mark.slow
+
+HELPERS = Path(__file__).parents[2] / "helpers"
+TIMES = int(os.environ.get("GATERA_PREEMPTIONS", "2"))
+STEPS = 8 + 4 * TIMES
+FLAGS = {"ddp": [], "fsdp": ["--config", "overlays/fsdp.yaml"]}
+
+
+def recipe(backbone, strategy):
+    """A run of ``STEPS`` steps with dropout, validated every fifth."""
+    args = ["--config", "quickstart.yaml", *FLAGS[strategy], *tiny_args(backbone)]
+    args += ["--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "5", "--model.adapter.dropout", "0.1"]
+    args += ["--data.init_args.train", '["everyday[:160]"]', "--data.init_args.batch_size", "4", "--trainer.max_epochs", "-1"]
+    return [*args, "--trainer.callbacks+=pace.Pace"]
+
+
+def steps(folder, rank):
+    file = Path(folder) / f"steps_{rank}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("]")] if file.exists() else []
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_backbone, tmp_path_factory):
+    """The folders of uninterrupted runs on two processes, without SLURM."""
+    root = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HELPERS))
+        for strategy in FLAGS:
+            args = [*recipe(tiny_backbone, strategy), "--trainer.devices", "2"]
+            run_program("fit", *args, "--trainer.logger.init_args.save_dir", str(root / strategy), cwd=root, timeout=240)
+    return {strategy: root / strategy / "quickstart" / "version_0" for strategy in FLAGS}
+
+
+def state(job):
+    """JobState and the number of restarts."""
+    found = slurm("scontrol", "show", "job", job, "-o")
+    return re.search(r"JobState=(\S+)", found)[1], int(re.search(r"Restarts=(\d+)", found)[1])
+
+
+@pytest.mark.timeout(300 + 90 * TIMES)
+@pytest.mark.parametrize("strategy", FLAGS)
+def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
+    strategy, cluster, whole, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for
+):
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    setup = f"export GLOO_SOCKET_IFNAME=lo PYTHONPATH={shlex.quote(str(HELPERS))}"
+    asked = ["--nodes", "2", "--gpus-per-node", "0", "--partition", "main", "--root", str(tmp_path), "--setup", setup]
+    pace = ["--trainer.callbacks.seconds", "0.4"]
+    assert main(["submit", *asked, "--time", "30", *recipe(tiny_backbone, strategy), *pace]) == 0
+    printed = capsys.readouterr().out
+    number, folder = re.search(r"^job (\d+): (\S+)$", printed, re.MULTILINE).groups()
+    log = Path(folder) / "slurm.log"
+
+    for turn in range(TIMES):
+        done = len(steps(folder, 0))
+        wait_for(lambda: len(steps(folder, 0)) >= done + 2 or state(number)[0] in ("COMPLETED", "FAILED"), 120)  # noqa: B023
+        assert state(number)[0] == "RUNNING", log.read_text()[-3000:]
+        if turn % 2:  # the urgent job takes both nodes, and gives them back
+            urgent = slurm("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+            wait_for(lambda: state(urgent)[0] == "COMPLETED", 90)  # noqa: B023
+        else:
+            slurm("scancel", "--signal=USR1", number)
+        wait_for(lambda: state(number)[1] > turn, 60)  # noqa: B023
+        wait_for(lambda: state(number)[0] in ("PENDING", "RUNNING"), 60)
+        slurm("scontrol", "update", f"jobid={number}", "StartTime=now")  # a requeued job would wait two minutes
+    wait_for(lambda: state(number)[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 240)
+    assert state(number) == ("COMPLETED", TIMES), log.read_text()[-3000:]
+
+    for rank in (0, 1):
+        expected = {step: rest for step, *rest in steps(whole[strategy], rank)}
+        found = steps(folder, rank)
+        assert {step for step, *_ in found} == set(expected) == set(range(1, STEPS + 1))
+        assert all(rest == expected[step] for step, *rest in found)
+    name = Path("checkpoints") / "last" / "adapter_model.safetensors"
+    assert (Path(folder) / name).read_bytes() == (whole[strategy] / name).read_bytes()
+    # An urgent job may take the nodes before a busy machine has ended a step: the run then goes on from an earlier checkpoint.
+    assert (TIMES + 1) // 2 <= log.read_text().count("preempted at optimizer step") <= TIMES
+    assert {"job.sbatch", "submitted.yaml", "slurm.log", "config.yaml", "checkpoints"} <= {
+        p.name for p in Path(folder).iterdir()
+    }
+
+
+def test_the_rendered_script_passes_slurms_own_check(cluster, tmp_path, capsys):
+    assert main(["submit", "--dry-run", "--nodes", "2", "--gpus-per-node", "0", "--config", "quickstart.yaml"]) == 0
+    script = tmp_path / "job.sbatch"
+    script.write_text(capsys.readouterr().out)
+    slurm("sbatch", "--test-only", str(script))
+
+
+def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path, wait_for, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    script = tmp_path / "job.sbatch"
+    command = shlex.join([sys.executable, "-m", "gatera_lightning", "fit", *recipe(tiny_backbone, "ddp")])
+    script.write_text(f"#!/bin/bash\n{command}\necho status $?\n")
+    log = tmp_path / "log"
+    slurm("sbatch", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", f"--chdir={tmp_path}", str(script))
+    wait_for(lambda: log.exists() and "status" in log.read_text(), 90)
+    assert "SLURM_NTASKS: 2, but this process was started without srun" in log.read_text()
+    assert "status 2" in log.read_text()
+
+
+@pytest.mark.timeout(240)
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for):
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    setup = f"export GLOO_SOCKET_IFNAME=lo PYTHONPATH={shlex.quote(str(HELPERS))}"
+    asked = ["--nodes", "1", "--gpus-per-node", "0", "--root", str(tmp_path), "--setup", setup, "--time", "30"]
+    workers = ["--trainer.callbacks.seconds", "0.4", "--data.init_args.num_workers", "1"]
+    assert main(["submit", *asked, *recipe(tiny_backbone, "ddp"), *workers]) == 0
+    number, folder = re.search(r"^job (\d+): (\S+)$", capsys.readouterr().out, re.MULTILINE).groups()
+    wait_for(lambda: len(steps(folder, 0)) >= 2, 120)
+    slurm("scancel", number)
+    wait_for(lambda: state(number)[0] not in ("RUNNING", "COMPLETING"), 60)
+    assert state(number) == ("CANCELLED", 0), (Path(folder) / "slurm.log").read_text()[-3000:]
+    assert "preempted at optimizer step" in (Path(folder) / "slurm.log").read_text()
+    assert (Path(folder) / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_what_slurm_refuses_is_said(cluster, tmp_path, capsys):
+    args = ["submit", "--nodes", "2", "--gpus-per-node", "0", "--partition", "nowhere", "--root", str(tmp_path)]
+    assert main([*args, "--config", "quickstart.yaml", "--skip-download"]) == 2
+    assert "invalid partition" in capsys.readouterr().err
+    assert not any(tmp_path.glob("job-*"))
