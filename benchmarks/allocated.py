@@ -18,7 +18,9 @@ def peak_bytes(step: Callable[[], Any], model: nn.Module, optimizer: torch.optim
     there = [*model.parameters(), *model.buffers()]
     if optimizer is not None:
         there += [moment for state in optimizer.state.values() for moment in state.values()]
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in there)}
+    storages = {
+        storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in there)
+    }
     return sum(storages.values()) + _above(step)
 
 

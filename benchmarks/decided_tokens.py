@@ -46,9 +46,14 @@ def gradient(module: GateRAModule, batch: Batch) -> tuple[float, dict[str, Tenso
     loss, _ = module.summed_task_loss(batch)
     loss = loss / max(1, batch["step_targets"])
     loss.backward()
-    found = {name: p.grad.double().flatten() for name, p in adapter_parameters(module.model).items() if p.grad is not None}
+    found = {
+        name: p.grad.double().flatten()
+        for name, p in adapter_parameters(module.model).items()
+        if p.grad is not None
+    }
     parts = {
-        part: torch.cat([gradient for name, gradient in found.items() if f".{part}." in name]) for part in ("update", "gate")
+        part: torch.cat([gradient for name, gradient in found.items() if f".{part}." in name])
+        for part in ("update", "gate")
     }
     return float(loss), parts
 
@@ -84,11 +89,16 @@ def off_in_decoding(module: GateRAModule, batches: list[Batch]) -> dict[float, f
 
     def answers(gate: float) -> list[list[int]]:
         config = DecodingConfig(skip_below=gate, merge_above=1 - gate)
-        alone = [collate_prompts([prompt], [0], pad_id=2, eos_id=2) for prompt in prompts]  # a row at a time, as one chats
+        alone = [
+            collate_prompts([prompt], [0], pad_id=2, eos_id=2) for prompt in prompts
+        ]  # a row at a time, as one chats
         return [generate(module.model, prompt, config)[0].tolist() for prompt in alone]
 
     exact = answers(0.0)
-    return {gate: statistics.mean(a != b for a, b in zip(answers(gate), exact, strict=True)) for gate in THRESHOLDS}
+    return {
+        gate: statistics.mean(a != b for a, b in zip(answers(gate), exact, strict=True))
+        for gate in THRESHOLDS
+    }
 
 
 def study(task: str, setting: str, seed: int) -> dict[str, Any]:
@@ -121,16 +131,22 @@ def show(told: dict[str, Any]) -> None:
     print("|---|---|---|---|---|")
     for row, changed in zip(told["training"], told["decoding"].values(), strict=True):
         off = f"{row['loss_off']:.4f} ({row['loss_off_worst']:.4f})"
-        cosines = [f"{row[f'{part}_cosine']:.4f} ({row[f'{part}_cosine_worst']:.4f})" for part in ("update", "gate")]
+        cosines = [
+            f"{row[f'{part}_cosine']:.4f} ({row[f'{part}_cosine_worst']:.4f})" for part in ("update", "gate")
+        ]
         print(f"| {row['gate']:g} | {off} | {' | '.join(cosines)} | {changed:.0%} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=STEPS)
     parser.add_argument("settings", nargs="+", metavar="λ:BIAS:MULTIPLIER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, help="a line of JSON is added to this file for each setting and seed")
+    parser.add_argument(
+        "--out", type=Path, help="a line of JSON is added to this file for each setting and seed"
+    )
     args = parser.parse_args()
     if "GATERA_DATA" not in os.environ:
         sys.exit("set GATERA_DATA to the folder that holds commonsense/ and dialogue/")

@@ -48,7 +48,12 @@ def decoding_of(method: str, dtype: str, batch: int, new_tokens: int) -> Round:
     def generated(count: int) -> float:
         begun = clock_now()
         settings = GenerationConfig(
-            max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=1
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            eos_token_id=1,
         )
         with torch.no_grad():
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
@@ -83,13 +88,19 @@ def decided(model: nn.Module, generate: Callable[[], float]) -> float:
     generate()
     for layer in layers:
         layer.on_gate = None
-    gates = torch.cat([torch.sigmoid(z).flatten() for z in seen if z.shape[-1] == 1] or [torch.full((1,), 0.5)])
+    gates = torch.cat(
+        [torch.sigmoid(z).flatten() for z in seen if z.shape[-1] == 1] or [torch.full((1,), 0.5)]
+    )
     return float(((gates < 0.1) | (gates > 0.9)).float().mean())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -97,7 +108,9 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     setting = (args.dtype, args.batch, args.new_tokens)
-    measured = interleaved({method: (decoding_of, (method, *setting)) for method in args.only}, args.rounds, warmup=1)
+    measured = interleaved(
+        {method: (decoding_of, (method, *setting)) for method in args.only}, args.rounds, warmup=1
+    )
     write(args.out, vars(args), measured)
 
     print(machine())

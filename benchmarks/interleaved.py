@@ -50,7 +50,9 @@ def interleaved(
     try:
         for name, (build, args) in contenders.items():
             pipes[name], theirs = context.Pipe()
-            processes[name] = context.Process(target=_contend, args=(theirs, build, args, warmup), daemon=True)
+            processes[name] = context.Process(
+                target=_contend, args=(theirs, build, args, warmup), daemon=True
+            )
             processes[name].start()
             theirs.close()
             _answer(name, pipes[name])  # one is built and warmed up after another
@@ -129,7 +131,9 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     with open("/proc/cpuinfo") as info:
-        name = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+        name = next(
+            (line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine()
+        )
     return f"{name}, one thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
@@ -138,4 +142,6 @@ def write(path: str | None, settings: Mapping[str, Any], measured: Mapping[str, 
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         results = {name: vars(one) for name, one in measured.items()}
-        Path(path).write_text(json.dumps({"machine": machine(), "settings": dict(settings), "results": results}, indent=1))
+        Path(path).write_text(
+            json.dumps({"machine": machine(), "settings": dict(settings), "results": results}, indent=1)
+        )

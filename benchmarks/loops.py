@@ -73,7 +73,9 @@ def lightning_loop(method: str, data: MixedRows, settings: Settings, seed: int, 
         backbone=settings.frozen(),
         adapter=AdapterConfig(rank=settings.rank, **METHODS[method]),
         optimizer=OptimizerConfig(
-            lr=LEARNING_RATES[method], warmup_steps=settings.warmup, gate_lr_multiplier=10.0 if decided else 1.0
+            lr=LEARNING_RATES[method],
+            warmup_steps=settings.warmup,
+            gate_lr_multiplier=10.0 if decided else 1.0,
         ),
         gate_entropy_weight=0.1 if decided else 0.01,
     )
@@ -85,7 +87,9 @@ def lightning_loop(method: str, data: MixedRows, settings: Settings, seed: int, 
             devices=1,
             max_epochs=1,
             accumulate_grad_batches=accumulate,
-            callbacks=[L.pytorch.callbacks.LambdaCallback(on_train_epoch_start=watch.start, on_train_end=watch.stop)],
+            callbacks=[
+                L.pytorch.callbacks.LambdaCallback(on_train_epoch_start=watch.start, on_train_end=watch.stop)
+            ],
             limit_val_batches=0,
             gradient_clip_val=1.0,
             logger=False,
@@ -113,7 +117,9 @@ def hf_loop(method: str, data: MixedRows, settings: Settings, seed: int, samplin
     targets = AdapterConfig().target_modules
     adapter: Any = HiraConfig(r=settings.rank, target_modules=targets, task_type="CAUSAL_LM")
     if method == "lora":
-        adapter = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets, task_type="CAUSAL_LM")
+        adapter = LoraConfig(
+            r=settings.rank, lora_alpha=settings.rank, target_modules=targets, task_type="CAUSAL_LM"
+        )
     model = get_peft_model(load_backbone(settings.frozen(), DEVICE), adapter)
     trainer = transformers.Trainer(
         model=model,
@@ -142,7 +148,11 @@ def hf_loop(method: str, data: MixedRows, settings: Settings, seed: int, samplin
         return trainer.state.global_step
 
     def loss(batch: Batch) -> Tensor:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": batch["labels"],
+        }
         return cast(Tensor, trainer.compute_loss(trainer.model_wrapped, inputs))
 
     return Loop(model, train, loss)

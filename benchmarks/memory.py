@@ -44,14 +44,20 @@ def measuring(method: str, dtype: str, rows: int, tokens: int, targets: int, rec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone"
+    )
     parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     print(machine())
-    print("rows x tokens            method              predicted MB   allocated MB   predicted ÷ allocated   resident MB")
+    print(
+        "rows x tokens            method              predicted MB   allocated MB   predicted ÷ allocated   resident MB"
+    )
     everything = {}
     for setting in args.settings:
         for method in args.only:
@@ -60,7 +66,11 @@ def main() -> None:
             measured = interleaved({name: (measuring, (method, args.dtype, *sizes))}, rounds=1, warmup=0)
             everything |= measured
             predicted, allocated = (measured[name].rounds(figure)[0] for figure in ("predicted", "allocated"))
-            told = ("–", "–") if math.isnan(predicted) else (f"{predicted / 1e6:.0f}", f"{predicted / allocated:.2f}")
+            told = (
+                ("–", "–")
+                if math.isnan(predicted)
+                else (f"{predicted / 1e6:.0f}", f"{predicted / allocated:.2f}")
+            )
             line = f"{name}{told[0]:>15}{allocated / 1e6:>15.0f}{told[1]:>24}"
             print(f"{line}{measured[name].peak_bytes / 1e6:>14.0f}", flush=True)
     settings = vars(args) | {"settings": list(args.settings), "only": list(args.only)}

@@ -6,7 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules import CommonsenseDataModule, DialogueDataModule, Example, SupervisedDataModule
+from gatera_lightning.datamodules import (
+    CommonsenseDataModule,
+    DialogueDataModule,
+    Example,
+    SupervisedDataModule,
+)
 
 MULTIPLE_CHOICE = ("ARC-Easy", "ARC-Challenge", "openbookqa")
 DIALOGUE = "$GATERA_DATA/dialogue/convai2/valid_self_original.shared.txt"

@@ -41,7 +41,9 @@ class _Timed(GateRACLI):
         for callback in callbacks:
             for hook in IN_A_STEP:
                 setattr(callback, hook, self._timed(type(callback).__name__, hook, getattr(callback, hook)))
-            callback.on_validation_end = self._timed(type(callback).__name__, "validation", callback.on_validation_end)
+            callback.on_validation_end = self._timed(
+                type(callback).__name__, "validation", callback.on_validation_end
+            )
         last = callbacks[-1].on_train_batch_end
 
         def end(*args: Any, **kwargs: Any) -> None:
@@ -54,7 +56,9 @@ class _Timed(GateRACLI):
         def timed(trainer: Any, *args: Any, **kwargs: Any) -> None:
             begun = time.process_time()
             call(trainer, *args, **kwargs)
-            step = -1 if hook == "validation" else trainer.global_step + (hook != "on_train_batch_end")  # that is being made
+            step = (
+                -1 if hook == "validation" else trainer.global_step + (hook != "on_train_batch_end")
+            )  # that is being made
             self.hooks[name][step] += time.process_time() - begun
 
         return timed
@@ -67,19 +71,32 @@ def default_interval(callback: type) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="smollm2_commonsense.yaml")
-    parser.add_argument("--validate-every", metavar="N", type=int, default=40, help="steps, for samples; 40 as in the config")
+    parser.add_argument(
+        "--validate-every", metavar="N", type=int, default=40, help="steps, for samples; 40 as in the config"
+    )
     own, others = parser.parse_known_args()
     intervals = {callback.__name__: default_interval(callback) for callback in CALLBACKS.values()}
-    due = [f"--{section}.{SETTING}={INTERVAL}" for section, kind in CALLBACKS.items() if intervals[kind.__name__]]
-    flags = [f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.limit_val_batches=1", *due]
+    due = [
+        f"--{section}.{SETTING}={INTERVAL}" for section, kind in CALLBACKS.items() if intervals[kind.__name__]
+    ]
+    flags = [
+        f"--trainer.max_steps={STEPS}",
+        f"--trainer.val_check_interval={STEPS}",
+        "--trainer.limit_val_batches=1",
+        *due,
+    ]
     run = _Timed(["fit", *with_found_configs(["--config", own.config, *flags, *others])])
 
     watched = {step: sum(by_step[step] for by_step in run.hooks.values()) for step in range(2, STEPS)}
     steps = {step: run.ends[step - 1] - run.ends[step - 2] - watched[step] for step in watched}
     bare = statistics.median(steps.values())
-    print(f"a step without callbacks: {bare:.2f} CPU s, {min(steps.values()):.2f} to {max(steps.values()):.2f}")
+    print(
+        f"a step without callbacks: {bare:.2f} CPU s, {min(steps.values()):.2f} to {max(steps.values()):.2f}"
+    )
     print("callback                quiet, ms   due, ms   default interval   share of a step")
     whole = 0.0
     for name, by_step in sorted(run.hooks.items()):
@@ -92,7 +109,9 @@ def main() -> None:
     print(f"all of them: {whole / bare:.2%} of a step")
     samples = run.hooks["GeneratedSamples"][-1]
     share = samples / (own.validate_every * bare)
-    print(f"samples after a validation: {samples:.2f} CPU s, {share:.2%} of the {own.validate_every} steps between two")
+    print(
+        f"samples after a validation: {samples:.2f} CPU s, {share:.2%} of the {own.validate_every} steps between two"
+    )
     print(f"all and samples: {whole / bare + share:.2%}")
 
 

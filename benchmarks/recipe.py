@@ -34,16 +34,32 @@ def program(*args: str) -> dict[str, float]:
 def run(recipe: str, method: str, seed: int, out: Path, rest: list[str]) -> Path:
     """Fit and test once; the folder of the evaluation."""
     name = method if method == "untrained" else f"{method}-{seed}"
-    settings = ["--config", recipe, *METHODS[method], "--seed_everything", str(seed), "--data.init_args.seed", str(seed), *rest]
+    settings = [
+        "--config",
+        recipe,
+        *METHODS[method],
+        "--seed_everything",
+        str(seed),
+        "--data.init_args.seed",
+        str(seed),
+        *rest,
+    ]
     adapter, folder, times = out / f"{name}-adapter", out / name, out / f"{name}-seconds.json"
     seconds: dict[str, Any] = json.loads(times.read_text()) if times.is_file() else {}
     if method != "untrained" and not adapter.is_symlink():
         where = ["--trainer.logger.init_args.save_dir", str(out / f"{name}-run")]
         seconds["fit"] = program("fit", *settings, *where)
-        newest = max((out / f"{name}-run").glob("*/version_*/checkpoints/last"), key=lambda path: path.stat().st_mtime)
+        newest = max(
+            (out / f"{name}-run").glob("*/version_*/checkpoints/last"), key=lambda path: path.stat().st_mtime
+        )
         adapter.symlink_to(newest.resolve())
     if not (folder / "test_results.json").is_file():
-        where = ["--trainer.logger.init_args.save_dir", str(out / f"{name}-test"), "--evaluation.folder", str(folder)]
+        where = [
+            "--trainer.logger.init_args.save_dir",
+            str(out / f"{name}-test"),
+            "--evaluation.folder",
+            str(folder),
+        ]
         warm = ["--model.warm_start", str(adapter)] if method != "untrained" else []
         seconds["test"] = program("test", *settings, *where, *warm)
     times.write_text(json.dumps(seconds) + "\n")
@@ -62,7 +78,9 @@ def line(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="a shipped config with an init_args.seed in its data")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["untrained", "gatera"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -78,7 +96,9 @@ def main() -> None:
             runs.append(run(args.recipe, method, seed, args.out, rest))
             print(line(runs[-1]), flush=True)
     if len(runs) > 1:
-        report = [arg for name in ("comparison.md", "comparison.json") for arg in ("--out", str(args.out / name))]
+        report = [
+            arg for name in ("comparison.md", "comparison.json") for arg in ("--out", str(args.out / name))
+        ]
         program("compare", *map(str, runs), *report)
     print(*map(line, runs), sep="\n")
 

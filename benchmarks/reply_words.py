@@ -15,7 +15,9 @@ from gatera_lightning.cli.lightning_cli import with_found_configs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--adapter", help="an adapter folder; default: the untrained model")
     own, rest = parser.parse_known_args()
     recipe = PreviewedSplit(with_found_configs(["fit", *rest]), "test")
@@ -31,8 +33,12 @@ def main() -> None:
         losses = torch.nn.functional.cross_entropy(logits, torch.tensor(reply), reduction="none").double()
         nats += torch.stack([losses.sum(), losses[:-1].sum()])
         tokens += torch.tensor([len(reply), len(reply) - 1])
-    for name, sum_of_nats, count in zip(("with its end", "without"), nats.tolist(), tokens.tolist(), strict=True):
-        print(f"{name}: {sum_of_nats:.0f} nats, {count:.0f} tokens, perplexity {math.exp(sum_of_nats / count):.2f}")
+    for name, sum_of_nats, count in zip(
+        ("with its end", "without"), nats.tolist(), tokens.tolist(), strict=True
+    ):
+        print(
+            f"{name}: {sum_of_nats:.0f} nats, {count:.0f} tokens, perplexity {math.exp(sum_of_nats / count):.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -26,9 +26,13 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--method", default="gatera", help="as in train_step.py")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
@@ -39,10 +43,17 @@ def main() -> None:
         for size in sizes:
             one = MIDDLE | {name: size}
             shape = (one["rows"], one["tokens"], one["targets"])
-            contenders[f"{name} {size}"] = (step_of, (args.method, args.dtype, one["layers"], one["width"], one["rank"], shape))
+            contenders[f"{name} {size}"] = (
+                step_of,
+                (args.method, args.dtype, one["layers"], one["width"], one["rank"], shape),
+            )
         counted = counts({label: setting for label, (_, setting) in contenders.items()})
         measured = interleaved(contenders, args.rounds)
-        write(args.out and args.out.replace(".json", f"_{name}.json"), vars(args) | MIDDLE | {"counted": counted}, measured)
+        write(
+            args.out and args.out.replace(".json", f"_{name}.json"),
+            vars(args) | MIDDLE | {"counted": counted},
+            measured,
+        )
         half, half_flops = None, 0.0
         for label, one in measured.items():
             flops = counted[label]["flops"]
@@ -51,7 +62,9 @@ def main() -> None:
                 print(f"{line}{'':<28}{flops / 1e9:>6.0f}{'':<9}{one.peak_bytes / 1e6:>10.0f}")
             else:
                 seconds, products = ratio(clock(one), clock(half)), flops / half_flops
-                print(f"{line}   {seconds:<25}{flops / 1e9:>6.0f}{products:>9.2f}{one.peak_bytes / 1e6:>10.0f}")
+                print(
+                    f"{line}   {seconds:<25}{flops / 1e9:>6.0f}{products:>9.2f}{one.peak_bytes / 1e6:>10.0f}"
+                )
             half, half_flops = one, flops
 
 

@@ -24,7 +24,9 @@ BATCH = MicroBatch(rows=4, tokens=256, targets=128)  # 4 rows of the commonsense
 
 
 def main() -> None:
-    print("| model | layout | peak GiB a GPU | weights | activations | received a step, GiB | GFLOP a token |")
+    print(
+        "| model | layout | peak GiB a GPU | weights | activations | received a step, GiB | GFLOP a token |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, (hidden, mlp, layers, heads) in MLP.items():
         config = LlamaConfig(
@@ -43,7 +45,11 @@ def main() -> None:
             memory = predict_memory(sizes, costs, layout)
             moved = sum(communication(sizes, layout, 1).values())
             cells = (memory.peak, memory.parts["weights"], memory.parts["activations"], moved)
-            print(f"| {name} | {label} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + f" | {flops / 1e9:.0f} |")
+            print(
+                f"| {name} | {label} | "
+                + " | ".join(f"{cell / GIB:.1f}" for cell in cells)
+                + f" | {flops / 1e9:.0f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -93,11 +93,17 @@ def step_of(method: str, *setting: Any) -> Round:
 def counts_of(method: str, *setting: Any) -> Round:
     """What is counted of a step, in a process of its own: counting would enlarge the peak of the one that is timed."""
     step, loss_of, model, optimizer = built(method, *setting)
-    flops = products(step)  # before compiling, which leaves the products as they are, but the counter would see none
+    flops = products(
+        step
+    )  # before compiling, which leaves the products as they are, but the counter would see none
     if method in COMPILED:
         compile_layers(model)
     step()  # moments are there, and code is compiled
-    counted = {"flops": flops, "saved_bytes": kept_bytes(loss_of), "allocated_bytes": peak_bytes(step, model, optimizer)}
+    counted = {
+        "flops": flops,
+        "saved_bytes": kept_bytes(loss_of),
+        "allocated_bytes": peak_bytes(step, model, optimizer),
+    }
     return lambda: counted
 
 
@@ -187,7 +193,10 @@ def with_peft(model: nn.Module, method: str, rank: int, ids: Tensor, labels: Ten
 
         def loss_of() -> Tensor:
             with target_positions_only(model, keep):
-                return summed_cross_entropy(wrapped(input_ids=ids, attention_mask=mask).logits, shifted[keep]) / keep.sum()
+                return (
+                    summed_cross_entropy(wrapped(input_ids=ids, attention_mask=mask).logits, shifted[keep])
+                    / keep.sum()
+                )
 
         return loss_of
     return lambda: wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -201,7 +210,11 @@ def without_adapter(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[
 
     def loss_of() -> Tensor:
         embedded = model.get_input_embeddings()(ids).requires_grad_(True)
-        with elementwise_recomputed(), target_positions_only(model, keep), cross_entropy_in_head(model, targets):
+        with (
+            elementwise_recomputed(),
+            target_positions_only(model, keep),
+            cross_entropy_in_head(model, targets),
+        ):
             return model(inputs_embeds=embedded, attention_mask=mask).logits.squeeze() / len(targets)
 
     return loss_of
@@ -217,17 +230,24 @@ def products(step: Callable[[], Any]) -> int:
 def counts(contenders: Mapping[str, tuple[Any, ...]]) -> dict[str, dict[str, float]]:
     """:func:`counts_of` each contender, by its name, one after another."""
     return {
-        name: interleaved({name: (counts_of, args)}, rounds=1, warmup=0)[name].figures[0] for name, args in contenders.items()
+        name: interleaved({name: (counts_of, args)}, rounds=1, warmup=0)[name].figures[0]
+        for name, args in contenders.items()
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone"
+    )
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--shape", type=int, nargs=3, default=(4, 160, 8), metavar=("ROWS", "TOKENS", "TARGETS"))
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=(4, 160, 8), metavar=("ROWS", "TOKENS", "TARGETS")
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", help="a JSON file")
@@ -242,8 +262,12 @@ def main() -> None:
     print(f"method               s, median   ÷ {reference:<26}GFLOP   tensors MB   peak MB   saved MB")
     for name, one in measured.items():
         line = f"{name:<20}{statistics.median(clock(one)):>9.3f}   {ratio(clock(one), clock(measured[reference])):<26}"
-        flops, tensors, saved = (counted[name][figure] for figure in ("flops", "allocated_bytes", "saved_bytes"))
-        print(f"{line}{flops / 1e9:>8.0f}{tensors / 1e6:>13.0f}{one.peak_bytes / 1e6:>10.0f}{saved / 1e6:>11.0f}")
+        flops, tensors, saved = (
+            counted[name][figure] for figure in ("flops", "allocated_bytes", "saved_bytes")
+        )
+        print(
+            f"{line}{flops / 1e9:>8.0f}{tensors / 1e6:>13.0f}{one.peak_bytes / 1e6:>10.0f}{saved / 1e6:>11.0f}"
+        )
 
 
 if __name__ == "__main__":

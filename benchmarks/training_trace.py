@@ -36,7 +36,14 @@ def record(name: str, steps: int) -> dict[str, Any]:
     """Train one run and return its logged values by step and the digest of its adapter."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [
-            *("--model.backbone.dtype", "float32", "--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "1"),
+            *(
+                "--model.backbone.dtype",
+                "float32",
+                "--trainer.max_steps",
+                str(steps),
+                "--trainer.limit_val_batches",
+                "1",
+            ),
             *("--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"),
             *("--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger"),
             *("--trainer.logger.init_args.save_dir", folder, "--trainer.logger.init_args.name", "run"),
@@ -45,7 +52,10 @@ def record(name: str, steps: int) -> dict[str, Any]:
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         run = Path(folder) / "run" / "version_0"
         with (run / "metrics.csv").open() as file:
-            rows = [{key: value for key, value in row.items() if value and _is_numeric(key)} for row in csv.DictReader(file)]
+            rows = [
+                {key: value for key, value in row.items() if value and _is_numeric(key)}
+                for row in csv.DictReader(file)
+            ]
         adapter = (run / "checkpoints" / "last" / "adapter_model.safetensors").read_bytes()
     return {"steps": rows, "adapter": hashlib.sha256(adapter).hexdigest()}
 
@@ -65,7 +75,10 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         for one, other in zip(before[name]["steps"], after[name]["steps"], strict=False):
             unequal = [key for key in one.keys() & other.keys() if one[key] != other[key]]
             if unequal or one.keys() != other.keys():
-                changed = {key: (one.get(key), other.get(key)) for key in sorted(unequal or one.keys() ^ other.keys())}
+                changed = {
+                    key: (one.get(key), other.get(key))
+                    for key in sorted(unequal or one.keys() ^ other.keys())
+                }
                 found.append(f"{name}: step {one.get('step')}: {changed}")
                 break
     return found
@@ -73,7 +86,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Record the chosen runs, and compare them if another record is given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, required=True)
@@ -89,7 +104,11 @@ def main() -> None:
     before = json.loads(args.against.read_text())
     unequal = differences(before, found)
     values = sum(len(row) for run in found.values() for row in run["steps"])
-    print(*unequal, f"{len(before.keys() & found.keys())} runs, {values} logged values, {len(unequal)} differences", sep="\n")
+    print(
+        *unequal,
+        f"{len(before.keys() & found.keys())} runs, {values} logged values, {len(unequal)} differences",
+        sep="\n",
+    )
     sys.exit(bool(unequal))
 
 

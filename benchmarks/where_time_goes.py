@@ -31,7 +31,9 @@ def profiled(method: str, dtype: str, layers: int) -> Round:
             step()
         seconds = {"products": 0.0, "attention": 0.0, "rest": 0.0}
         for event in recorded.key_averages():
-            if event.device_type == DeviceType.CPU:  # of what CUDA ran there are events of its own, whose time these have too
+            if (
+                event.device_type == DeviceType.CPU
+            ):  # of what CUDA ran there are events of its own, whose time these have too
                 seconds[_kind(event.key)] += _seconds(event)
         return seconds | {"flops": flops}
 
@@ -45,12 +47,18 @@ def _kind(name: str) -> str:
 
 
 def _seconds(event: Any) -> float:
-    return float(event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total) / 1e6
+    return (
+        float(event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total) / 1e6
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the backbone"
+    )
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     chosen = ["frozen", "gatera", "gatera_70_closed", "gatera_decided", "hira", "peft_lora", "peft_hira"]
@@ -64,7 +72,9 @@ def main() -> None:
     print(machine())
     print("method             products, s   GFLOP   GFLOP/s   attention, s   rest, s   all, s")
     for name, one in measured.items():
-        products, attention, rest = (statistics.median(one.rounds(kind)) for kind in ("products", "attention", "rest"))
+        products, attention, rest = (
+            statistics.median(one.rounds(kind)) for kind in ("products", "attention", "rest")
+        )
         flops = one.rounds("flops")[0] / 1e9
         line = f"{name:<18}{products:>12.2f}{flops:>8.0f}{flops / products:>10.0f}"
         print(f"{line}{attention:>15.2f}{rest:>10.2f}{products + attention + rest:>9.2f}")

@@ -16,7 +16,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.answers.options import Reading, matching_option
-from gatera_lightning.datamodules.batching.datasets import LikelihoodBatches, PromptBatches, TokenTable, TrainingBatches
+from gatera_lightning.datamodules.batching.datasets import (
+    LikelihoodBatches,
+    PromptBatches,
+    TokenTable,
+    TrainingBatches,
+)
 from gatera_lightning.datamodules.batching.holdout import held_out_rows
 from gatera_lightning.datamodules.batching.loader import PlannedLoader, ignore_signals
 from gatera_lightning.datamodules.batching.mixture import mixed_rows
@@ -97,7 +102,10 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.evaluate_by = list(evaluate_by)
         self.rank_validation = rank_validation
         self.weights = weights
-        self.answered: dict[EvaluateBy, Collection[int]] = {"likelihood": frozenset(), "generation": frozenset()}
+        self.answered: dict[EvaluateBy, Collection[int]] = {
+            "likelihood": frozenset(),
+            "generation": frozenset(),
+        }
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.tables: dict[str, Dataset] = {}
         self._train_loader: PlannedLoader | None = None
@@ -116,15 +124,21 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             if getattr(self, name) < 1:
                 found.append(f"data.{name}: {getattr(self, name)}; accepted: an integer of at least 1")
         if self.token_budget is not None and self.token_budget < 1:
-            found.append(f"data.token_budget: {self.token_budget}; accepted: null, or an integer of at least 1")
+            found.append(
+                f"data.token_budget: {self.token_budget}; accepted: null, or an integer of at least 1"
+            )
         rows = self.held_out
-        if isinstance(rows, bool) or (rows is not None and not (rows >= 1 if isinstance(rows, int) else 0 < rows < 1)):
+        if isinstance(rows, bool) or (
+            rows is not None and not (rows >= 1 if isinstance(rows, int) else 0 < rows < 1)
+        ):
             found.append(
                 f"data.validation: {rows} held out; accepted: sources, an integer of at least 1, or a share between 0 and 1"
             )
         ways = get_args(EvaluateBy)
         if not self.evaluate_by or sorted(set(self.evaluate_by) & set(ways)) != sorted(self.evaluate_by):
-            found.append(f"data.evaluate_by: {self.evaluate_by}; accepted: a list of {' and '.join(ways)}, each at most once")
+            found.append(
+                f"data.evaluate_by: {self.evaluate_by}; accepted: a list of {' and '.join(ways)}, each at most once"
+            )
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -170,7 +184,12 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     def splits(self, stage: str) -> list[str]:
         """The splits that a stage reads; held-out validation rows come from the training split."""
-        by_stage = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
+        by_stage = {
+            "fit": ["train", "validation"],
+            "validate": ["validation"],
+            "test": ["test"],
+            "predict": ["test"],
+        }
         held_out = self.held_out is not None and "validation" in by_stage[stage]
         return ["train"] if held_out else by_stage[stage]
 
@@ -184,7 +203,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         assert self.held_out is not None
         count = self.held_out if isinstance(self.held_out, int) else max(1, round(self.held_out * rows))
         if count >= rows:
-            raise ConfigError(f"data.validation: {self.held_out} held out of {rows} rows leave none to train on")
+            raise ConfigError(
+                f"data.validation: {self.held_out} held out of {rows} rows leave none to train on"
+            )
         return count
 
     def leakage(self) -> list[Leakage]:
@@ -211,7 +232,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     def _table(self, split: str) -> TokenTable:
         assert self.tokenizer is not None  # setup has tokenised
-        return TokenTable(self.tables[split], int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id))
+        return TokenTable(
+            self.tables[split], int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)
+        )
 
     def train_dataloader(self) -> PlannedLoader:
         """Planned optimizer steps; the loader's state is its exact position."""
@@ -241,13 +264,17 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             raise ConfigError(f"data.train: {error}") from error
         line = self.max_length if self.packing else None
         batches = TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank, line=line)
-        epoch = min(len(batches), limit if isinstance(limit, int) else int(limit * len(batches)))  # as Lightning counts
+        epoch = min(
+            len(batches), limit if isinstance(limit, int) else int(limit * len(batches))
+        )  # as Lightning counts
         if epoch % accumulate:
             raise ConfigError(
                 f"trainer.limit_train_batches: {limit} (fast_dev_run and overfit_batches set it too) ends an epoch behind "
                 f"{epoch} micro-batches, in the middle of a step; accepted: a multiple of accumulate_grad_batches, {accumulate}"
             )
-        self._train_loader = PlannedLoader(batches, seed=self.seed, num_workers=self.num_workers, epoch_ends_at=epoch)
+        self._train_loader = PlannedLoader(
+            batches, seed=self.seed, num_workers=self.num_workers, epoch_ends_at=epoch
+        )
         if self._train_position is not None:
             self._train_loader.load_state_dict(self._train_position)
             self._train_position = None
@@ -289,7 +316,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     def _likelihood_loader(self, split: str, train_on: TrainOn, *, every_answer: bool) -> DataLoader[Any]:
         table = self._table(split)
-        lengths = [max(lengths) for lengths in table.rows["lengths"]] if every_answer else right_lengths(table.rows)
+        lengths = (
+            [max(lengths) for lengths in table.rows["lengths"]] if every_answer else right_lengths(table.rows)
+        )
         most = max(len(answers) for answers in table.rows["lengths"]) if every_answer else 1
         done = self.answered["likelihood"] if split == "test" else frozenset()
         batches = self._shared(lengths, max(1, self.eval_batch_size // most), done)
@@ -301,9 +330,15 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         return share_batches(lengths, batch_size, ranks, rank, done)
 
     def _loader(self, batches: LikelihoodBatches | PromptBatches) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(self.seed)  # else workers draw from, and move, the global one
+        generator = torch.Generator().manual_seed(
+            self.seed
+        )  # else workers draw from, and move, the global one
         return DataLoader(
-            batches, batch_size=None, num_workers=self.num_workers, generator=generator, worker_init_fn=ignore_signals
+            batches,
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=generator,
+            worker_init_fn=ignore_signals,
         )
 
 

@@ -10,7 +10,9 @@ class ConfigError(ValueError):
         """``on_every_process``: all of a job raise it together, so that one saying it is enough."""
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.on_every_process = on_every_process
-        super().__init__("\n".join(f"  - {p}" for p in self.problems) if len(self.problems) > 1 else self.problems[0])
+        super().__init__(
+            "\n".join(f"  - {p}" for p in self.problems) if len(self.problems) > 1 else self.problems[0]
+        )
 
 
 class NonFiniteLossError(RuntimeError):
@@ -26,5 +28,9 @@ class Preempted(RuntimeError):
 
     def __init__(self, checkpoint: str, step: int, *, requeued: bool) -> None:
         self.checkpoint, self.step, self.requeued = checkpoint, step, requeued
-        then = "the job is requeued and goes on from there" if requeued else f"resume with --ckpt_path {checkpoint}"
+        then = (
+            "the job is requeued and goes on from there"
+            if requeued
+            else f"resume with --ckpt_path {checkpoint}"
+        )
         super().__init__(f"preempted at optimizer step {step}; saved {checkpoint}; {then}")

@@ -59,7 +59,13 @@ def browser():
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1200"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,1200",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -73,5 +79,7 @@ def _docstrings_once():
     import docstring_parser
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(docstring_parser, "parse_from_object", functools.cache(docstring_parser.parse_from_object))
+        patch.setattr(
+            docstring_parser, "parse_from_object", functools.cache(docstring_parser.parse_from_object)
+        )
         yield

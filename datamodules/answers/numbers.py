@@ -109,14 +109,18 @@ def _value(found: re.Match[str]) -> Fraction | None:
     """What a match of ``_NUMBER`` is worth; None for a division by zero, ``1 3/2``, and numbers of thousands of digits."""
     try:
         if found["ratio"]:
-            above, below = (Fraction(part.replace(",", "")) for part in found["ratio"].replace(" ", "").split("/"))
+            above, below = (
+                Fraction(part.replace(",", "")) for part in found["ratio"].replace(" ", "").split("/")
+            )
             value = above / below
             if found["mixed"]:
                 if value >= 1:
                     return None
                 value += int(found["mixed"])
         else:
-            value = Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** int(found["e"] or found["ten"] or 0)
+            value = Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** int(
+                found["e"] or found["ten"] or 0
+            )
     except (ValueError, ZeroDivisionError):
         return None
     return -value if "-" in (found["sign"], found["inner_sign"]) else value

@@ -40,9 +40,13 @@ def first_keyword(text: str, labels: Sequence[str]) -> int | None:
     Raises ValueError for an empty label, which every text would contain.
     """
     if not all(labels):
-        raise ValueError(f"labels: {list(labels)} has an empty one; accepted: texts of at least one character")
+        raise ValueError(
+            f"labels: {list(labels)} has an empty one; accepted: texts of at least one character"
+        )
     published = next((keywords for keywords in KEYWORDS.values() if set(labels) <= set(keywords)), None)
-    keywords = published or sorted(labels, key=len, reverse=True)  # a regex takes the first that fits: choice10 before choice1
+    keywords = published or sorted(
+        labels, key=len, reverse=True
+    )  # a regex takes the first that fits: choice10 before choice1
     found = re.search("|".join(map(re.escape, keywords)), text)
     return labels.index(found[0]) if found and found[0] in labels else None
 

@@ -29,7 +29,9 @@ class TokenTable:
     pad_id: int
     eos_id: int
 
-    def batch(self, rows: Sequence[int], train_on: TrainOn, *, every_answer: bool, line: int | None = None) -> Batch:
+    def batch(
+        self, rows: Sequence[int], train_on: TrainOn, *, every_answer: bool, line: int | None = None
+    ) -> Batch:
         """The batch of some rows, each with its right answer or with every one; no rows give one that counts for nothing.
 
         ``line`` packs them into lines of at most so many tokens.
@@ -50,13 +52,17 @@ class TokenTable:
                     )
                 )
         lines = None if line is None else packed_lines([row.length for row in answered], line)
-        return collate(answered, pad_id=self.pad_id, train_on=train_on, whole_questions=every_answer, lines=lines)
+        return collate(
+            answered, pad_id=self.pad_id, train_on=train_on, whole_questions=every_answer, lines=lines
+        )
 
     def prompts(self, rows: Sequence[int]) -> PromptBatch:
         """The prompts of some rows; no rows give one that counts for nothing."""
         entries = [self.rows[row] for row in rows or [0]]
         ids = [entry["example"] if rows else -1 for entry in entries]
-        return collate_prompts([entry["prompt"] for entry in entries], ids, pad_id=self.pad_id, eos_id=self.eos_id)
+        return collate_prompts(
+            [entry["prompt"] for entry in entries], ids, pad_id=self.pad_id, eos_id=self.eos_id
+        )
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -66,7 +72,14 @@ class TrainingBatches(Dataset[Batch]):
     """
 
     def __init__(
-        self, table: TokenTable, steps: list[Step], train_on: TrainOn, *, ranks: int, rank: int, line: int | None = None
+        self,
+        table: TokenTable,
+        steps: list[Step],
+        train_on: TrainOn,
+        *,
+        ranks: int,
+        rank: int,
+        line: int | None = None,
     ) -> None:
         self.table = table
         self.steps = steps

@@ -16,4 +16,6 @@ def held_out_rows(groups: Sequence[str], rows: int, seed: int) -> NDArray[np.boo
     group = np.array([numbers[name] for name in names])
     order = np.random.default_rng(seed).permutation(len(numbers))
     sizes = np.bincount(group)[order]
-    return np.isin(group, order[np.cumsum(sizes) - sizes < rows])  # a group comes in while those before it are too few
+    return np.isin(
+        group, order[np.cumsum(sizes) - sizes < rows]
+    )  # a group comes in while those before it are too few

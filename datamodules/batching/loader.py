@@ -47,7 +47,9 @@ class PlannedLoader:
     first batch of a new iterator is asked for, unless a position was restored in the middle of one.
     """
 
-    def __init__(self, dataset: TrainingBatches, *, seed: int, num_workers: int, epoch_ends_at: int | None = None) -> None:
+    def __init__(
+        self, dataset: TrainingBatches, *, seed: int, num_workers: int, epoch_ends_at: int | None = None
+    ) -> None:
         """``epoch_ends_at``: micro-batches after which the Trainer goes on to the next epoch; default: all of them."""
         self.dataset = dataset
         self.epoch_ends_at = len(dataset) if epoch_ends_at is None else epoch_ends_at
@@ -104,7 +106,9 @@ class PlannedLoader:
                 "(accumulate_grad_batches × processes) where a last step has few rows or a token_budget is set; or start a "
                 "new run with model.warm_start set to the adapter folder"
             )
-        epoch, steps, micro_batches, there = (int(state_dict[n]) for n in ("epoch", "steps", "micro_batches", "accumulate"))
+        epoch, steps, micro_batches, there = (
+            int(state_dict[n]) for n in ("epoch", "steps", "micro_batches", "accumulate")
+        )
         if micro_batches and there != self.dataset.accumulate:
             raise CheckpointError(
                 f"the checkpoint was written behind micro-batch {micro_batches} of {there} of a step; resume it with "

@@ -21,7 +21,9 @@ def mixed_rows(tasks: Sequence[str], weights: Mapping[str, float], seed: int) ->
     if empty := [task for task, own in rows.items() if not len(own)]:
         raise ValueError(f"no rows of {', '.join(empty)} are left to train on, but data.weights names it")
     total, whole = sum(map(len, rows.values())), sum(weights[task] for task in rows)
-    ends = np.floor(np.cumsum([weights[task] / whole * total for task in rows]) + 0.5).astype(int)  # counts add up to total
+    ends = np.floor(np.cumsum([weights[task] / whole * total for task in rows]) + 0.5).astype(
+        int
+    )  # counts add up to total
     mixed: list[int] = []
     for (task, own), count in zip(rows.items(), np.diff(ends, prepend=0), strict=True):
         if not count:
@@ -43,5 +45,7 @@ def weight_problems(weights: Mapping[str, float], names: Sequence[str]) -> list[
     if missing := [name for name in dict.fromkeys(names) if name not in weights]:
         found.append(f"data.weights: {', '.join(missing)} has none; accepted: a number for each of {each}")
     if not found and not sum(weights.values()):
-        found.append("data.weights: they sum to 0, which leaves no row to train on; accepted: at least one above 0")
+        found.append(
+            "data.weights: they sum to 0, which leaves no row to train on; accepted: at least one above 0"
+        )
     return found

@@ -56,7 +56,9 @@ def padding_share(batches: Iterable[Sequence[int]]) -> float:
     return 1 - real / computed
 
 
-def planned_lengths(steps: Iterable[Step], lengths: Sequence[int], line: int | None = None) -> list[list[int]]:
+def planned_lengths(
+    steps: Iterable[Step], lengths: Sequence[int], line: int | None = None
+) -> list[list[int]]:
     """The real tokens in the lines of every micro-batch of a plan over rows of these ``lengths``.
 
     A row is a line of its own, or rows are packed into lines of at most ``line`` tokens.

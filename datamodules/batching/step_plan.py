@@ -39,11 +39,15 @@ def plan_steps(
     micro-batch is empty. Raises ValueError when there are fewer rows than micro-batches.
     """
     if len(lengths) < micro_batches:
-        raise ValueError(f"{len(lengths)} rows cannot fill {micro_batches} micro-batches (accumulation × processes)")
+        raise ValueError(
+            f"{len(lengths)} rows cannot fill {micro_batches} micro-batches (accumulation × processes)"
+        )
     order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
     if group_by_length:
         span = _WINDOW * batch_size
-        windows = [sorted(order[i : i + span], key=lambda row: lengths[row]) for i in range(0, len(order), span)]
+        windows = [
+            sorted(order[i : i + span], key=lambda row: lengths[row]) for i in range(0, len(order), span)
+        ]
         order = [row for window in windows for row in window]
 
     groups: list[list[int]] = [[]]

@@ -22,7 +22,11 @@ COLUMNS = ("instruction", "input", "output", "messages")
 """What a row may hold: the first three, of which ``input`` may be absent or empty, or the last."""
 
 _ROLES = ("system", "user", "assistant")
-_NAMES = {"system": "", "user": "User: ", "assistant": "Assistant: "}  # before a message's text, in the plain template
+_NAMES = {
+    "system": "",
+    "user": "User: ",
+    "assistant": "Assistant: ",
+}  # before a message's text, in the plain template
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Instruction | Ch
     fields = {column: row.get(name) for column, name in names.items()}
     if fields["messages"] is not None:
         if fields["instruction"] is not None and fields["output"] is not None:
-            raise ValueError(f"columns {names['messages']!r} and {names['instruction']!r}: expected one of the two in a row")
+            raise ValueError(
+                f"columns {names['messages']!r} and {names['instruction']!r}: expected one of the two in a row"
+            )
         return Chat(tuple(_messages(fields["messages"])))
     for column in ("instruction", "output"):
         name = names[column]
@@ -73,7 +79,9 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Instruction | Ch
     for column in ("instruction", "input", "output"):
         if not isinstance(fields[column], str) and fields[column] is not None:
             raise ValueError(f"column {names[column]!r}: expected a text, found {fields[column]!r:.60}")
-    request, context, response = ((fields[column] or "").strip() for column in ("instruction", "input", "output"))
+    request, context, response = (
+        (fields[column] or "").strip() for column in ("instruction", "input", "output")
+    )
     if not request or not response:
         raise ValueError(f"column {names['output' if request else 'instruction']!r} is empty")
     return Instruction(request, context, response)
@@ -97,7 +105,9 @@ def _messages(found: Any) -> list[Message]:
         messages.append({"role": role, "content": content.strip()})
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if not turns or turns[-1] != "assistant":
-        raise ValueError(f"the last message is the {messages[-1]['role']}'s; expected the assistant's, which is the response")
+        raise ValueError(
+            f"the last message is the {messages[-1]['role']}'s; expected the assistant's, which is the response"
+        )
     if turns[0] != "user":
         raise ValueError(f"the first turn is the {turns[0]}'s; expected the user's")
     return messages
@@ -129,7 +139,11 @@ class ConversationPrompts:
         """
         if isinstance(conversation, Instruction):
             text, answers = render(
-                self.template, conversation.request, [conversation.response], self.tokenizer, context=conversation.context
+                self.template,
+                conversation.request,
+                [conversation.response],
+                self.tokenizer,
+                context=conversation.context,
             )
             return Prompt(text, answers[0])
         system = [message for message in conversation.messages if message["role"] == "system"]
@@ -142,7 +156,9 @@ class ConversationPrompts:
         return prompt
 
     def _fits(self, prompt: Prompt, max_length: int) -> bool:
-        special: dict[str, Any] = {"special_tokens": False, "turn_end": self._end} if self.template == "chat" else {}
+        special: dict[str, Any] = (
+            {"special_tokens": False, "turn_end": self._end} if self.template == "chat" else {}
+        )
         return not tokenise(self.tokenizer, prompt.text, [prompt.answer], max_length, **special)[2]
 
     def _chat(self, messages: Sequence[Message], *, shortened: bool) -> Prompt:
@@ -152,20 +168,28 @@ class ConversationPrompts:
                 system, first, *others = before
                 before = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *others]
             text, lead = chat_prompt(self.tokenizer, before)
-            return Prompt(text, lead + last["content"], self._places(before, text) if self.earlier else (), shortened)
+            return Prompt(
+                text, lead + last["content"], self._places(before, text) if self.earlier else (), shortened
+            )
         if self.template == "plain":
             text, places = "", []
             for message in before:
                 text += _NAMES[message["role"]]
                 said = message["content"]
-                if message["role"] == "assistant":  # closed as an answer is: else the model would learn to talk on
+                if (
+                    message["role"] == "assistant"
+                ):  # closed as an answer is: else the model would learn to talk on
                     said += self.tokenizer.eos_token
-                    places.append((len(text) - 1, len(text) + len(said)))  # with the space before it, as the answer has
+                    places.append(
+                        (len(text) - 1, len(text) + len(said))
+                    )  # with the space before it, as the answer has
                 text += said + "\n"
             earlier = tuple(places) if self.earlier else ()
             return Prompt(text + _NAMES["assistant"].rstrip(), f" {last['content']}", earlier, shortened)
         if [message["role"] for message in before] not in (["user"], ["system", "user"]):
-            raise ValueError(f"a chat of {len(messages)} messages; template {self.template} has one turn: use chat or plain")
+            raise ValueError(
+                f"a chat of {len(messages)} messages; template {self.template} has one turn: use chat or plain"
+            )
         request = "\n\n".join(message["content"] for message in before)
         text, answers = render(self.template, request, [last["content"]], self.tokenizer)
         return Prompt(text, answers[0], (), shortened)

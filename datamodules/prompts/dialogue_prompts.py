@@ -7,7 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.prompts.templates import Message, Template, chat_prompt, render, shows_system, turn_end
+from gatera_lightning.datamodules.prompts.templates import (
+    Message,
+    Template,
+    chat_prompt,
+    render,
+    shows_system,
+    turn_end,
+)
 from gatera_lightning.datamodules.tokenization.tokenize import tokenise
 
 _REQUEST = "Give the next reply of the person called You in this conversation, true to the persona.\n\n"
@@ -35,9 +42,13 @@ class DialoguePrompts:
             prompt, answers = self.render(persona, history[start:], replies)
             if not tokenise(self.tokenizer, prompt, self._longest(answers), max_length, **self._special)[2]:
                 return prompt, answers
-        raise ValueError(f"persona, the partner's last text and a reply have more than max_length {max_length} tokens")
+        raise ValueError(
+            f"persona, the partner's last text and a reply have more than max_length {max_length} tokens"
+        )
 
-    def render(self, persona: Sequence[str], history: Sequence[str], replies: Sequence[str]) -> tuple[str, list[str]]:
+    def render(
+        self, persona: Sequence[str], history: Sequence[str], replies: Sequence[str]
+    ) -> tuple[str, list[str]]:
         """The prompt for a reply, and the text of each reply as it follows the prompt.
 
         plain is ``Persona: …``, then ``Partner: …`` and ``You: …`` line by line; alpaca has the same as an instruction; chat
@@ -60,7 +71,10 @@ class DialoguePrompts:
             messages.append({"role": "system", "content": about})
         elif about:
             texts[0] = f"{about}\n\n{texts[0]}"
-        messages += [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(texts)]
+        messages += [
+            {"role": "assistant" if place % 2 else "user", "content": text}
+            for place, text in enumerate(texts)
+        ]
         return chat_prompt(self.tokenizer, messages)
 
     def _longest(self, answers: Sequence[str]) -> list[str]:
@@ -77,4 +91,6 @@ class DialoguePrompts:
     @cached_property
     def _special(self) -> dict[str, Any]:
         """How a token table will tokenise the prompt."""
-        return {"special_tokens": False, "turn_end": turn_end(self.tokenizer)} if self.template == "chat" else {}
+        return (
+            {"special_tokens": False, "turn_end": turn_end(self.tokenizer)} if self.template == "chat" else {}
+        )

@@ -44,7 +44,9 @@ def render(
     has one.
     """
     if template == "alpaca":
-        return (_ALPACA_WITH_INPUT if context else _ALPACA).format(request=request, context=context), list(answers)
+        return (_ALPACA_WITH_INPUT if context else _ALPACA).format(request=request, context=context), list(
+            answers
+        )
     if context:
         request = f"{request}\n\n{context}"
     if template == "plain":
@@ -99,7 +101,10 @@ def turn_close(tokenizer: PreTrainedTokenizerBase) -> str:
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     closing = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_ANSWER)[2].lstrip()
     ids = tokenizer(closing, add_special_tokens=False).input_ids
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    special = {
+        *tokenizer.all_special_ids,
+        *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
+    }
     if not ids or ids[0] not in special:
         return ""
     return str(tokenizer.convert_ids_to_tokens(ids[0]))

@@ -35,7 +35,9 @@ def source_name(source: str) -> str:
     path = Path(name)
     if path.suffix.lower() not in SUFFIXES:
         return path.name if is_address(name) else Path(_HUB.match(name)["id"]).name  # type: ignore[index]
-    return path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
+    return (
+        path.parent.name if path.stem in ("train", "validation", "test") and path.parent.name else path.stem
+    )
 
 
 def same_names(sources: Sequence[str]) -> list[str]:
@@ -67,7 +69,9 @@ def fetched(address: str) -> Path:
     try:
         return Path(str(DownloadManager(download_config=DownloadConfig(use_etag=False)).download(address)))
     except Exception as error:  # as in hub_rows
-        raise ConfigError(f"cannot fetch {address} ({type(error).__name__}: {' '.join(str(error).split())})") from error
+        raise ConfigError(
+            f"cannot fetch {address} ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
 
 
 def file_text(name: str) -> str:
@@ -86,7 +90,9 @@ def file_json(name: str) -> Any:
     try:
         return json.loads(file_text(name))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: not JSON ({error.msg}, line {error.lineno}, column {error.colno})") from error
+        raise ConfigError(
+            f"{name}: not JSON ({error.msg}, line {error.lineno}, column {error.colno})"
+        ) from error
 
 
 def file_rows(name: str) -> Iterator[tuple[str, Any]]:
@@ -115,8 +121,12 @@ def _json_lines(name: str) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                cut = "; the file ends there, without a line break: was it cut?" if number == len(lines) else ""
-                raise ConfigError(f"{name}, row {number}: not JSON ({error.msg}, column {error.colno}){cut}") from error
+                cut = (
+                    "; the file ends there, without a line break: was it cut?" if number == len(lines) else ""
+                )
+                raise ConfigError(
+                    f"{name}, row {number}: not JSON ({error.msg}, column {error.colno}){cut}"
+                ) from error
 
 
 def _csv_rows(name: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -126,7 +136,9 @@ def _csv_rows(name: str) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         header = next(reader, [])
         if not header or len(set(header)) < len(header):
-            raise ConfigError(f"{name}: expected a first line with a name for each column, found {','.join(header)!r:.70}")
+            raise ConfigError(
+                f"{name}: expected a first line with a name for each column, found {','.join(header)!r:.70}"
+            )
         for number, fields in enumerate(filter(None, reader), 1):
             if len(fields) != len(header):
                 raise ConfigError(
@@ -150,7 +162,9 @@ def _parquet_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         file = ParquetFile(path)
         columns = file.schema_arrow.names
         if len(set(columns)) < len(columns):
-            raise ConfigError(f"{name}: expected a name of its own for each column, found {', '.join(columns)}")
+            raise ConfigError(
+                f"{name}: expected a name of its own for each column, found {', '.join(columns)}"
+            )
         for part in file.iter_batches():
             for row in part.to_pylist():
                 number += 1
@@ -174,7 +188,9 @@ def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
     there = found["split"] or split
     try:
         table = load_dataset(found["id"], found["config"], split=there)
-    except Exception as error:  # the hub client raises a dozen unrelated types; all of them mean "not to be had"
+    except (
+        Exception
+    ) as error:  # the hub client raises a dozen unrelated types; all of them mean "not to be had"
         raise ConfigError(
             f"data.{split}: cannot fetch {name!r} from the hub ({type(error).__name__}: {' '.join(str(error).split())}). "
             "A configuration is given as owner/name:config, another split as owner/name@split. Without network, give local "

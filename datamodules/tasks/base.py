@@ -104,10 +104,14 @@ class TaskFamily(SupervisedDataModule):
         for split in self.splits(stage):
             if not self.sources[split]:
                 also = ", or a number of rows to hold out of training" if split == "validation" else ""
-                found.append(f"data.{split}: no source given; accepted: a list of task names, files or hub ids{also}")
+                found.append(
+                    f"data.{split}: no source given; accepted: a list of task names, files or hub ids{also}"
+                )
             for source in self.sources[split]:
                 found += [f"data.{split}: {text}" for text in self._source_problems(source, split)]
-            if split == "test" or (split == "train" and self.weights is not None):  # results and weights are told by name
+            if split == "test" or (
+                split == "train" and self.weights is not None
+            ):  # results and weights are told by name
                 found += [f"data.{split}: {text}" for text in same_names(self.sources[split])]
         if self.weights is not None and "train" in self.splits(stage):
             found += weight_problems(self.weights, [source_name(source) for source in self.sources["train"]])
@@ -141,7 +145,12 @@ class TaskFamily(SupervisedDataModule):
                     raise ConfigError(f"{where}: {error}") from error
         if left_out:
             listed = "; ".join(left_out[:_LISTED]) + ("; …" if len(left_out) > _LISTED else "")
-            log.warning("data.%s: %d rows without an answer to judge by are left out: %s", split, len(left_out), listed)
+            log.warning(
+                "data.%s: %d rows without an answer to judge by are left out: %s",
+                split,
+                len(left_out),
+                listed,
+            )
 
     def task_file(self, task: str, split: str) -> str:
         """The file of a task under ``data_dir``: the first of the formats that is there; ``.json`` where none is to be seen."""
@@ -171,14 +180,18 @@ class TaskFamily(SupervisedDataModule):
     def _source_problems(self, source: str, split: str) -> list[str]:
         name, _ = split_slice(source)
         if name.endswith("]"):
-            return [f"{source!r} ends in no slice; accepted: [a:b], either of which may be left out, of numbers from 0 on"]
+            return [
+                f"{source!r} ends in no slice; accepted: [a:b], either of which may be left out, of numbers from 0 on"
+            ]
         file = self._file(name, split)
         if file is not None and not file.lower().endswith(self.suffixes):
             return [f"{source!r} is no file of rows; accepted: {', '.join(self.suffixes)}"]
         if file is None or is_address(file) or Path(file).is_file():
             return []
         if "$" in file:
-            return [f"{source!r}: the variable {file[file.index('$') :].partition('/')[0]} of {file} is not set"]
+            return [
+                f"{source!r}: the variable {file[file.index('$') :].partition('/')[0]} of {file} is not set"
+            ]
         if name in self.tasks:
             folder = Path(file).parent.parent
             there = ", ".join(sorted(p.name for p in folder.glob("*") if p.is_dir())) or "no task folders"

@@ -63,7 +63,9 @@ def parse_question(row: dict[str, Any]) -> Question:
         name = f"{label.capitalize()}:"
         position = head.find(name, position) if position >= 0 else -1
         if position < 0:
-            raise ValueError(f"field 'instruction': expected an option '{name} …' for each of {'/'.join(labels)}")
+            raise ValueError(
+                f"field 'instruction': expected an option '{name} …' for each of {'/'.join(labels)}"
+            )
         starts.append((position, position + len(name)))
         position += len(name)
     ends = [start for start, _ in starts[1:]] + [len(head)]
@@ -112,12 +114,21 @@ class CommonsenseDataModule(TaskFamily):
         """Prompt and candidate answers of a row."""
         for field in _FIELDS:
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise ValueError(f"field {field!r} is missing or not a text; a row needs {', '.join(_FIELDS)}")
+                raise ValueError(
+                    f"field {field!r} is missing or not a text; a row needs {', '.join(_FIELDS)}"
+                )
         if row.get("input"):
-            raise ValueError(f"field 'input' is {row['input']!r:.60}; expected nothing: the question is in 'instruction'")
+            raise ValueError(
+                f"field 'input' is {row['input']!r:.60}; expected nothing: the question is in 'instruction'"
+            )
         if self.answer_format == "content":
             question = parse_question(row)
-            request, answers, labels, gold = question.question, question.options, question.options, question.gold
+            request, answers, labels, gold = (
+                question.question,
+                question.options,
+                question.options,
+                question.gold,
+            )
         elif self.answer_format == "label":  # the options' texts stay in the instruction and need not be read
             _, labels, gold = _labels_and_gold(row)
             request, answers = row["instruction"], tuple(f"the correct answer is {label}" for label in labels)

@@ -74,7 +74,9 @@ def parlai_dialogues(name: str) -> Iterator[Dialogue]:
 def _turn(text: str) -> Turn:
     fields = [field.strip() for field in text.split("\t")]
     if len(fields) != 4:
-        raise ValueError(rf"expected four fields, 'partner\treply\t\tcandidate|…|reply', which makes {len(fields)}")
+        raise ValueError(
+            rf"expected four fields, 'partner\treply\t\tcandidate|…|reply', which makes {len(fields)}"
+        )
     partner, reply, _, listed = fields
     candidates = tuple(candidate.strip() for candidate in listed.split("|"))
     if not partner or not reply:
@@ -95,19 +97,27 @@ def persona_chat_dialogues(entries: Iterable[tuple[str, Any]]) -> Iterator[Dialo
             if not isinstance(entry, dict) or not isinstance(entry.get(field), list):
                 raise ConfigError(f"{where}: expected a field {field!r} with a list")
         if not _texts(entry["personality"]):
-            raise ConfigError(f"{where}: field 'personality': expected sentences, found {entry['personality']!r:.70}")
+            raise ConfigError(
+                f"{where}: field 'personality': expected sentences, found {entry['personality']!r:.70}"
+            )
         if not entry["utterances"]:
             raise ConfigError(f"{where}: field 'utterances': expected at least one")
         turns = []
         for turn, utterance in enumerate(entry["utterances"]):
             if not isinstance(utterance, dict):
-                raise ConfigError(f"{where}, utterance {turn + 1}: expected fields 'history' and 'candidates'")
+                raise ConfigError(
+                    f"{where}, utterance {turn + 1}: expected fields 'history' and 'candidates'"
+                )
             history: Any = utterance.get("history")
             candidates: Any = utterance.get("candidates")
             if not _texts(history) or len(history) != 2 * turn + 1:
-                raise ConfigError(f"{where}, utterance {turn + 1}: field 'history': expected a list of {2 * turn + 1} texts")
+                raise ConfigError(
+                    f"{where}, utterance {turn + 1}: field 'history': expected a list of {2 * turn + 1} texts"
+                )
             if not candidates or not _texts(candidates):
-                raise ConfigError(f"{where}, utterance {turn + 1}: field 'candidates': expected a list of texts")
+                raise ConfigError(
+                    f"{where}, utterance {turn + 1}: field 'candidates': expected a list of texts"
+                )
             replies = tuple(candidate.strip() for candidate in candidates)
             turns.append(Turn(history[-1].strip(), replies[-1], replies))
         yield Dialogue(number, tuple(sentence.strip() for sentence in entry["personality"]), tuple(turns))
@@ -124,11 +134,15 @@ def persona_chat_file(name: str, section: str) -> Iterator[Dialogue]:
     found = file_json(name)
     if isinstance(found, dict):
         if section not in found:
-            raise ConfigError(f"{name}: expected a field {section!r} with dialogues, found {', '.join(found) or 'no field'}")
+            raise ConfigError(
+                f"{name}: expected a field {section!r} with dialogues, found {', '.join(found) or 'no field'}"
+            )
         found, name = found[section], f"{name}, {section}"
     if not isinstance(found, list):
         raise ConfigError(f"{name}: expected a list of dialogues, found {type(found).__name__}")
-    yield from persona_chat_dialogues((f"{name}, row {number}", entry) for number, entry in enumerate(found, 1))
+    yield from persona_chat_dialogues(
+        (f"{name}, row {number}", entry) for number, entry in enumerate(found, 1)
+    )
 
 
 def _texts(value: Any) -> bool:

@@ -46,7 +46,9 @@ class DialogueDataModule(TaskFamily):
     tasks = ("convai2", "smalltalk")
     sample_tasks = ("smalltalk",)
 
-    def __init__(self, *, split_by: SplitBy = "dialogue", max_history_turns: int | None = None, **family: Any) -> None:
+    def __init__(
+        self, *, split_by: SplitBy = "dialogue", max_history_turns: int | None = None, **family: Any
+    ) -> None:
         """Dialogues as ParlAI's text files (.txt), as persona-chat's JSON, or from the hub.
 
         ConvAI2's test split is secret; ``test`` reads a hub data set's or a JSON file's validation split, as is usual.
@@ -67,11 +69,15 @@ class DialogueDataModule(TaskFamily):
         """Everything about these settings that cannot work, missing files included; reads no rows."""
         found = super().problems(stage)
         if self.train_on == "every_response":
-            found.append("data.train_on: every_response; accepted: response, all. Every own reply is a row of its own already")
+            found.append(
+                "data.train_on: every_response; accepted: response, all. Every own reply is a row of its own already"
+            )
         if self.split_by not in get_args(SplitBy):
             found.append(unknown("split_by", self.split_by, get_args(SplitBy)))
         if self.max_history_turns is not None and self.max_history_turns < 0:
-            found.append(f"data.max_history_turns: {self.max_history_turns}; accepted: null, or an integer of at least 0")
+            found.append(
+                f"data.max_history_turns: {self.max_history_turns}; accepted: null, or an integer of at least 0"
+            )
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,7 +93,9 @@ class DialogueDataModule(TaskFamily):
 
     def examples(self, split: str) -> Iterator[Example]:
         """The example of every own reply in a split's dialogues, in order."""
-        ranked = split == "test" or (self.rank_validation and (split == "validation" or self.held_out is not None))
+        ranked = split == "test" or (
+            self.rank_validation and (split == "validation" or self.held_out is not None)
+        )
         for sourced in self._dialogues(split, ranked=ranked):
             said: list[str] = []
             for number, turn in enumerate(sourced.dialogue.turns, 1):
@@ -133,7 +141,9 @@ class DialogueDataModule(TaskFamily):
                 except ConfigError:  # said above
                     continue
                 if dialogues:
-                    found.append(shared_personas(trained, [sourced.dialogue.persona for sourced in dialogues], split))
+                    found.append(
+                        shared_personas(trained, [sourced.dialogue.persona for sourced in dialogues], split)
+                    )
         return found
 
     def _in_table(self, split: str) -> list[_Sourced]:
@@ -158,7 +168,10 @@ class DialogueDataModule(TaskFamily):
                     found.append(_Sourced(where, source_name(source), where, dialogue))
         if self.split_by == "persona":  # over all sources, which may share some
             numbers = persona_numbers([sourced.dialogue.persona for sourced in found])
-            return [replace(sourced, group=f"persona {number}") for sourced, number in zip(found, numbers, strict=True)]
+            return [
+                replace(sourced, group=f"persona {number}")
+                for sourced, number in zip(found, numbers, strict=True)
+            ]
         return found
 
     def _numbers(self, dialogues: list[Dialogue]) -> list[int]:

@@ -5,7 +5,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.prompts.conversations import COLUMNS, Chat, ConversationPrompts, parse_conversation
+from gatera_lightning.datamodules.prompts.conversations import (
+    COLUMNS,
+    Chat,
+    ConversationPrompts,
+    parse_conversation,
+)
 from gatera_lightning.datamodules.tasks.base import TaskFamily
 from gatera_lightning.datamodules.tokenization.tokenize import Example
 from gatera_lightning.errors import ConfigError
@@ -40,20 +45,26 @@ class OwnDataModule(TaskFamily):
         if unknown := [name for name in self.columns if name not in COLUMNS]:
             found.append(f"data.columns: {', '.join(unknown)} is unknown; accepted: {', '.join(COLUMNS)}")
         if self.rank_validation:
-            found.append("data.rank_validation: true, and a row has one response, which always ranks first; accepted: false")
+            found.append(
+                "data.rank_validation: true, and a row has one response, which always ranks first; accepted: false"
+            )
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the data the backbone's tokenizer. Raises ConfigError when it lacks the chat template that is asked for."""
         super().connect(tokenizer)
-        self._prompts = ConversationPrompts(self.template, tokenizer, earlier=self.train_on == "every_response")
+        self._prompts = ConversationPrompts(
+            self.template, tokenizer, earlier=self.train_on == "every_response"
+        )
 
     def examples(self, split: str) -> Iterator[Example]:
         """As every family. Raises ConfigError when no row has a column that ``columns`` names, which would drop it silently."""
         self._unseen = set(self.columns.values())
         yield from super().examples(split)
         if self._unseen:
-            names = ", ".join(f"{column}: {name}" for column, name in self.columns.items() if name in self._unseen)
+            names = ", ".join(
+                f"{column}: {name}" for column, name in self.columns.items() if name in self._unseen
+            )
             raise ConfigError(f"data.columns: {names}, and no row of data.{split} has that column")
 
     def example(self, row: dict[str, Any], task: str) -> Example:

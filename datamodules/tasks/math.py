@@ -25,7 +25,11 @@ LETTERS = "ABCDE"
 """The options of AQuA."""
 
 _MARKS: dict[AnswerStyle, str] = {"gsm8k": "####", "metamath": "The answer is:"}
-_FIELDS = {"query": "response", "question": "answer", "instruction": "answer"}  # a schema's question, and where its gold is
+_FIELDS = {
+    "query": "response",
+    "question": "answer",
+    "instruction": "answer",
+}  # a schema's question, and where its gold is
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _LAST_MARK = re.compile(r"\s*####[^\n]*\s*\Z")
 
@@ -40,7 +44,9 @@ class Problem:
 
     def response(self, style: AnswerStyle) -> str:
         """Solution and answer as one text, ending in ``#### 72`` (gsm8k) or ``The answer is: 72`` (metamath)."""
-        if style == "metamath":  # what MetaMath itself wrote stays as it is, with the #### that some of it has
+        if (
+            style == "metamath"
+        ):  # what MetaMath itself wrote stays as it is, with the #### that some of it has
             return f"{self.solution}{_MARKS[style]} {self.answer}"
         return f"{_LAST_MARK.sub('', self.solution).rstrip()}\n{_MARKS[style]} {self.answer}".lstrip()
 
@@ -61,7 +67,9 @@ def parse_problem(row: dict[str, Any], *, keep_annotations: bool = False) -> Pro
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"field {field!r} is not a text")
     if row.get("input"):
-        raise ValueError(f"field 'input' is {row['input']!r:.60}; expected nothing: the question is in {field!r}")
+        raise ValueError(
+            f"field 'input' is {row['input']!r:.60}; expected nothing: the question is in {field!r}"
+        )
     text = str(text) if isinstance(text, str | int | float) else ""
     mark = _MARKS["metamath" if field == "query" else "gsm8k"]
     solution, found, answer = text.rpartition(mark)
@@ -111,9 +119,17 @@ class MathDataModule(TaskFamily):
         value = number(problem.answer)
         if value is not None and not problem.solution:  # "8.0" is how the sets of LLM-Adapters print 8
             problem = Problem(problem.question, "", str(value) if value.denominator == 1 else problem.answer)
-        prompt, texts = render(self.template, problem.question, [problem.response(self.answer_style)], self.tokenizer)
+        prompt, texts = render(
+            self.template, problem.question, [problem.response(self.answer_style)], self.tokenizer
+        )
         example = Example(
-            prompt, texts, 0, task, labels=[problem.answer], identity=problem.question, chat=self.template == "chat"
+            prompt,
+            texts,
+            0,
+            task,
+            labels=[problem.answer],
+            identity=problem.question,
+            chat=self.template == "chat",
         )
         if value is None and not _is_letter(problem.answer):
             field = next(told for asked, told in _FIELDS.items() if asked in row)

@@ -24,7 +24,9 @@ def persona_numbers(personas: Sequence[Persona]) -> list[int]:
 
     So are those that a third one joins. A dialogue without persona has one of its own.
     """
-    joined = list(range(len(personas)))  # each dialogue to an earlier one of its persona, the first one to itself
+    joined = list(
+        range(len(personas))
+    )  # each dialogue to an earlier one of its persona, the first one to itself
 
     def first(dialogue: int) -> int:
         while joined[dialogue] != dialogue:

@@ -24,11 +24,17 @@ _CACHE_VERSION = 4
 _COLUMNS = datasets.Features(
     {
         "prompt": datasets.List(datasets.Value("int32")),  # token ids
-        "earlier": datasets.List(datasets.List(datasets.Value("int32"))),  # token ranges of earlier responses in the prompt
-        "answers": datasets.List(datasets.List(datasets.Value("int32"))),  # token ids of each candidate, EOS included
+        "earlier": datasets.List(
+            datasets.List(datasets.Value("int32"))
+        ),  # token ranges of earlier responses in the prompt
+        "answers": datasets.List(
+            datasets.List(datasets.Value("int32"))
+        ),  # token ids of each candidate, EOS included
         "lengths": datasets.List(datasets.Value("int32")),  # tokens of the prompt with each candidate
         "characters": datasets.List(datasets.Value("int32")),  # of each candidate's text
-        "labels": datasets.List(datasets.Value("string")),  # what each candidate is recognised by in generated text
+        "labels": datasets.List(
+            datasets.Value("string")
+        ),  # what each candidate is recognised by in generated text
         "gold": datasets.Value("int32"),
         "task": datasets.Value("string"),
         "example": datasets.Value("int32"),  # row number within the split
@@ -39,12 +45,16 @@ _COLUMNS = datasets.Features(
 )
 
 
-def token_table(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str) -> Dataset:
+def token_table(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
+) -> Dataset:
     """One row per example with the columns above, read from the cache where the same rows were tokenised before.
 
     Raises ConfigError when there is no example, or when an answer leaves no room for its prompt.
     """
-    rows = [{**asdict(example), "key": example.key, "example": number} for number, example in enumerate(examples)]
+    rows = [
+        {**asdict(example), "key": example.key, "example": number} for number, example in enumerate(examples)
+    ]
     if not rows:
         raise ConfigError(f"data.{split}: the split is empty; give at least one row")
     closing = turn_end(tokenizer) if any(row["chat"] for row in rows) else ""
@@ -55,9 +65,13 @@ def token_table(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase,
             prompt, answers, shortened = tokenise(
                 tokenizer, row["prompt"], row["answers"], max_length, special_tokens=special, turn_end=ends
             )
-            earlier = row["earlier"] and token_ranges(tokenizer, row["prompt"], row["earlier"], prompt, special_tokens=special)
+            earlier = row["earlier"] and token_ranges(
+                tokenizer, row["prompt"], row["earlier"], prompt, special_tokens=special
+            )
         except ValueError as error:
-            raise ConfigError(f"data.{split}, example {row['example']} ({row['prompt'][:60]!r}…): {error}") from error
+            raise ConfigError(
+                f"data.{split}, example {row['example']} ({row['prompt'][:60]!r}…): {error}"
+            ) from error
         return {
             "prompt": prompt,
             "earlier": earlier,
@@ -83,7 +97,13 @@ def token_table(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase,
     )
     shortened = sum(table["shortened"])
     if shortened:
-        log.warning("%s: %d of %d prompts lost their beginning to max_length %d", split, shortened, len(table), max_length)
+        log.warning(
+            "%s: %d of %d prompts lost their beginning to max_length %d",
+            split,
+            shortened,
+            len(table),
+            max_length,
+        )
     return table
 
 

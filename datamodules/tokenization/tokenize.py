@@ -58,7 +58,9 @@ class Batch(TypedDict):
 
     input_ids: Tensor  # (batch, tokens)
     attention_mask: Tensor  # (batch, tokens), 1 = real token
-    position_ids: NotRequired[Tensor]  # (batch, tokens), packed only: from 0 in every row, of which a line holds several
+    position_ids: NotRequired[
+        Tensor
+    ]  # (batch, tokens), packed only: from 0 in every row, of which a line holds several
     labels: Tensor  # (batch, tokens), -100 = no loss
     response_mask: Tensor  # (batch, tokens), True = token of the answer
     example_ids: Tensor  # (rows,), row number within the split; -1 = a row that counts for nothing
@@ -67,7 +69,9 @@ class Batch(TypedDict):
     answer_ids: Tensor  # (rows,), which candidate answer this row holds
     gold_ids: Tensor  # (rows,), which candidate is right
     answer_characters: Tensor  # (rows,), length of the answer's text
-    whole_questions: bool  # every candidate of every example is here, those of one behind each other; none is elsewhere
+    whole_questions: (
+        bool  # every candidate of every example is here, those of one behind each other; none is elsewhere
+    )
 
 
 class PromptBatch(TypedDict):
@@ -113,11 +117,15 @@ def tokenise(
         return prompt_ids, candidates, False
     bos = prompt_ids[:1] if prompt_ids[:1] == [tokenizer.bos_token_id] else []
     if room < len(bos) + 1:
-        raise ValueError(f"an answer has {longest} tokens, which leaves no room for a prompt in max_length {max_length}")
+        raise ValueError(
+            f"an answer has {longest} tokens, which leaves no room for a prompt in max_length {max_length}"
+        )
     return bos + prompt_ids[len(prompt_ids) - room + len(bos) :], candidates, True
 
 
-def tokenise_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool = True) -> list[int]:
+def tokenise_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool = True
+) -> list[int]:
     """The tokens of a text that goes on: without the EOS that some tokenizers put behind every text."""
     ids = list(tokenizer(prompt, add_special_tokens=special_tokens).input_ids)
     if special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
@@ -139,20 +147,26 @@ def token_ranges(
     tokenizer that does not know which characters a token stands for.
     """
     if not tokenizer.is_fast:
-        raise ValueError("train_on every_response needs a fast tokenizer, which knows the characters of each token")
+        raise ValueError(
+            "train_on every_response needs a fast tokenizer, which knows the characters of each token"
+        )
     offsets = tokenizer(prompt, add_special_tokens=special_tokens, return_offsets_mapping=True).offset_mapping
     cut = len(tokenise_prompt(tokenizer, prompt, special_tokens=special_tokens)) - len(prompt_ids)
     kept = 1 if cut and prompt_ids[0] == tokenizer.bos_token_id else 0  # BOS, before what is left
     found = []
     for start, end in ranges:
         # Tokens that stand for no character (BOS, a space that the tokenizer trims) begin no range and end none.
-        inside = [place for place, (first, last) in enumerate(offsets) if start <= first < end and first < last]
+        inside = [
+            place for place, (first, last) in enumerate(offsets) if start <= first < end and first < last
+        ]
         if inside and inside[-1] - cut >= kept:
             found.append((max(inside[0] - cut, kept), inside[-1] - cut + 1))
     return found
 
 
-def target_ranges(prompt: int, length: int, earlier: Sequence[Sequence[int]], train_on: TrainOn) -> list[tuple[int, int]]:
+def target_ranges(
+    prompt: int, length: int, earlier: Sequence[Sequence[int]], train_on: TrainOn
+) -> list[tuple[int, int]]:
     """Ranges of the tokens that carry loss in a row of ``length`` tokens, ``prompt`` of them before the answer.
 
     The first token of a row has no predecessor, and is no target even where there is no prompt.
@@ -235,7 +249,9 @@ def collate(
     return batch
 
 
-def collate_prompts(prompts: Sequence[Sequence[int]], example_ids: Sequence[int], *, pad_id: int, eos_id: int) -> PromptBatch:
+def collate_prompts(
+    prompts: Sequence[Sequence[int]], example_ids: Sequence[int], *, pad_id: int, eos_id: int
+) -> PromptBatch:
     """Left-pad prompts into a PromptBatch."""
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), pad_id)

@@ -29,7 +29,9 @@ class AdapterConfig:
     dropout: float = 0.0
     """Dropout probability on the update's input; the frozen path and the gate see the undropped input."""
 
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    )
     """Linear layers to adapt: the last segment of a module's name, or a regular expression for its whole name."""
 
     layers: list[int] | None = None
@@ -62,26 +64,40 @@ class AdapterConfig:
                 f"adapter.alpha: {self.alpha!r}, but update 'hira' has no scale; accepted: null, or update lora or dora"
             )
         elif self.alpha is not None and not (_is_finite(self.alpha) and self.alpha > 0):
-            found.append(f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank")
+            found.append(
+                f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank"
+            )
         if not (_is_finite(self.dropout) and 0 <= self.dropout < 1):
-            found.append(f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1")
+            found.append(
+                f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1"
+            )
         if not _is_finite(self.gate_bias):
             found.append(f"adapter.gate_bias: {self.gate_bias!r}; accepted: a finite number")
         of_thresholds = threshold_problems(self.skip_below, self.merge_above)
         found += [f"adapter.{problem}" for problem in of_thresholds]
-        if not of_thresholds and self.tells_tokens_apart and (self.update, self.gate, self.dropout) != ("hira", "token", 0.0):
+        if (
+            not of_thresholds
+            and self.tells_tokens_apart
+            and (self.update, self.gate, self.dropout) != ("hira", "token", 0.0)
+        ):
             found.append(
                 f"adapter.skip_below: {self.skip_below!r}, merge_above: {self.merge_above!r}, with update {self.update!r}, "
                 f"gate {self.gate!r}, dropout {self.dropout!r}; accepted: 0 and 1, or update 'hira', gate 'token' and dropout 0"
             )
         if not isinstance(self.target_modules, list) or not self.target_modules:
-            found.append(f"adapter.target_modules: {self.target_modules!r}; accepted: a list of at least one name or regex")
+            found.append(
+                f"adapter.target_modules: {self.target_modules!r}; accepted: a list of at least one name or regex"
+            )
         else:
-            found += [f"adapter.target_modules: {text}" for text in map(_regex_problem, self.target_modules) if text]
+            found += [
+                f"adapter.target_modules: {text}" for text in map(_regex_problem, self.target_modules) if text
+            ]
         if self.layers is not None and not (
             isinstance(self.layers, list) and self.layers and all(_is_int(i) and i >= 0 for i in self.layers)
         ):
-            found.append(f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices from 0 on")
+            found.append(
+                f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices from 0 on"
+            )
         return found
 
     @property

@@ -40,4 +40,8 @@ class TokenGate(nn.Module):
 
 
 Gate = StaticGate | TokenGate
-GATES: dict[str, type[StaticGate] | type[TokenGate] | None] = {"none": None, "static": StaticGate, "token": TokenGate}
+GATES: dict[str, type[StaticGate] | type[TokenGate] | None] = {
+    "none": None,
+    "static": StaticGate,
+    "token": TokenGate,
+}

@@ -26,7 +26,9 @@ FEW = 32
 
 
 @contextmanager
-def prepared_for_inference(model: nn.Module, *, skip_below: float = 0.0, merge_above: float = 1.0) -> Iterator[None]:
+def prepared_for_inference(
+    model: nn.Module, *, skip_below: float = 0.0, merge_above: float = 1.0
+) -> Iterator[None]:
     """Inside the ``with`` block, forwards reuse what updates make of their factors: the same numbers, bit for bit.
 
     With thresholds of a gate (0 and 1 leave it exact), a token with ``g < skip_below`` takes ``W0``, one with
@@ -37,9 +39,13 @@ def prepared_for_inference(model: nn.Module, *, skip_below: float = 0.0, merge_a
     are, since what is kept of them would not be. Factors must not change inside; a forward with gradients raises RuntimeError.
     """
     fast = skip_below > 0 or merge_above < 1
-    layers = [layer for layer in adapted_linears(model).values() if not isinstance(layer.base.weight, DTensor)]
+    layers = [
+        layer for layer in adapted_linears(model).values() if not isinstance(layer.base.weight, DTensor)
+    ]
     prepared = [
-        layer for layer in layers if layer.routed is None and (isinstance(layer.update, LoRA) or layer.update.kept is None)
+        layer
+        for layer in layers
+        if layer.routed is None and (isinstance(layer.update, LoRA) or layer.update.kept is None)
     ]
     try:
         for layer in prepared:
@@ -87,7 +93,9 @@ class RoutedLinear:
         if torch.is_autocast_enabled(self.weight.device.type):
             with in_own_dtypes(x):
                 return self(x, z)
-        rows = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)  # a call for nothing is 2 us of every layer
+        rows = (
+            x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
+        )  # a call for nothing is 2 us of every layer
         if self.gate is None:
             return self._opened(rows)
         if z is None and self.linear_gate is not None and x.numel() == x.shape[-1]:
@@ -106,7 +114,10 @@ class RoutedLinear:
             return self._closed(x)
         if all(z > self.open_above for z in logits):
             return self._opened(x)
-        hard = [0.0 if z < self.closed_below else 1.0 if z > self.open_above else 0.5 + 0.5 * math.tanh(z / 2) for z in logits]
+        hard = [
+            0.0 if z < self.closed_below else 1.0 if z > self.open_above else 0.5 + 0.5 * math.tanh(z / 2)
+            for z in logits
+        ]
         return self._between(x, x.new_tensor(hard).view(x.shape[:-1]))
 
     def _by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
@@ -117,7 +128,9 @@ class RoutedLinear:
         order, back, closed, frozen = tokens
         rows, g = x.index_select(0, order), hard.index_select(0, order)
         between = self._between(rows[closed:frozen], g[closed:frozen])
-        return torch.cat([self._closed(rows[:closed]), between, self._opened(rows[frozen:])]).index_select(0, back)
+        return torch.cat([self._closed(rows[:closed]), between, self._opened(rows[frozen:])]).index_select(
+            0, back
+        )
 
     def _between(self, x: Tensor, g: Tensor) -> Tensor:
         """x (..., in), g (...) -> (..., out)."""

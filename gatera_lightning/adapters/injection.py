@@ -44,7 +44,9 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def has_token_gates(model: nn.Module) -> bool:
     """Whether any adapted layer has a gate of its own for every token."""
-    return any(layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(model).values())
+    return any(
+        layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(model).values()
+    )
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -62,7 +64,9 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent_name), child, module)
 
 
-def inject_adapters(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> InjectionReport:
+def inject_adapters(
+    model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None
+) -> InjectionReport:
     """Freeze ``model`` and replace every matching ``nn.Linear`` by an :class:`AdaptedLinear`, in place.
 
     ``generator`` (CPU) draws the initial values; with the same generator every rank gets the same adapter.
@@ -110,7 +114,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
         matches[pattern] = len(found)
         targets.update(found)
         if not found and any(_matches(pattern, name) for name in linears):
-            problems.append(f"adapter.target_modules: {pattern!r} matches nothing in adapter.layers {config.layers}")
+            problems.append(
+                f"adapter.target_modules: {pattern!r} matches nothing in adapter.layers {config.layers}"
+            )
         elif not found:
             problems.append(_no_match(model, pattern, linears, head))
     for name, linear in targets.items():
@@ -122,7 +128,10 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             )
             break
     for name, linear in targets.items():
-        if linear.weight.dtype not in _WHOLE or linear.weight.shape != (linear.out_features, linear.in_features):
+        if linear.weight.dtype not in _WHOLE or linear.weight.shape != (
+            linear.out_features,
+            linear.in_features,
+        ):
             kind, shape = str(linear.weight.dtype).removeprefix("torch."), tuple(linear.weight.shape)
             problems.append(
                 f"backbone.id: {name} is a {type(linear).__name__} whose weight is {kind} {shape}; accepted: weights that are "
@@ -159,7 +168,9 @@ def _no_match(model: nn.Module, pattern: str, linears: dict[str, nn.Linear], hea
     text = f"adapter.target_modules: {pattern!r} matches no linear layer; this model has " + (
         ", ".join(f"{name} × {count}" for name, count in names.items()) or "no nn.Linear at all"
     )
-    fused = [name for name in names if name in ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")]
+    fused = [
+        name for name in names if name in ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")
+    ]
     if fused:
         text += f". {', '.join(fused)}: fused projections, adapted as one layer under that name"
     conv1d = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "Conv1D"})
@@ -177,5 +188,7 @@ def _experts(model: nn.Module) -> tuple[str, ...]:
     found = set()
     for path, module in model.named_modules():
         if "expert" in f"{path}.{type(module).__name__}".lower():
-            found |= {name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
+            found |= {
+                name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3
+            }
     return tuple(sorted(found))

@@ -29,7 +29,9 @@ class AdaptedLinear(nn.Module):
     :func:`~gatera_lightning.adapters.gate_recording.record_gates` listens.
     """
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         dtype = getattr(torch, config.adapter_dtype)
         self.config = config
@@ -41,7 +43,9 @@ class AdaptedLinear(nn.Module):
         gate_class = GATES[config.gate]
         self.gate: Gate | None = None
         if gate_class is not None:
-            self.gate = gate_class(base.in_features, bias=config.gate_bias, dtype=dtype, device=base.weight.device)
+            self.gate = gate_class(
+                base.in_features, bias=config.gate_bias, dtype=dtype, device=base.weight.device
+            )
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         self.on_gate: Callable[[Tensor], None] | None = None
         self.routed: Callable[[Tensor, Tensor | None], Tensor] | None = None
@@ -58,7 +62,9 @@ class AdaptedLinear(nn.Module):
         """x (..., in) -> y (..., out)."""
         if x.ndim == 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
-        if self.routed is not None and self.on_gate is None:  # first: decoding a token, Python between products shows
+        if (
+            self.routed is not None and self.on_gate is None
+        ):  # first: decoding a token, Python between products shows
             return self.routed(x, None)
         z = g = None
         if self.gate is not None:
@@ -69,7 +75,12 @@ class AdaptedLinear(nn.Module):
             return self.routed(x, z)
         if z is not None:
             g = torch.sigmoid(z)
-        if isinstance(self.update, HiRA) and self.update.kept is None and self.training and torch.is_grad_enabled():
+        if (
+            isinstance(self.update, HiRA)
+            and self.update.kept is None
+            and self.training
+            and torch.is_grad_enabled()
+        ):
             frozen = x, self.base.weight, self.base.bias
             if self.config.tells_tokens_apart and g is not None and not x.is_meta:
                 thresholds = self.config.skip_below, self.config.merge_above

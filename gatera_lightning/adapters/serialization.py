@@ -15,7 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import backbone_fingerprint
-from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters, inject_adapters, replace_module
+from gatera_lightning.adapters.injection import (
+    adapted_linears,
+    adapter_parameters,
+    inject_adapters,
+    replace_module,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -59,7 +64,11 @@ def save_adapter(
 
 
 def write_adapter(
-    folder: Path, tensors: dict[str, Tensor], config: AdapterConfig, origin: dict[str, Any], template: str | None
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: AdapterConfig,
+    origin: dict[str, Any],
+    template: str | None,
 ) -> Path:
     """Write an adapter folder of whole CPU tensors; each file appears whole or not at all.
 
@@ -97,12 +106,16 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
     values, origin = description.get("adapter"), description.get("backbone")
     known = AdapterConfig.__dataclass_fields__
     if not isinstance(values, dict):
-        raise AdapterFileError(f"{path}: malformed: 'adapter' is {values!r}; accepted: a table of {', '.join(known)}")
+        raise AdapterFileError(
+            f"{path}: malformed: 'adapter' is {values!r}; accepted: a table of {', '.join(known)}"
+        )
     if set(values) - set(known):
         unknown = sorted(set(values) - set(known))
         raise AdapterFileError(f"{path}: unknown adapter settings {unknown}; accepted: {', '.join(known)}")
     if not isinstance(origin, dict) or {"id", "revision", "fingerprint"} - set(origin):
-        raise AdapterFileError(f"{path}: malformed: 'backbone' is {origin!r}; it must hold id, revision, fingerprint")
+        raise AdapterFileError(
+            f"{path}: malformed: 'backbone' is {origin!r}; it must hold id, revision, fingerprint"
+        )
     config = AdapterConfig(**values)
     if config.problems():
         raise AdapterFileError(f"{path}: {'; '.join(config.problems())}")
@@ -144,7 +157,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
 
 
 def check_fit(
-    model: nn.Module, config: AdapterConfig, origin: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path
+    model: nn.Module,
+    config: AdapterConfig,
+    origin: dict[str, Any],
+    tensors: dict[str, Tensor],
+    folder: str | Path,
 ) -> None:
     """Raise AdapterFileError, which begins with ``folder``, unless method, names, shapes, dtypes and backbone agree."""
     layers = adapted_linears(model)
@@ -168,13 +185,18 @@ def check_fit(
 
 def backbone_identity(model: nn.Module) -> str:
     """The fingerprint of the frozen weights under the adapter of ``model``."""
-    return backbone_fingerprint({name: layer.base_fingerprint for name, layer in adapted_linears(model).items()})
+    return backbone_fingerprint(
+        {name: layer.base_fingerprint for name, layer in adapted_linears(model).items()}
+    )
 
 
 def adapter_identity(model: nn.Module) -> str:
     """SHA-256 over the names and values of the adapter's parameters; in a sharded model every rank must call this."""
     digest = hashlib.sha256()
-    with torch.inference_mode(False), torch.no_grad():  # a sharded parameter cannot be detached in Lightning's inference mode
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # a sharded parameter cannot be detached in Lightning's inference mode
         for name, parameter in sorted(adapter_parameters(model).items()):
             digest.update(name.encode())
             digest.update(_whole(parameter).flatten().view(torch.uint8).numpy().tobytes())
@@ -207,6 +229,8 @@ def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor])
     for name in sorted(set(parameters) & set(tensors)):
         here, there = parameters[name], tensors[name]
         if here.shape != there.shape or here.dtype != there.dtype:
-            problems.append(f"{name} is {tuple(there.shape)} {there.dtype} there, {tuple(here.shape)} {here.dtype} here")
+            problems.append(
+                f"{name} is {tuple(there.shape)} {there.dtype} there, {tuple(here.shape)} {here.dtype} here"
+            )
             break
     return problems

@@ -29,10 +29,16 @@ def compile_layers(model: nn.Module) -> None:
     raises ConfigError where a layer cannot be compiled whole. Sets four options of the compiler for the whole process; the
     model can then not be pickled whole, but its adapter is saved as ever.
     """
-    torch.fx.experimental._config.use_duck_shape = False  # or sizes that happen to be equal make a graph of their own
-    torch._dynamo.config.specialize_float = True  # or every constant of a layer is an input, and everything compiled twice
+    torch.fx.experimental._config.use_duck_shape = (
+        False  # or sizes that happen to be equal make a graph of their own
+    )
+    torch._dynamo.config.specialize_float = (
+        True  # or every constant of a layer is an input, and everything compiled twice
+    )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    torch._dynamo.config.optimize_ddp = False  # or DDP cuts a graph by its buckets of gradients: each layer is one already
+    torch._dynamo.config.optimize_ddp = (
+        False  # or DDP cuts a graph by its buckets of gradients: each layer is one already
+    )
     compiled = torch.compile(_with_logits, fullgraph=True, dynamic=True)
     for layer in decoder_layers(model):
         layer.forward = _CompiledForward(layer, compiled)

@@ -22,7 +22,10 @@ def read_once(*, keep: bool) -> Iterator[None]:
         return _parsed(original, path, os.stat(path).st_mtime_ns, *args, **kwargs)
 
     try:
-        with patch("gguf.GGUFReader", reader), patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)):
+        with (
+            patch("gguf.GGUFReader", reader),
+            patch("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+        ):
             yield
     finally:
         if not keep:

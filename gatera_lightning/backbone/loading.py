@@ -12,7 +12,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gatera_lightning.backbone.gguf import read_once
 from gatera_lightning.errors import ConfigError
@@ -68,12 +74,18 @@ class BackboneConfig:
                 )
         elif source.endswith(".gguf"):
             if not Path(source).is_file():
-                found.append(f"backbone.id: {source!r} does not exist; accepted: a hub id, a folder, a .gguf file")
+                found.append(
+                    f"backbone.id: {source!r} does not exist; accepted: a hub id, a folder, a .gguf file"
+                )
         elif Path(source).is_dir():
             if not (Path(source) / "config.json").is_file():
-                found.append(f"backbone.id: the folder {source!r} has no config.json, so it holds no Hugging Face model")
+                found.append(
+                    f"backbone.id: the folder {source!r} has no config.json, so it holds no Hugging Face model"
+                )
         elif source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
-            found.append(f"backbone.id: {source!r} is no existing folder; accepted: a hub id, a folder, a .gguf file")
+            found.append(
+                f"backbone.id: {source!r} is no existing folder; accepted: a hub id, a folder, a .gguf file"
+            )
         return found
 
 
@@ -96,7 +108,9 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
 def ready_for_training(model: PreTrainedModel, config: BackboneConfig) -> None:
     """Without a cache, and with checkpointing as configured; in place."""
     model.config.use_cache = False
-    model.config.get_text_config(decoder=True).use_cache = False  # a model that sees has a config of its own for text
+    model.config.get_text_config(
+        decoder=True
+    ).use_cache = False  # a model that sees has a config of its own for text
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -181,7 +195,9 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
     if _gguf_file(config.id) is not None:
         _restore_digit_split(tokenizer)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"backbone.id: the tokenizer of {config.id!r} has no EOS token, which ends every answer")
+        raise ConfigError(
+            f"backbone.id: the tokenizer of {config.id!r} has no EOS token, which ends every answer"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         log.warning("the tokenizer has no pad token; padding with EOS (%s)", tokenizer.eos_token)
@@ -213,11 +229,17 @@ def _from_pretrained(auto: Any, config: BackboneConfig, **options: Any) -> Any:
             raise ConfigError(
                 f"backbone.attn_implementation: {config.attn_implementation!r} cannot be used here: {why}"
             ) from error
-        raise ConfigError(f"backbone.id: loading {source!r} needs a package that is not here: {why}") from error
+        raise ConfigError(
+            f"backbone.id: loading {source!r} needs a package that is not here: {why}"
+        ) from error
     except SafetensorError as error:
-        raise ConfigError(f"backbone.id: the weights of {source!r} are damaged ({error}); accepted: whole files") from error
+        raise ConfigError(
+            f"backbone.id: the weights of {source!r} are damaged ({error}); accepted: whole files"
+        ) from error
     except ValueError as error:
-        raise ConfigError(f"backbone.id: cannot load {source!r}: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(
+            f"backbone.id: cannot load {source!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
     except (OSError, ConnectionError) as error:
         if Path(source).is_dir():
             raise ConfigError(f"backbone.id: cannot load the folder {source!r}: {error}") from error
@@ -266,4 +288,6 @@ def _restore_digit_split(tokenizer: PreTrainedTokenizerBase) -> None:
 
     backend = tokenizer.backend_tokenizer
     if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )

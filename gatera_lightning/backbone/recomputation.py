@@ -79,7 +79,9 @@ class _Keeping:
     def _again(self, node: Node, depth: int = 1) -> "_Again | None":
         """How a node's output is computed again; None where an input is missing or it takes too many operations."""
         if node not in self._found:
-            self._found[node] = self._search(node, depth) if node.name() in RECOMPUTED and depth <= LONGEST else None
+            self._found[node] = (
+                self._search(node, depth) if node.name() in RECOMPUTED and depth <= LONGEST else None
+            )
         return self._found[node]
 
     def _search(self, node: Node, depth: int) -> "_Again | None":
@@ -93,7 +95,9 @@ class _Keeping:
             missing = self._again(sources[0], depth + 1)
             again = None if missing is None else _Again(node, [missing], missing)
         else:
-            again = _Again(node, [found for source in sources if (found := self._found.get(source)) is not None])
+            again = _Again(
+                node, [found for source in sources if (found := self._found.get(source)) is not None]
+            )
         return again if again is not None and again.operations <= LONGEST else None
 
 
@@ -128,7 +132,9 @@ class _Again:
         """As the output lay, which an operation may have been told (``memory_format``): views of it count on that."""
         if self._stride is None or value.stride() == self._stride:
             return value
-        return torch.empty_strided(value.shape, self._stride, dtype=value.dtype, device=value.device).copy_(value)
+        return torch.empty_strided(value.shape, self._stride, dtype=value.dtype, device=value.device).copy_(
+            value
+        )
 
     def _output(self) -> Tensor:
         node = self._node
@@ -161,7 +167,9 @@ class _Kept:
     def __call__(self) -> Tensor:
         if self._tensor._version != self._version:
             shape = tuple(self._tensor.shape)
-            raise RuntimeError(f"a tensor {shape} needed for gradient computation has been modified by an inplace operation")
+            raise RuntimeError(
+                f"a tensor {shape} needed for gradient computation has been modified by an inplace operation"
+            )
         return self._tensor
 
 

@@ -28,7 +28,9 @@ class OptionalEarlyStopping(EarlyStopping):
             min_delta: What counts as an improvement.
         """
         if patience is not None and patience < 1:
-            raise ValueError(f"early_stopping.patience: {patience}; accepted: null, or an integer of at least 1")
+            raise ValueError(
+                f"early_stopping.patience: {patience}; accepted: null, or an integer of at least 1"
+            )
         self._on = patience is not None
         # After each validation: Lightning would guess, and take val_check_interval 1 (every step) for 1.0 (every epoch).
         super().__init__(

@@ -62,7 +62,9 @@ class EvaluationReport(L.Callback):
     any number of processes, and ends with the same files. ``result`` keeps the last one for whoever runs the Trainer.
     """
 
-    def __init__(self, folder: str | None = None, bert_model: str = "roberta-large", bert_layer: int = 17) -> None:
+    def __init__(
+        self, folder: str | None = None, bert_model: str = "roberta-large", bert_layer: int = 17
+    ) -> None:
         """Where predictions go, and whether earlier ones are kept.
 
         Args:
@@ -87,7 +89,9 @@ class EvaluationReport(L.Callback):
         self._path = Path(log_folder if self.folder is None else expanded(self.folder))
         if trainer.is_global_zero:
             self._path.mkdir(parents=True, exist_ok=True)
-            if self.folder is None and (self._path / IDENTITY).is_file():  # else the files are not ours to drop
+            if (
+                self.folder is None and (self._path / IDENTITY).is_file()
+            ):  # else the files are not ours to drop
                 discard(self._path)
         trainer.strategy.barrier()
         self._records: Records = {}
@@ -105,9 +109,13 @@ class EvaluationReport(L.Callback):
             "format": FORMAT,
             "backbone": backbone_identity(module.model),
             "adapter": adapter_identity(module.model),
-            "method": {name: getattr(module.adapter, name) for name in ("update", "gate", "scale")},  # in no tensor
+            "method": {
+                name: getattr(module.adapter, name) for name in ("update", "gate", "scale")
+            },  # in no tensor
             "data": data_hash(data.tables["test"]),
-            "dtype": str(module.model.get_input_embeddings().weight.dtype).removeprefix("torch."),  # what auto came to
+            "dtype": str(module.model.get_input_embeddings().weight.dtype).removeprefix(
+                "torch."
+            ),  # what auto came to
             "attn_implementation": module.backbone.attn_implementation,
             "decoding": asdict(module.decoding),
         }
@@ -175,13 +183,22 @@ class EvaluationReport(L.Callback):
         if trainer.is_global_zero:
             _, data = _parts(trainer, pl_module)
             print_table(result, ranking=data.ranking)
-            stored = json.loads((self._path / SUMMARY).read_text()) if (self._path / SUMMARY).is_file() else {}
+            stored = (
+                json.loads((self._path / SUMMARY).read_text()) if (self._path / SUMMARY).is_file() else {}
+            )
             computed = len(self._records) - len(self._resumed)
-            about = stored  # the record of the run that computed the predictions, where this one only read them
+            about = (
+                stored  # the record of the run that computed the predictions, where this one only read them
+            )
             if computed or not stored:
-                about = _about(trainer, *_parts(trainer, pl_module)) | {"identity": self._identity, "wall_seconds": seconds}
+                about = _about(trainer, *_parts(trainer, pl_module)) | {
+                    "identity": self._identity,
+                    "wall_seconds": seconds,
+                }
                 about |= {"resumed_predictions": len(self._resumed), "computed_predictions": computed}
-            write_whole(self._path / SUMMARY, json.dumps(about | result.summary(), indent=2, default=str) + "\n")
+            write_whole(
+                self._path / SUMMARY, json.dumps(about | result.summary(), indent=2, default=str) + "\n"
+            )
             Console(soft_wrap=True).print(Text(f"every prediction: {self._path / MERGED}"))
 
     @override
@@ -204,7 +221,9 @@ class EvaluationReport(L.Callback):
         found: Records = {}
         for records in _from_every_rank(own):  # the same on every rank, so that all raise or none
             if twice := found.keys() & records.keys():
-                raise RuntimeError(f"{len(twice)} rows were predicted by two processes, {min(twice)} among them")
+                raise RuntimeError(
+                    f"{len(twice)} rows were predicted by two processes, {min(twice)} among them"
+                )
             found |= records
         self._records |= found
         _, data = _parts(trainer, pl_module)
@@ -245,7 +264,10 @@ class EvaluationReport(L.Callback):
         names = [name for name in ROW_METRICS if name in known or all(name in part.values for part in parts)]
         for rank, part in enumerate(parts):
             for number, text in enumerate(texts[rank :: len(parts)]):
-                text["scores"] = {name: text["scores"][name] if name in known else part.values[name][number] for name in names}
+                text["scores"] = {
+                    name: text["scores"][name] if name in known else part.values[name][number]
+                    for name in names
+                }
         skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
         return skipped | corpus_metrics([], [])[1]
 
@@ -281,7 +303,9 @@ def _about(trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
 def _warn_of_long_answers(table: Dataset, limit: int) -> None:
     """An answer that cannot be finished cannot be right: say how many there are."""
     long = Counter(
-        row["task"] for row in table.select_columns(["task", "answers", "gold"]) if len(row["answers"][row["gold"]]) > limit
+        row["task"]
+        for row in table.select_columns(["task", "answers", "gold"])
+        if len(row["answers"][row["gold"]]) > limit
     )
     if long:
         by_task = ", ".join(f"{task} {count}" for task, count in sorted(long.items()))

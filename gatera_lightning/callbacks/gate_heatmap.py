@@ -33,7 +33,9 @@ class GateHeatmap(L.Callback):
             texts: What to look at.
         """
         if every_n_steps < 0:
-            raise ValueError(f"gate_heatmap.every_n_steps: {every_n_steps}; accepted: at least 1, or 0 for never")
+            raise ValueError(
+                f"gate_heatmap.every_n_steps: {every_n_steps}; accepted: at least 1, or 0 for never"
+            )
         if any(not text.strip() for text in texts):
             raise ValueError(f"gate_heatmap.texts: {texts}; accepted: texts, none of them empty")
         self.every_n_steps = every_n_steps
@@ -51,14 +53,18 @@ class GateHeatmap(L.Callback):
         self._drawn = trainer.global_step  # where a run goes on, the run before has drawn this step
         if not self.every_n_steps or tokenizer is None or not has_token_gates(module.model):
             return
-        if not tensorboard_loggers(trainer, missing="gate heatmaps need the TensorBoard logger: skipping the pictures"):
+        if not tensorboard_loggers(
+            trainer, missing="gate heatmaps need the TensorBoard logger: skipping the pictures"
+        ):
             return
         limit = context_length(module.model.config)
         for text in self.texts:
             ids = tokenise_prompt(tokenizer, text)
             if limit is not None and len(ids) > limit:
                 if trainer.is_global_zero:
-                    log.warning("gate heatmaps: left out %.40r…, %d tokens of at most %d", text, len(ids), limit)
+                    log.warning(
+                        "gate heatmaps: left out %.40r…, %d tokens of at most %d", text, len(ids), limit
+                    )
                 continue
             self._probes.append(ProbeText(text, ids, len(ids)))
             self._labels.append(token_texts(tokenizer, ids))
@@ -83,7 +89,9 @@ class GateHeatmap(L.Callback):
         reading = read_gates(module.model, self._probes)  # every process of a sharded model has to take part
         if not trainer.is_global_zero:
             return
-        for number, (probe, gates, labels) in enumerate(zip(self._probes, reading.gates, self._labels, strict=True), 1):
+        for number, (probe, gates, labels) in enumerate(
+            zip(self._probes, reading.gates, self._labels, strict=True), 1
+        ):
             picture = pixels(draw_heatmap(reading.modules, gates, labels, probe.prompt, f"step {step}"))
             for logger in tensorboard_loggers(trainer):
                 logger.experiment.add_image(f"gate_heatmap/{number}", picture, step, dataformats="HWC")

@@ -16,7 +16,13 @@ from gatera_lightning.datamodules.tokenization.tokenize import Batch
 from gatera_lightning.gate_analysis.capture import GatedModule
 from gatera_lightning.gate_analysis.plots.gate_shares import ShareHistory, draw_shares
 from gatera_lightning.gate_analysis.plots.heatmap import pixels
-from gatera_lightning.gate_analysis.statistics import BINS, PHASES, STATISTICS, GateStatistics, statistics_of_counts
+from gatera_lightning.gate_analysis.statistics import (
+    BINS,
+    PHASES,
+    STATISTICS,
+    GateStatistics,
+    statistics_of_counts,
+)
 
 _LIMITS = [(i + 1) / BINS for i in range(BINS)]
 
@@ -38,7 +44,9 @@ class GateHistogram(L.Callback):
             every_n_steps: Optimizer steps between two histograms; 0 switches them off.
         """
         if every_n_steps < 0:
-            raise ValueError(f"gate_histogram.every_n_steps: {every_n_steps}; accepted: at least 1, or 0 for never")
+            raise ValueError(
+                f"gate_histogram.every_n_steps: {every_n_steps}; accepted: at least 1, or 0 for never"
+            )
         self.every_n_steps = every_n_steps
         self.counts: GateStatistics | None = None
         self.names: list[str] = []
@@ -58,7 +66,10 @@ class GateHistogram(L.Callback):
             state["history"] = self.history.state()
         if self.counts is not None:
             with self.counts.sync_context():
-                bins, sums = self.counts.bins.cpu().clone(), self.counts.sums.cpu().clone()  # these go on changing
+                bins, sums = (
+                    self.counts.bins.cpu().clone(),
+                    self.counts.sums.cpu().clone(),
+                )  # these go on changing
             state |= {"names": self.names, "bins": bins, "sums": sums}
         return state
 
@@ -73,15 +84,25 @@ class GateHistogram(L.Callback):
         self.history = ShareHistory(**self._restored["history"]) if "history" in self._restored else None
         self.counts, self.names = None, []  # those of another fit
         if "bins" in self._restored:
-            bins, sums = self._restored["bins"].to(pl_module.device), self._restored["sums"].to(pl_module.device)
-            self.names, self.counts = self._restored["names"], GateStatistics(bins.shape[1]).to(pl_module.device)
+            bins, sums = (
+                self._restored["bins"].to(pl_module.device),
+                self._restored["sums"].to(pl_module.device),
+            )
+            self.names, self.counts = (
+                self._restored["names"],
+                GateStatistics(bins.shape[1]).to(pl_module.device),
+            )
             if trainer.is_global_zero:
                 self.counts.bins += bins
                 self.counts.sums += sums
         self._restored = {}
         module: Any = pl_module
-        if self.every_n_steps and any(layer.gate is not None for layer in adapted_linears(module.model).values()):
-            missing = "gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures"
+        if self.every_n_steps and any(
+            layer.gate is not None for layer in adapted_linears(module.model).values()
+        ):
+            missing = (
+                "gate histograms need the TensorBoard logger: keeping the scalars, skipping the pictures"
+            )
             tensorboard_loggers(trainer, missing=missing)
 
     @override
@@ -110,14 +131,19 @@ class GateHistogram(L.Callback):
         member = torch.zeros(len(groups), len(self.names), dtype=torch.double)
         for row, modules in zip(member, groups.values(), strict=True):
             row[modules] = 1
-        bins, sums = member @ bins.double(), sums @ member.T  # (phases, groups, 50), (3, phases, groups); exact to 2^53
+        bins, sums = (
+            member @ bins.double(),
+            sums @ member.T,
+        )  # (phases, groups, 50), (3, phases, groups); exact to 2^53
         statistics = statistics_of_counts(bins, sums)  # (phases, groups, 4)
         tags = [f"{group}/{phase}" for phase in PHASES for group in groups]
         scalars = {
             f"{tag}/{name}": value
             for tag, values in zip(tags, statistics.flatten(0, 1).tolist(), strict=True)
             for name, value in zip(STATISTICS, values, strict=True)
-            if not (math.isnan(value) or tag.startswith("gate_modules/"))  # no tokens; a thousand lines that nobody reads
+            if not (
+                math.isnan(value) or tag.startswith("gate_modules/")
+            )  # no tokens; a thousand lines that nobody reads
         }
         writers = [logger.experiment for logger in tensorboard_loggers(trainer)]
         for logger in trainer.loggers:
@@ -148,7 +174,9 @@ def gate_groups(names: list[str]) -> dict[str, list[int]]:
     for family in dict.fromkeys(module.name for module in modules):
         groups[f"gate_families/{family}"] = [i for i, module in enumerate(modules) if module.name == family]
     for layer in layers:
-        groups[f"gate_layers/{layer:0{width}}"] = [i for i, module in enumerate(modules) if module.layer == layer]
+        groups[f"gate_layers/{layer:0{width}}"] = [
+            i for i, module in enumerate(modules) if module.layer == layer
+        ]
     return groups | {f"gate_modules/{name}": [i] for i, name in enumerate(names)}
 
 
@@ -172,7 +200,13 @@ def _histograms(tags: list[str], bins: Tensor, sums: Tensor) -> list[Summary.Val
         Summary.Value(
             tag=tag,
             histo=HistogramProto(
-                min=0, max=1, num=sum(counts), sum=of_g, sum_squares=of_squares, bucket_limit=_LIMITS, bucket=counts
+                min=0,
+                max=1,
+                num=sum(counts),
+                sum=of_g,
+                sum_squares=of_squares,
+                bucket_limit=_LIMITS,
+                bucket=counts,
             ),
         )
         for tag, counts, of_g, of_squares in zip(tags, bins.tolist(), total, squares, strict=True)

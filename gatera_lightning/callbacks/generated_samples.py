@@ -60,7 +60,9 @@ class GeneratedSamples(L.Callback):
                 f"generated_samples.prompts: {prompts}; accepted: 0, a number of rows, or texts, none of them empty"
             )
         if max_new_tokens < 1:
-            raise ValueError(f"generated_samples.max_new_tokens: {max_new_tokens}; accepted: an integer of at least 1")
+            raise ValueError(
+                f"generated_samples.max_new_tokens: {max_new_tokens}; accepted: an integer of at least 1"
+            )
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self._prompts: list[list[int]] = []
@@ -73,10 +75,16 @@ class GeneratedSamples(L.Callback):
         self._prompts = []
         if not self.prompts or tokenizer is None:
             return
-        if not tensorboard_loggers(trainer, missing="generated samples need the TensorBoard logger: skipping them"):
+        if not tensorboard_loggers(
+            trainer, missing="generated samples need the TensorBoard logger: skipping them"
+        ):
             return
         if isinstance(self.prompts, int):
-            found = list(data.tables["validation"][: self.prompts]["prompt"]) if "validation" in data.tables else []
+            found = (
+                list(data.tables["validation"][: self.prompts]["prompt"])
+                if "validation" in data.tables
+                else []
+            )
         else:
             found = [tokenise_prompt(tokenizer, text) for text in self.prompts]
         limit = context_length(module.model.config)
@@ -128,7 +136,10 @@ class GeneratedSamples(L.Callback):
         """A collective for a sharded model. In validation, models are in eval mode."""
         module: Any = pl_module
         batch: PromptBatch = collate_prompts(
-            self._prompts, range(len(self._prompts)), pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
+            self._prompts,
+            range(len(self._prompts)),
+            pad_id=tokenizer.pad_token_id,
+            eos_id=tokenizer.eos_token_id,
         )
         batch["input_ids"] = batch["input_ids"].to(module.device)
         batch["attention_mask"] = batch["attention_mask"].to(module.device)
@@ -140,7 +151,9 @@ class GeneratedSamples(L.Callback):
         ends = end_tokens(module.model, batch["eos_id"])
         samples = []
         for row, (prompt, response) in enumerate(zip(self._prompts, written, strict=True)):
-            length = next((place for place, token in enumerate(response) if token in ends), self.max_new_tokens)
+            length = next(
+                (place for place, token in enumerate(response) if token in ends), self.max_new_tokens
+            )
             ids = prompt + response[: min(length, self.max_new_tokens)]
             gates = captured.row(row)[1][:, : len(ids)].mean(0, dtype=float) if gated else None
             samples.append(Sample(ids, len(prompt), gates))
@@ -167,5 +180,7 @@ def _picture(sample: Sample, tokenizer: PreTrainedTokenizerBase, title: str) -> 
     assert sample.gates is not None
     figure = draw_text(token_texts(tokenizer, sample.ids), sample.gates, sample.prompt, title)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in its place; the text has the character
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # a box in its place; the text has the character
         return pixels(figure)

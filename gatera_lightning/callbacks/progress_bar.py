@@ -29,7 +29,9 @@ class StepProgressBar(ProgressBar):
         super().__init__()
         self.is_enabled = True
         self._live = False
-        self._progress: Progress | None = None  # its tasks are what runs and, below it, a validation within training
+        self._progress: Progress | None = (
+            None  # its tasks are what runs and, below it, a validation within training
+        )
 
     @override
     def disable(self) -> None:
@@ -42,7 +44,9 @@ class StepProgressBar(ProgressBar):
     # --- training ---
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._progress is None:  # the first one: what others print when training starts stands above
             self._begin("step", trainer.estimated_stepping_batches, trainer.global_step)
 
@@ -86,7 +90,11 @@ class StepProgressBar(ProgressBar):
         task = self._progress.tasks[-1]
         self._progress.advance(task.id)
         alone = len(self._progress.tasks) == 1
-        if alone and task.total and 10 * task.completed // task.total > 10 * (task.completed - 1) // task.total:
+        if (
+            alone
+            and task.total
+            and 10 * task.completed // task.total > 10 * (task.completed - 1) // task.total
+        ):
             self._show(task)
         if alone and task.finished:
             self._end()  # before the results are printed
@@ -97,7 +105,11 @@ class StepProgressBar(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end()
         if self._progress is not None:
-            scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            scores = {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val/")
+            }
             found = [f"{name} {value:.3f}" for name, value in scores.items()]
             # A line that stays: where a bar is, it has taken the place of stdout. At once, for a file may be watched.
             print("  ".join([_position(self._progress.tasks[0]), *found]), flush=True)
@@ -111,7 +123,9 @@ class StepProgressBar(ProgressBar):
     # --- however it ends ---
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._stop()
 
     @override
@@ -125,7 +139,9 @@ class StepProgressBar(ProgressBar):
             return
         if self._progress is None:
             console = Console(highlight=False)
-            self._live = sys.stdout.isatty() and console.is_interactive  # by FORCE_COLOR, a file is interactive too
+            self._live = (
+                sys.stdout.isatty() and console.is_interactive
+            )  # by FORCE_COLOR, a file is interactive too
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),  # what the figures leave of the line
@@ -139,7 +155,9 @@ class StepProgressBar(ProgressBar):
                 disable=not self._live,
             )
             self._progress.start()
-        self._progress.add_task(name, total=total if math.isfinite(total) else None, completed=completed, figures="")
+        self._progress.add_task(
+            name, total=total if math.isfinite(total) else None, completed=completed, figures=""
+        )
 
     def _show(self, task: Task, *figures: str) -> None:
         """Renew a task's figures."""

@@ -45,7 +45,9 @@ class SafePreempt(L.Callback):
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._checkpoint = next((c for c in callbacks if isinstance(c, AdapterCheckpoint)), None)
         if self._checkpoint is None:
-            raise ConfigError("trainer.callbacks: SafePreempt saves through an AdapterCheckpoint, and there is none; add one")
+            raise ConfigError(
+                "trainer.callbacks: SafePreempt saves through an AdapterCheckpoint, and there is none; add one"
+            )
         # Behind Lightning's own handlers, whose SIGTERM one runs a collective wherever the signal happens to fall.
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
@@ -68,7 +70,9 @@ class SafePreempt(L.Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._note:  # else Lightning has put back already what was there before the run
+            if (
+                signal.getsignal(number) == self._note
+            ):  # else Lightning has put back already what was there before the run
                 signal.signal(number, handler)
         self._previous = {}
 
@@ -90,7 +94,9 @@ def requeue_job() -> bool:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         # Incomplete: not a job that scancel is ending, which is sent SIGTERM too.
-        done = subprocess.run(["scontrol", "requeue", "Incomplete", job], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["scontrol", "requeue", "Incomplete", job], capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("cannot requeue job %s: %s", job, error)
         return False

@@ -65,7 +65,9 @@ class StepWatchdog(L.Callback):
         self._end()  # the last checkpoint is no step
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._end()
 
     @override

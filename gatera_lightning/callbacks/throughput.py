@@ -72,7 +72,9 @@ class Throughput(L.Callback):
                 the table of GPUs, which knows bfloat16 and float16.
         """
         if every_n_steps < 0:
-            raise ValueError(f"throughput.every_n_steps: {every_n_steps}; accepted: at least 1, or 0 for never")
+            raise ValueError(
+                f"throughput.every_n_steps: {every_n_steps}; accepted: at least 1, or 0 for never"
+            )
         if peak_tflops is not None and not 0 < peak_tflops < math.inf:
             raise ValueError(f"throughput.peak_tflops: {peak_tflops}; accepted: a number above 0, or null")
         self.every_n_steps = every_n_steps
@@ -91,7 +93,11 @@ class Throughput(L.Callback):
     @property
     def tokens_per_second(self) -> float | None:
         """Since the last reading, or where nothing was done since, of that; None before the first step."""
-        return self._tokens / self._seconds if self._tokens else self._reading.get("throughput/tokens_per_second")
+        return (
+            self._tokens / self._seconds
+            if self._tokens
+            else self._reading.get("throughput/tokens_per_second")
+        )
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,7 +106,9 @@ class Throughput(L.Callback):
         if self.every_n_steps and trainer.loggers and trainer.is_global_zero:
             module: Any = pl_module
             self._flops_per_token = _flops_per_token(module, trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-            peak = self.peak_tflops or _peak_tflops(module.device, module.model.get_input_embeddings().weight.dtype)
+            peak = self.peak_tflops or _peak_tflops(
+                module.device, module.model.get_input_embeddings().weight.dtype
+            )
             self._peak_flops = 1e12 * peak if peak else None
         self._reset_peak_memory(pl_module.device)
         self._since, self._step = time.perf_counter(), trainer.global_step
@@ -110,7 +118,9 @@ class Throughput(L.Callback):
         self._since = time.perf_counter()
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._waited += self._lap()
 
     @override
@@ -164,7 +174,9 @@ def _flops_per_token(module: Any, batches: TrainingBatches) -> float | None:
     batch = mean_micro_batch(batches)
     backbone = replace(module.backbone, gradient_checkpointing=False)
     try:
-        with torch.random.fork_rng(devices=[]):  # the copy's initial values must not move the run's random numbers
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the copy's initial values must not move the run's random numbers
             model = build_on_meta(deepcopy(module.model.config), backbone, module.adapter, torch.bfloat16)
             flops = sum(step_flops(model, batch))
     except ConfigError as error:
@@ -178,9 +190,13 @@ def mean_micro_batch(batches: TrainingBatches) -> MicroBatch:
     lengths = right_lengths(batches.table.rows)
     used = [lengths[row] for step in batches.steps for rows in step.micro_batches for row in rows]
     tokens = sum(used)
-    length = round(sum(n * n for n in used) / tokens)  # attention costs Σ n²: the length at which that is tokens · length
+    length = round(
+        sum(n * n for n in used) / tokens
+    )  # attention costs Σ n²: the length at which that is tokens · length
     rows = max(1, round(tokens / sum(len(step.micro_batches) for step in batches.steps) / length))
-    return MicroBatch(rows, length, max(1, round(rows * length * sum(step.targets for step in batches.steps) / tokens)))
+    return MicroBatch(
+        rows, length, max(1, round(rows * length * sum(step.targets for step in batches.steps) / tokens))
+    )
 
 
 def _peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -32,7 +32,9 @@ DRAFT = ".draft"
 """Ends the name of what is still being written; found later, it is what a killed process left."""
 
 _REST, _FILES, _METADATA = "rest.pt", "files.json", ".metadata"  # in a sharded checkpoint
-_IS_FOLDER = 0x10  # a bit of an archive's entry, with which PyTorch takes a record for read without reading it
+_IS_FOLDER = (
+    0x10  # a bit of an archive's entry, with which PyTorch takes a record for read without reading it
+)
 _SHARDED = "sharded:"  # begins the text that stands for a tensor in rest.pt, before its name among the shards
 
 
@@ -47,7 +49,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Why the last checkpoint could not be written. Only rank 0 writes; AdapterCheckpoint tells the others and ends the run."""
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         """Write one file; when that fails, whatever stood there before is untouched and :attr:`failure` says why."""
         path = Path(path)
         self.failure = None
@@ -68,11 +72,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             flush_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            self.failure = f"cannot write the checkpoint {path} ({cause}); what stood there before is untouched"
+            self.failure = (
+                f"cannot write the checkpoint {path} ({cause}); what stood there before is untouched"
+            )
             log.error(self.failure)
 
     @override
-    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read a file, or a sharded folder into whole tensors. Raises CheckpointError when it is damaged."""
         path = Path(path)
         if problem := damage(path):
@@ -161,7 +169,9 @@ def _link(there: str | Path, here: str | Path) -> None:
 def mapped(state: Any, change: Callable[[str, Tensor], Any], name: str = "") -> Any:
     """Nested dictionaries and lists with every tensor changed; ``change`` gets its path too, like ``state_dict/model.b``."""
     if isinstance(state, dict):
-        return {key: mapped(value, change, f"{name}/{key}" if name else str(key)) for key, value in state.items()}
+        return {
+            key: mapped(value, change, f"{name}/{key}" if name else str(key)) for key, value in state.items()
+        }
     if isinstance(state, list | tuple):
         return type(state)(mapped(value, change, f"{name}/{number}") for number, value in enumerate(state))
     return change(name, state) if isinstance(state, Tensor) else state
@@ -206,7 +216,11 @@ def read_sharded(path: Path, *, weights_only: bool | None = None) -> dict[str, A
             return {key: put_back(value) for key, value in state.items()}
         if isinstance(state, list | tuple):
             return type(state)(map(put_back, state))
-        return tensors[state.removeprefix(_SHARDED)] if isinstance(state, str) and state.startswith(_SHARDED) else state
+        return (
+            tensors[state.removeprefix(_SHARDED)]
+            if isinstance(state, str) and state.startswith(_SHARDED)
+            else state
+        )
 
     return put_back(rest)
 
@@ -222,7 +236,9 @@ def damage(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as records:
             bad = records.testzip()
-            bad = bad or next((entry.filename for entry in records.infolist() if entry.external_attr & _IS_FOLDER), None)
+            bad = bad or next(
+                (entry.filename for entry in records.infolist() if entry.external_attr & _IS_FOLDER), None
+            )
         if not bad:  # PyTorch reads parts of the archive's directory that zipfile does not
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -312,7 +328,9 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
         else:
             found.append((step, path.stem == "last", path))
     if paths and not found:
-        raise CheckpointError(f"{folder}: every checkpoint is damaged: {', '.join(path.name for path in paths)}")
+        raise CheckpointError(
+            f"{folder}: every checkpoint is damaged: {', '.join(path.name for path in paths)}"
+        )
     if not found:
         return None
     step, _, newest = max(found)

@@ -17,7 +17,9 @@ def recount_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         ready = counts["ready"] // before * accumulate
-        counts |= {name: ready - (counts["ready"] - count) for name, count in counts.items()}  # open ones stay open
+        counts |= {
+            name: ready - (counts["ready"] - count) for name, count in counts.items()
+        }  # open ones stay open
 
 
 def begin_next_epoch(checkpoint: dict[str, Any]) -> None:

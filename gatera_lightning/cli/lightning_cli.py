@@ -39,7 +39,11 @@ from gatera_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 from gatera_lightning.callbacks.throughput import Throughput
 from gatera_lightning.checkpointing.checkpoint_io import newest_sound_checkpoint
 from gatera_lightning.datamodules.base import SupervisedDataModule
-from gatera_lightning.distributed.consistency import refuse_other_number, refuse_without_srun, started_by_slurm
+from gatera_lightning.distributed.consistency import (
+    refuse_other_number,
+    refuse_without_srun,
+    started_by_slurm,
+)
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.likelihood_ranking import Score
@@ -99,7 +103,9 @@ class GateRACLI(LightningCLI):
         for section, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, section)
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "test":
             parser.set_defaults(verbose=False)  # EvaluationReport prints the table
@@ -112,7 +118,9 @@ class GateRACLI(LightningCLI):
         config = parser.parse_args(settings_only)
         raise_problems(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
-        if config.get(f"{config.subcommand}.ckpt_path"):  # the one case in which a run's folder is written again
+        if config.get(
+            f"{config.subcommand}.ckpt_path"
+        ):  # the one case in which a run's folder is written again
             self.save_config_kwargs["overwrite"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -139,7 +147,9 @@ class GateRACLI(LightningCLI):
         own = config.get("callbacks") or []
         if config.get("enable_progress_bar") is False:
             disable_library_bars()
-        elif not any(isinstance(callback, ProgressBar) for callback in (own if isinstance(own, list) else [own])):
+        elif not any(
+            isinstance(callback, ProgressBar) for callback in (own if isinstance(own, list) else [own])
+        ):
             callbacks = [*callbacks, StepProgressBar()]
         return super()._instantiate_trainer(config, callbacks)
 
@@ -149,7 +159,10 @@ class GateRACLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if path == "last":
             checkpoint = next(callback for callback in callbacks if isinstance(callback, AdapterCheckpoint))
-            folder = Path(checkpoint.dirpath or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints")
+            folder = Path(
+                checkpoint.dirpath
+                or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
+            )
             checkpoint.dirpath = str(folder)  # some loggers would have it elsewhere than where this looks
             kwargs["ckpt_path"] = newest_sound_checkpoint(folder)
             if kwargs["ckpt_path"] is None and subcommand != "fit":
@@ -238,7 +251,9 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
     problems += settings.model.problems() + settings.data.problems(config.subcommand)
     for section, name in monitored.items():
         if name not in ("None", "val/loss", *ACCURACIES):
-            problems.append(f"{section}.monitor: {name!r} is never logged; accepted: val/loss, {', '.join(ACCURACIES)}")
+            problems.append(
+                f"{section}.monitor: {name!r} is never logged; accepted: val/loss, {', '.join(ACCURACIES)}"
+            )
         elif name in ACCURACIES and not settings.data.rank_validation:
             problems.append(
                 f"{section}.monitor: {name} is only known with data.rank_validation: true; accepted: that, or val/loss"
@@ -269,8 +284,14 @@ def raise_problems(parser: LightningArgumentParser, config: Namespace) -> None:
     accepted = "a checkpoint, a folder of checkpoints, last (of this run's folder), or null"
     if checkpoint not in (None, "last") and not os.path.exists(checkpoint):
         problems.append(f"ckpt_path: {checkpoint!r} does not exist; accepted: {accepted}")
-    elif checkpoint is not None and os.path.isdir(checkpoint) and not (sharded(checkpoint) or holds_checkpoints(checkpoint)):
-        problems.append(f"ckpt_path: the folder {checkpoint!r} holds no checkpoint (*.ckpt); accepted: {accepted}")
+    elif (
+        checkpoint is not None
+        and os.path.isdir(checkpoint)
+        and not (sharded(checkpoint) or holds_checkpoints(checkpoint))
+    ):
+        problems.append(
+            f"ckpt_path: the folder {checkpoint!r} holds no checkpoint (*.ckpt); accepted: {accepted}"
+        )
     if isinstance(strategy, AdapterShardingStrategy) and str(trainer.devices).isdecimal():  # a flag is text
         problems += strategy.problems(trainer.num_nodes * int(trainer.devices))
     if problems:

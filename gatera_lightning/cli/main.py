@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ".*does not have many workers",
         ".*recommended to use `self.log.*sync_dist=True",
     ):
-        warnings.filterwarnings("ignore", message=noise)  # of our dependencies about each other; nothing a user could change
+        warnings.filterwarnings(
+            "ignore", message=noise
+        )  # of our dependencies about each other; nothing a user could change
     _show_own_log()
     if not sys.stderr.isatty():  # bars are drawn with control characters
         disable_library_bars()
@@ -72,8 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _let_the_first_speak()
         else:
             count = len(error.problems)
-            heading = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
-            print(f"{_who()}: {heading}:", *(f"  - {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+            heading = (
+                "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
+            )
+            print(
+                f"{_who()}: {heading}:",
+                *(f"  - {problem}" for problem in error.problems),
+                sep="\n",
+                file=sys.stderr,
+            )
         return 2
     except (NonFiniteLossError, CheckpointError) as error:
         if _rank():  # both are raised by all processes together
@@ -83,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except DistNetworkError as error:
         place = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', 'unknown')}"
-        print(f"{_who()}: the processes cannot meet at {place}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            f"{_who()}: the processes cannot meet at {place}: {str(error).splitlines()[0]}", file=sys.stderr
+        )
         print("  - another job may use the port: set MASTER_PORT to a free one", file=sys.stderr)
         return 1
     except Preempted as error:
@@ -120,7 +131,9 @@ def _show_own_log() -> None:
         own.addHandler(_Stderr())
         own.setLevel(logging.WARNING if _rank() else logging.INFO)
     for lightning in (logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")):
-        if any(type(handler) is logging.StreamHandler for handler in lightning.handlers):  # its own; a plain one
+        if any(
+            type(handler) is logging.StreamHandler for handler in lightning.handlers
+        ):  # its own; a plain one
             lightning.handlers = [_Stderr()]
 
 

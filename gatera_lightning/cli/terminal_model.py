@@ -20,7 +20,12 @@ from transformers import PreTrainedModel
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gates import StaticGate
 from gatera_lightning.adapters.injection import adapted_linears
-from gatera_lightning.adapters.serialization import AdapterFileError, load_adapter, read_adapter_config, trained_template
+from gatera_lightning.adapters.serialization import (
+    AdapterFileError,
+    load_adapter,
+    read_adapter_config,
+    trained_template,
+)
 from gatera_lightning.backbone.loading import (
     BackboneConfig,
     Dtype,
@@ -64,7 +69,9 @@ class Speaker:
         self.backbone = self._checked(problems)
         self.tokenizer = load_tokenizer(self.backbone)
         if settings.template == "chat" and not self.tokenizer.chat_template:
-            raise ConfigError("--template: chat needs a tokenizer with a chat template, and this one has none; accepted: plain")
+            raise ConfigError(
+                "--template: chat needs a tokenizer with a chat template, and this one has none; accepted: plain"
+            )
         self.trained_template = None if self.adapter is None else trained_template(settings.adapter)
         own = self.trained_template if self.trained_template in settings.templates else None
         if own == "chat" and not self.tokenizer.chat_template:
@@ -75,19 +82,28 @@ class Speaker:
         limit = context_length(load_config(self.backbone))
         self.room = math.inf if limit is None else limit - settings.max_new_tokens
         if self.room < 1:
-            raise ConfigError(f"--max_new_tokens: {settings.max_new_tokens}; accepted by this model: less than {limit:,}")
+            raise ConfigError(
+                f"--max_new_tokens: {settings.max_new_tokens}; accepted by this model: less than {limit:,}"
+            )
         self.out = Console(highlight=False, soft_wrap=True)
         self.remarks = Console(
-            stderr=True, highlight=False, soft_wrap=True, color_system=None if os.environ.get("NO_COLOR") else "auto"
+            stderr=True,
+            highlight=False,
+            soft_wrap=True,
+            color_system=None if os.environ.get("NO_COLOR") else "auto",
         )
 
     def _checked(self, others: Sequence[str]) -> BackboneConfig:
         own, problems = self.settings, []
         backbone = BackboneConfig(id=own.backbone or "", dtype=own.dtype)
         if own.backbone is not None:
-            problems += [f"--backbone: {problem.removeprefix('backbone.id: ')}" for problem in backbone.problems()]
+            problems += [
+                f"--backbone: {problem.removeprefix('backbone.id: ')}" for problem in backbone.problems()
+            ]
             if own.gates:
-                problems.append("--gates: a backbone without an adapter has no gates; accepted with --adapter")
+                problems.append(
+                    "--gates: a backbone without an adapter has no gates; accepted with --adapter"
+                )
         else:
             try:
                 self.adapter, origin = read_adapter_config(own.adapter)
@@ -106,7 +122,9 @@ class Speaker:
         if own.max_new_tokens < 1:
             problems.append(f"--max_new_tokens: {own.max_new_tokens}; accepted: an integer of at least 1")
         if not 0 <= own.temperature < math.inf:
-            problems.append(f"--temperature: {own.temperature}; accepted: 0 for the most likely token, or a number above")
+            problems.append(
+                f"--temperature: {own.temperature}; accepted: 0 for the most likely token, or a number above"
+            )
         if own.top_p is not None and not 0 < own.top_p <= 1:
             problems.append(f"--top_p: {own.top_p}; accepted: a probability above 0, up to 1")
         if own.fast is not None and not 0 < own.fast <= 0.5:
@@ -115,7 +133,9 @@ class Speaker:
             problems.append("--fast: a backbone without an adapter has no gates; accepted with --adapter")
         for name in ("top_p", "seed"):
             if getattr(own, name) is not None and own.temperature == 0:
-                problems.append(f"--{name}: {getattr(own, name)}, and nothing is drawn; accepted with --temperature above 0")
+                problems.append(
+                    f"--{name}: {getattr(own, name)}, and nothing is drawn; accepted with --temperature above 0"
+                )
         if problems:
             raise ConfigError(problems)
         return backbone
@@ -133,7 +153,9 @@ class Speaker:
             try:
                 text = ConversationPrompts(self.template, self.tokenizer).fitting(asked, sys.maxsize).text
             except (ValueError, TemplateError) as error:
-                raise ConfigError(f"--template: {self.template}: {error}; accepted: plain, or turns that it takes") from error
+                raise ConfigError(
+                    f"--template: {self.template}: {error}; accepted: plain, or turns that it takes"
+                ) from error
         return tokenise_prompt(self.tokenizer, text, special_tokens=self.template != "chat")
 
     @cached_property
@@ -161,7 +183,9 @@ class Speaker:
         drawn = f"temperature {own.temperature:g}" if own.temperature else "the most likely tokens"
         self.remark(f"template {self.template}{chosen}; {drawn}, at most {own.max_new_tokens} an answer")
         if own.fast is not None:
-            self.remark(f"fast: gates below {own.fast:g} count as 0, above {1 - own.fast:g} as 1; the exact answer may differ")
+            self.remark(
+                f"fast: gates below {own.fast:g} count as 0, above {1 - own.fast:g} as 1; the exact answer may differ"
+            )
         gates = [layer.gate for layer in adapted_linears(model).values()]
         if self._watched and self._colours:
             self.remarks.print(Text.assemble((f"mean gate of {len(gates)} modules  ", "dim"), legend()))
@@ -186,12 +210,16 @@ class Speaker:
     def answer(self, prompt: list[int]) -> Answer:
         """Say what follows a prompt, then end the line; Ctrl-C ends the answer."""
         own, stopped = self.settings, False
-        prompts = collate_prompts([prompt], [0], pad_id=self.tokenizer.pad_token_id, eos_id=self.tokenizer.eos_token_id)
+        prompts = collate_prompts(
+            [prompt], [0], pad_id=self.tokenizer.pad_token_id, eos_id=self.tokenizer.eos_token_id
+        )
         prompts["input_ids"] = prompts["input_ids"].to(self.model.device)
         prompts["attention_mask"] = prompts["attention_mask"].to(self.model.device)
         sampling = Sampling(own.temperature, own.top_p or 1.0) if own.temperature else None
         decided = {} if own.fast is None else {"skip_below": own.fast, "merge_above": 1 - own.fast}
-        decoding = DecodingConfig(max_new_tokens=own.max_new_tokens + 1, **decided)  # the last one is not said: see TextStream
+        decoding = DecodingConfig(
+            max_new_tokens=own.max_new_tokens + 1, **decided
+        )  # the last one is not said: see TextStream
         with ExitStack() as block:
             captured = block.enter_context(capture_gates(self.model)) if self._watched else None
             stream = TextStream(self.tokenizer, self._say, captured)
@@ -241,7 +269,9 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--adapter", metavar="FOLDER", help="an adapter folder, as beside every checkpoint")
     who.add_argument(
-        "--backbone", metavar="ID", help="instead: the untuned model, by hub id, folder, .gguf file or package:NAME"
+        "--backbone",
+        metavar="ID",
+        help="instead: the untuned model, by hub id, folder, .gguf file or package:NAME",
     )
     parser.add_argument(
         "--template",
@@ -250,7 +280,9 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
         "say, chat where the tokenizer has a chat template, else plain",
     )
     parser.set_defaults(templates=templates)
-    parser.add_argument("--max_new_tokens", metavar="N", type=int, default=256, help="cut an answer there; default: 256")
+    parser.add_argument(
+        "--max_new_tokens", metavar="N", type=int, default=256, help="cut an answer there; default: 256"
+    )
     parser.add_argument(
         "--fast",
         metavar="G",
@@ -260,11 +292,22 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
         help="a token whose gate is below G or above 1 - G reads one weight in place of two, so the answer may differ; G: 0.1",
     )
     parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.0, help="draw tokens; default: 0, the most likely ones"
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="draw tokens; default: 0, the most likely ones",
     )
-    parser.add_argument("--top_p", metavar="P", type=float, help="draw among the most likely ones of this probability together")
+    parser.add_argument(
+        "--top_p",
+        metavar="P",
+        type=float,
+        help="draw among the most likely ones of this probability together",
+    )
     parser.add_argument("--seed", metavar="N", type=int, help="of what is drawn; default: 0")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of the backbone; default: auto")
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), default="auto", help="of the backbone; default: auto"
+    )
     parser.add_argument(
         "--gates",
         action="store_true",

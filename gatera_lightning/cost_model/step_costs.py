@@ -71,7 +71,9 @@ class StepCosts:
     backward_flops: int
 
 
-def build_on_meta(config: AutoConfig, backbone: BackboneConfig, adapter: AdapterConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_on_meta(
+    config: AutoConfig, backbone: BackboneConfig, adapter: AdapterConfig, dtype: torch.dtype
+) -> PreTrainedModel:
     """The adapted model without memory. Raises ConfigError as injecting does, and for a model whose code needs real numbers."""
     with _said_of(type(config).__name__.removesuffix("Config")), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -151,7 +153,9 @@ def _said_of(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise ConfigError(f"backbone.id: {model} cannot be carried out without its numbers ({reason})") from error
+        raise ConfigError(
+            f"backbone.id: {model} cannot be carried out without its numbers ({reason})"
+        ) from error
 
 
 def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None], in_head: bool) -> Tensor:
@@ -224,7 +228,9 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _fused(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+def _fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
     """As Transformers asks for attention: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
@@ -238,7 +244,9 @@ def _grouped_flops(a: torch.Size, b: torch.Size, *_: Any, out_shape: Any = None,
     return 2 * a[0] * a[1] * b[-1]
 
 
-_GROUPED = {torch.ops.aten._grouped_mm: _grouped_flops}  # a mixture's experts, which PyTorch's counter does not know
+_GROUPED = {
+    torch.ops.aten._grouped_mm: _grouped_flops
+}  # a mixture's experts, which PyTorch's counter does not know
 
 
 def _attention_flops(model: PreTrainedModel, batch: MicroBatch) -> int:

@@ -11,7 +11,13 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 
 from gatera_lightning.errors import ConfigError
 
-_OF_A_STEP = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "max_steps", "max_epochs")
+_OF_A_STEP = (
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "max_steps",
+    "max_epochs",
+)
 _ROWS = "training rows"
 
 
@@ -33,7 +39,11 @@ def refuse_other_number(trainer: L.Trainer) -> None:
     """Raise ConfigError when not as many processes were started as the trainer counts on. Each would wait, or run by itself."""
     found = os.environ
     if started_by_slurm():
-        who, processes, nodes = "SLURM", int(found["SLURM_NTASKS"]), int(found.get("SLURM_NNODES", trainer.num_nodes))
+        who, processes, nodes = (
+            "SLURM",
+            int(found["SLURM_NTASKS"]),
+            int(found.get("SLURM_NNODES", trainer.num_nodes)),
+        )
     elif "LOCAL_RANK" in found and "WORLD_SIZE" in found:
         who, processes, nodes = "WORLD_SIZE says that torchrun", int(found["WORLD_SIZE"]), trainer.num_nodes
         if "LOCAL_WORLD_SIZE" in found:
@@ -63,8 +73,14 @@ def refuse_other_settings(module: L.LightningModule, trainer: L.Trainer) -> None
         "trainer.strategy": type(trainer.strategy).__name__,
         "ckpt_path": repr(None if trainer.ckpt_path is None else str(trainer.ckpt_path)),
     }
-    rows = "\n".join(data.tables["train"]["key"]) if data is not None and "train" in getattr(data, "tables", {}) else ""
-    own = {what: hashlib.sha256(text.encode()).hexdigest() for what, text in [*settings.items(), (_ROWS, rows)]}
+    rows = (
+        "\n".join(data.tables["train"]["key"])
+        if data is not None and "train" in getattr(data, "tables", {})
+        else ""
+    )
+    own = {
+        what: hashlib.sha256(text.encode()).hexdigest() for what, text in [*settings.items(), (_ROWS, rows)]
+    }
     everyone = _gathered(own, trainer)
     names = dict.fromkeys(name for found in everyone for name in found)
     differing = [name for name in names if len({found.get(name) for found in everyone}) > 1]
@@ -75,7 +91,9 @@ def refuse_other_settings(module: L.LightningModule, trainer: L.Trainer) -> None
     for name in differing:
         if name == _ROWS:
             others = [rank for rank, found in enumerate(everyone) if found[name] != everyone[0][name]]
-            problems.append(f"{_processes(others)} other {_ROWS} than process 0; accepted: the same everywhere")
+            problems.append(
+                f"{_processes(others)} other {_ROWS} than process 0; accepted: the same everywhere"
+            )
         else:
             held: dict[str, list[int]] = {}
             for rank, values in enumerate(told):
@@ -91,7 +109,9 @@ def _leaves(name: str, value: Any) -> dict[str, str]:
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if not isinstance(value, dict) or not value:
         return {name: repr(value)}
-    return {leaf: text for key, inner in value.items() for leaf, text in _leaves(f"{name}.{key}", inner).items()}
+    return {
+        leaf: text for key, inner in value.items() for leaf, text in _leaves(f"{name}.{key}", inner).items()
+    }
 
 
 def _gathered(own: dict[str, str], trainer: L.Trainer) -> list[dict[str, str]]:

@@ -16,7 +16,12 @@ from gatera_lightning.errors import ConfigError
 
 
 def load_sharded(
-    backbone: BackboneConfig, adapter: AdapterConfig, strategy: AdapterShardingStrategy, *, seed: int, warm_start: str | None
+    backbone: BackboneConfig,
+    adapter: AdapterConfig,
+    strategy: AdapterShardingStrategy,
+    *,
+    seed: int,
+    warm_start: str | None,
 ) -> tuple[PreTrainedModel, InjectionReport]:
     """The adapted model, sharded over the strategy's processes; a collective.
 
@@ -37,9 +42,13 @@ def load_sharded(
                 "config": whole.config,
                 "generation_config": whole.generation_config,  # which may name further tokens that end a text
                 "report": report,
-                "fingerprints": {name: layer.base_fingerprint for name, layer in adapted_linears(whole).items()},
+                "fingerprints": {
+                    name: layer.base_fingerprint for name, layer in adapted_linears(whole).items()
+                },
                 "dtypes": {name: parameter.dtype for name, parameter in whole.named_parameters()},
-                "buffers": dict(whole.named_buffers()),  # those that no state dict has, such as rotary frequencies, included
+                "buffers": dict(
+                    whole.named_buffers()
+                ),  # those that no state dict has, such as rotary frequencies, included
             }
         except Exception as error:  # whatever it is: the others wait, and have to hear of it
             told = {"error": _that_travels(error)}
@@ -66,7 +75,9 @@ def load_sharded(
     model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
-    for name, buffer in told["buffers"].items():  # register_buffer would forget which of them a state dict leaves out
+    for name, buffer in told[
+        "buffers"
+    ].items():  # register_buffer would forget which of them a state dict leaves out
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(strategy.root_device)
     return model, told["report"]

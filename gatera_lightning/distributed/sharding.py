@@ -134,7 +134,9 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     def shard(self, model: nn.Module) -> None:
         """Shard a model over this strategy's processes, in place."""
         assert self.mesh is not None  # set_up, before any model is built
-        pinned = self.root_device.type != "cpu"  # without an accelerator nothing can be, and nothing is copied
+        pinned = (
+            self.root_device.type != "cpu"
+        )  # without an accelerator nothing can be, and nothing is copied
         shard_layers(model, self.mesh, CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else None)
 
     @override
@@ -144,7 +146,10 @@ class AdapterShardingStrategy(ModelParallelStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        for name, own in module.named_children():  # metrics meet what the model computes; its weights come by themselves
+        for (
+            name,
+            own,
+        ) in module.named_children():  # metrics meet what the model computes; its weights come by themselves
             if name != "model":
                 own.to(self.root_device)
         module._device = self.root_device  # what Lightning says of it, which .to would have told
@@ -169,11 +174,15 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         """Nested state without shards: whole CPU tensors on rank 0, nothing elsewhere; as it is for a sharded checkpoint."""
         if self._save_distributed_checkpoint:
             return state
-        whole = mapped(state, lambda _, tensor: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor)
+        whole = mapped(
+            state, lambda _, tensor: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        )
         return whole if self.is_global_zero else {}
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
@@ -184,7 +193,9 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         failure = failure or self._failure(lambda: write_sharded(checkpoint, draft, rank=self.global_rank))
         failure = failure or self._failure(lambda: replace_folder(draft, path) if first else None)
         assert isinstance(self.checkpoint_io, WholeCheckpointIO)  # GateRAModule.setup
-        self.checkpoint_io.failure = failure and f"cannot write the checkpoint {path} ({failure}); what was there is untouched"
+        self.checkpoint_io.failure = (
+            failure and f"cannot write the checkpoint {path} ({failure}); what was there is untouched"
+        )
         if failure and first:
             log.error(self.checkpoint_io.failure)
             shutil.rmtree(draft, ignore_errors=True)
@@ -201,7 +212,9 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         return next(filter(None, everyone), None)
 
     @override
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
 
     @override

@@ -13,7 +13,10 @@ from gatera_lightning.objectives.next_token import target_positions_only
 def continues_from_keys(model: PreTrainedModel) -> bool:
     """Whether all that the model keeps of a prompt is keys and values, which rows can share: no convolution, no state."""
     layers = DynamicCache(config=model.config).layers
-    keys = all(isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    keys = all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in layers
+    )
     return keys and not model._is_stateful  # what Transformers itself asks before it crops a cache
 
 
@@ -32,7 +35,9 @@ def candidate_log_likelihoods(model: PreTrainedModel, batch: Batch) -> tuple[Ten
     question = first.cumsum(0) - 1  # (batch,), the row of `prompts` that a candidate belongs to
 
     width = max(1, int(starts.max()))
-    places = torch.arange(width, device=ids.device) - width + starts[first, None]  # (questions, prompt tokens)
+    places = (
+        torch.arange(width, device=ids.device) - width + starts[first, None]
+    )  # (questions, prompt tokens)
     prompts, prompt_mask = ids[first].gather(1, places.clamp(min=0)), (places >= 0).long()
     places = torch.arange(int(counts.max()), device=ids.device) + starts[:, None]  # (batch, answer tokens)
     answers = ids.gather(1, places.clamp(max=ids.shape[1] - 1))
@@ -52,7 +57,9 @@ def candidate_log_likelihoods(model: PreTrainedModel, batch: Batch) -> tuple[Ten
     first_log_p = logits[0].float().log_softmax(-1)[question, answers[:, 0]]  # (batch,)
 
     cache.batch_select_indices(question)
-    read = answers[:, : max(1, answers.shape[1] - 1)]  # nothing follows the last token; one is read where there is one only
+    read = answers[
+        :, : max(1, answers.shape[1] - 1)
+    ]  # nothing follows the last token; one is read where there is one only
     following = F.pad(answer_mask[:, 1:], (0, read.shape[1] - answers.shape[1] + 1))  # (batch, read tokens)
     with target_positions_only(model, following):
         logits = model(

@@ -9,7 +9,12 @@ import numpy as np
 
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.intervals import Average, Proportion
-from gatera_lightning.evaluation.paired_tests import Difference, PairedOutcomes, macro_difference, pooled_difference
+from gatera_lightning.evaluation.paired_tests import (
+    Difference,
+    PairedOutcomes,
+    macro_difference,
+    pooled_difference,
+)
 from gatera_lightning.evaluation.recorded_run import MEASURES, RecordedRun, Row, labels, named
 from gatera_lightning.evaluation.text_metrics import corpus_metrics
 
@@ -96,7 +101,9 @@ def compare_runs(runs: Sequence[RecordedRun], *, seed: int = 0) -> Comparison:
     names = labels(runs)
     return Comparison(
         tuple(_result(run, name) for run, name in zip(runs, names, strict=True)),
-        tuple(_pair(runs[0], run, names[0], name, seed) for run, name in zip(runs[1:], names[1:], strict=True)),
+        tuple(
+            _pair(runs[0], run, names[0], name, seed) for run, name in zip(runs[1:], names[1:], strict=True)
+        ),
     )
 
 
@@ -135,7 +142,8 @@ def _result(run: RecordedRun, label: str) -> RunResult:
         accuracies,
         math.fsum(nats for nats, _ in scored) if scored else None,
         sum(tokens for _, tokens in scored) if scored else None,
-        {metric: math.fsum(row.scores[metric] for row in run.rows) / len(run.rows) for metric in run.metrics} | _corpus(run),
+        {metric: math.fsum(row.scores[metric] for row in run.rows) / len(run.rows) for metric in run.metrics}
+        | _corpus(run),
     )
 
 
@@ -144,10 +152,14 @@ def _corpus(run: RecordedRun) -> dict[str, float]:
     return corpus_metrics(*zip(*texts, strict=True))[0] if texts else {}
 
 
-def _pair(first: RecordedRun, second: RecordedRun, first_label: str, second_label: str, seed: int) -> PairResult:
+def _pair(
+    first: RecordedRun, second: RecordedRun, first_label: str, second_label: str, seed: int
+) -> PairResult:
     pairs = common_rows(first, second)
     if not pairs:
-        raise ConfigError(f"{second.path}: no row has task and key of a row in {first.path}; expected common questions")
+        raise ConfigError(
+            f"{second.path}: no row has task and key of a row in {first.path}; expected common questions"
+        )
     if not set(first.kinds) & set(second.kinds):
         raise ConfigError(
             f"{second.path}: has {named(second.kinds)}, {first.path} has {named(first.kinds)}; "
@@ -159,8 +171,12 @@ def _pair(first: RecordedRun, second: RecordedRun, first_label: str, second_labe
         outcomes = {}
         for task, rows in by_task.items():
             if judged := [(a, b) for a, b in rows if measure in a.choices and measure in b.choices]:
-                outcomes[task] = PairedOutcomes.of([a.right(measure) for a, _ in judged], [b.right(measure) for _, b in judged])
-        accuracies += [AccuracyDifference(measure, task, table, table.difference) for task, table in outcomes.items()]
+                outcomes[task] = PairedOutcomes.of(
+                    [a.right(measure) for a, _ in judged], [b.right(measure) for _, b in judged]
+                )
+        accuracies += [
+            AccuracyDifference(measure, task, table, table.difference) for task, table in outcomes.items()
+        ]
         if len(outcomes) > 1:  # the average of one task is that task: a second p for it would only confuse
             macro = macro_difference(list(outcomes.values()), np.random.default_rng(seed))
             accuracies.append(AccuracyDifference(measure, None, None, macro))
@@ -173,7 +189,9 @@ def _pair(first: RecordedRun, second: RecordedRun, first_label: str, second_labe
     texts = {metric: _text(pairs, metric, seed) for metric in first.metrics if metric in second.metrics}
     alone = (len(first.rows) - len(pairs), len(second.rows) - len(pairs))
     settings = _settings_that_differ(first, second)
-    return PairResult(first_label, second_label, len(pairs), alone, settings, tuple(accuracies), loss, texts, retokenized)
+    return PairResult(
+        first_label, second_label, len(pairs), alone, settings, tuple(accuracies), loss, texts, retokenized
+    )
 
 
 def _settings_that_differ(first: RecordedRun, second: RecordedRun) -> dict[str, tuple[str, str]] | None:

@@ -61,7 +61,10 @@ def as_json(comparison: Comparison) -> str:
             "rows": run.rows,
             "accuracy": {
                 measure: {
-                    "tasks": {task: {**asdict(p), "value": p.value, "interval": p.interval} for task, p in tasks.items()},
+                    "tasks": {
+                        task: {**asdict(p), "value": p.value, "interval": p.interval}
+                        for task, p in tasks.items()
+                    },
                     "average": _average_fields(run, measure, shared) if len(shared) > 1 else None,
                 }
                 for measure, tasks in run.accuracies.items()
@@ -92,11 +95,19 @@ def as_json(comparison: Comparison) -> str:
             ],
             "nats_per_token": pair.loss and _difference_fields(pair.loss, higher_is_better=False),
             "retokenized": pair.retokenized,
-            "text": {metric: _difference_fields(found, higher_is_better=True) for metric, found in pair.texts.items()},
+            "text": {
+                metric: _difference_fields(found, higher_is_better=True)
+                for metric, found in pair.texts.items()
+            },
         }
         for pair in comparison.pairs
     ]
-    return json.dumps({"runs": runs, "pairs": pairs, "notes": _CAVEATS}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(
+            {"runs": runs, "pairs": pairs, "notes": _CAVEATS}, indent=2, ensure_ascii=False, allow_nan=False
+        )
+        + "\n"
+    )
 
 
 def _accuracy_table(comparison: Comparison) -> str:
@@ -107,10 +118,16 @@ def _accuracy_table(comparison: Comparison) -> str:
         for task in tasks:
             shares = [run.accuracies.get(measure, {}).get(task) for run in comparison.runs]
             ns = [share.n for share in shares if share is not None]
-            n = str(ns[0]) if len(set(ns)) == 1 else " / ".join("–" if share is None else str(share.n) for share in shares)
+            n = (
+                str(ns[0])
+                if len(set(ns)) == 1
+                else " / ".join("–" if share is None else str(share.n) for share in shares)
+            )
             rows.append([measure, task, n, *("–" if share is None else str(share) for share in shares)])
         if len(shared := comparison.shared_tasks(measure)) > 1:
-            averages = [str(run.average(measure, shared)) if run in having else "–" for run in comparison.runs]
+            averages = [
+                str(run.average(measure, shared)) if run in having else "–" for run in comparison.runs
+            ]
             which = f"the {len(shared)} shared tasks" if len(shared) < len(tasks) else f"{len(shared)} tasks"
             rows.append([measure, f"average of {which}", "", *averages])
     return _table(["measure", "task", "n", *(run.label for run in comparison.runs)], rows)
@@ -130,11 +147,18 @@ def _difference_table(pair: PairResult) -> str:
 def _evaluated_otherwise(pair: PairResult) -> list[str]:
     """A paragraph where the two may differ by more than their methods."""
     if pair.settings is None:
-        return ["How they were evaluated was not compared: evaluation.json is not beside the predictions of both."]
+        return [
+            "How they were evaluated was not compared: evaluation.json is not beside the predictions of both."
+        ]
     if not pair.settings:
         return []
-    told = [f"{name} {_cell(one)[:20]} against {_cell(other)[:20]}" for name, (one, other) in pair.settings.items()]
-    return [f"**Evaluated otherwise**, so that the differences are not the methods' alone: {'; '.join(told)}."]
+    told = [
+        f"{name} {_cell(one)[:20]} against {_cell(other)[:20]}"
+        for name, (one, other) in pair.settings.items()
+    ]
+    return [
+        f"**Evaluated otherwise**, so that the differences are not the methods' alone: {'; '.join(told)}."
+    ]
 
 
 def _loss_table(comparison: Comparison) -> str:
@@ -144,7 +168,9 @@ def _loss_table(comparison: Comparison) -> str:
         if pair is not None and pair.loss is not None:
             difference, _, *rest = _difference_cells(pair.loss, "", higher_is_better=False)
             cells = [difference, *rest]
-        rows.append([run.label, "–" if run.tokens is None else str(run.tokens), _number(run.loss, "{:.4f}"), *cells])
+        rows.append(
+            [run.label, "–" if run.tokens is None else str(run.tokens), _number(run.loss, "{:.4f}"), *cells]
+        )
     return _table(["run", "tokens", "nats per token", "difference on common rows", "p", "verdict"], rows)
 
 
@@ -188,7 +214,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(map(_cell, cells)) + " |" for cells in [header, ["---"] * len(header), *rows])
+    return "\n".join(
+        "| " + " | ".join(map(_cell, cells)) + " |" for cells in [header, ["---"] * len(header), *rows]
+    )
 
 
 def _cell(text: str) -> str:

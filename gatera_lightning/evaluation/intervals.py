@@ -25,7 +25,11 @@ class Proportion:
             return math.nan, math.nan
         z2 = _Z95**2
         centre = (self.hits + z2 / 2) / (self.n + z2)
-        half = _Z95 * math.sqrt(self.value * (1 - self.value) / self.n + z2 / (4 * self.n**2)) / (1 + z2 / self.n)
+        half = (
+            _Z95
+            * math.sqrt(self.value * (1 - self.value) / self.n + z2 / (4 * self.n**2))
+            / (1 + z2 / self.n)
+        )
         return max(0.0, centre - half), min(1.0, centre + half)
 
     def __str__(self) -> str:

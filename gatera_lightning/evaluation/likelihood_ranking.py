@@ -13,7 +13,9 @@ Score = Literal["sum", "per_token", "per_character"]
 """How candidates of unequal length compete: by ``Σ log p``, or by it divided by their tokens or characters."""
 
 
-def answer_log_likelihoods(logits: Tensor, targets: Tensor, kept: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def answer_log_likelihoods(
+    logits: Tensor, targets: Tensor, kept: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor]:
     """``Σ log p`` of each row's counted target tokens (batch,) and their number (batch,).
 
     logits (1, n, vocabulary) and targets (n,) at the n positions where ``kept`` (batch, tokens) is true, in row order;
@@ -38,7 +40,9 @@ class RankedQuestion:
 
     def choice(self, score: Score) -> int:
         """The candidate with the highest score; the first one of equals."""
-        lengths = {"sum": [1] * len(self.tokens), "per_token": self.tokens, "per_character": self.characters}[score]
+        lengths = {"sum": [1] * len(self.tokens), "per_token": self.tokens, "per_character": self.characters}[
+            score
+        ]
         values = [ll / max(1, length) for ll, length in zip(self.log_likelihoods, lengths, strict=True)]
         return max(range(len(values)), key=values.__getitem__)
 
@@ -48,12 +52,18 @@ def ranked_questions(batch: Batch, log_likelihoods: Tensor, tokens: Tensor) -> l
 
     ``log_likelihoods`` and ``tokens`` (batch,) are those of :func:`answer_log_likelihoods`.
     """
-    columns = [column.tolist() for column in (batch["example_ids"], batch["gold_ids"], batch["answer_characters"])]
+    columns = [
+        column.tolist() for column in (batch["example_ids"], batch["gold_ids"], batch["answer_characters"])
+    ]
     rows: dict[int, list[tuple[int, float, int, int]]] = {}
-    for example, gold, characters, ll, count in zip(*columns, log_likelihoods.tolist(), tokens.tolist(), strict=True):
+    for example, gold, characters, ll, count in zip(
+        *columns, log_likelihoods.tolist(), tokens.tolist(), strict=True
+    ):
         if example >= 0:
             rows.setdefault(example, []).append((gold, ll, count, characters))
     return [
-        RankedQuestion(example, answers[0][0], *(tuple(column) for column in list(zip(*answers, strict=True))[1:]))
+        RankedQuestion(
+            example, answers[0][0], *(tuple(column) for column in list(zip(*answers, strict=True))[1:])
+        )
         for example, answers in rows.items()
     ]

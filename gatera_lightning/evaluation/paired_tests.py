@@ -47,7 +47,9 @@ class PairedOutcomes:
     def of(cls, first: Sequence[bool], second: Sequence[bool]) -> "PairedOutcomes":
         """Count the rows, (n,) each, in the same order; raises ValueError for unequal lengths."""
         pairs = list(zip(first, second, strict=True))
-        return cls(*(pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))))
+        return cls(
+            *(pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False)))
+        )
 
     @property
     def n(self) -> int:
@@ -80,7 +82,10 @@ class PairedOutcomes:
         """
         if not self.n:
             return math.nan, math.nan
-        first, second = Proportion(self.both + self.only_first, self.n), Proportion(self.both + self.only_second, self.n)
+        first, second = (
+            Proportion(self.both + self.only_first, self.n),
+            Proportion(self.both + self.only_second, self.n),
+        )
         phi = self._correlation()
         down, up = [], []  # distances of Wilson's limits
         for share in (first, second):
@@ -110,7 +115,9 @@ def _square_and_add(one: float, other: float, phi: float) -> float:
     return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
 
 
-def macro_difference(tasks: Sequence[PairedOutcomes], rng: np.random.Generator, *, resamples: int = RESAMPLES) -> Difference:
+def macro_difference(
+    tasks: Sequence[PairedOutcomes], rng: np.random.Generator, *, resamples: int = RESAMPLES
+) -> Difference:
     """Difference of the mean over tasks of per-task accuracies, by a paired bootstrap stratified by task.
 
     Rows are drawn in pairs within their task; a draw matters by its cell of the 2 × 2 table alone, so counts are drawn
@@ -146,7 +153,9 @@ def pooled_difference(
     or no weight at all.
     """
     if not (first.shape == second.shape == weights.shape) or not weights.sum():
-        raise ValueError(f"expected three (n,) arrays with weights, got {first.shape}, {second.shape}, {weights.shape}")
+        raise ValueError(
+            f"expected three (n,) arrays with weights, got {first.shape}, {second.shape}, {weights.shape}"
+        )
     values, n = second - first, len(weights)
     value = float(values.sum() / weights.sum())
     if n < MIN_BOOTSTRAP_ROWS:
@@ -154,7 +163,9 @@ def pooled_difference(
     chunk = max(1, _CHUNK // n)
     drawn = []
     for start in range(0, resamples, chunk):
-        rows = rng.integers(n, size=(min(chunk, resamples - start), n))  # one draw of a row serves both runs: that pairs them
+        rows = rng.integers(
+            n, size=(min(chunk, resamples - start), n)
+        )  # one draw of a row serves both runs: that pairs them
         drawn.append(values[rows].sum(1) / np.maximum(1, weights[rows].sum(1)))
     return _percentile(value, np.concatenate(drawn))
 

@@ -89,7 +89,9 @@ def read_records(folder: Path) -> Records:
                 ) from error
     merged = folder / MERGED
     if merged.is_file():
-        for number, line in enumerate(merged.read_bytes().splitlines(), 1):  # as text, it would be cut at U+2028 too
+        for number, line in enumerate(
+            merged.read_bytes().splitlines(), 1
+        ):  # as text, it would be cut at U+2028 too
             try:
                 row = json.loads(line)
                 example = row["example"]
@@ -126,10 +128,14 @@ def check_identity(folder: Path, stored: Mapping[str, Any] | None, now: Mapping[
     ``stored`` is the folder's ``evaluation.json``, None without one.
     """
     if stored is None:
-        raise ConfigError(f"{folder} holds predictions, but no {IDENTITY} that says of what; accepted: an empty folder")
+        raise ConfigError(
+            f"{folder} holds predictions, but no {IDENTITY} that says of what; accepted: an empty folder"
+        )
     other = [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]
     if other:
-        details = "; ".join(f"{name} was {_short(stored.get(name))} and is {_short(now.get(name))}" for name in other)
+        details = "; ".join(
+            f"{name} was {_short(stored.get(name))} and is {_short(now.get(name))}" for name in other
+        )
         raise ConfigError(
             f"{folder} holds predictions of another evaluation, and mixing them would measure neither: {details}. "
             "Give another evaluation.folder"

@@ -94,7 +94,9 @@ def read_run(path: Path) -> RecordedRun:
             where = f"{file}, line {number}"
             row = _row(number, line, where)
             if (same := rows.get((row.task, row.example))) is not None:
-                raise ConfigError(f"{where}: task {row.task!r}, example {row.example} is line {same.line} already")
+                raise ConfigError(
+                    f"{where}: task {row.task!r}, example {row.example} is line {same.line} already"
+                )
             first = first or row
             if row.kinds != first.kinds:
                 raise ConfigError(
@@ -114,12 +116,16 @@ def read_run(path: Path) -> RecordedRun:
 def labels(runs: Sequence[RecordedRun]) -> list[str]:
     """A distinct name for every run: its method, its folder, or as much of its path as tells it from the others."""
     # A predictions file under another name is its own run: the folder may hold several.
-    places = [path.parent if path.name == PREDICTIONS else path for path in (run.path.resolve() for run in runs)]
+    places = [
+        path.parent if path.name == PREDICTIONS else path for path in (run.path.resolve() for run in runs)
+    ]
     names = [run.method or place.name for run, place in zip(runs, places, strict=True)]
     if len(set(names)) == len(names):
         return names
     longest = max(len(place.parts) for place in places)
-    length = next(n for n in range(1, longest + 1) if len({place.parts[-n:] for place in places}) == len(places))
+    length = next(
+        n for n in range(1, longest + 1) if len({place.parts[-n:] for place in places}) == len(places)
+    )
     short = [Path(*place.parts[-length:]).as_posix() for place in places]
     return [
         name if names.count(name) == 1 else f"{name} ({tail})" if run.method else tail
@@ -167,14 +173,22 @@ def _row(number: int, line: bytes, where: str) -> Row:
         log_p = _get(likelihood, "log_likelihoods", inside, "a list of finite numbers", _all(_is_finite))
         n = len(log_p)
         counts = {
-            name: _get(likelihood, name, inside, f"{n} whole numbers from 0, one a candidate", _all(_is_index, n))
+            name: _get(
+                likelihood, name, inside, f"{n} whole numbers from 0, one a candidate", _all(_is_index, n)
+            )
             for name in ("tokens", "characters")
         }
         if gold >= n:
             raise ConfigError(f"{where}: gold is {gold}; expected one of the {n} candidates, 0 to {n - 1}")
         choice = _get(likelihood, "choice", inside, "an object", lambda v: isinstance(v, dict))
         for score, measure in _SCORES.items():
-            chosen = _get(choice, score, f"{inside}, choice", f"a candidate, 0 to {n - 1}", lambda v: _is_index(v) and v < n)
+            chosen = _get(
+                choice,
+                score,
+                f"{inside}, choice",
+                f"a candidate, 0 to {n - 1}",
+                lambda v: _is_index(v) and v < n,
+            )
             if n > 1:
                 choices[measure] = chosen
         nats, tokens = -float(log_p[gold]), counts["tokens"][gold]
@@ -183,11 +197,18 @@ def _row(number: int, line: bytes, where: str) -> Row:
         inside = f"{where}, generation"
         _get(generation, "text", inside, "a text", lambda v: isinstance(v, str))
         if "reference" in generation:
-            text = generation["text"], _get(generation, "reference", inside, "a text", lambda v: isinstance(v, str))
+            text = (
+                generation["text"],
+                _get(generation, "reference", inside, "a text", lambda v: isinstance(v, str)),
+            )
             scores = _get(generation, "scores", inside, "finite numbers by the metric's name", _are_numbers)
         else:
             choices["generation"] = _get(
-                generation, "choice", inside, "a whole number from 0, or null", lambda v: v is None or _is_index(v)
+                generation,
+                "choice",
+                inside,
+                "a whole number from 0, or null",
+                lambda v: v is None or _is_index(v),
             )
     kinds = tuple(kind for kind in ("likelihood", "generation") if kind in fields)
     if not kinds:
@@ -195,7 +216,9 @@ def _row(number: int, line: bytes, where: str) -> Row:
     return Row(number, task, example, key, gold, kinds, choices, nats, tokens, text, scores)
 
 
-def _get(fields: Mapping[str, Any], name: str, where: str, expected: str, valid: Callable[[Any], bool]) -> Any:
+def _get(
+    fields: Mapping[str, Any], name: str, where: str, expected: str, valid: Callable[[Any], bool]
+) -> Any:
     if name not in fields:
         raise ConfigError(f"{where}: misses {name!r}; expected {expected}")
     if not valid(fields[name]):
@@ -216,7 +239,9 @@ def _are_numbers(value: object) -> bool:
 
 
 def _all(valid: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, list) and len(v) == (length or len(v)) and len(v) > 0 and all(map(valid, v))
+    return lambda v: (
+        isinstance(v, list) and len(v) == (length or len(v)) and len(v) > 0 and all(map(valid, v))
+    )
 
 
 def _method(predictions: Path) -> str | None:
@@ -225,7 +250,9 @@ def _method(predictions: Path) -> str | None:
     if isinstance(model, dict) and model.get("adapter_from") == "untrained":
         return "untrained"
     found = model.get("adapter") if isinstance(model, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in ("update", "gate")):
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), str) for name in ("update", "gate")
+    ):
         return None
     return f"{found['update']} × {found['gate']}"
 
@@ -233,7 +260,9 @@ def _method(predictions: Path) -> str | None:
 def _settings(predictions: Path) -> dict[str, str]:
     settings: dict[str, str] = {}
     for name, value in _beside(predictions, IDENTITY).items():
-        parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        parts = (
+            {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        )
         settings |= {} if name in _COMPARED else {part: json.dumps(v) for part, v in parts.items()}
     return settings
 

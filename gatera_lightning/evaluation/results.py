@@ -41,7 +41,12 @@ class EvaluationResult:
     def accuracy(self, measure: Measure, task: str | None = None) -> Proportion:
         """Share of questions answered right, of one task or of all rows; no answer is a wrong one."""
         choices = [
-            (row["generation"]["choice"] if measure == "generation" else row["likelihood"]["choice"][measure], row["gold"])
+            (
+                row["generation"]["choice"]
+                if measure == "generation"
+                else row["likelihood"]["choice"][measure],
+                row["gold"],
+            )
             for row in self.rows
             if task in (None, row["task"]) and _judges(measure, row)
         ]
@@ -88,12 +93,18 @@ class EvaluationResult:
     def text_metrics(self, task: str | None = None) -> dict[str, float]:
         """Metrics of the texts of one task, or of all rows, against their references; {} where texts have none."""
         texts = [
-            row["generation"] for row in self.rows if task in (None, row["task"]) and "reference" in row.get("generation", ())
+            row["generation"]
+            for row in self.rows
+            if task in (None, row["task"]) and "reference" in row.get("generation", ())
         ]
         if not texts:
             return {}
-        means = {name: sum(text["scores"][name] for text in texts) / len(texts) for name in texts[0]["scores"]}
-        return means | corpus_metrics([text["text"] for text in texts], [text["reference"] for text in texts])[0]
+        means = {
+            name: sum(text["scores"][name] for text in texts) / len(texts) for name in texts[0]["scores"]
+        }
+        return (
+            means | corpus_metrics([text["text"] for text in texts], [text["reference"] for text in texts])[0]
+        )
 
     def summary(self) -> dict[str, Any]:
         """Every number, as ``test_results.json`` holds it."""
@@ -114,7 +125,8 @@ class EvaluationResult:
             "rows_of_split": self.expected,
             "tasks": tasks,
             "average": {
-                m: {"accuracy": _finite(found.value), "interval": _limits(found.interval)} for m, found in averages.items()
+                m: {"accuracy": _finite(found.value), "interval": _limits(found.interval)}
+                for m, found in averages.items()
             },
             "nats_per_target_token": self.gold_loss,
             "perplexity": None if self.perplexity is None else _finite(self.perplexity),

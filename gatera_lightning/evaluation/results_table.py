@@ -26,7 +26,9 @@ def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
         for task in [*result.tasks, None] if len(result.tasks) > 1 else result.tasks:
             found = result.text_metrics(task)
             count = sum("generation" in row for row in result.rows if task in (None, row["task"]))
-            table.add_row(Text(task or "all"), str(count), *(f"{found[name]:.3f}" if found else "–" for name in names))
+            table.add_row(
+                Text(task or "all"), str(count), *(f"{found[name]:.3f}" if found else "–" for name in names)
+            )
         console.print(table)
     for metric, reason in result.skipped.items():
         console.print(Text(f"skipped: {metric}, since {reason}"))
@@ -34,18 +36,26 @@ def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
         console.print(f"generated texts without an answer (counted as wrong): {result.unanswered()}")
     for kind, count in result.counts.items():
         if count < result.expected:
-            console.print(f"{kind}: only {count} of {result.expected} rows; a limit on the batches left out the others")
+            console.print(
+                f"{kind}: only {count} of {result.expected} rows; a limit on the batches left out the others"
+            )
 
 
 def _accuracies(result: EvaluationResult, ranking: str) -> Table:
-    table = _table(["task", "n", *(LABELS[measure] for measure in result.measures)], title=f"{ranking} [95 % interval]")
+    table = _table(
+        ["task", "n", *(LABELS[measure] for measure in result.measures)], title=f"{ranking} [95 % interval]"
+    )
     for task in result.tasks:
         found = [result.accuracy(measure, task) for measure in result.measures]
-        counts = list(dict.fromkeys(str(share.n) for share in found))  # one, unless a limit cut the ways differently
+        counts = list(
+            dict.fromkeys(str(share.n) for share in found)
+        )  # one, unless a limit cut the ways differently
         table.add_row(Text(task), " / ".join(counts), *(str(share) if share.n else "–" for share in found))
     if len(result.tasks) > 1:
         table.add_section()
-        table.add_row("average", str(len(result.rows)), *(str(result.average(measure)) for measure in result.measures))
+        table.add_row(
+            "average", str(len(result.rows)), *(str(result.average(measure)) for measure in result.measures)
+        )
     return table
 
 

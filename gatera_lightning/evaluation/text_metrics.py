@@ -81,7 +81,9 @@ def corpus_metrics(generated: Texts, references: Texts) -> tuple[dict[str, float
 
 def _check(generated: Texts, references: Texts) -> None:
     if len(generated) != len(references):
-        raise ValueError(f"{len(generated)} generated texts and {len(references)} references; accepted: as many")
+        raise ValueError(
+            f"{len(generated)} generated texts and {len(references)} references; accepted: as many"
+        )
 
 
 def bleu(generated: Texts, references: Texts) -> float:
@@ -117,10 +119,15 @@ def meteor(generated: Texts, references: Texts) -> list[float]:
     try:
         wordnet.ensure_loaded()
     except LookupError as error:
-        raise Unavailable("NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet") from error
+        raise Unavailable(
+            "NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet"
+        ) from error
     words = NLTKWordTokenizer().tokenize
     pairs = zip(generated, references, strict=True)
-    return [float(single_meteor_score(words(reference), words(text), wordnet=wordnet)) for text, reference in pairs]
+    return [
+        float(single_meteor_score(words(reference), words(text), wordnet=wordnet))
+        for text, reference in pairs
+    ]
 
 
 def token_f1(generated: Texts, references: Texts) -> list[float]:
@@ -162,7 +169,8 @@ def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -
     }
     # One pair a call: torchmetrics 1.9 sorts both sides by length and matches up the wrong rows (its issue 2728).
     found: list[dict[str, Any]] = [
-        scores_of([text], [reference], **settings) for text, reference in zip(generated, references, strict=True)
+        scores_of([text], [reference], **settings)
+        for text, reference in zip(generated, references, strict=True)
     ]
     # A text without tokens has no cosines: torchmetrics says nan, the authors' package 0.
     return {

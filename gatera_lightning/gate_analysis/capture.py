@@ -102,7 +102,11 @@ def _tokens_before(cache: Any, mask: Tensor | None, tokens: int) -> int:
     """How many tokens a forward of ``tokens`` went on from: by its cache, which holds its own now, or by its mask."""
     try:
         return max(0, int(cache.get_seq_length()) - tokens)
-    except (AttributeError, NotImplementedError, ValueError):  # no cache, or one that keeps a state and counts nothing
+    except (
+        AttributeError,
+        NotImplementedError,
+        ValueError,
+    ):  # no cache, or one that keeps a state and counts nothing
         return 0 if mask is None or mask.ndim != 2 else mask.shape[1] - tokens
 
 

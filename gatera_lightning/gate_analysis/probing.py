@@ -45,7 +45,11 @@ class GateReading:
         generated = {text.decoded for text in self.texts}
         if True not in generated:
             return PHASES
-        return ("prompt", "response_read", "response_generated") if False in generated else ("prompt", "response_generated")
+        return (
+            ("prompt", "response_read", "response_generated")
+            if False in generated
+            else ("prompt", "response_generated")
+        )
 
     def of(self, phase: ReadingPhase) -> np.ndarray:
         """Gates (modules, tokens) of all texts' tokens of one phase; ``response`` is every response."""

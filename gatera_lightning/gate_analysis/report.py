@@ -41,16 +41,26 @@ def report(
         "closed_below": CLOSED,
         "open_from": OPEN,
         "texts": [
-            {"title": text.title, "tokens": label, "ids": text.ids, "prompt": text.prompt, "decoded": text.decoded}
+            {
+                "title": text.title,
+                "tokens": label,
+                "ids": text.ids,
+                "prompt": text.prompt,
+                "decoded": text.decoded,
+            }
             for text, label in zip(texts, labels, strict=True)
         ],
         "adapters": [
             {
                 "source": adapter.source,
                 "modules": [
-                    {"path": module.path, "layer": module.layer, "name": module.name} for module in adapter.reading.modules
+                    {"path": module.path, "layer": module.layer, "name": module.name}
+                    for module in adapter.reading.modules
                 ],
-                "gates": [[[round(float(g), 7) for g in module] for module in gates] for gates in adapter.reading.gates],
+                "gates": [
+                    [[round(float(g), 7) for g in module] for module in gates]
+                    for gates in adapter.reading.gates
+                ],
                 "phases": list(adapter.reading.phases),
                 "statistics": _statistics(adapter.reading),
                 "extremes": _extremes(adapter.reading, labels),
@@ -69,7 +79,10 @@ def _statistics(reading: GateReading) -> dict[str, Any]:
         gates = reading.of(phase)
         found[phase] = statistics_of(gates) | {"layers": layers}
         found[phase]["mean_by_layer"] = {
-            family: [_mean(gates[[m.name == family and m.layer == layer for m in reading.modules]]) for layer in layers]
+            family: [
+                _mean(gates[[m.name == family and m.layer == layer for m in reading.modules]])
+                for layer in layers
+            ]
             for family in families
         }
     # Columns of a position: tokens of all texts that reach so far.
@@ -85,7 +98,11 @@ def _mean(gates: np.ndarray) -> float | None:
 
 def _extremes(reading: GateReading, labels: list[list[str]]) -> dict[str, list[dict[str, Any]]]:
     """The tokens whose mean gate over all modules is lowest and highest, between their neighbours."""
-    means = [(float(mean), text, p) for text, g in enumerate(reading.gates) for p, mean in enumerate(g.mean(0, dtype=float))]
+    means = [
+        (float(mean), text, p)
+        for text, g in enumerate(reading.gates)
+        for p, mean in enumerate(g.mean(0, dtype=float))
+    ]
     means.sort()
 
     def entry(mean: float, text: int, position: int) -> dict[str, Any]:
@@ -107,7 +124,11 @@ def _extremes(reading: GateReading, labels: list[list[str]]) -> dict[str, list[d
 
 def page(found: dict[str, Any]) -> str:
     """One self-contained page. Texts reach it as data and are shown as text: nothing in them is read as HTML or script."""
-    template = resources.files("gatera_lightning.gate_analysis").joinpath("report_page.html").read_text(encoding="utf-8")
+    template = (
+        resources.files("gatera_lightning.gate_analysis")
+        .joinpath("report_page.html")
+        .read_text(encoding="utf-8")
+    )
     data = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         data = data.replace(character, f"\\u{ord(character):04x}")

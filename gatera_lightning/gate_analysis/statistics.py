@@ -33,7 +33,9 @@ class GateStatistics(Metric):
 
     def __init__(self, modules: int) -> None:
         super().__init__()
-        self.add_state("bins", torch.zeros(len(PHASES), modules, BINS, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state(
+            "bins", torch.zeros(len(PHASES), modules, BINS, dtype=torch.long), dist_reduce_fx="sum"
+        )
         self.add_state("sums", torch.zeros(3, len(PHASES), modules), dist_reduce_fx="sum")
 
     @override

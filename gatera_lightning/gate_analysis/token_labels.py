@@ -21,6 +21,10 @@ def _label(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
     name = str(tokenizer.convert_ids_to_tokens(number))
     if "\N{REPLACEMENT CHARACTER}" in text or not text:
         return f"⟨{name}⟩"
-    if name.startswith(("▁", "Ġ")) and not text.startswith(" "):  # SentencePiece drops the space of a first word
+    if name.startswith(("▁", "Ġ")) and not text.startswith(
+        " "
+    ):  # SentencePiece drops the space of a first word
         text = " " + text
-    return "".join(_MARKS.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
+    return "".join(
+        _MARKS.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text
+    )

@@ -51,7 +51,9 @@ class DecodingConfig:
             if getattr(self, name) < 1
         ]
         if self.no_repeat_ngram_size < 0:
-            found.append(f"decoding.no_repeat_ngram_size: {self.no_repeat_ngram_size}; accepted: an integer of at least 0")
+            found.append(
+                f"decoding.no_repeat_ngram_size: {self.no_repeat_ngram_size}; accepted: an integer of at least 0"
+            )
         if not math.isfinite(self.length_penalty) or (self.beams == 1 and self.length_penalty != 1):
             found.append(
                 f"decoding.length_penalty: {self.length_penalty}, with beams {self.beams}; accepted: a number, with 1 beam: 1"
@@ -59,7 +61,9 @@ class DecodingConfig:
         of_thresholds = threshold_problems(self.skip_below, self.merge_above)
         found += [f"decoding.{problem}" for problem in of_thresholds]
         if not of_thresholds and not self.prepared and self.tells_tokens_apart:
-            found.append("decoding.prepared: false, with skip_below or merge_above; accepted: true, or thresholds of 0 and 1")
+            found.append(
+                "decoding.prepared: false, with skip_below or merge_above; accepted: true, or thresholds of 0 and 1"
+            )
         return found
 
     @property

@@ -44,7 +44,11 @@ class TextStream(BaseStreamer):
         self._chosen += value.flatten().tolist()
         if len(self._chosen) > 1:
             number = len(self._chosen) - 2
-            gate = None if self.captured is None else float(self.captured.calls[number + 1].gates[:, 0, -1].mean())
+            gate = (
+                None
+                if self.captured is None
+                else float(self.captured.calls[number + 1].gates[:, 0, -1].mean())
+            )
             self.read(self._chosen[number], gate)
 
     def read(self, token: int, gate: float | None = None) -> None:
@@ -52,7 +56,9 @@ class TextStream(BaseStreamer):
         self._read.append(token)
         self._gates += [] if gate is None else [gate]
         text = self._decoded()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character that the next token goes on with
+        if not text.endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):  # the first bytes of a character that the next token goes on with
             self._hand_out(text)
 
     def end(self) -> None:
@@ -61,7 +67,9 @@ class TextStream(BaseStreamer):
 
     def _decoded(self) -> str:
         # As a whole: some tokenizers drop the space before a first word, and a later token may complete an earlier one's bytes.
-        return str(self.tokenizer.decode(self._read, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(self._read, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     def _hand_out(self, text: str) -> None:
         piece, gate = text[len(self.text) :], sum(self._gates) / len(self._gates) if self._gates else None

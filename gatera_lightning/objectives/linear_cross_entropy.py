@@ -39,7 +39,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         dhidden = torch.empty_like(hidden)
         rows = max(1, LOGITS_AT_A_TIME // len(weight))
-        for chunk, at, gradient in zip(hidden.split(rows), targets.split(rows), dhidden.split(rows), strict=True):
+        for chunk, at, gradient in zip(
+            hidden.split(rows), targets.split(rows), dhidden.split(rows), strict=True
+        ):
             loss += _of_chunk(chunk, weight, bias, at, gradient)
         ctx.save_for_backward(dhidden)
         return loss
@@ -52,7 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype), None, None, None
 
 
-def _of_chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dhidden: Tensor) -> Tensor:
+def _of_chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dhidden: Tensor
+) -> Tensor:
     """The chunk's summed loss; its gradient is written to ``dhidden`` (rows, width). In place, since logits are large."""
     at = targets.unsqueeze(1)  # (rows, 1)
     logits = F.linear(hidden, weight, bias)  # (rows, vocabulary)
@@ -91,7 +95,11 @@ def returns_what_its_head_does(model: PreTrainedModel) -> bool:
     tokens, which draws no random numbers; a collective where the model is sharded. On the meta device it tells the same.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or "forward" in vars(head) or any(p.requires_grad for p in head.parameters()):
+    if (
+        type(head) is not nn.Linear
+        or "forward" in vars(head)
+        or any(p.requires_grad for p in head.parameters())
+    ):
         return False
     handed_out: list[Tensor] = []
 

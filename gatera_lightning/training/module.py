@@ -93,11 +93,15 @@ class GateRAModule(L.LightningModule):
         self.gate_entropy_weight = gate_entropy_weight
         self.decoding = decoding if decoding is not None else DecodingConfig()
         self.warm_start = warm_start
-        self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint is strict about that
+        self.strict_loading = (
+            False  # checkpoints hold the adapter only; on_load_checkpoint is strict about that
+        )
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
         self.val_loss = MeanMetric(nan_strategy=float("inf"))  # a NaN must not be dropped from the mean
-        self.val_accuracy = torch.nn.ModuleDict({score: MeanMetric(nan_strategy="error") for score in get_args(Score)})
+        self.val_accuracy = torch.nn.ModuleDict(
+            {score: MeanMetric(nan_strategy="error") for score in get_args(Score)}
+        )
         self._loss_is_in_head = False  # until on_train_start
         self._packing_is_tried = False
         self._skipped_steps = 0
@@ -106,7 +110,12 @@ class GateRAModule(L.LightningModule):
 
     def problems(self) -> list[str]:
         """Everything about the settings that cannot work; empty when all is well. Reads no weights."""
-        found = self.backbone.problems() + self.adapter.problems() + self.optimizer.problems() + self.decoding.problems()
+        found = (
+            self.backbone.problems()
+            + self.adapter.problems()
+            + self.optimizer.problems()
+            + self.decoding.problems()
+        )
         if self.backbone.compile and self.adapter.tells_tokens_apart:
             found.append(
                 f"backbone.compile: true, with adapter.skip_below {self.adapter.skip_below} and merge_above "
@@ -146,7 +155,9 @@ class GateRAModule(L.LightningModule):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ConfigError("trainer.use_distributed_sampler: true would cut up planned batches; accepted: false")
+            raise ConfigError(
+                "trainer.use_distributed_sampler: true would cut up planned batches; accepted: false"
+            )
         if isinstance(self.trainer.strategy, AdapterShardingStrategy):
             if self.decoding.tells_tokens_apart:
                 raise ConfigError(
@@ -175,11 +186,17 @@ class GateRAModule(L.LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, AdapterShardingStrategy):
-            model, self.report = load_sharded(self.backbone, self.adapter, strategy, seed=seed, warm_start=self.warm_start)
+            model, self.report = load_sharded(
+                self.backbone, self.adapter, strategy, seed=seed, warm_start=self.warm_start
+            )
         elif self.device_mesh is not None:
-            raise ConfigError(f"trainer.strategy: {type(strategy).__name__}; accepted for sharding: AdapterShardingStrategy")
+            raise ConfigError(
+                f"trainer.strategy: {type(strategy).__name__}; accepted for sharding: AdapterShardingStrategy"
+            )
         else:
-            model = load_backbone(self.backbone, self.device.type if strategy is None else strategy.root_device.type)
+            model = load_backbone(
+                self.backbone, self.device.type if strategy is None else strategy.root_device.type
+            )
             self.report = inject_adapters(model, self.adapter, torch.Generator().manual_seed(seed))
             if self.warm_start is not None:
                 load_adapter(model, self.warm_start)
@@ -222,7 +239,11 @@ class GateRAModule(L.LightningModule):
         """Logits (1, targets, vocabulary), labels (targets,), and the gates that were met."""
         labels = next_token_labels(batch["labels"])
         keep = labels != IGNORE  # (batch, tokens)
-        with elementwise_recomputed(), target_positions_only(self.model, keep), record_gates(self.model) as gates:
+        with (
+            elementwise_recomputed(),
+            target_positions_only(self.model, keep),
+            record_gates(self.model) as gates,
+        ):
             if "position_ids" in batch:  # packed: without a mask, positions that begin anew keep rows apart
                 seen = {"attention_mask": None, "position_ids": batch["position_ids"]}
             else:
@@ -253,11 +274,17 @@ class GateRAModule(L.LightningModule):
             gate_mean = (torch.sigmoid(z.detach()) * real).sum() / per_gate
         loss = task + self.gate_entropy_weight * entropy
 
-        self._step_sums = self._step_sums.to(loss.device) + torch.stack([task.detach(), entropy.detach(), gate_mean])
+        self._step_sums = self._step_sums.to(loss.device) + torch.stack(
+            [task.detach(), entropy.detach(), gate_mean]
+        )
         self._step_history.append((loss.detach(), batch["example_ids"]))
         # Lightning divides by the accumulation and averages gradients over ranks; whole-step totals want a plain sum.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return {"loss": parts * loss, "gate_logits": None if z is None else z.detach(), "gate_names": gates.names}
+        return {
+            "loss": parts * loss,
+            "gate_logits": None if z is None else z.detach(),
+            "gate_names": gates.names,
+        }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the whole step's loss and gradient norms; leave out a step that is not finite, and stop before one too many.
@@ -309,7 +336,12 @@ class GateRAModule(L.LightningModule):
     def _describe_non_finite(self, loss: float, norm: float) -> str:
         """Step and example ids of the micro-batches to blame (all of the step's, if it is a gradient), from every rank."""
         by_loss = not math.isfinite(loss)
-        blamed = [int(i) for value, ids in self._step_history if not (by_loss and torch.isfinite(value)) for i in ids]
+        blamed = [
+            int(i)
+            for value, ids in self._step_history
+            if not (by_loss and torch.isfinite(value))
+            for i in ids
+        ]
         everyone: list[Any] = [blamed]
         if torch.distributed.is_initialized():
             everyone = [None] * self.trainer.world_size
@@ -356,10 +388,14 @@ class GateRAModule(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._log_at(self.trainer.global_step)
 
-    def test_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def test_step(
+        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
         """The log-likelihood of each candidate answer, or what the model generates after each prompt."""
         if "labels" not in batch:
-            return {"generated": generate(self.model, batch, self.decoding, in_step=self.device_mesh is not None)}
+            return {
+                "generated": generate(self.model, batch, self.decoding, in_step=self.device_mesh is not None)
+            }
         batch = cast(Batch, batch)
         if batch["whole_questions"] and self.decoding.use_cache and continues_from_keys(self.model):
             log_likelihoods, tokens = candidate_log_likelihoods(self.model, batch)
@@ -369,7 +405,9 @@ class GateRAModule(L.LightningModule):
         log_likelihoods, tokens = answer_log_likelihoods(logits, targets, kept, counted=kept)
         return {"log_likelihoods": log_likelihoods, "tokens": tokens}
 
-    def predict_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def predict_step(
+        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
         """As in ``test``."""
         return self.test_step(batch, batch_idx, dataloader_idx)
 
@@ -379,13 +417,19 @@ class GateRAModule(L.LightningModule):
         """The adapter's tensors only: a checkpoint never holds the backbone."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
-        own = {f"{prefix}model.{name}" for name in adapter_parameters(self.model)} if self.model is not None else set()
+        own = (
+            {f"{prefix}model.{name}" for name in adapter_parameters(self.model)}
+            if self.model is not None
+            else set()
+        )
         for name in list(state):
             if name not in own:
                 del state[name]
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load the adapter's tensors; the frozen backbone's absence is no news and is not reported."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         own = {f"model.{name}" for name in adapter_parameters(self.model)}
@@ -419,6 +463,12 @@ class GateRAModule(L.LightningModule):
         self.configure_model()
         tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
         try:
-            check_fit(self.model, AdapterConfig(**checkpoint["adapter"]), checkpoint["backbone"], tensors, "the checkpoint")
+            check_fit(
+                self.model,
+                AdapterConfig(**checkpoint["adapter"]),
+                checkpoint["backbone"],
+                tensors,
+                "the checkpoint",
+            )
         except AdapterFileError as error:
             raise CheckpointError(str(error)) from error

@@ -42,7 +42,9 @@ class OptimizerConfig:
         """Everything about these values that cannot work; empty when all is well."""
         found = []
         if self.schedule not in get_args(Schedule):
-            found.append(f"optimizer.schedule: {self.schedule!r} is unknown; accepted: {', '.join(get_args(Schedule))}")
+            found.append(
+                f"optimizer.schedule: {self.schedule!r} is unknown; accepted: {', '.join(get_args(Schedule))}"
+            )
         if not 0 < self.lr < math.inf:
             found.append(f"optimizer.lr: {self.lr}; accepted: a number above 0")
         for name in ("gate_lr_multiplier", "weight_decay", "warmup_steps", "max_skipped_steps"):
@@ -51,7 +53,9 @@ class OptimizerConfig:
         return found
 
 
-def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: Callable[[], float]) -> Callable[[int], float]:
+def lr_factor(
+    schedule: Schedule, warmup_steps: int, total_steps: Callable[[], float]
+) -> Callable[[int], float]:
     """The multiple of lr at optimizer step s = 0, 1, …: (s + 1)/(warmup + 1) rising, then falling to 0 at the end.
 
     ``total_steps`` is asked only after the warm-up, when training runs. Asking Lightning's Trainer earlier makes it build
@@ -69,7 +73,9 @@ def lr_factor(schedule: Schedule, warmup_steps: int, total_steps: Callable[[], f
     return factor
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module, total_steps: Callable[[], float]) -> tuple[AdamW, LambdaLR]:
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, total_steps: Callable[[], float]
+) -> tuple[AdamW, LambdaLR]:
     """AdamW over the adapter of ``model``, its gates as a group of their own, with the configured schedule."""
     layers = adapted_linears(model).values()
     updates = [p for layer in layers for p in layer.update.parameters()]
@@ -104,7 +110,9 @@ def squared_gradient_norms(optimizer: Optimizer, processes: int) -> Tensor:
             parts.append(torch.zeros((), device=group["params"][0].device))
             continue
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        norms = torch._foreach_mul(torch._foreach_norm(local), [_copies(g, processes) ** -0.5 for g in gradients])
+        norms = torch._foreach_mul(
+            torch._foreach_norm(local), [_copies(g, processes) ** -0.5 for g in gradients]
+        )
         parts.append(torch.stack(norms).square().sum())
     return torch.stack(parts)
 
@@ -114,4 +122,6 @@ def _copies(tensor: Tensor, processes: int) -> int:
     if not isinstance(tensor, DTensor):
         return processes
     mesh = tensor.device_mesh
-    return math.prod(mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate())
+    return math.prod(
+        mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate()
+    )

@@ -31,7 +31,9 @@ def _entropy(z):
 def test_logits_are_those_of_every_layer_in_order(tiny_llama, randomise, gate):
     model, seen = _adapted(tiny_llama, randomise, gate), []
     for name, layer in adapted_linears(model).items():
-        layer.register_forward_pre_hook(lambda layer, args, name=name: seen.append((name, layer.gate, args[0])))
+        layer.register_forward_pre_hook(
+            lambda layer, args, name=name: seen.append((name, layer.gate, args[0]))
+        )
     with record_gates(model) as record:
         model(_tokens())
     assert record.names == [name for name, _, _ in seen]

@@ -80,7 +80,9 @@ def test_training_inside_is_refused(tiny_llama, update, gate, training):
 def decided_layer(update="hira", gate="token", dtype=torch.float64):
     """A layer whose gates are set by the first feature of x."""
     torch.manual_seed(0)
-    layer = AdaptedLinear(nn.Linear(8, 6).to(dtype), AdapterConfig(update=update, gate=gate, rank=3, adapter_dtype="float64"))
+    layer = AdaptedLinear(
+        nn.Linear(8, 6).to(dtype), AdapterConfig(update=update, gate=gate, rank=3, adapter_dtype="float64")
+    )
     with torch.no_grad():
         layer.update.b.normal_()
         if gate == "token":
@@ -213,7 +215,9 @@ def test_a_whole_model_generates_the_same_where_gates_are_decided(tiny_llama, dt
         exact = model(IDS).logits
         with prepared_for_inference(model, **FAST):
             fast = model(IDS).logits
-    assert float((fast - exact).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.05) * float(exact.abs().max())
+    assert float((fast - exact).abs().max()) <= (1e-5 if dtype == torch.float32 else 0.05) * float(
+        exact.abs().max()
+    )
 
 
 def test_a_gate_that_is_no_number_is_not_hidden():

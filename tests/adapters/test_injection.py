@@ -51,7 +51,9 @@ def _mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, **sizes)
+    config = MixtralConfig(
+        vocab_size=64, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, **sizes
+    )
     return MixtralForCausalLM(config)
 
 
@@ -61,7 +63,9 @@ def _gemma3():
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
-    config = Gemma3Config(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1)
+    config = Gemma3Config(
+        text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1
+    )
     return Gemma3ForConditionalGeneration(config)
 
 
@@ -69,14 +73,21 @@ def _qwen2_moe():
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 24, "num_experts": 2}
+    sizes |= {
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 2,
+    }
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=64, num_experts_per_tok=1, **sizes))
 
 
 def test_the_report_counts_matches_per_pattern(tiny_llama):
     model = tiny_llama()
     backbone_size = sum(p.numel() for p in model.parameters())
-    report = inject_adapters(model, _config(["q_proj", "down_proj", r"model\.layers\.1\.self_attn\..*"], rank=3))
+    report = inject_adapters(
+        model, _config(["q_proj", "down_proj", r"model\.layers\.1\.self_attn\..*"], rank=3)
+    )
     assert report.matches == {"q_proj": 2, "down_proj": 2, r"model\.layers\.1\.self_attn\..*": 4}
     assert report.layers == (  # in model order, each once though two patterns match it
         "model.layers.0.self_attn.q_proj",
@@ -161,7 +172,14 @@ def test_an_adapted_layer_answers_for_its_linear_layer(tiny_llama):
 
 def test_every_problem_of_the_settings_is_named_at_once(tiny_llama):
     config = _config(
-        ["q_proj", "("], update="vera", gate="soft", rank=0, alpha=-1.0, dropout=1.0, layers=[], adapter_dtype="int8"
+        ["q_proj", "("],
+        update="vera",
+        gate="soft",
+        rank=0,
+        alpha=-1.0,
+        dropout=1.0,
+        layers=[],
+        adapter_dtype="int8",
     )
     problems = _problems(tiny_llama(), config)
     told = "update", "gate", "adapter_dtype", "rank", "alpha", "dropout", "target_modules", "layers"
@@ -172,7 +190,12 @@ def test_every_problem_of_the_settings_is_named_at_once(tiny_llama):
 
 def test_every_problem_with_the_model_is_named_at_once(tiny_llama):
     problems = _problems(tiny_llama(), _config(["q_proj", "query", "w2", "up_proj"], rank=33, layers=[0, 9]))
-    told = "layers: [9]", "target_modules: 'query'", "target_modules: 'w2'", "rank: 33 exceeds model.layers.0."
+    told = (
+        "layers: [9]",
+        "target_modules: 'query'",
+        "target_modules: 'w2'",
+        "rank: 33 exceeds model.layers.0.",
+    )
     assert len(problems) == len(told)
     assert all(problem.startswith(f"adapter.{start}") for problem, start in zip(problems, told, strict=True))
 
@@ -191,8 +214,14 @@ def test_every_problem_with_the_model_is_named_at_once(tiny_llama):
         ({"merge_above": None}, "adapter.merge_above: None"),
         ({"merge_above": 0.4}, "adapter.merge_above: 0.4"),
         ({"merge_above": 1.1}, "adapter.merge_above: 1.1"),
-        ({"skip_below": 0.1, "gate": "static"}, "adapter.skip_below: 0.1, merge_above: 1.0, with update 'hira', gate 'static'"),
-        ({"merge_above": 0.9, "update": "lora"}, "adapter.skip_below: 0.0, merge_above: 0.9, with update 'lora'"),
+        (
+            {"skip_below": 0.1, "gate": "static"},
+            "adapter.skip_below: 0.1, merge_above: 1.0, with update 'hira', gate 'static'",
+        ),
+        (
+            {"merge_above": 0.9, "update": "lora"},
+            "adapter.skip_below: 0.0, merge_above: 0.9, with update 'lora'",
+        ),
         ({"skip_below": 0.1, "dropout": 0.1}, "adapter.skip_below: 0.1, merge_above: 1.0"),
         ({"gate_bias": float("inf")}, "adapter.gate_bias: inf"),
         ({"rank": -1}, "adapter.rank: -1"),
@@ -250,7 +279,10 @@ def test_fused_projections_are_named_and_can_be_adapted():
     (problem,) = _problems(_phi3(), _config(["q_proj"]))
     assert "qkv_proj, gate_up_proj: fused projections, adapted as one layer under that name" in problem
     model = _phi3()
-    assert inject_adapters(model, _config(["qkv_proj", "gate_up_proj"])).matches == {"qkv_proj": 1, "gate_up_proj": 1}
+    assert inject_adapters(model, _config(["qkv_proj", "gate_up_proj"])).matches == {
+        "qkv_proj": 1,
+        "gate_up_proj": 1,
+    }
     assert model(torch.arange(6).reshape(1, 6)).logits.isfinite().all()
 
 
@@ -278,8 +310,16 @@ def test_other_weights_of_three_dimensions_are_no_experts(tiny_llama):
 def test_a_head_may_have_the_name_of_a_decoder():
     from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-    special = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    special = dict.fromkeys(
+        ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0
+    )
     model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**sizes, **special))
     assert inject_adapters(model, _config()).layers == ("model.layers.0.attn.q_proj",)
 
@@ -287,7 +327,10 @@ def test_a_head_may_have_the_name_of_a_decoder():
 def test_of_a_model_that_sees_the_text_decoder_is_adapted():
     model = _gemma3()
     layers = inject_adapters(model, _config(["q_proj", "fc1", "up_proj"][::2])).layers
-    assert layers == ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.0.mlp.up_proj")
+    assert layers == (
+        "model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.0.mlp.up_proj",
+    )
     assert decoder_layers(model) is model.model.language_model.layers
     (problem,) = _problems(_gemma3(), _config(["fc1"]))
     assert "'fc1' matches no linear layer" in problem
@@ -301,7 +344,9 @@ def test_an_adapted_layer_drops_out_where_its_model_would(tiny_llama, training):
     assert {module.training for module in model.modules()} == {training}
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(32, 32, dtype=torch.int8), torch.zeros(512, 1)], ids=["int8", "packed"])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(32, 32, dtype=torch.int8), torch.zeros(512, 1)], ids=["int8", "packed"]
+)
 def test_quantised_weights_are_named(tiny_llama, weight):
     model = tiny_llama()
     model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(weight, requires_grad=False)
@@ -322,7 +367,9 @@ def test_the_generator_alone_decides_the_start(tiny_llama, update):
     def start(seed, noise):
         torch.manual_seed(noise)
         model = tiny_llama()
-        inject_adapters(model, _config(["q_proj", "up_proj"], update=update), torch.Generator().manual_seed(seed))
+        inject_adapters(
+            model, _config(["q_proj", "up_proj"], update=update), torch.Generator().manual_seed(seed)
+        )
         return adapter_parameters(model)
 
     first, same, other = start(7, 0), start(7, 1), start(8, 0)

@@ -18,7 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def _adapted(update, gate, dtype, dropout=0.5):
     torch.manual_seed(0)
-    layer = AdaptedLinear(nn.Linear(IN, OUT).to(dtype), AdapterConfig(update=update, gate=gate, rank=RANK, dropout=dropout))
+    layer = AdaptedLinear(
+        nn.Linear(IN, OUT).to(dtype), AdapterConfig(update=update, gate=gate, rank=RANK, dropout=dropout)
+    )
     return layer, torch.randn(BATCH, TOKENS, IN).to(dtype).requires_grad_()
 
 
@@ -40,7 +42,9 @@ def _storage(tensor):
 
 def _is_dense(tensor):
     """Of the weight's size, in either orientation, or larger than everything a token leaves behind."""
-    return tensor.numel() >= OUT * IN or tensor.untyped_storage().nbytes() // tensor.element_size() >= OUT * IN
+    return (
+        tensor.numel() >= OUT * IN or tensor.untyped_storage().nbytes() // tensor.element_size() >= OUT * IN
+    )
 
 
 def _made_by(run):
@@ -101,7 +105,9 @@ def test_no_float32_copy_of_a_bfloat16_input_is_saved(randomise, update, gate):
     layer, x = _adapted(update, gate, torch.bfloat16)
     randomise(layer)
     _, saved = _saved_by(lambda: layer(x))
-    assert not [tensor.shape for tensor in saved if tensor.numel() >= x.numel() and tensor.dtype == torch.float32]
+    assert not [
+        tensor.shape for tensor in saved if tensor.numel() >= x.numel() and tensor.dtype == torch.float32
+    ]
 
 
 def test_the_token_logit_saves_the_input_itself():

@@ -78,7 +78,9 @@ def test_the_merged_weight_is_the_dense_formula(randomise, update, gate):
 def test_a_token_gate_is_refused_with_the_reason(tiny_llama, randomise, update):
     model = _adapted(tiny_llama, randomise, update, "token")
     before, modules = _logits(model), [id(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="q_proj has a 'token' gate, whose weight differs from token to token"):
+    with pytest.raises(
+        ValueError, match="q_proj has a 'token' gate, whose weight differs from token to token"
+    ):
         merge_adapter(model)
     assert [id(module) for module in model.modules()] == modules
     assert torch.equal(_logits(model), before)

@@ -40,7 +40,11 @@ def _pair(tiny_llama, randomise, update):
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
     theirs = peft.get_peft_model(copy.deepcopy(backbone), _peft_config(update)).eval()
     config = AdapterConfig(
-        update=update, gate="none", rank=RANK, alpha=None if update == "hira" else ALPHA, target_modules=TARGETS
+        update=update,
+        gate="none",
+        rank=RANK,
+        alpha=None if update == "hira" else ALPHA,
+        target_modules=TARGETS,
     )
     inject_adapters(backbone, config)
     ours = randomise(backbone, size=0.2).eval()
@@ -78,7 +82,9 @@ def test_logits_and_gradients_equal_those_of_peft(tiny_llama, randomise, update)
         assert error < 1e-4, f"{name}: gradients differ by {error:.1e} of the largest"
     trainable = {id(p) for p in ours.parameters() if p.requires_grad}
     assert trainable == {id(mine) for _, mine, _ in pairs}
-    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == sum(p.numel() for _, p, _ in pairs)
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == sum(
+        p.numel() for _, p, _ in pairs
+    )
 
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
@@ -90,6 +96,8 @@ def test_merged_models_equal_each_other_and_the_unmerged_one(tiny_llama, randomi
         merged, their_merged = merge_adapter(ours), theirs.merge_and_unload()
         torch.testing.assert_close(merged(tokens).logits, unmerged, **SIMILAR)
         torch.testing.assert_close(merged(tokens).logits, their_merged(tokens).logits, **SIMILAR)
-    for (name, mine), (their_name, other) in zip(merged.named_parameters(), their_merged.named_parameters(), strict=True):
+    for (name, mine), (their_name, other) in zip(
+        merged.named_parameters(), their_merged.named_parameters(), strict=True
+    ):
         assert name == their_name
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, check_dtype=True)

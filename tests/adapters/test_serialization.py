@@ -28,7 +28,9 @@ TARGETS = ["q_proj", "down_proj"]
 
 def _config(update="hira", gate="token", **settings):
     alpha = None if update == "hira" else 6.0
-    return AdapterConfig(**({"update": update, "gate": gate, "rank": 3, "alpha": alpha, "target_modules": TARGETS} | settings))
+    return AdapterConfig(
+        **({"update": update, "gate": gate, "rank": 3, "alpha": alpha, "target_modules": TARGETS} | settings)
+    )
 
 
 def _adapted(backbone, *method, seed=0, **settings):
@@ -133,7 +135,9 @@ def test_the_folder_says_what_it_holds(tiny_llama, tmp_path):
         "backbone": {
             "id": "meta-llama/Llama-3.2-1B",
             "revision": "abc123",
-            "fingerprint": backbone_fingerprint({n: weight_fingerprint(m.base.weight) for n, m in layers.items()}),
+            "fingerprint": backbone_fingerprint(
+                {n: weight_fingerprint(m.base.weight) for n, m in layers.items()}
+            ),
         },
     }
     config, origin = files.read_adapter_config(tmp_path)
@@ -153,10 +157,15 @@ def test_the_backbone_is_named_after_the_hugging_face_config(tiny_llama, tmp_pat
 
 
 def test_a_folder_holds_json_and_safetensors_of_the_adapter_alone(folder, tiny_llama):
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     tensors = load_file(folder / "adapter_model.safetensors")
     expected = adapter_parameters(_adapted(tiny_llama()))
-    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {n: (p.shape, p.dtype) for n, p in expected.items()}
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
+        n: (p.shape, p.dtype) for n, p in expected.items()
+    }
 
 
 def test_nothing_is_pickled(folder, tiny_llama, monkeypatch):
@@ -209,7 +218,16 @@ def test_a_missing_folder_or_file_is_named(folder, model, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "{}", '{"format_version": 1}', '{"format_version": 1, "adapter": {}}', b"\xff\xfe\x00{"],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"format_version": 1}',
+        '{"format_version": 1, "adapter": {}}',
+        b"\xff\xfe\x00{",
+    ],
     ids=repr,
 )
 def test_a_malformed_description_is_refused(folder, model, text):
@@ -232,7 +250,15 @@ def test_a_description_without_its_backbone_is_refused(folder, tiny_llama, key):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rank", "3"), ("rank", None), ("rank", 2.5), ("rank", -1), ("target_modules", 7), ("layers", "all"), ("update", "vera")],
+    [
+        ("rank", "3"),
+        ("rank", None),
+        ("rank", 2.5),
+        ("rank", -1),
+        ("target_modules", 7),
+        ("layers", "all"),
+        ("update", "vera"),
+    ],
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused(folder, tiny_llama, name, value):
@@ -278,7 +304,9 @@ def test_another_backbone_is_refused(folder, tiny_llama, adapted):
     assert "A base model and its instruct version are different backbones." in text
 
 
-@pytest.mark.parametrize("settings", [{"rank": 2}, {"update": "lora"}, {"gate": "static"}, {"gate": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"rank": 2}, {"update": "lora"}, {"gate": "static"}, {"gate": "none"}], ids=str
+)
 def test_a_model_adapted_in_another_way_is_refused(folder, tiny_llama, settings):
     text = _refusal(_adapted(tiny_llama(), **settings), folder)
     assert "holds update=hira gate=token rank=3 scale=1" in text
@@ -288,7 +316,9 @@ def test_a_model_adapted_in_another_way_is_refused(folder, tiny_llama, settings)
 
 def test_another_alpha_is_refused(tiny_llama, tmp_path):
     save_adapter(_adapted(tiny_llama(), "lora"), tmp_path)
-    assert "scale=2, but the model was adapted with" in _refusal(_adapted(tiny_llama(), "lora", alpha=3.0), tmp_path)
+    assert "scale=2, but the model was adapted with" in _refusal(
+        _adapted(tiny_llama(), "lora", alpha=3.0), tmp_path
+    )
 
 
 def test_other_layers_are_refused(folder, tiny_llama):
@@ -303,7 +333,10 @@ def test_another_shape_is_refused(folder, tiny_llama, adapted):
     model = tiny_llama(hidden_size=48)
     text = _refusal(_adapted(model) if adapted else model, folder)
     assert "does not fit this model" in text
-    assert "model.layers.0.mlp.down_proj.update.b is (32, 3) torch.float32 there, (48, 3) torch.float32 here" in text
+    assert (
+        "model.layers.0.mlp.down_proj.update.b is (32, 3) torch.float32 there, (48, 3) torch.float32 here"
+        in text
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
@@ -321,7 +354,9 @@ def test_one_surplus_or_missing_tensor_is_refused(folder, model, tmp_path):
     assert "1 tensors have no place in the model (lm_head.weight" in _refusal(model, folder)
     tensors.pop("model.layers.1.self_attn.q_proj.gate.bias")
     save_file(tensors, path)
-    assert "1 parameters are not in the file (model.layers.1.self_attn.q_proj.gate.bias" in _refusal(model, folder)
+    assert "1 parameters are not in the file (model.layers.1.self_attn.q_proj.gate.bias" in _refusal(
+        model, folder
+    )
 
 
 def test_the_same_checkpoint_in_float32_takes_an_adapter_of_bfloat16(tiny_llama, randomise, tmp_path):
@@ -349,11 +384,15 @@ def test_a_fingerprint_belongs_to_values_and_shape():
 
 def test_the_fingerprint_of_a_backbone_belongs_to_names_and_not_to_their_order():
     one, other = {"a": "1", "b": "2"}, {"b": "2", "a": "1"}
-    assert backbone_fingerprint(one) == backbone_fingerprint(other) != backbone_fingerprint({"a": "2", "b": "1"})
+    assert (
+        backbone_fingerprint(one) == backbone_fingerprint(other) != backbone_fingerprint({"a": "2", "b": "1"})
+    )
     assert backbone_fingerprint({"a": "1"}) != backbone_fingerprint({"c": "1"})
 
 
-def test_an_adapter_keeps_the_fingerprint_of_its_backbone_while_it_learns(folder, tiny_llama, randomise, tmp_path):
+def test_an_adapter_keeps_the_fingerprint_of_its_backbone_while_it_learns(
+    folder, tiny_llama, randomise, tmp_path
+):
     model = randomise(_adapted(tiny_llama()), seed=8)
     save_adapter(model, tmp_path / "later")
     assert files.read_adapter_config(tmp_path / "later")[1] == files.read_adapter_config(folder)[1]

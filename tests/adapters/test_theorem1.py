@@ -52,7 +52,9 @@ def test_gradients_are_bounded_by_the_gate(size_in, size_out, rank, logit, sprea
 @pytest.mark.parametrize("logit", [-9.0, -1.0, 0.0, 2.0])
 def test_the_bound_is_attained(logit):
     torch.manual_seed(0)
-    layer = AdaptedLinear(nn.Linear(7, 5).double(), AdapterConfig(rank=1, adapter_dtype="float64", gate_bias=logit))
+    layer = AdaptedLinear(
+        nn.Linear(7, 5).double(), AdapterConfig(rank=1, adapter_dtype="float64", gate_bias=logit)
+    )
     x, dy = torch.randn(1, 7).double(), torch.randn(1, 5).double()
     with torch.no_grad():  # W0 constant and A along x: every inequality of the proof becomes an equality
         layer.base.weight.fill_(0.3)
@@ -67,5 +69,7 @@ def test_an_ungated_token_breaks_the_bound_of_a_closed_gate():
     layer, x, dy = _one_token(7, 5, 3, -6.0, 1.0, seed=0)
     g, dp = _reference_dp(layer, x, dy, -6.0)
     ungated = (dp / g @ layer.update.a.detach().t()).norm()
-    bound = g * layer.base.weight.abs().max() * dy.norm() * x.norm() * torch.linalg.matrix_norm(layer.update.a, 2)
+    bound = (
+        g * layer.base.weight.abs().max() * dy.norm() * x.norm() * torch.linalg.matrix_norm(layer.update.a, 2)
+    )
     assert layer.update.b.grad.norm() <= bound < ungated

@@ -41,7 +41,9 @@ def adapted(tiny_llama, update="hira", gate="token", dtype=torch.float64, layers
     model = tiny_llama(dtype, layers).train()
     dtype_name = str(dtype).removeprefix("torch.")
     generator = torch.Generator().manual_seed(1)
-    inject_adapters(model, AdapterConfig(update=update, gate=gate, rank=4, adapter_dtype=dtype_name), generator)
+    inject_adapters(
+        model, AdapterConfig(update=update, gate=gate, rank=4, adapter_dtype=dtype_name), generator
+    )
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
@@ -65,7 +67,12 @@ def step(model, batch):
     loss = logits.square().mean() + (0 if z is None else z.square().mean())
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
-    return {"loss": loss, "x": batch["inputs_embeds"].grad, **gradients, **dict(zip(gates.names, gates.logits, strict=True))}
+    return {
+        "loss": loss,
+        "x": batch["inputs_embeds"].grad,
+        **gradients,
+        **dict(zip(gates.names, gates.logits, strict=True)),
+    }
 
 
 def graphs():
@@ -153,7 +160,9 @@ def test_a_layer_that_cannot_be_compiled_is_named(tiny_llama, backend):
 
     layer.forward = look
     compile_layers(model)
-    with pytest.raises(ConfigError, match=r"model.backbone.compile: true, and LlamaDecoderLayer cannot be compiled \(.*false"):
+    with pytest.raises(
+        ConfigError, match=r"model.backbone.compile: true, and LlamaDecoderLayer cannot be compiled \(.*false"
+    ):
         step(model, batch_of(model, 2, 5))
 
 
@@ -162,11 +171,15 @@ def test_thresholds_of_gates_are_refused(tiny_backbone):
     assert not module.problems()
     module.backbone.compile = True
     (problem,) = module.problems()
-    assert problem.startswith("model.backbone.compile: true, with adapter.skip_below 0.1 and merge_above 1.0, ")
+    assert problem.startswith(
+        "model.backbone.compile: true, with adapter.skip_below 0.1 and merge_above 1.0, "
+    )
     assert problem.endswith("; accepted: false, or 0 and 1")
 
 
-needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler for Inductor")
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler for Inductor"
+)
 
 
 @needs_compiler
@@ -184,7 +197,14 @@ def test_what_inductor_makes_of_a_layer(tiny_llama):
 def runs(tiny_backbone, tmp_path, monkeypatch):
     """Train by the command line, in a folder ``runs/quickstart/NAME``; returns what the adapter is then."""
     monkeypatch.chdir(tmp_path)
-    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), "--checkpoint.every_n_steps", "1"]
+    args = [
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        *tiny_args(tiny_backbone),
+        "--checkpoint.every_n_steps",
+        "1",
+    ]
 
     def run(name, *more, command=main):
         command([*args, "--trainer.logger.init_args.version", name, *more])

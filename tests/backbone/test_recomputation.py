@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig, adapter_parameters, inject_adapters
+from gatera_lightning import (
+    AdapterConfig,
+    BackboneConfig,
+    GateRAModule,
+    OptimizerConfig,
+    adapter_parameters,
+    inject_adapters,
+)
 from gatera_lightning.backbone.recomputation import LONGEST, elementwise_recomputed
 from gatera_lightning.cost_model.step_costs import LiveBytes
 from gatera_lightning.training import module as module_file
@@ -116,7 +123,9 @@ def gate_and_up():
 
 def mlp(between=lambda gate, up: F.silu(gate) * up):
     """Σ of what a down projection that is trained (1, WIDE) makes of it, as a function of the fixture's tensors."""
-    return lambda x, gate, up, down: (F.linear(between(F.linear(x, gate), F.linear(x, up)), down[None])).square().sum()
+    return lambda x, gate, up, down: (
+        (F.linear(between(F.linear(x, gate), F.linear(x, up)), down[None])).square().sum()
+    )
 
 
 def kept_by(function, tensors, around=elementwise_recomputed):
@@ -149,7 +158,11 @@ def test_of_a_gated_mlp_gate_and_up_are_kept(gate_and_up, device):
 def test_of_a_norm_its_input_and_one_number_a_row(dtype):
     """A bf16 input is kept as it is, and not in fp32."""
     torch.manual_seed(0)
-    x, weight, w = torch.randn(TOKENS, WIDE), torch.randn(WIDE).to(dtype), torch.randn(WIDE, dtype=dtype, requires_grad=True)
+    x, weight, w = (
+        torch.randn(TOKENS, WIDE),
+        torch.randn(WIDE).to(dtype),
+        torch.randn(WIDE, dtype=dtype, requires_grad=True),
+    )
     x = x.to(dtype).requires_grad_()
 
     def normed(x, weight, w):
@@ -177,7 +190,9 @@ class Operations(TorchDispatchMode):
 
 def test_each_is_computed_once_however_many_ask(gate_and_up):
     """The product by three operations, one of them through a view; the activation by the product and by its own gradient."""
-    many = mlp(lambda gate, up: (product := F.silu(gate) * up) + product.exp() * product.view(-1, WIDE).sin()[None])
+    many = mlp(
+        lambda gate, up: (product := F.silu(gate) * up) + product.exp() * product.view(-1, WIDE).sin()[None]
+    )
     counts = []
     for around in (nullcontext, elementwise_recomputed):
         with around():
@@ -186,7 +201,10 @@ def test_each_is_computed_once_however_many_ask(gate_and_up):
             torch.autograd.grad(out, gate_and_up[0])
         counts.append(operations.of)
     more = counts[1] - counts[0]
-    assert {name: n for name, n in more.items() if name not in ("detach", "as_strided")} == {"silu": 1, "mul": 1}
+    assert {name: n for name, n in more.items() if name not in ("detach", "as_strided")} == {
+        "silu": 1,
+        "mul": 1,
+    }
     same(many, gate_and_up)
 
 
@@ -289,7 +307,9 @@ def test_hooks_of_somebody_else_inside_win(gate_and_up):
     seen = []
 
     def between(gate, up):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t.detach(), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: seen.append(t.shape) or t.detach(), lambda t: t
+        ):
             return F.silu(gate) * up
 
     same(mlp(between), gate_and_up)
@@ -363,7 +383,10 @@ def test_a_view_of_a_copy_that_was_laid_out_otherwise(format):
 
 def test_under_hooks_of_somebody_else_nothing_is_changed():
     x, packed = torch.randn(4, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t), elementwise_recomputed():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t),
+        elementwise_recomputed(),
+    ):
         F.silu(x).sin()
     assert len(packed) == 2
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.skipif("GATERA_DATA" not in os.environ, reason="GATERA_DATA is unset: it names the folder with the real rows")
+@pytest.mark.skipif(
+    "GATERA_DATA" not in os.environ, reason="GATERA_DATA is unset: it names the folder with the real rows"
+)
 def test_loops_see_the_same_rows_and_take_the_same_loss(tiny_backbone, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which training sets, and other tests may not find
@@ -24,7 +26,9 @@ def test_loops_see_the_same_rows_and_take_the_same_loss(tiny_backbone, monkeypat
         rows = seen[name] = Counter()
 
         def note(_, args, given, rows=rows):
-            if "attention_mask" not in given:  # two tokens by which our module learns what its model's head does
+            if (
+                "attention_mask" not in given
+            ):  # two tokens by which our module learns what its model's head does
                 return
             ids, real = given["input_ids"], given["attention_mask"].bool()
             rows.update(tuple(ids[line][real[line]].tolist()) for line in range(len(ids)))

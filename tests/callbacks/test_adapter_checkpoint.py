@@ -85,7 +85,9 @@ def test_a_checkpoint_holds_no_tensor_of_the_backbone(trained, name):
     assert everything <= 3 * size + random_state + 4096  # loader position, step counters, last metrics
     backbone = [p for key, p in module.model.named_parameters() if key not in adapter]
     assert everything < sum(p.numel() * p.element_size() for p in backbone)
-    assert not any(t.shape == p.shape and torch.equal(t, p.to(t.dtype)) for t in tensors(checkpoint) for p in backbone)
+    assert not any(
+        t.shape == p.shape and torch.equal(t, p.to(t.dtype)) for t in tensors(checkpoint) for p in backbone
+    )
     assert path.stat().st_size < everything + 100_000
 
 
@@ -112,7 +114,11 @@ def test_the_folder_gives_the_modules_logits(tiny_backbone, trained):
 def test_a_module_loads_from_the_checkpoint_alone(trained):
     root, module, _ = trained
     again = GateRAModule.load_from_checkpoint(root / "checkpoints" / "last.ckpt", map_location="cpu")
-    assert (again.backbone, again.adapter, again.optimizer) == (module.backbone, module.adapter, module.optimizer)
+    assert (again.backbone, again.adapter, again.optimizer) == (
+        module.backbone,
+        module.adapter,
+        module.optimizer,
+    )
     with torch.no_grad():
         assert torch.equal(again.model.eval()(IDS).logits, module.model.eval()(IDS).logits)
 
@@ -120,7 +126,9 @@ def test_a_module_loads_from_the_checkpoint_alone(trained):
 def test_another_adapters_checkpoint_is_refused(tiny_backbone, trained):
     root, *_ = trained
     other = tiny_module(tiny_backbone, update="lora", gate="none")
-    with pytest.raises(CheckpointError, match="holds update=hira gate=token rank=4 scale=1, but the model was adapted with"):
+    with pytest.raises(
+        CheckpointError, match="holds update=hira gate=token rank=4 scale=1, but the model was adapted with"
+    ):
         tiny_trainer(root, limit_val_batches=1).validate(
             other, datamodule=tiny_data(tiny_backbone), ckpt_path=str(root / "checkpoints" / "last.ckpt")
         )

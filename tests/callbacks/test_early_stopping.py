@@ -25,7 +25,9 @@ def moved(tiny_backbone):
     module.configure_model()
     with torch.no_grad():
         for parameter in adapter_parameters(module.model).values():
-            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     return module
 
 
@@ -46,7 +48,9 @@ def validated(module, root, rows, **settings):
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
 @pytest.mark.parametrize("eval_batch_size", [1, 9])
-def test_validation_accuracies_are_those_of_a_test_on_the_same_rows(moved, rows, tmp_path, train_on, eval_batch_size):
+def test_validation_accuracies_are_those_of_a_test_on_the_same_rows(
+    moved, rows, tmp_path, train_on, eval_batch_size
+):
     settings = {"train_on": train_on, "eval_batch_size": eval_batch_size, "rank_validation": True}
     found = validated(moved, tmp_path, rows, **settings)
     trainer = tiny_trainer(tmp_path, EvaluationReport())
@@ -61,7 +65,9 @@ def test_validation_accuracies_are_those_of_a_test_on_the_same_rows(moved, rows,
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_validation_loss_does_not_see_the_wrong_answers(moved, rows, tmp_path, train_on):
-    ranked, plain = (validated(moved, tmp_path, rows, train_on=train_on, rank_validation=rank) for rank in (True, False))
+    ranked, plain = (
+        validated(moved, tmp_path, rows, train_on=train_on, rank_validation=rank) for rank in (True, False)
+    )
     assert set(plain) == {"val/loss"}
     assert ranked["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-6)
 
@@ -73,7 +79,9 @@ class Watch(L.Callback):
         self.found = {}
 
     def on_validation_end(self, trainer, pl_module):
-        self.found[trainer.global_step] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.found[trainer.global_step] = {
+            name: float(value) for name, value in trainer.callback_metrics.items()
+        }
 
 
 def fit(folder, root, *callbacks, lr=1e-2, steps=5, **settings):
@@ -81,7 +89,9 @@ def fit(folder, root, *callbacks, lr=1e-2, steps=5, **settings):
     L.seed_everything(0, verbose=False)
     module, watch = tiny_module(folder), Watch()
     module.optimizer.lr = lr
-    trainer = tiny_trainer(root, watch, *callbacks, max_steps=steps, limit_val_batches=1.0, val_check_interval=1)
+    trainer = tiny_trainer(
+        root, watch, *callbacks, max_steps=steps, limit_val_batches=1.0, val_check_interval=1
+    )
     trainer.fit(module, datamodule=tiny_data(folder, **settings))
     return trainer, watch.found
 
@@ -113,13 +123,18 @@ def test_accuracies_can_end_a_run(tiny_backbone, tmp_path):
 
 @pytest.mark.parametrize("patience", [0, -1])
 def test_no_patience_is_no_setting(patience):
-    with pytest.raises(ValueError, match=rf"early_stopping\.patience: {patience}; accepted: null, or an integer of at least 1"):
+    with pytest.raises(
+        ValueError,
+        match=rf"early_stopping\.patience: {patience}; accepted: null, or an integer of at least 1",
+    ):
         OptionalEarlyStopping(patience=patience)
 
 
 def test_the_most_accurate_checkpoint_is_kept(tiny_backbone, tmp_path):
     keeping = AdapterCheckpoint(monitor="val/accuracy_per_token", mode="max")
-    _, found = fit(tiny_backbone, tmp_path, keeping, lr=1.0, steps=5, rank_validation=True, validation=["everyday[:20]"])
+    _, found = fit(
+        tiny_backbone, tmp_path, keeping, lr=1.0, steps=5, rank_validation=True, validation=["everyday[:20]"]
+    )
     accuracies = {step: metrics["val/accuracy_per_token"] for step, metrics in found.items()}
     best = max(accuracies, key=accuracies.__getitem__)  # the first of equals
     assert accuracies[best] > accuracies[5]  # else the last one would do

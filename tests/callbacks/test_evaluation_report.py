@@ -47,7 +47,11 @@ def run(module, folder, verb="test", trainer=None, data=None, **limits):
 
 def cells(out):
     """The table's rows by their first cell."""
-    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in out.splitlines() if re.search("[│┃]", line)]
+    rows = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in out.splitlines()
+        if re.search("[│┃]", line)
+    ]
     return {row[0]: row[1:] for row in rows}
 
 
@@ -69,7 +73,10 @@ def test_the_table_holds_tasks_numbers_and_the_average(module, tiny_backbone, tw
 def test_one_task_needs_no_average(module, tiny_backbone, tmp_path, capsys):
     report = run(module, tmp_path, data=tiny_data(tiny_backbone))
     out = capsys.readouterr().out
-    assert cells(out)["everyday"] == ["6", *(str(report.result.accuracy(m)) for m in ("sum", "per_token", "per_character"))]
+    assert cells(out)["everyday"] == [
+        "6",
+        *(str(report.result.accuracy(m)) for m in ("sum", "per_token", "per_character")),
+    ]
     assert "average" not in cells(out)
     assert "generated" not in out
 
@@ -80,7 +87,16 @@ def test_eight_tasks_and_every_measure_break_no_interval(capsys, monkeypatch, co
     monkeypatch.setenv("COLUMNS", str(columns))
     likelihood = {"log_likelihoods": [-1.0, -2.0], "tokens": [1, 1], "characters": [1, 1]}
     likelihood["choice"] = dict.fromkeys(("sum", "per_token", "per_character"), 0)
-    tasks = ["ARC-Challenge", "ARC-Easy", "boolq", "hellaswag", "openbookqa", "piqa", "social_i_qa", "[winogrande]"]
+    tasks = [
+        "ARC-Challenge",
+        "ARC-Easy",
+        "boolq",
+        "hellaswag",
+        "openbookqa",
+        "piqa",
+        "social_i_qa",
+        "[winogrande]",
+    ]
     rows = [
         {
             "task": task,
@@ -135,7 +151,9 @@ def test_a_limit_leaves_out_whole_questions(module, tiny_backbone, two_tasks, tm
     out = capsys.readouterr().out
     for kind in ("likelihood", "generation"):
         count = sum(kind in row for row in report.result.rows)
-        assert (f"{kind}: only {count} of 8 rows; a limit on the batches left out the others" in out) == (verb == "test")
+        assert (f"{kind}: only {count} of 8 rows; a limit on the batches left out the others" in out) == (
+            verb == "test"
+        )
 
 
 def test_a_limit_is_said_and_the_rest_computed_without_it(module, tiny_backbone, tmp_path, capsys):
@@ -171,11 +189,15 @@ def test_what_is_computed_anew_is_written_anew(module, tiny_backbone, tmp_path):
 
 def test_metrics_are_logged_for_every_measure(module, tiny_backbone, tmp_path):
     report = EvaluationReport()
-    metrics = tiny_trainer(tmp_path, report).test(module, datamodule=tiny_data(tiny_backbone, evaluate_by=BOTH), verbose=False)
+    metrics = tiny_trainer(tmp_path, report).test(
+        module, datamodule=tiny_data(tiny_backbone, evaluate_by=BOTH), verbose=False
+    )
     logged = {name: value for part in metrics for name, value in part.items()}
     names = {"sum", "per_token", "per_character", "generation"}
     assert set(logged) == {"test/loss", *(f"test/accuracy_{name}" for name in names)}
-    assert all(logged[f"test/accuracy_{name}"] == pytest.approx(report.result.average(name).value) for name in names)
+    assert all(
+        logged[f"test/accuracy_{name}"] == pytest.approx(report.result.average(name).value) for name in names
+    )
 
 
 def test_a_second_evaluation_forgets_the_first(module, tiny_backbone, tmp_path):
@@ -204,8 +226,12 @@ def test_two_processes_with_the_same_row_are_an_error(module, tiny_backbone, tmp
     import gatera_lightning.callbacks.evaluation_report as source
 
     report = EvaluationReport()
-    monkeypatch.setattr(source, "_from_every_rank", lambda records: [records, dict(list(records.items())[-1:])])
-    with pytest.raises(RuntimeError, match=r"1 rows were predicted by two processes, \('likelihood', \d\) among them"):
+    monkeypatch.setattr(
+        source, "_from_every_rank", lambda records: [records, dict(list(records.items())[-1:])]
+    )
+    with pytest.raises(
+        RuntimeError, match=r"1 rows were predicted by two processes, \('likelihood', \d\) among them"
+    ):
         tiny_trainer(tmp_path, report).test(module, datamodule=tiny_data(tiny_backbone), verbose=False)
 
 
@@ -241,9 +267,14 @@ def test_replies_that_are_ranked_have_hits_at_1_and_a_perplexity(module, dialogu
     summary, likelihoods = summary_of(tmp_path), [row["likelihood"] for row in report.result.rows]
     assert "hits@1 [95 % interval]" in out
     assert "accuracy" not in out
-    assert cells(out)["smalltalk"] == ["8", *(str(report.result.accuracy(m)) for m in ("sum", "per_token", "per_character"))]
+    assert cells(out)["smalltalk"] == [
+        "8",
+        *(str(report.result.accuracy(m)) for m in ("sum", "per_token", "per_character")),
+    ]
     assert [len(found["tokens"]) for found in likelihoods] == [20] * 8
-    nats = -sum(found["log_likelihoods"][19] for found in likelihoods) / sum(found["tokens"][19] for found in likelihoods)
+    nats = -sum(found["log_likelihoods"][19] for found in likelihoods) / sum(
+        found["tokens"][19] for found in likelihoods
+    )
     assert f"right answers: {nats:.4f} nats per target token (perplexity {math.exp(nats):.2f}), 8 rows" in out
     assert (summary["nats_per_target_token"], summary["perplexity"]) == pytest.approx((nats, math.exp(nats)))
     assert (summary["text"], summary["text_skipped"]) == ({}, {})
@@ -267,7 +298,10 @@ def test_two_runs_of_solutions_compare_by_nats_alone(tiny_backbone, arithmetic, 
         module.configure_model()
         with torch.no_grad():
             for parameter in adapter_parameters(module.model).values():
-                parameter.add_(size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+                parameter.add_(
+                    size
+                    * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                )
         run(module, tmp_path / name, data=arithmetic)
     capsys.readouterr()
     compare([str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "out.json")])
@@ -292,7 +326,12 @@ def test_generated_solutions_are_judged_all_the_same(module, arithmetic, tmp_pat
 
 
 def text_row(task, example, text, reference, **scores):
-    return {"task": task, "example": example, "gold": 0, "generation": {"text": text, "reference": reference, "scores": scores}}
+    return {
+        "task": task,
+        "example": example,
+        "gold": 0,
+        "generation": {"text": text, "reference": reference, "scores": scores},
+    }
 
 
 def test_the_table_of_texts(capsys, monkeypatch):

@@ -47,7 +47,9 @@ def test_a_second_run_with_the_same_callback_draws_its_own(tiny_backbone, tmp_pa
     callback = GateHeatmap(2, ["What do bees make?"])
     for name in ("one", "two"):
         logger = TensorBoardLogger(tmp_path, name)
-        tiny_trainer(tmp_path, callback, logger=logger).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+        tiny_trainer(tmp_path, callback, logger=logger).fit(
+            tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone)
+        )
         assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [1, 2, 4]
 
 
@@ -61,7 +63,9 @@ def test_a_step_is_drawn_once_whether_the_run_begins_or_goes_on(tiny_backbone, t
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     logger = TensorBoardLogger(tmp_path, "two")
     trainer = tiny_trainer(tmp_path, GateHeatmap(2), logger=logger, max_steps=4, **settings)
-    trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=tmp_path / "two.ckpt")
+    trainer.fit(
+        tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=tmp_path / "two.ckpt"
+    )
     assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [4]
 
 
@@ -86,7 +90,8 @@ def test_other_loggers_go_without_and_are_told_once(tiny_backbone, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "settings", [{"gate": "static", "every_n_steps": 1}, {"gate": "none", "every_n_steps": 1}, {"every_n_steps": 0}]
+    "settings",
+    [{"gate": "static", "every_n_steps": 1}, {"gate": "none", "every_n_steps": 1}, {"every_n_steps": 0}],
 )
 def test_without_token_gates_or_switched_off_nothing_is_drawn(tiny_backbone, tmp_path, settings):
     logger = TensorBoardLogger(tmp_path)

@@ -55,11 +55,16 @@ def test_counts_by_hand():
     counts = GateStatistics(2)
     counts.update(z, counted_tokens(batch), batch["response_mask"])
     counts.update(z, counted_tokens(batch), batch["response_mask"])
-    nonzero = {(phase, layer, b): int(counts.bins[phase, layer, b]) for phase, layer, b in counts.bins.nonzero().tolist()}
+    nonzero = {
+        (phase, layer, b): int(counts.bins[phase, layer, b])
+        for phase, layer, b in counts.bins.nonzero().tolist()
+    }
     # g = 0.5 opens bin 25 of 50; g(100) = 1 belongs to the last bin, g(-100) = 0 to the first; g(1) = 0.731 to bin 36.
     assert nonzero == {(0, 0, 25): 2, (1, 0, 49): 2, (1, 0, 0): 2, (0, 1, 36): 2, (1, 1, 25): 4}
     assert counts.sums[0].flatten().tolist() == pytest.approx([1.0, 2 * 0.7310586, 2.0, 2.0])
-    assert counts.sums[1].flatten().tolist() == pytest.approx([2 * np.log(2), 2 * 0.5822034, 0.0, 4 * np.log(2)], abs=1e-6)
+    assert counts.sums[1].flatten().tolist() == pytest.approx(
+        [2 * np.log(2), 2 * 0.5822034, 0.0, 4 * np.log(2)], abs=1e-6
+    )
     assert counts.sums[2].flatten().tolist() == pytest.approx([0.5, 2 * 0.7310586**2, 2.0, 1.0])
 
 
@@ -70,7 +75,9 @@ def test_counts_equal_numpy(dtype):
     for _ in range(2):
         lengths = torch.randint(1, 9, (5,), generator=generator)
         mask = (torch.arange(8) < lengths[:, None]).long()
-        batch = batch_of(mask.tolist(), (torch.rand(5, 8, generator=generator) < 0.5).tolist(), [0, -1, 7, 3, -1])
+        batch = batch_of(
+            mask.tolist(), (torch.rand(5, 8, generator=generator) < 0.5).tolist(), [0, -1, 7, 3, -1]
+        )
         z = (4 * torch.randn(3, 5, 8, generator=generator)).to(dtype)
         counts.update(z, counted_tokens(batch), batch["response_mask"])
         for phase, (bins, g) in numpy_counts(z, batch).items():
@@ -83,7 +90,9 @@ def test_counts_equal_numpy(dtype):
 
 def test_packed_counts_by_hand():
     """Two lines of three and one rows: prompt, answer, prompt, answer, answer, nothing."""
-    batch = batch_of([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]], [[0, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0]], [4, 0, 9, 2])
+    batch = batch_of(
+        [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]], [[0, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0]], [4, 0, 9, 2]
+    )
     batch["position_ids"] = torch.tensor([[0, 1, 0, 1, 0, 0], [0, 1, 0, 1, 2, 3]])
     z = torch.tensor([[[0.0, 1.0, 0.0, 100.0, 1.0, 7.0], [-100.0, 0.0, 7.0, 7.0, 7.0, 7.0]]])
     counts = GateStatistics(1)
@@ -97,7 +106,9 @@ def test_packed_rows_count_as_padded_ones():
     """Five rows in two lines, none of whose padding counts."""
     generator = torch.Generator().manual_seed(1)
     sizes = ((4, 2), (1, 1), (7, 3), (2, 5), (3, 1))
-    rows = [AnsweredPrompt([5] * prompt, [6] * answer, number) for number, (prompt, answer) in enumerate(sizes)]
+    rows = [
+        AnsweredPrompt([5] * prompt, [6] * answer, number) for number, (prompt, answer) in enumerate(sizes)
+    ]
     values = [4 * torch.randn(3, row.length, generator=generator) for row in rows]
     counts = {}
     for lines in (None, [[2, 1], [3, 0, 4]]):
@@ -126,7 +137,9 @@ class Tape(L.Callback):
 def fit(folder, root, logger, accumulate=1, every_n_steps=2, **adapter):
     """Four optimizer steps; returns the module and the tape."""
     tape, module = Tape(), tiny_module(folder, **adapter)
-    trainer = tiny_trainer(root, tape, GateHistogram(every_n_steps), logger=logger, accumulate_grad_batches=accumulate)
+    trainer = tiny_trainer(
+        root, tape, GateHistogram(every_n_steps), logger=logger, accumulate_grad_batches=accumulate
+    )
     trainer.fit(module, datamodule=tiny_data(folder))
     return module, tape
 
@@ -156,7 +169,9 @@ def test_tensorboard_has_a_histogram_of_every_group_and_phase(tiny_backbone, tmp
     module, tape = fit(tiny_backbone, tmp_path, logger, accumulate, gate=gate, gate_bias=1.3)
     accumulator = events(logger.log_dir)
     groups = groups_of(module.report.layers)
-    assert set(accumulator.Tags()["histograms"]) == {f"{group}/{phase}" for group in groups for phase in PHASES}
+    assert set(accumulator.Tags()["histograms"]) == {
+        f"{group}/{phase}" for group in groups for phase in PHASES
+    }
     assert {tag.rpartition("/")[0] for tag in accumulator.Tags()["scalars"] if tag.startswith("gate")} == {
         f"{group}/{phase}" for group in groups if not group.startswith("gate_modules/") for phase in PHASES
     }
@@ -166,13 +181,18 @@ def test_tensorboard_has_a_histogram_of_every_group_and_phase(tiny_backbone, tmp
         for phase in PHASES:
             for group, modules in groups.items():
                 (event,) = (e for e in accumulator.Histograms(f"{group}/{phase}") if e.step == step)
-                value, g = event.histogram_value, np.concatenate([part[phase][1][i] for part in parts for i in modules])
+                value, g = (
+                    event.histogram_value,
+                    np.concatenate([part[phase][1][i] for part in parts for i in modules]),
+                )
                 found = dict(zip(np.round(value.bucket_limit, 6), value.bucket, strict=True))
                 expected = sum(part[phase][0][i] for part in parts for i in modules)
                 assert {limit: n for limit, n in found.items() if n} == {
                     round(float(limit), 6): n for limit, n in zip(EDGES[1:], expected, strict=True) if n
                 }
-                assert (value.num, value.sum, value.sum_squares) == pytest.approx((len(g), g.sum(), (g**2).sum()), rel=1e-6)
+                assert (value.num, value.sum, value.sum_squares) == pytest.approx(
+                    (len(g), g.sum(), (g**2).sum()), rel=1e-6
+                )
                 if not group.startswith("gate_modules/"):
                     assert_scalars(accumulator, f"{group}/{phase}", step, g)
 
@@ -204,7 +224,9 @@ def test_what_a_run_left_uncounted_is_no_part_of_the_next(tiny_backbone, tmp_pat
         trainer.fit(tiny_module(tiny_backbone, **settings), datamodule=tiny_data(tiny_backbone))
         (event,) = events(logger.log_dir).Histograms("gates/prompt")
         logged.append(event.histogram_value.num)
-        expected = sum(part[0].sum() for z, batch in tape.seen[:3] for part in [numpy_counts(z, batch)["prompt"]])
+        expected = sum(
+            part[0].sum() for z, batch in tape.seen[:3] for part in [numpy_counts(z, batch)["prompt"]]
+        )
         assert logged[-1] == expected
 
 
@@ -217,7 +239,9 @@ def test_what_an_evaluated_checkpoint_had_counted_is_no_part_of_the_next_fit(tin
         tiny_module(tiny_backbone), tiny_data(tiny_backbone), ckpt_path=tmp_path / "there.ckpt"
     )
     logger = TensorBoardLogger(tmp_path, name="next")
-    tiny_trainer(tmp_path, callback, logger=logger).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    tiny_trainer(tmp_path, callback, logger=logger).fit(
+        tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone)
+    )
     assert [event.step for event in events(logger.log_dir).Histograms("gates/prompt")] == [3]
 
 
@@ -285,7 +309,9 @@ class Seen(L.Callback):
     def on_train_start(self, trainer, module):
         self.seen = []
         for path, layer in adapted_linears(module.model).items():
-            layer.register_forward_pre_hook(lambda layer, args, path=path: self.note(path, layer.gate, args[0]))
+            layer.register_forward_pre_hook(
+                lambda layer, args, path=path: self.note(path, layer.gate, args[0])
+            )
 
     def note(self, path, gate, x):
         parameters = [p.detach().double().numpy().copy() for p in gate.parameters()]
@@ -317,7 +343,9 @@ def test_a_run_has_the_gates_of_the_equation(tiny_backbone, tmp_path):
             assert len(found[phase]) == 10
             for path, parts in found[phase].items():
                 g = np.concatenate(parts)
-                (event,) = (e for e in accumulator.Histograms(f"gate_modules/{path}/{phase}") if e.step == step)
+                (event,) = (
+                    e for e in accumulator.Histograms(f"gate_modules/{path}/{phase}") if e.step == step
+                )
                 value = event.histogram_value
                 assert value.num == len(g)
                 assert value.sum / value.num == pytest.approx(g.mean(), abs=1e-6)
@@ -347,5 +375,7 @@ def test_a_picture_of_the_shares_at_every_histogram(tiny_backbone, tmp_path):
 
 
 def test_a_negative_interval_is_refused():
-    with pytest.raises(ValueError, match=r"gate_histogram\.every_n_steps: -1; accepted: at least 1, or 0 for never"):
+    with pytest.raises(
+        ValueError, match=r"gate_histogram\.every_n_steps: -1; accepted: at least 1, or 0 for never"
+    ):
         GateHistogram(-1)

@@ -33,7 +33,11 @@ class Read(GeneratedSamples):
         assert {name: module.training for name, module in pl_module.named_modules()} == before
         model = pl_module.model
         texts = [ProbeText("", sample.ids, sample.prompt) for sample in self.found]
-        self.read = [gates.mean(0) for gates in read_gates(model, texts).gates] if self.found[0].gates is not None else None
+        self.read = (
+            [gates.mean(0) for gates in read_gates(model, texts).gates]
+            if self.found[0].gates is not None
+            else None
+        )
         self.greedy = []
         for prompt in self._prompts:
             ids = list(prompt)
@@ -48,7 +52,9 @@ class Read(GeneratedSamples):
 
 def fit(backbone, root, *callbacks, logger=False, **adapter):
     module = tiny_module(backbone, **({"dropout": 0.2} | adapter))
-    trainer = tiny_trainer(root, *callbacks, logger=logger, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1)
+    trainer = tiny_trainer(
+        root, *callbacks, logger=logger, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1
+    )
     torch.manual_seed(0)
     trainer.fit(module, datamodule=tiny_data(backbone))
     return module
@@ -58,7 +64,9 @@ def written(folder):
     events = EventAccumulator(folder, size_guidance={"tensors": 0, "images": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
-    texts = {tag: {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)} for tag in tags}
+    texts = {
+        tag: {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)} for tag in tags
+    }
     return texts, {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
@@ -74,7 +82,9 @@ def test_samples_after_every_validation(tiny_backbone, tmp_path):
     for number, question in enumerate(map(PlainQuestion.of, sample_rows("validation")[:2]), 1):
         by_step = texts[f"samples/{number}/text_summary"]
         assert list(by_step) == [2, 4]
-        assert by_step[4].startswith(f"<blockquote>{html.escape(question.prompt).replace(chr(10), '<br>')}</blockquote><p>")
+        assert by_step[4].startswith(
+            f"<blockquote>{html.escape(question.prompt).replace(chr(10), '<br>')}</blockquote><p>"
+        )
 
 
 def test_responses_that_end_early_are_without_what_follows(tiny_backbone, tmp_path, monkeypatch):
@@ -91,14 +101,19 @@ def test_responses_that_end_early_are_without_what_follows(tiny_backbone, tmp_pa
         monkeypatch.setattr(f"{module}.end_tokens", lambda *args: [*ends(*args), ending])
     callback = Read(prompts, max_new_tokens=7)
     fit(tiny_backbone, tmp_path, callback, logger=logger)
-    cut = [prompt + list(itertools.takewhile(lambda token: token != ending, response)) for prompt, response in whole]
+    cut = [
+        prompt + list(itertools.takewhile(lambda token: token != ending, response))
+        for prompt, response in whole
+    ]
     assert [sample.ids for sample in callback.found] == cut
     for sample, gates in zip(callback.found, callback.read, strict=True):
         assert np.abs(sample.gates - gates).max() < 1e-6
 
 
 def test_a_run_is_the_same_with_and_without_samples(tiny_backbone, tmp_path):
-    with_samples = fit(tiny_backbone, tmp_path / "with", GeneratedSamples(), logger=TensorBoardLogger(tmp_path))
+    with_samples = fit(
+        tiny_backbone, tmp_path / "with", GeneratedSamples(), logger=TensorBoardLogger(tmp_path)
+    )
     state = torch.get_rng_state()
     without = fit(tiny_backbone, tmp_path / "without")
     assert torch.equal(state, torch.get_rng_state())
@@ -109,7 +124,9 @@ def test_a_run_is_the_same_with_and_without_samples(tiny_backbone, tmp_path):
 def test_a_validation_outside_of_training_writes_none(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     module, data = tiny_module(tiny_backbone), tiny_data(tiny_backbone)
-    trainer = tiny_trainer(tmp_path, GeneratedSamples(1), logger=logger, limit_val_batches=1, max_steps=2, val_check_interval=2)
+    trainer = tiny_trainer(
+        tmp_path, GeneratedSamples(1), logger=logger, limit_val_batches=1, max_steps=2, val_check_interval=2
+    )
     trainer.fit(module, datamodule=data)
     trainer.validate(module, datamodule=data, verbose=False)
     assert written(logger.log_dir)[1] == {"samples/1": [2]}
@@ -132,7 +149,9 @@ def test_other_loggers_go_without_and_are_told_once(tiny_backbone, tmp_path, cap
     assert caplog.text.count("generated samples need the TensorBoard logger") == 1
 
 
-def test_a_model_that_cannot_write_ends_the_samples_and_not_the_run(tiny_backbone, tmp_path, monkeypatch, caplog):
+def test_a_model_that_cannot_write_ends_the_samples_and_not_the_run(
+    tiny_backbone, tmp_path, monkeypatch, caplog
+):
     asked = []
 
     def refuse(*_, **__):
@@ -148,12 +167,23 @@ def test_a_model_that_cannot_write_ends_the_samples_and_not_the_run(tiny_backbon
 
 
 def test_the_model_goes_on_where_a_tokenizer_closes_every_text(tiny_backbone, tmp_path):
-    data, callback, heatmap = tiny_data(tiny_backbone), Read(["Why?"], max_new_tokens=3), GateHeatmap(4, ["Why?"])
+    data, callback, heatmap = (
+        tiny_data(tiny_backbone),
+        Read(["Why?"], max_new_tokens=3),
+        GateHeatmap(4, ["Why?"]),
+    )
     ids, backend = data.tokenizer("Why?").input_ids, data.tokenizer.backend_tokenizer
-    backend.post_processor = TemplateProcessing(single="$A <|eos|>", special_tokens=[("<|eos|>", data.tokenizer.eos_token_id)])
+    backend.post_processor = TemplateProcessing(
+        single="$A <|eos|>", special_tokens=[("<|eos|>", data.tokenizer.eos_token_id)]
+    )
     assert data.tokenizer("Why?").input_ids == [*ids, data.tokenizer.eos_token_id]
     trainer = tiny_trainer(
-        tmp_path, callback, heatmap, logger=TensorBoardLogger(tmp_path), limit_val_batches=1, val_check_interval=2
+        tmp_path,
+        callback,
+        heatmap,
+        logger=TensorBoardLogger(tmp_path),
+        limit_val_batches=1,
+        val_check_interval=2,
     )
     trainer.fit(tiny_module(tiny_backbone), datamodule=data)
     assert callback.found[0].ids[: callback.found[0].prompt] == ids
@@ -174,7 +204,10 @@ def test_switched_off_nothing_is_written(tiny_backbone, tmp_path):
 def test_a_prompt_without_room_for_a_response_is_left_out(tiny_backbone, tmp_path, caplog):
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, GeneratedSamples(["Why?", "a b " * 300], max_new_tokens=100), logger=logger)
-    assert "left out 1 of 2 prompts, longer than the 412 tokens that max_new_tokens 100 leaves them" in caplog.text
+    assert (
+        "left out 1 of 2 prompts, longer than the 412 tokens that max_new_tokens 100 leaves them"
+        in caplog.text
+    )
     assert list(written(logger.log_dir)[1]) == ["samples/1"]
 
 
@@ -185,7 +218,9 @@ def test_what_tensorboard_shows_is_what_was_written():
     gates = np.where(np.arange(len(ids)) < starts[1], 0.9, 0.1)
     gates[starts[2] :] = 0.7
     shown = markdown_to_safe_html(markup(Sample(ids, int(starts[0]), gates), tokenizer))
-    expected = "<blockquote>a &lt;b&gt;</blockquote><p><strong>c</strong>*d*<br><br>_e_<strong>🐝</strong></p>"
+    expected = (
+        "<blockquote>a &lt;b&gt;</blockquote><p><strong>c</strong>*d*<br><br>_e_<strong>🐝</strong></p>"
+    )
     assert re.sub(r"\n", "", shown).replace("<br/>", "<br>") == expected
 
 
@@ -202,8 +237,14 @@ def test_every_token_stands_on_its_colour():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"prompts": -1}, r"generated_samples\.prompts: -1; accepted: 0, a number of rows, or texts, none of them empty"),
-        ({"prompts": ["a", " "]}, r"generated_samples\.prompts: \['a', ' '\]; accepted: 0, a number of rows, or texts"),
+        (
+            {"prompts": -1},
+            r"generated_samples\.prompts: -1; accepted: 0, a number of rows, or texts, none of them empty",
+        ),
+        (
+            {"prompts": ["a", " "]},
+            r"generated_samples\.prompts: \['a', ' '\]; accepted: 0, a number of rows, or texts",
+        ),
         ({"max_new_tokens": 0}, r"generated_samples\.max_new_tokens: 0; accepted: an integer of at least 1"),
     ],
 )

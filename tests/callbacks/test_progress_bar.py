@@ -47,7 +47,9 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.expected[trainer.global_step] = {
             "loss": f"{float(trainer.callback_metrics['train/loss']):.3f}" if trainer.global_step else None,
-            "open": f"{float(trainer.callback_metrics['train/gate_mean']):.2f}" if trainer.global_step else None,
+            "open": f"{float(trainer.callback_metrics['train/gate_mean']):.2f}"
+            if trainer.global_step
+            else None,
         }
 
 
@@ -61,9 +63,14 @@ def test_lines_of_a_run(tiny_backbone, tmp_path, monkeypatch, capsys):
     """Every second step and the last; over two epochs of six steps, each of two micro-batches."""
     watch = Watch(monkeypatch)
     settings = {"max_steps": 7, "log_every_n_steps": 2, "accumulate_grad_batches": 2, "val_check_interval": 6}
-    trainer = fit(tiny_backbone, tmp_path, watch, Throughput(), limit_val_batches=1, num_sanity_val_steps=1, **settings)
+    trainer = fit(
+        tiny_backbone, tmp_path, watch, Throughput(), limit_val_batches=1, num_sanity_val_steps=1, **settings
+    )
     lines = capsys.readouterr().out.splitlines()
-    found = [re.fullmatch(r"step (\d)/7  loss ([\d.]+)  open ([\d.]+)  ([\d,]+) tokens/s(?:  ETA ([\d:]+))?", x) for x in lines]
+    found = [
+        re.fullmatch(r"step (\d)/7  loss ([\d.]+)  open ([\d.]+)  ([\d,]+) tokens/s(?:  ETA ([\d:]+))?", x)
+        for x in lines
+    ]
     steps = {int(match[1]): match for match in found if match}
     assert list(steps) == [2, 4, 6, 7]
     for step, match in steps.items():
@@ -77,7 +84,10 @@ def test_lines_of_a_run(tiny_backbone, tmp_path, monkeypatch, capsys):
 
 def test_the_time_left_of_steps_that_take_an_hour(tiny_backbone, tmp_path, monkeypatch, capsys):
     fit(tiny_backbone, tmp_path, Watch(monkeypatch, pace=3600.0))
-    assert re.findall("step ([1-4]).*  ETA (.*)", capsys.readouterr().out) == [("2", "2:00:00"), ("3", "1:00:00")]
+    assert re.findall("step ([1-4]).*  ETA (.*)", capsys.readouterr().out) == [
+        ("2", "2:00:00"),
+        ("3", "1:00:00"),
+    ]
 
 
 def test_no_interval_is_only_the_last_step(tiny_backbone, tmp_path, capsys):
@@ -97,7 +107,9 @@ def test_a_resumed_run_goes_on_counting(tiny_backbone, tmp_path, monkeypatch, ca
     first.save_checkpoint(tmp_path / "two.ckpt")
     capsys.readouterr()
     second = tiny_trainer(tmp_path, watch, StepProgressBar(), enable_progress_bar=True)
-    second.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=str(tmp_path / "two.ckpt"))
+    second.fit(
+        tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=str(tmp_path / "two.ckpt")
+    )
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 3/4", "step 4/4"]
 
 
@@ -119,7 +131,9 @@ def test_a_bar_on_a_terminal(tiny_backbone, tmp_path, monkeypatch):
     assert sys.stdout is terminal
     seen = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", terminal.getvalue()).replace("\r", "\n")).plain
     expected = watch.expected[4]
-    assert re.search(rf"^step +{BAR} 4/4 loss {expected['loss']}  open {expected['open']}$", seen, re.MULTILINE)
+    assert re.search(
+        rf"^step +{BAR} 4/4 loss {expected['loss']}  open {expected['open']}$", seen, re.MULTILINE
+    )
     assert re.search(rf"^step +{BAR} 2/4 loss .* ETA 3:20$", seen, re.MULTILINE)
     assert re.search(rf"^validate {BAR} \d/1 ", seen, re.MULTILINE)
     assert len(re.findall(r"^step \d/4  val/loss [\d.]+$", seen, re.MULTILINE)) == 2
@@ -182,7 +196,9 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(tiny_backbone, tmp_
 
 def test_other_processes_say_nothing(monkeypatch, capsys):
     bar = StepProgressBar()
-    trainer = SimpleNamespace(is_global_zero=False, estimated_stepping_batches=2, global_step=0, log_every_n_steps=1)
+    trainer = SimpleNamespace(
+        is_global_zero=False, estimated_stepping_batches=2, global_step=0, log_every_n_steps=1
+    )
     bar.setup(trainer, None, "fit")
     bar.on_train_batch_start(trainer, None, {}, 0)
     trainer.global_step = 2
@@ -223,9 +239,14 @@ def test_quiet_is_neither_bar_nor_lines(tiny_backbone, tmp_path, monkeypatch, ca
 
 def test_a_bar_of_ones_own_takes_its_place(tiny_backbone, monkeypatch):
     monkeypatch.setattr(GateRACLI, "_run_subcommand", lambda *_: None)
-    own = GateRACLI(with_found_configs(program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar"))).trainer
+    own = GateRACLI(
+        with_found_configs(program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar"))
+    ).trainer
     assert type(own.progress_bar_callback) is TQDMProgressBar
-    assert type(GateRACLI(with_found_configs(program(tiny_backbone))).trainer.progress_bar_callback) is StepProgressBar
+    assert (
+        type(GateRACLI(with_found_configs(program(tiny_backbone))).trainer.progress_bar_callback)
+        is StepProgressBar
+    )
 
 
 @pytest.mark.slow
@@ -257,7 +278,9 @@ def test_in_a_real_terminal(tiny_backbone, tmp_path):
 def test_of_two_processes_one_speaks(tiny_backbone, tmp_path):
     args = program(tiny_backbone, "fit", "--trainer.devices", "2", "--trainer.strategy", "ddp")
     printed = run_program(*args, cwd=tmp_path, timeout=200)
-    assert [line.split("  ")[0] for line in printed.splitlines() if line.startswith("step ") and "  loss " in line] == [
+    assert [
+        line.split("  ")[0] for line in printed.splitlines() if line.startswith("step ") and "  loss " in line
+    ] == [
         *("step 1/3", "step 2/3", "step 3/3"),
     ]
     assert not CONTROL.search(printed)

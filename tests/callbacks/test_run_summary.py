@@ -16,17 +16,24 @@ def tokenizer(tiny_backbone):
 
 def batch_of(tokenizer, *texts, train_on="response"):
     rows = [
-        AnsweredPrompt(tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id], example_id=i)
+        AnsweredPrompt(
+            tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id], example_id=i
+        )
         for i, (prompt, answer) in enumerate(texts)
     ]
     return collate(rows, pad_id=tokenizer.pad_token_id, train_on=train_on)
 
 
 def test_the_answer_is_marked_and_padding_left_out(tokenizer):
-    batch = batch_of(tokenizer, ("Question: why?\nAnswer:", " so"), ("Question: what on earth?\nAnswer:", " a very long one"))
+    batch = batch_of(
+        tokenizer,
+        ("Question: why?\nAnswer:", " so"),
+        ("Question: what on earth?\nAnswer:", " a very long one"),
+    )
     assert str(masked_text(tokenizer, batch, 0, colour=False)) == "  Question: why?\n  Answer:⟦ so<|eos|>⟧"
     assert (
-        str(masked_text(tokenizer, batch, 1, colour=False)) == "  Question: what on earth?\n  Answer:⟦ a very long one<|eos|>⟧"
+        str(masked_text(tokenizer, batch, 1, colour=False))
+        == "  Question: what on earth?\n  Answer:⟦ a very long one<|eos|>⟧"
     )
 
 
@@ -52,7 +59,10 @@ def test_several_stretches(tokenizer):
     for i, (_, loss) in enumerate(ids):
         if not loss:
             batch["labels"][0, i] = -100
-    assert str(masked_text(tokenizer, batch, 0, colour=False)) == "  user: hi⟦ bot: hello⟧ user: bye⟦ bot: see you⟧"
+    assert (
+        str(masked_text(tokenizer, batch, 0, colour=False))
+        == "  user: hi⟦ bot: hello⟧ user: bye⟦ bot: see you⟧"
+    )
 
 
 def test_brackets_in_a_question_are_printed_as_they_are(tokenizer, capsys):
@@ -72,7 +82,9 @@ def test_what_a_run_prints(tiny_backbone, tmp_path, capsys, gate, trainable):
     update, gates = 4 * (64 + 48 + 48 + 80 + 80), 4 * 33 + 49
     assert f"{2 * (update + (gates if gate == 'token' else 0)):,}" == trainable
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("10 adapted layers (q_proj × 2, k_proj × 2, v_proj × 2, up_proj × 2, down_proj × 2); ")
+    assert lines[0].startswith(
+        "10 adapted layers (q_proj × 2, k_proj × 2, v_proj × 2, up_proj × 2, down_proj × 2); "
+    )
     assert f"{trainable} trainable parameters" in lines[0]
     assert lines[1].split() == ["trainable", "float32", trainable]
     assert lines[2].split() == ["frozen", "float32", "41,120"]
@@ -94,7 +106,9 @@ def test_counts_are_by_dtype(tiny_backbone, tmp_path, capsys):
 
 def test_a_log_folder_with_brackets_is_named_as_it_is(tiny_backbone, tmp_path, capsys):
     folder = tmp_path / "[red]runs"
-    tiny_trainer(folder, RunSummary(), max_steps=1).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    tiny_trainer(folder, RunSummary(), max_steps=1).fit(
+        tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone)
+    )
     assert f"logs and checkpoints: {folder}" in capsys.readouterr().out
 
 
@@ -115,6 +129,8 @@ def test_it_changes_no_random_number(tiny_backbone, tmp_path):
 def test_two_processes_do_not_wait_for_each_other(tiny_backbone, tmp_path):
     """``trainer.log_dir`` is asked of all processes at once: only one of them asking would hang the run."""
     args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)]
-    printed = run_program(*args, "--trainer.devices", "2", "--trainer.strategy", "ddp", cwd=tmp_path, timeout=90)
+    printed = run_program(
+        *args, "--trainer.devices", "2", "--trainer.strategy", "ddp", cwd=tmp_path, timeout=90
+    )
     assert printed.count("a training example, tokens with loss marked:") == 1
     assert "logs and checkpoints: runs/quickstart/version_0" in printed

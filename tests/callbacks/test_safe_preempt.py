@@ -69,7 +69,9 @@ def step_of(path):
     return torch.load(path, weights_only=True)["global_step"]
 
 
-@pytest.mark.parametrize("numbers", [BOTH[:1], BOTH[1:], BOTH, BOTH * 3], ids=["USR1", "TERM", "both", "thrice both"])
+@pytest.mark.parametrize(
+    "numbers", [BOTH[:1], BOTH[1:], BOTH, BOTH * 3], ids=["USR1", "TERM", "both", "thrice both"]
+)
 def test_a_run_ends_once_at_the_end_of_the_step(tiny_backbone, tmp_path, strays, numbers):
     """Two micro-batches a step; the signals come in the first of the second step."""
     with pytest.raises(Preempted) as caught:
@@ -102,9 +104,13 @@ def test_another_run_with_the_same_callback_is_not_ended(tiny_backbone, tmp_path
         assert trainer.global_step == steps
 
 
-@pytest.mark.parametrize("where", [{"batch": 1}, {"validation_after": 2}], ids=["in the step before", "in the validation"])
+@pytest.mark.parametrize(
+    "where", [{"batch": 1}, {"validation_after": 2}], ids=["in the step before", "in the validation"]
+)
 @pytest.mark.parametrize("interval", [2, 1.0], ids=["every two steps", "after the epoch"])
-def test_a_validation_that_follows_is_finished_and_the_resumed_run_is_the_whole_one(tiny_backbone, tmp_path, where, interval):
+def test_a_validation_that_follows_is_finished_and_the_resumed_run_is_the_whole_one(
+    tiny_backbone, tmp_path, where, interval
+):
     """Also its best checkpoints; of two steps an epoch, by a value that gets better every time, or never."""
     for mode in ("max", "min"):
         roots = [tmp_path / f"{name}-{mode}" for name in ("whole", "ended")]
@@ -119,8 +125,13 @@ def test_a_validation_that_follows_is_finished_and_the_resumed_run_is_the_whole_
         assert caught.value.step == 2
         folder = roots[1] / "checkpoints"
         assert step_of(folder / "best-step=2.ckpt") == step_of(folder / "last.ckpt") == 2
-        resumed = fit(tiny_backbone, roots[1], checkpoint=checkpoint(), resume=folder / "last.ckpt", **settings)
-        assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
+        resumed = fit(
+            tiny_backbone, roots[1], checkpoint=checkpoint(), resume=folder / "last.ckpt", **settings
+        )
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(whole.parameters(), resumed.parameters(), strict=True)
+        )
         names = [sorted(path.name for path in (root / "checkpoints").iterdir()) for root in roots]
         assert names[0] == names[1]
         assert f"best-step={4 if mode == 'max' else 2}.ckpt" in names[0]
@@ -169,7 +180,10 @@ def test_outside_of_slurm_the_status_asks_for_another_try(preempted, scontrol):
     notes = scontrol()
     status, error = preempted()
     assert status == 75
-    assert f"python -m gatera_lightning: preempted at optimizer step 2; saved {LAST}; resume with --ckpt_path {LAST}" in error
+    assert (
+        f"python -m gatera_lightning: preempted at optimizer step 2; saved {LAST}; resume with --ckpt_path {LAST}"
+        in error
+    )
     assert "Traceback" not in error
     assert step_of(LAST) == 2
     assert not notes.exists()
@@ -177,7 +191,10 @@ def test_outside_of_slurm_the_status_asks_for_another_try(preempted, scontrol):
 
 @pytest.mark.parametrize(
     ("variables", "job"),
-    [({"SLURM_JOB_ID": "17"}, "17"), ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3")],
+    [
+        ({"SLURM_JOB_ID": "17"}, "17"),
+        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3"),
+    ],
     ids=["job", "array"],
 )
 def test_in_slurm_the_job_is_requeued(preempted, scontrol, monkeypatch, variables, job):

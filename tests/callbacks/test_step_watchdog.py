@@ -35,7 +35,9 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(step_watchdog, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(step_watchdog, "threading", SimpleNamespace(Timer=clock.timer, get_ident=threading.get_ident))
+    monkeypatch.setattr(
+        step_watchdog, "threading", SimpleNamespace(Timer=clock.timer, get_ident=threading.get_ident)
+    )
     return clock
 
 
@@ -78,7 +80,9 @@ def test_no_false_alarm(tiny_backbone, tmp_path, clock, caplog, steps, watchdog)
 def test_a_slow_step_is_said_once_while_it_runs(tiny_backbone, tmp_path, clock, caplog):
     steps = [1.0, 2.0, 3.0, [19.0, 2.0, 500.0], 2.0, 2.0]
     (found,) = warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0))
-    assert found.startswith("process 0: the micro-batch after optimizer step 3 has taken 21 s so far (usual: 2 s); now in ")
+    assert found.startswith(
+        "process 0: the micro-batch after optimizer step 3 has taken 21 s so far (usual: 2 s); now in "
+    )
 
 
 def test_the_seconds_are_a_floor(tiny_backbone, tmp_path, clock, caplog):
@@ -87,7 +91,9 @@ def test_the_seconds_are_a_floor(tiny_backbone, tmp_path, clock, caplog):
 
 
 def test_a_slow_step_does_not_become_what_is_usual(tiny_backbone, tmp_path, clock, caplog):
-    found = warnings(tiny_backbone, tmp_path, clock, caplog, [1.0, 1.0, 100.0, 1.0, 11.0], StepWatchdog(10, 0))
+    found = warnings(
+        tiny_backbone, tmp_path, clock, caplog, [1.0, 1.0, 100.0, 1.0, 11.0], StepWatchdog(10, 0)
+    )
     assert [text.partition("has taken")[0] for text in found] == [
         "process 0: the micro-batch after optimizer step 2 ",
         "process 0: the micro-batch after optimizer step 4 ",
@@ -102,7 +108,12 @@ def test_what_is_usual_is_what_the_last_fifty_steps_took(clock):
 
 def test_validation_does_not_count(tiny_backbone, tmp_path, clock, caplog):
     """It neither raises an alarm nor makes the next step look long; a step after it that is slow does."""
-    settings = {"validation": 1000.0, "limit_val_batches": 1, "val_check_interval": 2, "num_sanity_val_steps": 1}
+    settings = {
+        "validation": 1000.0,
+        "limit_val_batches": 1,
+        "val_check_interval": 2,
+        "num_sanity_val_steps": 1,
+    }
     steps = [1.0, 1.0, 1.0, 1.0, 11.0]
     (found,) = warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0), **settings)
     assert "the micro-batch after optimizer step 4 has taken 11 s so far (usual: 1 s)" in found

@@ -53,7 +53,17 @@ def logged(tmp_path_factory):
 def tensorboard(logged, tmp_path_factory):
     """The address of a TensorBoard that has read the run."""
     said = tmp_path_factory.mktemp("tensorboard") / "stderr"
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logged), "--host", "127.0.0.1", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(logged),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
     with said.open("w") as log, subprocess.Popen([*command, "--load_fast=false"], stderr=log) as server:
         try:
             address = waited_for(lambda: re.search(r"http://127\.0\.0\.1:\d+", said.read_text()))[0]
@@ -85,20 +95,39 @@ def tags(address, plugin):
 
 def test_histograms_of_every_family_layer_and_module(tensorboard):
     found = tags(tensorboard, "histograms")
-    groups = ["gates", *(f"gate_families/{name}" for name in FAMILIES), *(f"gate_layers/{layer:02}" for layer in range(30))]
-    groups += [f"gate_modules/model.layers.{n}.{place}" for n in (0, 29) for place in ("self_attn.q_proj", "mlp.down_proj")]
+    groups = [
+        "gates",
+        *(f"gate_families/{name}" for name in FAMILIES),
+        *(f"gate_layers/{layer:02}" for layer in range(30)),
+    ]
+    groups += [
+        f"gate_modules/model.layers.{n}.{place}"
+        for n in (0, 29)
+        for place in ("self_attn.q_proj", "mlp.down_proj")
+    ]
     assert found >= {f"{group}/{phase}" for group in groups for phase in ("prompt", "response")}
 
 
 def test_images_of_probe_texts_and_of_shares(tensorboard):
-    assert tags(tensorboard, "images") >= {"gate_heatmap/1", "gate_heatmap/2", "gate_heatmap/3", "gate_shares/layers"}
+    assert tags(tensorboard, "images") >= {
+        "gate_heatmap/1",
+        "gate_heatmap/2",
+        "gate_heatmap/3",
+        "gate_shares/layers",
+    }
 
 
 def test_every_chart_of_the_layout_has_a_line(tensorboard):
     scalars = tags(tensorboard, "scalars")
-    charts = [chart for category in ask(tensorboard, "custom_scalars/layout")["category"] for chart in category["chart"]]
+    charts = [
+        chart
+        for category in ask(tensorboard, "custom_scalars/layout")["category"]
+        for chart in category["chart"]
+    ]
     empty = {
-        chart["title"] for chart in charts if not any(re.match(tag, s) for tag in chart["multiline"]["tag"] for s in scalars)
+        chart["title"]
+        for chart in charts
+        if not any(re.match(tag, s) for tag in chart["multiline"]["tag"] for s in scalars)
     }
     assert empty <= {"model FLOPs utilization"}  # a CPU's peak is unknown
     assert len(charts) > 8
@@ -132,7 +161,9 @@ def plots(browser, tensorboard, dashboard, selector, drawn):
 
     found = waited_for(pictures)
     if kept := os.environ.get("GATERA_PICTURES"):
-        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", browser.execute_script(PLOTS, selector)[0])
+        browser.execute_script(
+            "arguments[0].scrollIntoView({block: 'center'})", browser.execute_script(PLOTS, selector)[0]
+        )
         browser.save_screenshot(str(Path(kept) / f"tensorboard_{dashboard}.png"))
     return found
 
@@ -145,7 +176,9 @@ def pixels(png):
 def picture_of(browser, element):
     """What a reader sees of an element that was scrolled to."""
     place = "arguments[0].scrollIntoView({block: 'center'}); const b = arguments[0].getBoundingClientRect();"
-    x, y, width, height = browser.execute_script(place + "return [b.x, b.y, b.width, b.height].map(Math.round)", element)
+    x, y, width, height = browser.execute_script(
+        place + "return [b.x, b.y, b.width, b.height].map(Math.round)", element
+    )
     return pixels(browser.get_screenshot_as_png())[max(0, y) : y + height, x : x + width]
 
 
@@ -156,7 +189,9 @@ def of_run(picture):
 
 
 def test_histograms_are_drawn(browser, tensorboard):
-    for picture in plots(browser, tensorboard, "histograms", "vz-histogram-timeseries", lambda p: of_run(p) > 500):
+    for picture in plots(
+        browser, tensorboard, "histograms", "vz-histogram-timeseries", lambda p: of_run(p) > 500
+    ):
         assert of_run(picture) < picture[..., 0].size / 2
 
 
@@ -174,5 +209,7 @@ def test_the_custom_layout_is_drawn(browser, tensorboard):
 
 def test_settings_and_results_are_in_the_table(browser, tensorboard):
     opened(browser, tensorboard, "hparams")
-    rows = waited_for(lambda: [cell for cell in browser.execute_script(PLOTS, "div") if cell.text == "everyday"])
+    rows = waited_for(
+        lambda: [cell for cell in browser.execute_script(PLOTS, "div") if cell.text == "everyday"]
+    )
     assert rows

@@ -26,7 +26,12 @@ STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILU
 def fit(backbone, root, logger, **adapter):
     """Four steps, and a validation after every second."""
     trainer = tiny_trainer(
-        root, TensorBoardOverview(), GateHistogram(2), logger=logger, limit_val_batches=1, val_check_interval=2
+        root,
+        TensorBoardOverview(),
+        GateHistogram(2),
+        logger=logger,
+        limit_val_batches=1,
+        val_check_interval=2,
     )
     trainer.fit(tiny_module(backbone, **adapter), datamodule=tiny_data(backbone))
     return trainer
@@ -52,7 +57,8 @@ def hparams_tab(folder):
     for group in found.session_groups:
         (session,) = group.sessions
         values = {
-            name: value.WhichOneof("kind") and getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()
+            name: value.WhichOneof("kind") and getattr(value, value.WhichOneof("kind"))
+            for name, value in group.hparams.items()
         }
         results = {value.name.tag: value.value for value in session.metric_values}
         sessions[session.name] = (values, results, session.status)
@@ -70,11 +76,15 @@ def layout_of(folder):
     """``{part: {chart: tags}}``, of the one layout that is there."""
     (event,) = events(folder).Tensors(LAYOUT)
     layout = Layout.FromString(event.tensor_proto.string_val[0])
-    return {part.title: {chart.title: list(chart.multiline.tag) for chart in part.chart} for part in layout.category}
+    return {
+        part.title: {chart.title: list(chart.multiline.tag) for chart in part.chart}
+        for part in layout.category
+    }
 
 
 @pytest.mark.parametrize(
-    ("gate", "parts"), [("token", ["loss", "gates", "optimizer", "speed"]), ("none", ["loss", "optimizer", "speed"])]
+    ("gate", "parts"),
+    [("token", ["loss", "gates", "optimizer", "speed"]), ("none", ["loss", "optimizer", "speed"])],
 )
 def test_charts_of_what_is_logged(tiny_backbone, tmp_path, gate, parts):
     logger = TensorBoardLogger(tmp_path, name="run")
@@ -163,7 +173,10 @@ class Interrupt(TensorBoardOverview):
 def failed(tiny_backbone, tmp_path):
     """The folder of a run that failed."""
     trainer = tiny_trainer(
-        tmp_path, Interrupt(), logger=TensorBoardLogger(tmp_path, name="run", version="job"), log_every_n_steps=1
+        tmp_path,
+        Interrupt(),
+        logger=TensorBoardLogger(tmp_path, name="run", version="job"),
+        log_every_n_steps=1,
     )
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
@@ -181,7 +194,9 @@ def test_a_failed_run_has_its_settings_and_what_it_came_to(failed):
 @pytest.mark.parametrize("version", ["job", "other"])
 def test_a_resumed_run_writes_again_only_into_another_folder(tiny_backbone, tmp_path, failed, version):
     checkpoint = tmp_path / "two.ckpt"
-    trainer = tiny_trainer(tmp_path, Interrupt(), logger=TensorBoardLogger(tmp_path, name="run", version=version))
+    trainer = tiny_trainer(
+        tmp_path, Interrupt(), logger=TensorBoardLogger(tmp_path, name="run", version=version)
+    )
     trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=checkpoint)
     for folder in {"job", version}:
         assert list(layout_of(tmp_path / "run" / folder)) == ["loss", "gates", "optimizer", "speed"]

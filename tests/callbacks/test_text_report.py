@@ -45,7 +45,9 @@ class NoWords:
 def wordnet(monkeypatch):
     """This machine has no WordNet; ``wordnet()`` brings one."""
     monkeypatch.setattr(nltk.data, "path", [])
-    absent = LazyCorpusLoader("wordnet", WordNetCorpusReader, LazyCorpusLoader("omw-1.4", WordNetCorpusReader, None))
+    absent = LazyCorpusLoader(
+        "wordnet", WordNetCorpusReader, LazyCorpusLoader("omw-1.4", WordNetCorpusReader, None)
+    )
     monkeypatch.setattr("nltk.corpus.wordnet", absent)
 
     def come():
@@ -85,7 +87,9 @@ def asked(monkeypatch, tiny_backbone):
         seen.extend(examples)
         said = [tokenizer(WRITTEN[i] if i >= 0 else "x").input_ids for i in batch["example_ids"].tolist()]
         width = 1 + max(map(len, said))
-        return torch.tensor([ids + [batch["eos_id"]] + [batch["pad_id"]] * (width - 1 - len(ids)) for ids in said])
+        return torch.tensor(
+            [ids + [batch["eos_id"]] + [batch["pad_id"]] * (width - 1 - len(ids)) for ids in said]
+        )
 
     monkeypatch.setattr("gatera_lightning.training.module.generate", generate)
     return seen
@@ -96,7 +100,9 @@ def module(tiny_backbone):
     return tiny_module(tiny_backbone)
 
 
-def evaluate(module, folder, *callbacks, verb="test", evaluate_by=("generation",), report=None, batch=3, **limits):
+def evaluate(
+    module, folder, *callbacks, verb="test", evaluate_by=("generation",), report=None, batch=3, **limits
+):
     """One run on a folder: its report, and the metrics that were logged."""
     report = report or EvaluationReport(str(folder))
     data = DialogueDataModule(
@@ -110,7 +116,9 @@ def evaluate(module, folder, *callbacks, verb="test", evaluate_by=("generation",
     data.connect(load_tokenizer(module.backbone))
     trainer = tiny_trainer(folder, *callbacks, report, **limits)
     found = getattr(trainer, verb)(module, datamodule=data, **({"verbose": False} if verb == "test" else {}))
-    return report, {name: value for part in found or [] for name, value in part.items()} if verb == "test" else None
+    return report, {
+        name: value for part in found or [] for name, value in part.items()
+    } if verb == "test" else None
 
 
 def lines(folder):
@@ -168,7 +176,9 @@ def test_every_row_holds_text_reference_and_scores(module, asked, tmp_path):
         assert list(row["generation"]) == ["text", "reference", "scores"]
         assert (row["generation"]["text"], row["generation"]["reference"]) == (text, reference)
         assert row["generation"]["scores"] == pytest.approx(scores)
-    assert len({round(scores["token_f1"], 3) for scores in expected_scores()}) > 4  # else a mix-up would not show
+    assert (
+        len({round(scores["token_f1"], 3) for scores in expected_scores()}) > 4
+    )  # else a mix-up would not show
 
 
 def test_the_results_are_those_of_the_libraries(module, asked, tmp_path, capsys):
@@ -201,7 +211,9 @@ def test_ranked_and_generated_replies_are_reported_together(module, asked, tmp_p
     assert all(list(row)[4:] == ["likelihood", "generation"] for row in lines(tmp_path))
 
 
-def test_a_metric_whose_data_have_come_is_added_without_generating_again(module, asked, wordnet, tmp_path, capsys):
+def test_a_metric_whose_data_have_come_is_added_without_generating_again(
+    module, asked, wordnet, tmp_path, capsys
+):
     evaluate(module, tmp_path)
     before, wrote = summary_of(tmp_path), lines(tmp_path)
     assert "skipped: meteor" in capsys.readouterr().out
@@ -260,7 +272,9 @@ def test_a_run_that_was_killed_ends_with_the_same_files(module, asked, tmp_path,
     del asked[:]
     evaluate(module, tmp_path / "killed")
     assert len(asked) == 8 - 3 * at
-    assert (tmp_path / "killed" / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "killed" / "predictions.jsonl").read_bytes() == (
+        tmp_path / "whole" / "predictions.jsonl"
+    ).read_bytes()
     found, expected = summary_of(tmp_path / "killed"), summary_of(tmp_path / "whole")
     assert {name: found[name] for name in ("text", "tasks", "rows")} == {
         name: expected[name] for name in ("text", "tasks", "rows")
@@ -271,7 +285,9 @@ def test_a_run_that_was_killed_ends_with_the_same_files(module, asked, tmp_path,
 def test_predict_writes_the_same_lines(module, asked, tmp_path):
     evaluate(module, tmp_path / "test")
     evaluate(module, tmp_path / "predict", verb="predict")
-    assert (tmp_path / "predict" / "predictions.jsonl").read_bytes() == (tmp_path / "test" / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "predict" / "predictions.jsonl").read_bytes() == (
+        tmp_path / "test" / "predictions.jsonl"
+    ).read_bytes()
 
 
 def test_a_limit_scores_the_texts_that_there_are(module, asked, tmp_path, capsys):
@@ -289,7 +305,9 @@ def test_a_limit_scores_the_texts_that_there_are(module, asked, tmp_path, capsys
 def test_two_processes_score_a_share_each(monkeypatch, rank):
     """Eight texts, four on each; one process lacks a package, so nobody's text has its score, and the report says why."""
     other = text_metrics.row_scores(TEXTS[1 - rank :: 2], REFERENCES[1 - rank :: 2])
-    other = text_metrics.RowScores({"token_f1": other.values["token_f1"]}, other.skipped | {"rouge_l": "no package here"})
+    other = text_metrics.RowScores(
+        {"token_f1": other.values["token_f1"]}, other.skipped | {"rouge_l": "no package here"}
+    )
     gathered = []
 
     def from_every_rank(own):
@@ -297,7 +315,9 @@ def test_two_processes_score_a_share_each(monkeypatch, rank):
         return [own, other] if rank == 0 else [other, own]
 
     monkeypatch.setattr("gatera_lightning.callbacks.evaluation_report._from_every_rank", from_every_rank)
-    generations = [{"text": text, "reference": reference} for text, reference in zip(TEXTS, REFERENCES, strict=True)]
+    generations = [
+        {"text": text, "reference": reference} for text, reference in zip(TEXTS, REFERENCES, strict=True)
+    ]
     trainer = SimpleNamespace(global_rank=rank, world_size=2)
     skipped = EvaluationReport()._compare_texts(trainer, generations)
     assert [len(values) for own in gathered for values in own.values.values()] == [4, 4]
@@ -312,7 +332,10 @@ def test_bert_score_takes_the_model_and_layer_that_are_set(module, asked, tmp_pa
 
     def bert_score(generated, references, *, model, layer):
         wanted.append((list(generated), list(references), model, layer))
-        return {f"bert_score_{name}": [float(len(text)) for text in generated] for name in ("precision", "recall", "f1")}
+        return {
+            f"bert_score_{name}": [float(len(text)) for text in generated]
+            for name in ("precision", "recall", "f1")
+        }
 
     monkeypatch.setattr(text_metrics, "bert_score", bert_score)
     evaluate(module, tmp_path, report=EvaluationReport(str(tmp_path), bert_model="./bert", bert_layer=2))
@@ -326,12 +349,19 @@ def test_what_the_model_really_writes_is_compared(module, tiny_backbone, tmp_pat
     """Own data, nothing faked: three tokens of a model that knows nothing, against the response of its row."""
     monkeypatch.setattr(module.decoding, "max_new_tokens", 3)
     data = OwnDataModule(
-        template="plain", train_on="response", max_length=400, test=["calendar[:4]"], evaluate_by=["likelihood", "generation"]
+        template="plain",
+        train_on="response",
+        max_length=400,
+        test=["calendar[:4]"],
+        evaluate_by=["likelihood", "generation"],
     )
     data.connect(load_tokenizer(BackboneConfig(id=str(tiny_backbone))))
     report = EvaluationReport(str(tmp_path))
     tiny_trainer(tmp_path, report).test(module, datamodule=data, verbose=False)
-    rows = [json.loads(line) for line in (SAMPLES.parent / "calendar" / "test.jsonl").read_bytes().splitlines()[:4]]
+    rows = [
+        json.loads(line)
+        for line in (SAMPLES.parent / "calendar" / "test.jsonl").read_bytes().splitlines()[:4]
+    ]
     responses = [row["messages"][-1]["content"] if "messages" in row else row["output"] for row in rows]
     generations = [row["generation"] for row in lines(tmp_path)]
     assert [found["reference"] for found in generations] == responses
@@ -348,12 +378,18 @@ def test_a_layer_that_the_model_does_not_have_is_said_before_anything_is_compute
     from transformers import RobertaConfig, RobertaModel
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
-    RobertaModel(RobertaConfig(vocab_size=400, max_position_embeddings=520, **sizes)).save_pretrained(tmp_path / "bert")
+    RobertaModel(RobertaConfig(vocab_size=400, max_position_embeddings=520, **sizes)).save_pretrained(
+        tmp_path / "bert"
+    )
     load_tokenizer(BackboneConfig(id=str(tiny_backbone))).save_pretrained(tmp_path / "bert")
     data = DialogueDataModule(template="plain", train_on="response", max_length=400, test=["smalltalk[:1]"])
     data.evaluate_by = ["generation"]
     data.connect(load_tokenizer(BackboneConfig(id=str(tiny_backbone))))
     module = tiny_module(tiny_backbone)
-    report = EvaluationReport(str(tmp_path / "folder"), bert_model=str(tmp_path / "bert"))  # bert_layer stays 17
-    with pytest.raises(ConfigError, match=r"evaluation\.bert_layer: 17; .*bert has 3 layers, accepted: 1 to 3$"):
+    report = EvaluationReport(
+        str(tmp_path / "folder"), bert_model=str(tmp_path / "bert")
+    )  # bert_layer stays 17
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.bert_layer: 17; .*bert has 3 layers, accepted: 1 to 3$"
+    ):
         tiny_trainer(tmp_path, report).test(module, datamodule=data, verbose=False)

@@ -76,7 +76,9 @@ def test_totals_over_time(tiny_backbone, tmp_path, monkeypatch, accumulate, ever
         assert reading["step_seconds"] == pytest.approx((WAIT + WORK) * accumulate)
         assert reading["data_wait_seconds"] == pytest.approx(WAIT * accumulate)
     rest = slice(max(found) * accumulate, None)
-    expected = sum(clock.tokens[rest]) / ((WAIT + WORK) * len(clock.tokens[rest])) if clock.tokens[rest] else None
+    expected = (
+        sum(clock.tokens[rest]) / ((WAIT + WORK) * len(clock.tokens[rest])) if clock.tokens[rest] else None
+    )
     assert measured.tokens_per_second == pytest.approx(expected or found[4]["tokens_per_second"])
 
 
@@ -103,7 +105,9 @@ def operations_of_real_steps(folder, data, **adapter):
     ("update", "gate", "checkpointing"),
     [("hira", "token", False), ("hira", "token", True), ("lora", "none", False), ("dora", "static", False)],
 )
-def test_operations_are_those_of_the_real_steps(tiny_backbone, tmp_path, monkeypatch, update, gate, checkpointing):
+def test_operations_are_those_of_the_real_steps(
+    tiny_backbone, tmp_path, monkeypatch, update, gate, checkpointing
+):
     """One row a batch, so that nothing is padded. Recomputed layers are no use, and do not count."""
     data = tiny_data(tiny_backbone, batch_size=1, train=["everyday[:10]"])
     expected = operations_of_real_steps(tiny_backbone, data, update=update, gate=gate)
@@ -112,7 +116,9 @@ def test_operations_are_those_of_the_real_steps(tiny_backbone, tmp_path, monkeyp
     module.backbone.gradient_checkpointing = checkpointing
     tiny_trainer(tmp_path, clock, Throughput(2, peak_tflops=0.5), logger=logger).fit(module, datamodule=data)
     for reading in readings(logger).values():
-        assert reading["model_tflops"] == pytest.approx(reading["tokens_per_second"] * expected / 1e12, rel=0.02)
+        assert reading["model_tflops"] == pytest.approx(
+            reading["tokens_per_second"] * expected / 1e12, rel=0.02
+        )
         assert reading["model_flops_utilization"] == pytest.approx(reading["model_tflops"] / 0.5)
 
 
@@ -156,7 +162,9 @@ def test_the_mean_micro_batch():
 
 def test_a_cpu_says_what_is_done_but_not_of_how_much(tiny_backbone, tmp_path):
     logger = CSVLogger(tmp_path)
-    tiny_trainer(tmp_path, Throughput(2), logger=logger).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    tiny_trainer(tmp_path, Throughput(2), logger=logger).fit(
+        tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone)
+    )
     held = int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
     for reading in readings(logger).values():
         assert set(reading) == {
@@ -181,19 +189,29 @@ def test_memory_of_a_gpu_is_its_peak_between_two_readings(tiny_backbone, tmp_pat
 
 def test_switched_off_it_leaves_the_peak_to_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: pytest.fail("reset"))
-    Throughput(0).on_train_start(SimpleNamespace(loggers=[], global_step=0), SimpleNamespace(device=torch.device("cuda", 0)))
+    Throughput(0).on_train_start(
+        SimpleNamespace(loggers=[], global_step=0), SimpleNamespace(device=torch.device("cuda", 0))
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, AttributeError])
-def test_a_model_that_cannot_be_counted_is_trained_all_the_same(tiny_backbone, tmp_path, monkeypatch, caplog, error):
+def test_a_model_that_cannot_be_counted_is_trained_all_the_same(
+    tiny_backbone, tmp_path, monkeypatch, caplog, error
+):
     def refuse(*_):
         raise error("what its code says")
 
     monkeypatch.setattr(costs, "_loss", refuse)
     logger = CSVLogger(tmp_path)
-    tiny_trainer(tmp_path, Throughput(2), logger=logger).fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
-    assert all("model_tflops" not in reading and "step_seconds" in reading for reading in readings(logger).values())
-    (line,) = [line for line in caplog.messages if "no operations a second, for they cannot be counted" in line]
+    tiny_trainer(tmp_path, Throughput(2), logger=logger).fit(
+        tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone)
+    )
+    assert all(
+        "model_tflops" not in reading and "step_seconds" in reading for reading in readings(logger).values()
+    )
+    (line,) = [
+        line for line in caplog.messages if "no operations a second, for they cannot be counted" in line
+    ]
     assert re.search(rf"LlamaForCausalLM .*\({error.__name__}: .*what its code says", line)
 
 
@@ -220,11 +238,15 @@ def test_switched_off(tiny_backbone, tmp_path):
 
 
 def test_a_negative_interval_is_refused():
-    with pytest.raises(ValueError, match=r"throughput\.every_n_steps: -1; accepted: at least 1, or 0 for never"):
+    with pytest.raises(
+        ValueError, match=r"throughput\.every_n_steps: -1; accepted: at least 1, or 0 for never"
+    ):
         Throughput(-1)
 
 
 @pytest.mark.parametrize("peak", [0.0, -5.0, float("nan"), float("inf")])
 def test_a_peak_that_is_none_is_refused(peak):
-    with pytest.raises(ValueError, match=rf"throughput\.peak_tflops: {peak}; accepted: a number above 0, or null"):
+    with pytest.raises(
+        ValueError, match=rf"throughput\.peak_tflops: {peak}; accepted: a number above 0, or null"
+    ):
         Throughput(peak_tflops=peak)

@@ -136,11 +136,20 @@ def test_a_record_that_pytorch_would_not_read_is_damage(file, tmp_path, number):
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("os", "system"), ("torch.distributed.checkpoint.metadata", "os.system"), ("torch", "load"), ("builtins", "eval")],
+    [
+        ("os", "system"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch", "load"),
+        ("builtins", "eval"),
+    ],
 )
 def test_metadata_that_would_run_a_program_is_refused(copied, tmp_path, module, name):
     """Its digest fits: whoever forges the one forges the other. Pickle follows dots into what a module imports."""
-    forged = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)) + b"\x93"
+    forged = (
+        b"\x80\x04"
+        + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
+        + b"\x93"
+    )
     command = f"touch {tmp_path / 'ran'}"
     forged += b"\x8c" + bytes([len(command)]) + command.encode() + b"\x85R."  # (command,), call it
     (copied / ".metadata").write_bytes(forged)
@@ -148,7 +157,8 @@ def test_metadata_that_would_run_a_program_is_refused(copied, tmp_path, module, 
     digests[".metadata"] = hashlib.sha256(forged).hexdigest()
     (copied / "files.json").write_text(json.dumps(digests))
     with pytest.raises(
-        CheckpointError, match=rf"not to be trusted \(\.metadata: {re.escape(module)}\.{re.escape(name)} has no"
+        CheckpointError,
+        match=rf"not to be trusted \(\.metadata: {re.escape(module)}\.{re.escape(name)} has no",
     ):
         WholeCheckpointIO().load_checkpoint(copied, weights_only=True)
     assert not (tmp_path / "ran").exists()
@@ -190,7 +200,9 @@ def test_a_list_of_files_that_is_none(copied, text):
 def test_loading_what_is_damaged_is_an_error_that_names_it(copied, file, tmp_path):
     path = tmp_path / "flipped.ckpt"
     path.write_bytes(flipped(file.read_bytes(), min(tensor_bytes(file)), 0))
-    with pytest.raises(CheckpointError, match=r"flipped\.ckpt: it is damaged \(record last/data/0 is not what was written\)"):
+    with pytest.raises(
+        CheckpointError, match=r"flipped\.ckpt: it is damaged \(record last/data/0 is not what was written\)"
+    ):
         WholeCheckpointIO().load_checkpoint(path)
     (copied / "rest.pt").unlink()
     with pytest.raises(CheckpointError, match=r"last\.ckpt: it is damaged \(rest\.pt is missing\)"):
@@ -245,7 +257,10 @@ def empty(path):
         (cut, "it is damaged (File is not a zip file)"),
         (flip, "it is damaged (record last/data/0 is not what was written)"),
         (empty, "it is empty"),
-        (lambda path: torch.save([1, 2], path), "it cannot be read (list indices must be integers or slices, not str)"),
+        (
+            lambda path: torch.save([1, 2], path),
+            "it cannot be read (list indices must be integers or slices, not str)",
+        ),
         (lambda path: path.write_text("no checkpoint"), "it is damaged (File is not a zip file)"),
     ],
     ids=["cut", "flipped", "empty", "foreign", "text"],
@@ -322,7 +337,9 @@ def steps(root):
         if ".draft" in path.name:
             continue
         assert damage(path) == ""
-        found[path.name] = torch.load(path / "rest.pt" if path.is_dir() else path, weights_only=True)["global_step"]
+        found[path.name] = torch.load(path / "rest.pt" if path.is_dir() else path, weights_only=True)[
+            "global_step"
+        ]
     return found
 
 
@@ -333,7 +350,9 @@ def test_the_last_ones_are_kept_by_number(tmp_path, sharded):
     assert steps(tmp_path) == {"last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2}
 
 
-@pytest.mark.parametrize("order", [(False, True), (True, False)], ids=["whole, then sharded", "sharded, then whole"])
+@pytest.mark.parametrize(
+    "order", [(False, True), (True, False)], ids=["whole, then sharded", "sharded, then whole"]
+)
 def test_one_kind_takes_the_place_of_the_other(tmp_path, order):
     for step, sharded in enumerate((order[0], order[0], order[1], order[1], order[1])):
         write(tmp_path, step, 2, sharded)
@@ -351,7 +370,9 @@ def test_killed_before_any_change_of_a_name_there_is_a_newest(tmp_path, monkeypa
 
     def watch(change):
         def watched(*args, **kwargs):
-            moments.append(shutil.copytree(root, tmp_path / f"moment-{len(moments)}"))  # what a kill would leave
+            moments.append(
+                shutil.copytree(root, tmp_path / f"moment-{len(moments)}")
+            )  # what a kill would leave
             return change(*args, **kwargs)
 
         return watched
@@ -409,7 +430,9 @@ def disk(folder, kilobytes):
     if shutil.which("mount") is None or os.geteuid():
         pytest.skip("only root can mount a disk to fill")
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         pytest.skip(f"cannot mount a disk to fill: {done.stderr.strip()}")
@@ -467,7 +490,9 @@ class Quota(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == 2:
             self.before = (Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt").read_bytes()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(self.before) // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (len(self.before) // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            )
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_a_run(tiny_backbone, tmp_path):
@@ -475,7 +500,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run(tiny_backbone, tmp_path)
     trainer = tiny_trainer(tmp_path, quota, AdapterCheckpoint(monitor=None, every_n_steps=1))
     with (
         largest_file(10_000_000),
-        pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*/checkpoints/last\.ckpt \(.*File too large"),
+        pytest.raises(
+            CheckpointError, match=r"cannot write the checkpoint .*/checkpoints/last\.ckpt \(.*File too large"
+        ),
     ):
         trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
     assert trainer.global_step == 3
@@ -489,10 +516,19 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run(tiny_backbone, tmp_path)
 def test_a_full_disk_ends_a_run_with_one_line(tiny_backbone, tmp_path, monkeypatch, capsys):
     """The disk has room for one checkpoint, and for half of the next."""
     monkeypatch.chdir(tmp_path)
-    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), "--checkpoint.every_n_steps", "1"]
+    args = [
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        *tiny_args(tiny_backbone),
+        "--checkpoint.every_n_steps",
+        "1",
+    ]
     args += ["--trainer.val_check_interval", "1.0"]
     assert main([*args, "--trainer.logger.init_args.version", "roomy", "--trainer.max_steps", "1"]) == 0
-    written = sum(path.stat().st_size for path in Path("runs/quickstart/roomy/checkpoints").rglob("*") if path.is_file())
+    written = sum(
+        path.stat().st_size for path in Path("runs/quickstart/roomy/checkpoints").rglob("*") if path.is_file()
+    )
     size = Path("runs/quickstart/roomy/checkpoints/last.ckpt").stat().st_size
     capsys.readouterr()
     with disk(tmp_path / "runs/quickstart/full/checkpoints", (written + size // 2) // 1024) as folder:

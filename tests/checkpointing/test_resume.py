@@ -70,13 +70,19 @@ def test_a_folder_goes_on_from_its_newest(args, whole, cut, caplog):
     assert resumed_of() == (whole / ADAPTER).read_bytes()
 
 
-@pytest.mark.parametrize("damaged", [["last.ckpt"], ["last.ckpt", "last-1.ckpt"]], ids=["newest", "newest two"])
+@pytest.mark.parametrize(
+    "damaged", [["last.ckpt"], ["last.ckpt", "last-1.ckpt"]], ids=["newest", "newest two"]
+)
 def test_a_folder_goes_on_from_the_one_before_what_is_damaged(args, whole, cut, caplog, damaged):
     for name in damaged:
         flip(cut / name)
     with caplog.at_level("INFO", "gatera_lightning"):
         assert main([*args, "--ckpt_path", "saved"]) == 0
-    said = [record.getMessage() for record in caplog.records if record.name == "gatera_lightning.checkpointing.checkpoint_io"]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "gatera_lightning.checkpointing.checkpoint_io"
+    ]
     skipped = sorted(text.partition(": it is damaged (record ")[0] for text in said[:-1])
     assert skipped == sorted(f"skipping the checkpoint saved/{name}" for name in damaged)
     assert said[-1] == f"continuing from saved/last-{len(damaged)}.ckpt, at optimizer step {4 - len(damaged)}"
@@ -107,7 +113,9 @@ def test_a_folder_in_which_all_is_damaged(args, cut, capsys):
     for path in cut.glob("*.ckpt"):
         flip(path)
     assert main([*args, "--ckpt_path", "saved"]) == 1
-    assert "saved: every checkpoint is damaged: last-1.ckpt, last-2.ckpt, last.ckpt" in capsys.readouterr().err
+    assert (
+        "saved: every checkpoint is damaged: last-1.ckpt, last-2.ckpt, last.ckpt" in capsys.readouterr().err
+    )
 
 
 def test_a_damaged_file_is_no_start(args, cut, capsys):
@@ -166,7 +174,9 @@ def test_a_resumed_run_has_the_histograms_of_the_whole_one(args, whole, cut):
     expected, found = gates(whole), gates(Path("runs/quickstart/version_0"))
     assert (set(expected), set(found)) == ({2, 4, 6}, {4, 6})
     groups, modules = 1 + 5 + 2, 10  # all modules, families, layers; each module
-    assert len(found[4]) == (groups + modules) * 2 + groups * 2 * 4 + 1  # histograms, scalars, and the shares from step 2 on
+    assert (
+        len(found[4]) == (groups + modules) * 2 + groups * 2 * 4 + 1
+    )  # histograms, scalars, and the shares from step 2 on
     assert {step: expected[step] for step in found} == found
 
 
@@ -275,7 +285,10 @@ def test_a_step_left_out_moves_nothing_but_the_schedule(recorded, third, tmp_pat
     assert all(torch.isfinite(tensor).all() for tensor in watch.parameters[3] + watch.moments[3])
     assert watch.rates == clean.rates  # the schedule goes on as if the step had been taken
     assert [logged.get("train/skipped_steps") for logged in watch.logged][:3] == [None, None, 1.0]
-    assert f"left out 1 of at most 1 steps: the loss of optimizer step 2 is {'nan' if kind == 'loss' else ''}" in caplog.text
+    assert (
+        f"left out 1 of at most 1 steps: the loss of optimizer step 2 is {'nan' if kind == 'loss' else ''}"
+        in caplog.text
+    )
     saved = [torch.load(tmp_path / f"step_{step}.ckpt", weights_only=True) for step in (2, 3, 4)]
     assert [checkpoint["skipped_steps"] for checkpoint in saved] == [0, 1, 1]
     assert [checkpoint["global_step"] for checkpoint in saved] == [2, 3, 4]
@@ -288,20 +301,27 @@ def test_a_resumed_run_counts_what_was_left_out_before(recorded, third, tmp_path
     resumed = recorded(skip=1, resume=f"{tmp_path}/step_3.ckpt")
     assert same(resumed.parameters[-1], whole.parameters[-1])
     with pytest.raises(
-        NonFiniteLossError, match=r"optimizer step 3 is nan .* Steps left out before: 1 of 1\. Last checkpoint: "
+        NonFiniteLossError,
+        match=r"optimizer step 3 is nan .* Steps left out before: 1 of 1\. Last checkpoint: ",
     ):
         recorded(skip=1, poison=clean.ids[3][0], resume=f"{tmp_path}/step_3.ckpt")
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_without_leave_to_skip_the_error_names_step_examples_and_last_checkpoint(recorded, third, tmp_path, keep):
+def test_without_leave_to_skip_the_error_names_step_examples_and_last_checkpoint(
+    recorded, third, tmp_path, keep
+):
     clean, example = third
     with pytest.raises(NonFiniteLossError) as caught:
         recorded(poison=example, keep=keep)
     last = tmp_path / "checkpoints" / "last.ckpt"
     said = str(caught.value)
     assert said.startswith("the loss of optimizer step 2 is nan")
-    assert f"example ids of the micro-batches concerned: {sorted(clean.ids[2])}. The step was not taken" in said
-    assert said.endswith(f"Steps left out before: 0 of 0. Last checkpoint: {last if keep else 'none was written'}")
+    assert (
+        f"example ids of the micro-batches concerned: {sorted(clean.ids[2])}. The step was not taken" in said
+    )
+    assert said.endswith(
+        f"Steps left out before: 0 of 0. Last checkpoint: {last if keep else 'none was written'}"
+    )
     if keep:
         assert torch.load(last, weights_only=True)["global_step"] == 2

@@ -82,7 +82,9 @@ def test_shipped_configs_are_found_by_name(name, path):
     assert found.is_file()
 
 
-@pytest.mark.parametrize("spelling", [["--config", "lora.yaml"], ["--config=lora.yaml"], ["-c", "lora.yaml"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "spelling", [["--config", "lora.yaml"], ["--config=lora.yaml"], ["-c", "lora.yaml"]], ids=" ".join
+)
 def test_every_spelling_of_the_option(spelling):
     found = with_found_configs(["fit", *spelling, "--model.adapter.rank", "4"])
     assert found == ["fit", "--config", str(SHIPPED / "overlays" / "lora.yaml"), "--model.adapter.rank", "4"]
@@ -116,7 +118,10 @@ def test_later_configs_win_and_flags_win_over_all(elsewhere, capsys, tiny_backbo
     )
     configs = ["fit", "-c", "quickstart.yaml", "--config=lora.yaml", "--config", "mine.yaml"]
     model = printed_config(capsys, *configs, "--model.adapter.dropout", "0.2")["model"]
-    assert (model["adapter"]["update"], model["adapter"]["gate"]) == ("lora", "none")  # lora.yaml over quickstart.yaml
+    assert (model["adapter"]["update"], model["adapter"]["gate"]) == (
+        "lora",
+        "none",
+    )  # lora.yaml over quickstart.yaml
     assert model["adapter"]["rank"] == 8  # mine.yaml over quickstart.yaml
     assert model["adapter"]["dropout"] == 0.2  # flag over mine.yaml
     assert model["optimizer"]["lr"] == 0.5  # mine.yaml over lora.yaml
@@ -126,7 +131,9 @@ def test_later_configs_win_and_flags_win_over_all(elsewhere, capsys, tiny_backbo
 
 
 def test_the_order_of_configs_matters(elsewhere, capsys, tiny_backbone):
-    (elsewhere / "mine.yaml").write_text(f"model: {{optimizer: {{lr: 0.5}}, backbone: {{id: {tiny_backbone}}}}}")
+    (elsewhere / "mine.yaml").write_text(
+        f"model: {{optimizer: {{lr: 0.5}}, backbone: {{id: {tiny_backbone}}}}}"
+    )
     configs = ["fit", "--config", "quickstart.yaml", "--config", "mine.yaml", "--config", "lora.yaml"]
     assert printed_config(capsys, *configs)["model"]["optimizer"]["lr"] == 2e-3
 
@@ -143,7 +150,14 @@ BAD = [
     *("--model.adapter.rank", "-1", "--model.adapter.alpha", "3", "--model.optimizer.lr", "0"),
     *("--model.gate_entropy_weight", "-1", "--model.warm_start", "nowhere"),
     *("--data.init_args.train", "[nothing]", "--data.init_args.batch_size", "0"),
-    *("--trainer.precision", "16-mixed", "--trainer.use_distributed_sampler", "true", "--trainer.strategy", "fsdp"),
+    *(
+        "--trainer.precision",
+        "16-mixed",
+        "--trainer.use_distributed_sampler",
+        "true",
+        "--trainer.strategy",
+        "fsdp",
+    ),
     *("--trainer.val_check_interval", "00:00:10:00"),
 ]
 SAID = [
@@ -181,7 +195,11 @@ def test_all_problems_at_once_before_any_weight_is_loaded(args, capsys, monkeypa
     [
         ("gate_histogram.every_n_steps", "-1", "accepted: at least 1, or 0 for never"),
         ("throughput.every_n_steps", "-1", "accepted: at least 1, or 0 for never"),
-        ("model.backbone.id", "package:no_such_package.part", "needs the Python package no_such_package.part"),
+        (
+            "model.backbone.id",
+            "package:no_such_package.part",
+            "needs the Python package no_such_package.part",
+        ),
     ],
 )
 def test_a_problem_of_any_section_is_a_configuration_problem(args, capsys, monkeypatch, flag, value, said):
@@ -228,7 +246,9 @@ def test_a_closed_choice_lists_its_values(args, capsys, flag, accepted):
 def test_what_the_loss_is_computed_on_must_be_said(elsewhere, capsys, missing):
     settings = {"template": "plain", "answer_format": "content", "train_on": "response"}
     del settings[missing]
-    config = {"data": {"class_path": "gatera_lightning.datamodules.CommonsenseDataModule", "init_args": settings}}
+    config = {
+        "data": {"class_path": "gatera_lightning.datamodules.CommonsenseDataModule", "init_args": settings}
+    }
     (elsewhere / "mine.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", "mine.yaml"]) == 2
     assert f"data.{missing}: is not set; accepted: " in capsys.readouterr().err
@@ -278,7 +298,14 @@ def test_a_first_word_that_is_no_verb(capsys):
 def runs(tiny_backbone, tmp_path_factory):
     """The folder in which ``fit`` ran twice, and the first run's files as they were before the second."""
     root = tmp_path_factory.mktemp("runs")
-    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), "--gate_histogram.every_n_steps", "1"]
+    args = [
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        *tiny_args(tiny_backbone),
+        "--gate_histogram.every_n_steps",
+        "1",
+    ]
     with contextlib.chdir(root):
         assert main(args) == 0
         first = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
@@ -288,7 +315,10 @@ def runs(tiny_backbone, tmp_path_factory):
 
 def test_a_second_run_overwrites_nothing(runs):
     root, first = runs
-    assert sorted(path.name for path in (root / "runs" / "quickstart").iterdir()) == ["version_0", "version_1"]
+    assert sorted(path.name for path in (root / "runs" / "quickstart").iterdir()) == [
+        "version_0",
+        "version_1",
+    ]
     assert {path: path.read_bytes() for path in first} == first
     versions = [root / "runs" / "quickstart" / f"version_{i}" for i in (0, 1)]
     kept = [{str(path.relative_to(v)).partition("tfevents")[0] for path in v.rglob("*")} for v in versions]
@@ -299,7 +329,15 @@ def test_a_second_run_overwrites_nothing(runs):
 def test_the_same_seed_gives_the_same_adapter(runs):
     root, _ = runs
     adapters = [
-        load_file(root / "runs" / "quickstart" / f"version_{i}" / "checkpoints" / "last" / "adapter_model.safetensors")
+        load_file(
+            root
+            / "runs"
+            / "quickstart"
+            / f"version_{i}"
+            / "checkpoints"
+            / "last"
+            / "adapter_model.safetensors"
+        )
         for i in (0, 1)
     ]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
@@ -391,7 +429,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(args, capsys):
     assert main([*args, *flags]) == 1
     error = capsys.readouterr().err
     assert "the loss of optimizer step 1 is nan" in error
-    ids = [int(i) for i in re.search(r"example ids of the micro-batches concerned: \[(.*?)\]", error)[1].split(", ")]
+    ids = [
+        int(i)
+        for i in re.search(r"example ids of the micro-batches concerned: \[(.*?)\]", error)[1].split(", ")
+    ]
     assert 8 <= len(set(ids)) <= 16  # of one micro-batch at least
     assert set(ids) <= set(range(48))
     assert "optimizer.lr too large (1e+30)" in error
@@ -416,8 +457,12 @@ def test_a_hub_id_without_network_says_what_would_work(args, capsys):
     ],
     ids=["answer", "instruction", "input"],
 )
-def test_a_malformed_row_is_named_before_weights_are_loaded(args, elsewhere, capsys, monkeypatch, change, said):
-    monkeypatch.setattr(gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded"))
+def test_a_malformed_row_is_named_before_weights_are_loaded(
+    args, elsewhere, capsys, monkeypatch, change, said
+):
+    monkeypatch.setattr(
+        gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded")
+    )
     rows = sample_rows("train")[:20]
     rows[16] |= change
     (elsewhere / "rows.json").write_text(json.dumps(rows))
@@ -432,12 +477,22 @@ def test_rows_of_a_task_may_be_limited_as_documented(args, capsys, tiny_backbone
 
 def test_the_debug_overlay_serves_every_verb(args, elsewhere):
     """What debug.yaml promises: two batches of every evaluation."""
-    debug = ["--config", "quickstart.yaml", "--config", "debug.yaml", *args[3:], "--data.init_args.eval_batch_size", "7"]
+    debug = [
+        "--config",
+        "quickstart.yaml",
+        "--config",
+        "debug.yaml",
+        *args[3:],
+        "--data.init_args.eval_batch_size",
+        "7",
+    ]
     assert main(["test", *debug]) == 0
     assert main(["predict", *debug]) == 0
 
 
-def test_targets_that_match_nothing_are_told_from_the_model_s_config_alone(args, capsys, monkeypatch, elsewhere):
+def test_targets_that_match_nothing_are_told_from_the_model_s_config_alone(
+    args, capsys, monkeypatch, elsewhere
+):
     without_weights(monkeypatch)
     flags = ["--model.adapter.target_modules", "[q_proj, nothing]", "--model.adapter.layers", "[0, 9]"]
     assert main([*args, *flags]) == 2
@@ -464,7 +519,9 @@ def test_demo_compares_before_and_after(args, capsys, monkeypatch):
     table = out[out.index("GateRA in a few minutes") :]
     assert "before" in table
     assert "after" in table
-    before, after = map(float, re.search(r"nats per target token\s*│\s*([\d.]+)\s*│\s*([\d.]+)", table).groups())
+    before, after = map(
+        float, re.search(r"nats per target token\s*│\s*([\d.]+)\s*│\s*([\d.]+)", table).groups()
+    )
     assert after < before
     assert re.search(r"accuracy, per-token likelihood\s*│\s*[\d.]+ \[[\d.]+, [\d.]+\]\s*│", table)
     adapter = Path(re.search(r"adapter: +(\S+)", table)[1])

@@ -8,14 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+)
 
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, inject_adapters, record_gates
 from gatera_lightning.adapters.injection import adapter_parameters
 from gatera_lightning.backbone.loading import ready_for_training
 from gatera_lightning.backbone.recomputation import elementwise_recomputed
 from gatera_lightning.cli.commands.estimate import Layout, predict_memory
-from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs, step_flops
+from gatera_lightning.cost_model.step_costs import (
+    MicroBatch,
+    build_on_meta,
+    model_sizes,
+    step_costs,
+    step_flops,
+)
 from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head
 from gatera_lightning.objectives.next_token import summed_gate_entropy, target_positions_only
 
@@ -69,11 +82,15 @@ def real_step(model, batch):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("update", "gate"), [("hira", "token"), ("hira", "none"), ("lora", "token"), ("dora", "static")])
+@pytest.mark.parametrize(
+    ("update", "gate"), [("hira", "token"), ("hira", "none"), ("lora", "token"), ("dora", "static")]
+)
 def test_the_peak_of_a_real_step(update, gate, dtype, checkpointing):
     backbone = BackboneConfig(id="here", gradient_checkpointing=checkpointing)
     adapter = AdapterConfig(update=update, gate=gate, rank=8)
-    planned = step_costs(build_on_meta(LLAMA, backbone, adapter, getattr(torch, dtype)), BATCH, recomputed=checkpointing)
+    planned = step_costs(
+        build_on_meta(LLAMA, backbone, adapter, getattr(torch, dtype)), BATCH, recomputed=checkpointing
+    )
     model = AutoModelForCausalLM.from_config(LLAMA, dtype=getattr(torch, dtype))
     inject_adapters(model, adapter)
     ready_for_training(model, backbone)
@@ -82,7 +99,9 @@ def test_the_peak_of_a_real_step(update, gate, dtype, checkpointing):
 
 def test_another_family():
     config = Qwen3Config(vocab_size=300, head_dim=16, **SIZES)
-    planned = step_costs(build_on_meta(config, BackboneConfig(id="here"), AdapterConfig(rank=4), torch.float32), BATCH)
+    planned = step_costs(
+        build_on_meta(config, BackboneConfig(id="here"), AdapterConfig(rank=4), torch.float32), BATCH
+    )
     model = AutoModelForCausalLM.from_config(config)
     inject_adapters(model, AdapterConfig(rank=4))
     ready_for_training(model, BackboneConfig(id="here"))
@@ -117,7 +136,8 @@ def test_sizes_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("gate", "dtype", "products"), [("none", torch.float32, 0), ("none", torch.bfloat16, 1), ("token", torch.float32, 1)]
+    ("gate", "dtype", "products"),
+    [("none", torch.float32, 0), ("none", torch.bfloat16, 1), ("token", torch.float32, 1)],
 )
 def test_operations_by_hand(gate, dtype, products):
     """A frozen layer is one product, the head another, of its loss's gradient; HiRA's is BA, and another unless merged.
@@ -129,7 +149,10 @@ def test_operations_by_hand(gate, dtype, products):
     tokens, matrix = 8 * 64, 2 * 96 * 256
     layer = 2 * tokens * (96 * 96 * 2 + 2 * 96 * 32 + 3 * 96 * 256)
     attention = 2 * 64**2 * 96 * 8 * 4  # half of the square, two products
-    assert costs.forward_flops == 4 * layer + 2 * 2 * 96 * 96 * 512 + matrix * (8 + products * tokens) + attention
+    assert (
+        costs.forward_flops
+        == 4 * layer + 2 * 2 * 96 * 96 * 512 + matrix * (8 + products * tokens) + attention
+    )
     # Below the adapted layer nothing has a gradient: down_proj, and up_proj's dP, dA and dB.
     assert costs.backward_flops >= 2 * tokens * 96 * 256 + matrix * (tokens + 2 * 8)
     assert costs.backward_flops < costs.forward_flops
@@ -138,14 +161,19 @@ def test_operations_by_hand(gate, dtype, products):
 def test_a_model_whose_code_needs_numbers_is_said():
     model = build_on_meta(LLAMA, BackboneConfig(id="here"), AdapterConfig(rank=4), torch.float32)
     model.model.layers[1].register_forward_pre_hook(lambda _, args: args[0].sum().item())
-    with pytest.raises(ConfigError, match=r"^backbone.id: LlamaForCausalLM cannot be carried out without its numbers \(.*item"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^backbone.id: LlamaForCausalLM cannot be carried out without its numbers \(.*item",
+    ):
         step_costs(model, BATCH)
 
 
 def test_a_model_that_cannot_even_be_built_is_said():
     """Falcon keeps a table of attentions of its own."""
     config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    with pytest.raises(ConfigError, match=r"^backbone.id: Falcon cannot be carried out without its numbers \(KeyError: "):
+    with pytest.raises(
+        ConfigError, match=r"^backbone.id: Falcon cannot be carried out without its numbers \(KeyError: "
+    ):
         build_on_meta(config, BackboneConfig(id="here"), AdapterConfig(rank=4), torch.bfloat16)
 
 
@@ -154,7 +182,9 @@ def test_operations_of_a_mixture_are_those_of_the_experts_that_a_token_meets():
     adapter, flops = AdapterConfig(rank=8, gate="none", target_modules=["q_proj"], layers=[0]), []
     for width in (64, 4096):
         sizes = SIZES | {"intermediate_size": width, "num_local_experts": 4, "num_experts_per_tok": 2}
-        model = build_on_meta(MixtralConfig(vocab_size=512, **sizes), BackboneConfig(id="here"), adapter, torch.bfloat16)
+        model = build_on_meta(
+            MixtralConfig(vocab_size=512, **sizes), BackboneConfig(id="here"), adapter, torch.bfloat16
+        )
         flops.append(step_flops(model, BATCH))
     expected = 4 * 2 * (8 * 64) * 2 * 3 * 96 * (4096 - 64)
     assert [wide - narrow for narrow, wide in zip(*flops, strict=True)] == [expected, expected]
@@ -166,7 +196,10 @@ def test_a_shard_of_two(tmp_path, vocabulary):
     """What one of two sharded processes really had out, weights and moments included."""
     script = Path(__file__).parents[1] / "helpers" / "memory_script.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out.json"), str(vocabulary)], capture_output=True, text=True, timeout=240
+        [sys.executable, str(script), str(tmp_path / "out.json"), str(vocabulary)],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())

@@ -62,7 +62,10 @@ def _characters(*merges):
     """One token per character, plus the given merges; no pre-tokenizer, so a merge may span anything."""
     from tokenizers import Tokenizer, decoders, models
 
-    vocabulary = {text: number for number, text in enumerate([*SPECIAL, *string.printable, *("".join(m) for m in merges)])}
+    vocabulary = {
+        text: number
+        for number, text in enumerate([*SPECIAL, *string.printable, *("".join(m) for m in merges)])
+    }
     backend = Tokenizer(models.BPE(vocabulary, list(merges)))
     backend.decoder = decoders.Fuse()
     return backend
@@ -73,7 +76,9 @@ def _words():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*SPECIAL, "Question:", "cat?", "Answer:", "yes", "no", "never"]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return backend
 

@@ -11,7 +11,9 @@ from gatera_lightning.datamodules.leakage import Leakage, find_leakage
 
 
 def test_rows_and_tasks_are_counted():
-    found = find_leakage(["a", "b", "b", "c"], ["x", "b", "a", "y", "b"], ["zoo", "zoo", "art", "art", "zoo"], "test")
+    found = find_leakage(
+        ["a", "b", "b", "c"], ["x", "b", "a", "y", "b"], ["zoo", "zoo", "art", "art", "zoo"], "test"
+    )
     assert found == Leakage("test", of=5, rows=(1, 2, 4), tasks={"zoo": 2, "art": 1})
     assert str(found) == (
         "leakage: 3 of 5 test rows are training rows too (art 1, zoo 2; row numbers from 0: 1, 2, 4). "
@@ -102,7 +104,9 @@ def test_test_rows_that_cannot_be_used_are_said(sources, make_data, write, rows)
 
 
 def test_no_test_source_says_nothing(sources, make_data):
-    assert [found.split for found in make_data(stage="fit", **sources | {"test": []}).leakage()] == ["validation"]
+    assert [found.split for found in make_data(stage="fit", **sources | {"test": []}).leakage()] == [
+        "validation"
+    ]
 
 
 # --- what is logged ---
@@ -111,7 +115,11 @@ def test_no_test_source_says_nothing(sources, make_data):
 def _logged(caplog, build):
     with caplog.at_level(logging.INFO, logger="gatera_lightning.datamodules"):
         build()
-    return [(record.levelname, record.getMessage()) for record in caplog.records if "leakage" in record.getMessage()]
+    return [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if "leakage" in record.getMessage()
+    ]
 
 
 def test_fit_logs_a_warning_for_each_split_that_leaks(sources, make_data, caplog):
@@ -124,7 +132,8 @@ def test_fit_logs_a_warning_for_each_split_that_leaks(sources, make_data, caplog
 
 def test_fit_logs_without_alarm_that_nothing_leaks(make_data, write, rows, caplog):
     clean = {
-        split: [write(f"too_{split}.json", rows(9)[k : k + 3])] for split, k in (("train", 0), ("validation", 3), ("test", 6))
+        split: [write(f"too_{split}.json", rows(9)[k : k + 3])]
+        for split, k in (("train", 0), ("validation", 3), ("test", 6))
     }
     assert _logged(caplog, lambda: make_data(stage="fit", **clean)) == [
         ("INFO", "leakage: none of the 3 validation rows is a training row"),
@@ -170,12 +179,20 @@ REAL_LEAKS = {"ARC-Easy": (242, 493), "ARC-Challenge": ()}  # at the source, too
 @pytest.mark.parametrize("task", REAL_LEAKS)
 def test_real_test_rows_among_training_rows(task, real_data, make_data, tokenizers_by_kind):
     trained, tested = (
-        [" ".join(row["instruction"].lower().split()) for row in json.loads((real_data / task / f"{split}.json").read_text())]
+        [
+            " ".join(row["instruction"].lower().split())
+            for row in json.loads((real_data / task / f"{split}.json").read_text())
+        ]
         for split in ("train", "test")
     )
     assert tuple(row for row, text in enumerate(tested) if text in set(trained)) == REAL_LEAKS[task]
     data = make_data(
-        tokenizer=tokenizers_by_kind["words"], data_dir=str(real_data), train=[task], validation=1, test=[task], stage="fit"
+        tokenizer=tokenizers_by_kind["words"],
+        data_dir=str(real_data),
+        train=[task],
+        validation=1,
+        test=[task],
+        stage="fit",
     )
     (found,) = [found for found in data.leakage() if found.split == "test"]
     tasks = {task: len(REAL_LEAKS[task])} if REAL_LEAKS[task] else {}

@@ -20,7 +20,11 @@ import gatera_lightning.cli.main
 from gatera_lightning import AdapterConfig, BackboneConfig
 from gatera_lightning.cli.main import main
 from gatera_lightning.distributed import sharded_loading
-from gatera_lightning.distributed.consistency import refuse_other_number, refuse_without_srun, started_by_slurm
+from gatera_lightning.distributed.consistency import (
+    refuse_other_number,
+    refuse_without_srun,
+    started_by_slurm,
+)
 from gatera_lightning.errors import ConfigError
 
 LAUNCHED = ("SLURM_", "TORCHELASTIC_", "MASTER_", "PL_")
@@ -64,14 +68,32 @@ def launch(tiny_backbone, tmp_path):
 
     def start(args, environment, before):
         program = [*before, "-m", "gatera_lightning", "fit", "--config", "quickstart.yaml"]
-        command = [sys.executable, *program, *tiny_args(tiny_backbone), "--trainer.limit_val_batches", "0", *args]
-        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        return subprocess.Popen(command, cwd=tmp_path, env=here | {"OMP_NUM_THREADS": "1"} | environment, **options)
+        command = [
+            sys.executable,
+            *program,
+            *tiny_args(tiny_backbone),
+            "--trainer.limit_val_batches",
+            "0",
+            *args,
+        ]
+        options = {
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "start_new_session": True,
+        }
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=here | {"OMP_NUM_THREADS": "1"} | environment, **options
+        )
 
     def launch(*processes, before=()):
         started = [start(args, environment, before) for args, environment in processes]
         try:
-            return [(process.returncode, error) for process in started for _, error in [process.communicate(timeout=120)]]
+            return [
+                (process.returncode, error)
+                for process in started
+                for _, error in [process.communicate(timeout=120)]
+            ]
         finally:
             for process in started:
                 with contextlib.suppress(ProcessLookupError):
@@ -98,7 +120,9 @@ def refused(ended, *said, status=2):
 @pytest.mark.slow
 def test_another_number_than_slurm_started(launch):
     ended = launch(*((["--trainer.devices", "3"], of_srun(rank)) for rank in (0, 1)))
-    refused(ended, "trainer.devices: 3", "SLURM started 2", "accepted: --trainer.devices 2 --trainer.num_nodes 1")
+    refused(
+        ended, "trainer.devices: 3", "SLURM started 2", "accepted: --trainer.devices 2 --trainer.num_nodes 1"
+    )
 
 
 @pytest.mark.slow
@@ -110,7 +134,11 @@ def test_another_number_than_torchrun_started_within_a_task_of_slurm(launch, tmp
     )
     assert status != 0
     first, other = (path.read_text() for path in sorted((tmp_path / "logs").rglob("stderr.log")))
-    said = ("trainer.devices: 1", "torchrun started 2 processes", "accepted: --trainer.devices 2 --trainer.num_nodes 1")
+    said = (
+        "trainer.devices: 1",
+        "torchrun started 2 processes",
+        "accepted: --trainer.devices 2 --trainer.num_nodes 1",
+    )
     refused([(2, first), (2, other)], *said)
 
 
@@ -126,7 +154,9 @@ def test_another_number_than_torchrun_started_within_a_task_of_slurm(launch, tmp
         ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 1, 3),
     ],
 )
-def test_numbers_that_differ_are_refused_and_the_accepted_ones_are_not(monkeypatch, environment, nodes, devices):
+def test_numbers_that_differ_are_refused_and_the_accepted_ones_are_not(
+    monkeypatch, environment, nodes, devices
+):
     for name in [name for name in os.environ if name.startswith(LAUNCHED) or name in OF_LAUNCHERS]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -168,14 +198,28 @@ def test_an_interactive_shell_of_slurms_needs_no_srun(monkeypatch):
     ("flags", "said"),
     [
         (["--replicate_size", "3"], "trainer.strategy.replicate_size: 3 does not divide the 2 processes"),
-        (["--replicate_size", "2", "--shard_size", "2"], "replicate_size 2 × shard_size 2 is 4, and there are 2 processes"),
+        (
+            ["--replicate_size", "2", "--shard_size", "2"],
+            "replicate_size 2 × shard_size 2 is 4, and there are 2 processes",
+        ),
         (["--shard_size", "1"], "replicate_size 1 × shard_size 1 is 1, and there are 2 processes"),
         (["--shard_size", "0"], "trainer.strategy.shard_size: 0"),
     ],
 )
-def test_a_mesh_of_another_number_of_processes_is_refused_before_any_is_started(tiny_backbone, capsys, flags, said):
+def test_a_mesh_of_another_number_of_processes_is_refused_before_any_is_started(
+    tiny_backbone, capsys, flags, said
+):
     flags = [flag.replace("--", "--trainer.strategy.init_args.") for flag in flags]
-    args = ["fit", "--config", "quickstart.yaml", *SHARDED, *tiny_args(tiny_backbone), *TWO, *flags, "--print_config"]
+    args = [
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        *SHARDED,
+        *tiny_args(tiny_backbone),
+        *TWO,
+        *flags,
+        "--print_config",
+    ]
     assert main(args) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -195,12 +239,26 @@ def test_a_mesh_of_another_number_of_processes_that_only_the_machine_tells(launc
     [
         ("fsdp", "trainer.strategy: 'fsdp' is FSDP1"),
         ("fsdp_cpu_offload", "trainer.strategy: 'fsdp_cpu_offload' is FSDP1"),
-        ('{"class_path": "lightning.pytorch.strategies.FSDPStrategy"}', "trainer.strategy: 'FSDPStrategy' is FSDP1"),
-        ('{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}', "trainer.strategy: 'ModelParallelStrategy'"),
+        (
+            '{"class_path": "lightning.pytorch.strategies.FSDPStrategy"}',
+            "trainer.strategy: 'FSDPStrategy' is FSDP1",
+        ),
+        (
+            '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}',
+            "trainer.strategy: 'ModelParallelStrategy'",
+        ),
     ],
 )
 def test_another_way_to_shard_is_refused_before_any_process_is_started(tiny_backbone, capsys, strategy, said):
-    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *TWO, "--trainer.strategy", strategy]
+    args = [
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        *tiny_args(tiny_backbone),
+        *TWO,
+        "--trainer.strategy",
+        strategy,
+    ]
     assert main([*args, "--print_config"]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -210,7 +268,10 @@ def test_another_way_to_shard_is_refused_before_any_process_is_started(tiny_back
 @pytest.mark.slow
 def test_a_strategy_that_does_not_exist(launch):
     refused(
-        launch(([*TWO, "--trainer.strategy", "nonsense"], {})), "trainer: ", "`strategy='nonsense'`", "Example choices: auto"
+        launch(([*TWO, "--trainer.strategy", "nonsense"], {})),
+        "trainer: ",
+        "`strategy='nonsense'`",
+        "Example choices: auto",
     )
 
 
@@ -266,7 +327,9 @@ def test_processes_with_other_rows_in_a_file_of_the_same_name(launch, tmp_path):
     processes = []
     for rank in (0, 1):
         (tmp_path / f"node-{rank}").mkdir()
-        (tmp_path / f"node-{rank}" / "rows.json").write_text(json.dumps(sample_rows("train")[rank : rank + 16]))
+        (tmp_path / f"node-{rank}" / "rows.json").write_text(
+            json.dumps(sample_rows("train")[rank : rank + 16])
+        )
         environment = of_torchrun(rank, port) | {"ROWS": str(tmp_path / f"node-{rank}")}
         processes.append(([*SHARDED, *TWO, "--data.init_args.train", '["$ROWS/rows.json"]'], environment))
     said = "process 1 has other training rows than process 0; accepted: the same everywhere"
@@ -330,7 +393,9 @@ def test_an_error_that_pickle_cannot_carry_travels_as_its_text(monkeypatch):
 
     monkeypatch.setattr(sharded_loading, "load_backbone", fails)
     strategy = SimpleNamespace(
-        global_rank=0, root_device=torch.device("cpu"), broadcast=lambda told: pickle.loads(pickle.dumps(told))
+        global_rank=0,
+        root_device=torch.device("cpu"),
+        broadcast=lambda told: pickle.loads(pickle.dumps(told)),
     )
     with pytest.raises(RuntimeError, match="Held: no such weights"):
         sharded_loading.load_sharded(BackboneConfig(), AdapterConfig(), strategy, seed=0, warm_start=None)

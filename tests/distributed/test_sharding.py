@@ -22,7 +22,9 @@ CLIP = 0.003  # below the norm of every step's gradient
 def fit_two(backbone, out, **job):
     """Two processes; what each holds."""
     settings = json.dumps({"backbone": str(backbone), "out": str(out), **job})
-    done = subprocess.run([sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((out / f"held_{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -44,9 +46,13 @@ def one(tiny_backbone, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("strategy", "share"), [("hsdp", 1), ("offload", 0.5)])
-def test_copies_of_the_model_and_shards_on_the_cpu_equal_one_process(tiny_backbone, tmp_path, one, strategy, share):
+def test_copies_of_the_model_and_shards_on_the_cpu_equal_one_process(
+    tiny_backbone, tmp_path, one, strategy, share
+):
     """Two copies, 2 × 1; and one in two shards that stay on the CPU, 1 × 2."""
-    held = fit_two(tiny_backbone, tmp_path, strategy=strategy, epochs=2, accumulate=2, checkpointing=True, clip=CLIP)
+    held = fit_two(
+        tiny_backbone, tmp_path, strategy=strategy, epochs=2, accumulate=2, checkpointing=True, clip=CLIP
+    )
     assert_same(tmp_path, one)
     assert_other_targets(tmp_path)
     for of_rank in held:

@@ -19,7 +19,10 @@ def ids(length, seed):
 def question(example, prompt, *answers):
     """The rows of a question: ``prompt`` tokens, and a candidate of each length in ``answers``."""
     candidates = [ids(length, 100 * example + number + 1) for number, length in enumerate(answers)]
-    return [AnsweredPrompt(ids(prompt, 9_000 + example), tokens, example, i) for i, tokens in enumerate(candidates)]
+    return [
+        AnsweredPrompt(ids(prompt, 9_000 + example), tokens, example, i)
+        for i, tokens in enumerate(candidates)
+    ]
 
 
 MANY = question(3, 40, 5, 1, 9, 2, 30, 1, 4, 7)
@@ -35,7 +38,10 @@ def move(model, size=0.5):
     """An adapter that has learned something."""
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
-            parameter.add_(size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                size
+                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,9 @@ def build(tiny_llama):
 
     def build(update="hira", gate="token", **config):
         model = tiny_llama(initializer_range=0.3, **config).eval()
-        inject_adapters(model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0))
+        inject_adapters(
+            model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0)
+        )
         move(model)
         model.config.use_cache = False  # as load_backbone leaves it
         return model
@@ -88,7 +96,9 @@ def assert_same(found, expected):
 def forwards(model):
     """A list that fills with the (rows, tokens) of every forward, and the handle that ends it."""
     seen = []
-    return seen, model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    return seen, model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(tuple(args[0].shape))
+    )
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -107,7 +117,15 @@ def test_scores_equal_a_plain_forward_a_row(build, update, gate):
 @pytest.mark.parametrize(
     "rows",
     [ONE_TOKEN, ONE, MANY, NO_PROMPT, NO_PROMPT + ROWS, question(6, 0, 1, 1), ONE_TOKEN + question(6, 0, 1)],
-    ids=["one-token answers", "one row", "one question", "no prompt", "no prompt among prompts", "nothing", "first tokens"],
+    ids=[
+        "one-token answers",
+        "one row",
+        "one question",
+        "no prompt",
+        "no prompt among prompts",
+        "nothing",
+        "first tokens",
+    ],
 )
 def test_short_and_empty_prompts_and_answers(build, attention, rows):
     model = build(attn_implementation=attention)
@@ -123,9 +141,14 @@ def test_a_row_that_stands_for_no_example_scores_nothing_and_disturbs_nobody(mod
 
 
 def test_scores_do_not_depend_on_what_else_is_in_the_batch(model):
-    expected = together(model, MANY) + together(model, ONE) + together(model, SHORT) + together(model, NO_PROMPT)
+    expected = (
+        together(model, MANY) + together(model, ONE) + together(model, SHORT) + together(model, NO_PROMPT)
+    )
     assert_same(together(model, MANY + ONE + SHORT + NO_PROMPT), expected)
-    assert_same(together(model, NO_PROMPT + SHORT + ONE + MANY), expected[11:] + expected[9:11] + expected[8:9] + expected[:8])
+    assert_same(
+        together(model, NO_PROMPT + SHORT + ONE + MANY),
+        expected[11:] + expected[9:11] + expected[8:9] + expected[:8],
+    )
     assert_same([pair for row in MANY for pair in together(model, [row])], expected[:8])
 
 
@@ -144,11 +167,27 @@ FAMILIES = {
     "gemma2": {"sliding_window": 8, "attn_implementation": "eager"},  # soft caps behind the output head
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "llama4_text": {"attention_chunk_size": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "no_rope_layers": [1, 0]},
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "no_rope_layers": [1, 0],
+    },
     "phi3": {"pad_token_id": 0, "eos_token_id": 1},
     "gpt_neox": {},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 1},  # learned
-    "bloom": {"n_layer": 2, "n_head": 4, "attn_implementation": "eager"},  # no positions, but biases by distance
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },  # learned
+    "bloom": {
+        "n_layer": 2,
+        "n_head": 4,
+        "attn_implementation": "eager",
+    },  # no positions, but biases by distance
 }
 
 
@@ -282,5 +321,6 @@ def test_a_state_that_is_not_called_one_is_computed_whole(name, config):
     with torch.no_grad():
         found = module.test_step(batch_of(ROWS), 0)
     assert_same(
-        list(zip(found["log_likelihoods"].tolist(), found["tokens"].tolist(), strict=True)), row_by_row(module.model, ROWS)
+        list(zip(found["log_likelihoods"].tolist(), found["tokens"].tolist(), strict=True)),
+        row_by_row(module.model, ROWS),
     )

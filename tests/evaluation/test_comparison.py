@@ -26,8 +26,16 @@ def row(task="arc", example=0, key=None, gold=1, choice=1, nats=2.0, tokens=2, g
         "characters": [8, 12, 9],
         "choice": dict(zip(("sum", "per_token", "per_character"), choices, strict=True)),
     }
-    fields = {"task": task, "example": example, "key": key or f"{task}-{example}", "gold": gold, "likelihood": likelihood}
-    return fields if generated == "none" else fields | {"generation": {"text": "so it is", "choice": generated}}
+    fields = {
+        "task": task,
+        "example": example,
+        "key": key or f"{task}-{example}",
+        "gold": gold,
+        "likelihood": likelihood,
+    }
+    return (
+        fields if generated == "none" else fields | {"generation": {"text": "so it is", "choice": generated}}
+    )
 
 
 @pytest.fixture
@@ -35,7 +43,9 @@ def write(tmp_path):
     def write(name, rows, adapter=None, file="predictions.jsonl"):
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+        (folder / file).write_text(
+            "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+        )
         if adapter is not None:
             (folder / "test_results.json").write_text(json.dumps({"model": {"adapter": adapter}, "seed": 0}))
         return folder if file == "predictions.jsonl" else folder / file
@@ -79,16 +89,29 @@ def test_rows_pair_by_question_not_by_place(write):
 
 
 def test_a_question_asked_twice_pairs_in_order(write):
-    first = [row(example=1, key="q", choice=1), row(example=2, key="q", choice=0), row("boolq", 1, "q", choice=0)]
-    second = [row(example=6, key="q", choice=0), row(example=4, key="q", choice=1), row(example=8, key="q", choice=1)]
+    first = [
+        row(example=1, key="q", choice=1),
+        row(example=2, key="q", choice=0),
+        row("boolq", 1, "q", choice=0),
+    ]
+    second = [
+        row(example=6, key="q", choice=0),
+        row(example=4, key="q", choice=1),
+        row(example=8, key="q", choice=1),
+    ]
     result = compare_runs([read_run(write("a", first)), read_run(write("b", second))]).pairs[0]
-    assert (result.common, result.alone) == (2, (1, 1))  # by example: 1 with 4 and 2 with 6; of another task: none
+    assert (result.common, result.alone) == (
+        2,
+        (1, 1),
+    )  # by example: 1 with 4 and 2 with 6; of another task: none
     assert outcomes_of(result)[SUMMED, "arc"] == PairedOutcomes(1, 0, 0, 1)
 
 
 def test_average_over_tasks_weighs_tasks_alike(write):
     first = [row("a", i, choice=0) for i in range(30)] + [row("b", i) for i in range(10)]
-    second = [row("a", i, choice=int(i < 15)) for i in range(30)] + [row("b", i, choice=int(i < 9)) for i in range(10)]
+    second = [row("a", i, choice=int(i < 15)) for i in range(30)] + [
+        row("b", i, choice=int(i < 9)) for i in range(10)
+    ]
     result = compare_runs([read_run(write("a", first)), read_run(write("b", second))])
     average = result.runs[1].average(SUMMED, ["a", "b"])
     (low_a, high_a), (low_b, high_b) = Proportion(15, 30).interval, Proportion(9, 10).interval
@@ -138,7 +161,11 @@ def test_every_run_meets_the_first_and_measures_that_both_have(write):
 
 def test_a_pair_does_not_depend_on_the_other_runs(write):
     a, b, c = (
-        read_run(write(name, [row(t, i, nats=1 + (i * k) % 7, choice=(i * k) % 3) for t in "xy" for i in range(40)]))
+        read_run(
+            write(
+                name, [row(t, i, nats=1 + (i * k) % 7, choice=(i * k) % 3) for t in "xy" for i in range(40)]
+            )
+        )
         for name, k in (("a", 1), ("b", 2), ("c", 3))
     )
     assert compare_runs([a, c]).pairs[0] == compare_runs([a, b, c]).pairs[1]
@@ -174,10 +201,20 @@ def test_files_of_one_folder_are_runs_of_their_own(write):
 
 @pytest.fixture
 def comparison(write):
-    first = [row(t, i, choice=int(i < 20), nats=1 + i % 5, generated=1) for t in ("arc", "b|q") for i in range(40)]
-    second = [row(t, i, choice=int(i < 32), nats=1 + i % 5, generated=None) for t in ("arc", "b|q") for i in range(40)]
+    first = [
+        row(t, i, choice=int(i < 20), nats=1 + i % 5, generated=1) for t in ("arc", "b|q") for i in range(40)
+    ]
+    second = [
+        row(t, i, choice=int(i < 32), nats=1 + i % 5, generated=None)
+        for t in ("arc", "b|q")
+        for i in range(40)
+    ]
     third = [row("arc", i, choice=1) for i in range(50)]
-    adapters = ({"update": "hira", "gate": "none"}, {"update": "hira", "gate": "token"}, {"update": "lora", "gate": "none"})
+    adapters = (
+        {"update": "hira", "gate": "none"},
+        {"update": "hira", "gate": "token"},
+        {"update": "lora", "gate": "none"},
+    )
     runs = zip("abc", (first, second, third), adapters, strict=True)
     return compare_runs([read_run(write(name, rows, adapter)) for name, rows, adapter in runs])
 
@@ -193,7 +230,9 @@ def test_markdown(comparison):
     assert "| 40 / 0 | <0.0001 | worse |" in text
     assert "## hira × token minus hira × none" in text
     assert "40 rows are common; hira × none has 40 more, lora × none 10 more." in text
-    assert "| hira × token | 160 | 1.5000 | +0.0000 [+0.0000, +0.0000] | 1.0000 | no difference shown |" in text
+    assert (
+        "| hira × token | 160 | 1.5000 | +0.0000 [+0.0000, +0.0000] | 1.0000 | no difference shown |" in text
+    )
     assert "not corrected for the number of comparisons" in text
     assert "says nothing about seeds" in text
     widths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
@@ -220,14 +259,23 @@ def test_what_was_evaluated_otherwise_is_named(write, tmp_path):
     found = compare_runs([read_run(place) for place in places])
     assert [pair.settings for pair in found.pairs] == [
         {},
-        {"bert_score": ("null", '"roberta"'), "decoding.beams": ("1", "4"), "dtype": ('"float32"', '"bfloat16"')},
+        {
+            "bert_score": ("null", '"roberta"'),
+            "decoding.beams": ("1", "4"),
+            "dtype": ('"float32"', '"bfloat16"'),
+        },
     ]
     text = as_markdown(found)
     assert text.count("**Evaluated otherwise**") == 1
-    assert 'bert_score null against "roberta"; decoding.beams 1 against 4; dtype "float32" against "bfloat16".' in text
+    assert (
+        'bert_score null against "roberta"; decoding.beams 1 against 4; dtype "float32" against "bfloat16".'
+        in text
+    )
     assert json.loads(as_json(found))["pairs"][1]["evaluated_otherwise"]["decoding.beams"] == ["1", "4"]
     (places[2] / "evaluation.json").unlink()
-    assert "How they were evaluated was not compared" in as_markdown(compare_runs([read_run(p) for p in places[1:]]))
+    assert "How they were evaluated was not compared" in as_markdown(
+        compare_runs([read_run(p) for p in places[1:]])
+    )
     (places[2] / "evaluation.json").write_text("{")
     with pytest.raises(ConfigError, match=r"evaluation\.json: is not JSON"):
         read_run(places[2])
@@ -240,7 +288,11 @@ def test_json_holds_the_same_numbers_and_no_nan(comparison, write):
     assert first["accuracy"][SUMMED]["average"] is None  # one run has one of the tasks only
     assert first["accuracy"]["generation"]["average"]["value"] == 1.0
     assert first["accuracy"]["generation"]["average"]["tasks"] == ["arc", "b|q"]
-    assert (found["pairs"][1]["common"], found["pairs"][1]["only_baseline"], found["pairs"][1]["only_run"]) == (40, 40, 10)
+    assert (
+        found["pairs"][1]["common"],
+        found["pairs"][1]["only_baseline"],
+        found["pairs"][1]["only_run"],
+    ) == (40, 40, 10)
     entry = pair["accuracy"][0]
     assert entry["outcomes"] == {"both": 20, "only_first": 0, "only_second": 12, "neither": 8}
     assert (entry["value"], entry["verdict"], entry["p"]) == (pytest.approx(0.3), "better", 2**-12)
@@ -256,7 +308,9 @@ def test_json_holds_the_same_numbers_and_no_nan(comparison, write):
 def text_row(example, text="i have a dog", reference="i have two dogs", task="talk", key=None, **scores):
     """One line of a dialogue that was generated, with the ``scores`` of its text."""
     fields = {"task": task, "example": example, "key": key or f"{task}-{example}", "gold": 0}
-    return fields | {"generation": {"text": text, "reference": reference, "scores": scores or {"token_f1": 0.5}}}
+    return fields | {
+        "generation": {"text": text, "reference": reference, "scores": scores or {"token_f1": 0.5}}
+    }
 
 
 def scored(seed, n=60, shift=0.0):
@@ -264,7 +318,14 @@ def scored(seed, n=60, shift=0.0):
     generator = np.random.default_rng(seed)
     f1, meteor = generator.random(n) / 2 + shift, generator.random(n)
     rows = [
-        text_row(i, f"text {i} of {seed}", f"the text {i} of all", f"t{i % 2}", token_f1=float(f1[i]), meteor=float(meteor[i]))
+        text_row(
+            i,
+            f"text {i} of {seed}",
+            f"the text {i} of all",
+            f"t{i % 2}",
+            token_f1=float(f1[i]),
+            meteor=float(meteor[i]),
+        )
         for i in range(n)
     ]
     order = [*range(0, n, 2), *range(1, n, 2)]
@@ -291,18 +352,35 @@ def test_means_of_text_metrics_are_compared_in_pairs(write, seed):
     assert list(pair.texts) == ["token_f1", "meteor"]
     for metric, one, other in (("token_f1", f1, more_f1), ("meteor", meteor, other_meteor)):
         found = pair.texts[metric]
-        assert (found.value, found.low, found.high, found.p) == pytest.approx(bootstrap(one, other, seed), rel=1e-9)
-    assert [pair.texts[metric].verdict(higher_is_better=True) for metric in pair.texts] == ["better", "no difference shown"]
+        assert (found.value, found.low, found.high, found.p) == pytest.approx(
+            bootstrap(one, other, seed), rel=1e-9
+        )
+    assert [pair.texts[metric].verdict(higher_is_better=True) for metric in pair.texts] == [
+        "better",
+        "no difference shown",
+    ]
     assert f"| F1 | b | {more_f1.mean():.3f} | {more_f1.mean() - f1.mean():+.3f} [" in as_markdown(result)
 
 
 def test_a_runs_text_metrics_are_of_all_its_texts(write):
     """Words, by hand: i have dog · i have dog · yes; the article counts for nothing."""
     texts = [("i have a dog", "i have two dogs"), ("I have the dog!", "no i do not"), ("yes", "yes , i do")]
-    rows = [text_row(i, *pair, token_f1=f1) for i, (pair, f1) in enumerate(zip(texts, (0.5, 0.25, 0.0), strict=True))]
+    rows = [
+        text_row(i, *pair, token_f1=f1)
+        for i, (pair, f1) in enumerate(zip(texts, (0.5, 0.25, 0.0), strict=True))
+    ]
     run, _ = compare_runs([read_run(write("a", rows)), read_run(write("b", rows[:2]))]).runs
-    bleu = sacrebleu.BLEU().corpus_score([text for text, _ in texts], [[reference for _, reference in texts]]).score
-    assert run.texts == {"token_f1": 0.25, "bleu": pytest.approx(bleu), "distinct_1": 4 / 7, "distinct_2": 2 / 4}
+    bleu = (
+        sacrebleu.BLEU()
+        .corpus_score([text for text, _ in texts], [[reference for _, reference in texts]])
+        .score
+    )
+    assert run.texts == {
+        "token_f1": 0.25,
+        "bleu": pytest.approx(bleu),
+        "distinct_1": 4 / 7,
+        "distinct_2": 2 / 4,
+    }
     assert (run.accuracies, run.loss) == ({}, None)
 
 
@@ -323,7 +401,9 @@ def test_only_metrics_that_both_runs_have_are_compared(write):
         del fields["generation"]["scores"]["meteor"]
     ranked = [row(fields["task"], fields["example"], gold=0) for fields in rows]
     both = [fields | extra for fields, extra in zip(rows, ranked, strict=True)]
-    result = compare_runs([read_run(write(name, lines)) for name, lines in (("a", both), ("b", both), ("c", ranked))])
+    result = compare_runs(
+        [read_run(write(name, lines)) for name, lines in (("a", both), ("b", both), ("c", ranked))]
+    )
     assert [list(pair.texts) for pair in result.pairs] == [["token_f1"], []]
     assert result.runs[2].texts == {}
     assert result.pairs[1].loss is not None
@@ -332,20 +412,33 @@ def test_only_metrics_that_both_runs_have_are_compared(write):
     text = as_markdown(result)
     assert f"| METEOR | e | {meteor.mean():.3f} |  |  | not tested |" in text
     assert "METEOR | d" not in text
-    with pytest.raises(ConfigError, match=r"has likelihood only, .* has generation only; expected a measure that both have"):
+    with pytest.raises(
+        ConfigError, match=r"has likelihood only, .* has generation only; expected a measure that both have"
+    ):
         compare_runs([read_run(write("f", rows)), read_run(write("g", ranked))])
 
 
 def test_markdown_and_json_say_the_same_of_texts(write):
     runs = [
-        read_run(write(name, scored(seed, shift=shift)[0])) for name, seed, shift in (("a", 1, 0), ("b", 2, 0.2), ("c", 3, 0))
+        read_run(write(name, scored(seed, shift=shift)[0]))
+        for name, seed, shift in (("a", 1, 0), ("b", 2, 0.2), ("c", 3, 0))
     ]
     comparison = compare_runs(runs)
     found = json.loads(as_json(comparison))
-    text = as_markdown(comparison).partition("## Generated texts against their references\n\n")[2].partition("\n\n")[0]
+    text = (
+        as_markdown(comparison)
+        .partition("## Generated texts against their references\n\n")[2]
+        .partition("\n\n")[0]
+    )
     head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert head == ["metric", "run", "value", "difference on common rows", "p", "verdict"]
-    names = {"F1": "token_f1", "METEOR": "meteor", "BLEU": "bleu", "distinct-1": "distinct_1", "distinct-2": "distinct_2"}
+    names = {
+        "F1": "token_f1",
+        "METEOR": "meteor",
+        "BLEU": "bleu",
+        "distinct-1": "distinct_1",
+        "distinct-2": "distinct_2",
+    }
     assert [(line[0], line[1]) for line in lines] == [(label, run) for label in names for run in "abc"]
     for label, run, value, *tested in lines:
         number, metric = "abc".index(run), names[label]
@@ -378,12 +471,21 @@ def test_few_texts_have_no_interval(write):
 BAD_TEXTS = {
     "text": ({"text": 3}, "generation: text is 3; expected a text"),
     "reference null": ({"reference": None}, "generation: reference is None; expected a text"),
-    "no scores": ({"scores": None}, "generation: scores is None; expected finite numbers by the metric's name"),
+    "no scores": (
+        {"scores": None},
+        "generation: scores is None; expected finite numbers by the metric's name",
+    ),
     "scores by place": ({"scores": [0.5]}, "generation: scores is [0.5]; expected finite numbers"),
     "a text for a score": ({"scores": {"token_f1": "0.5"}}, "generation: scores is {'token_f1': '0.5'}"),
     "true is no score": ({"scores": {"token_f1": True}}, "generation: scores is {'token_f1': True}"),
-    "NaN": ({"scores": {"token_f1": math.nan}}, "generation: scores is {'token_f1': nan}; expected finite numbers"),
-    "infinite": ({"scores": {"token_f1": math.inf}}, "generation: scores is {'token_f1': inf}; expected finite numbers"),
+    "NaN": (
+        {"scores": {"token_f1": math.nan}},
+        "generation: scores is {'token_f1': nan}; expected finite numbers",
+    ),
+    "infinite": (
+        {"scores": {"token_f1": math.inf}},
+        "generation: scores is {'token_f1': inf}; expected finite numbers",
+    ),
     "fewer": ({"scores": {}}, "its text has the scores none; expected token_f1 as in line 1"),
     "others": (
         {"scores": {"token_f1": 0.5, "meteor": 0.5}},
@@ -410,9 +512,13 @@ def test_a_text_without_its_scores_or_among_judged_ones_is_refused(write):
     with pytest.raises(ConfigError, match="line 1, generation: misses 'scores'; expected finite numbers"):
         read_run(write("a", [bare]))
     judged = without("likelihood", row(example=8, generated=1))
-    with pytest.raises(ConfigError, match="line 2: its text has the scores none; expected token_f1 as in line 1"):
+    with pytest.raises(
+        ConfigError, match="line 2: its text has the scores none; expected token_f1 as in line 1"
+    ):
         read_run(write("b", [text_row(7), judged]))
-    with pytest.raises(ConfigError, match="line 2: its text has the scores token_f1; expected none as in line 1"):
+    with pytest.raises(
+        ConfigError, match="line 2: its text has the scores token_f1; expected none as in line 1"
+    ):
         read_run(write("c", [judged, text_row(9)]))
 
 
@@ -444,10 +550,16 @@ def test_rows_of_one_candidate_compare_by_nats_alone(write):
 
 def test_where_some_rows_have_one_candidate_the_others_are_counted(write):
     def mixed(right):
-        return [row(example=i, choice=int(i in right)) for i in range(4)] + [solution(9, 2.0, task="arc"), solution(3, 2.0)]
+        return [row(example=i, choice=int(i in right)) for i in range(4)] + [
+            solution(9, 2.0, task="arc"),
+            solution(3, 2.0),
+        ]
 
     result = compare_runs([read_run(write("a", mixed({0, 1}))), read_run(write("b", mixed({1, 2, 3})))])
-    assert [run.accuracies[SUMMED] for run in result.runs] == [{"arc": Proportion(2, 4)}, {"arc": Proportion(3, 4)}]
+    assert [run.accuracies[SUMMED] for run in result.runs] == [
+        {"arc": Proportion(2, 4)},
+        {"arc": Proportion(3, 4)},
+    ]
     assert outcomes_of(result.pairs[0])[SUMMED, "arc"] == PairedOutcomes(1, 1, 2, 0)
     assert (result.pairs[0].common, result.runs[0].tokens) == (6, 4 * 2 + 2 * 3)
 
@@ -490,7 +602,10 @@ BAD = {
         deep("likelihood.log_likelihoods", [-1.0, math.nan, 0]),
         "log_likelihoods is [-1.0, nan, 0]; expected a list of finite",
     ),
-    "infinite": (deep("likelihood.log_likelihoods", [-1.0, -math.inf, 0]), "expected a list of finite numbers"),
+    "infinite": (
+        deep("likelihood.log_likelihoods", [-1.0, -math.inf, 0]),
+        "expected a list of finite numbers",
+    ),
     "huge": (deep("likelihood.log_likelihoods", [-1.0, 10**400, 0]), "expected a list of finite numbers"),
     "no candidates": (deep("likelihood.log_likelihoods", []), "log_likelihoods is []"),
     "choice missing": (
@@ -500,10 +615,19 @@ BAD = {
     "choice above": (deep("likelihood.choice.sum", 3), "sum is 3; expected a candidate, 0 to 2"),
     "choice null": (deep("likelihood.choice.per_character", None), "per_character is None"),
     "text": (deep("generation.text", None), "generation: text is None; expected a text"),
-    "generated": (deep("generation.choice", "a"), "generation: choice is 'a'; expected a whole number from 0, or null"),
+    "generated": (
+        deep("generation.choice", "a"),
+        "generation: choice is 'a'; expected a whole number from 0, or null",
+    ),
     "twice": (row(example=7, generated=1), "task 'arc', example 7 is line 1 already"),
-    "fewer measures": (row(generated="none"), "has likelihood only; expected likelihood and generation as in line 1"),
-    "other measures": (without("likelihood", row(generated=1)), "has generation only; expected likelihood and generation"),
+    "fewer measures": (
+        row(generated="none"),
+        "has likelihood only; expected likelihood and generation as in line 1",
+    ),
+    "other measures": (
+        without("likelihood", row(generated=1)),
+        "has generation only; expected likelihood and generation",
+    ),
 }
 
 
@@ -551,17 +675,23 @@ def test_a_broken_summary(write):
 
 
 def test_runs_that_cannot_be_compared(write):
-    a, b, c = (read_run(write(name, [row(key=key)])) for name, key in (("a", "q"), ("b", "q"), ("c", "other")))
+    a, b, c = (
+        read_run(write(name, [row(key=key)])) for name, key in (("a", "q"), ("b", "q"), ("c", "other"))
+    )
     with pytest.raises(ConfigError, match="given twice"):
         compare_runs([a, b, read_run(a.path.parent / ".." / "a" / "predictions.jsonl")])
     with pytest.raises(ConfigError, match="no row has task and key"):
         compare_runs([a, c])
     with pytest.raises(ConfigError, match="at least one other"):
         compare_runs([a])
-    with pytest.raises(ConfigError, match=r"d/predictions.jsonl, line 1: gold is 2; expected 1 .*a/predictions.jsonl, line 1"):
+    with pytest.raises(
+        ConfigError, match=r"d/predictions.jsonl, line 1: gold is 2; expected 1 .*a/predictions.jsonl, line 1"
+    ):
         compare_runs([a, read_run(write("d", [row(key="q", gold=2)]))])
     generated = read_run(write("e", [without("likelihood", row(key="q", generated=1))]))
-    with pytest.raises(ConfigError, match=r"has generation only, .* has likelihood only; expected a measure that both have"):
+    with pytest.raises(
+        ConfigError, match=r"has generation only, .* has likelihood only; expected a measure that both have"
+    ):
         compare_runs([a, generated])
 
 

@@ -26,7 +26,9 @@ def test_known_values(hits, n, low, high):
 def test_ends_solve_wilsons_quadratic_inside_the_unit_interval(n):
     for hits in range(n + 1):
         for end in (interval := Proportion(hits, n).interval):
-            assert (hits / n - end) ** 2 == pytest.approx(1.959963984540054**2 * end * (1 - end) / n, abs=1e-12)
+            assert (hits / n - end) ** 2 == pytest.approx(
+                1.959963984540054**2 * end * (1 - end) / n, abs=1e-12
+            )
         assert interval[0] - 1e-12 <= hits / n <= interval[1] + 1e-12
 
 
@@ -37,13 +39,17 @@ def test_nothing_asked_is_nan():
     assert str(nothing) == "nan [nan, nan]"
 
 
-@pytest.mark.parametrize(("hits", "n", "text"), [(8, 10, "0.800 [0.490, 0.943]"), (0, 20, "0.000 [0.000, 0.161]")])
+@pytest.mark.parametrize(
+    ("hits", "n", "text"), [(8, 10, "0.800 [0.490, 0.943]"), (0, 20, "0.000 [0.000, 0.161]")]
+)
 def test_printed(hits, n, text):
     assert str(Proportion(hits, n)) == text
 
 
 def test_rounding_never_leaves_the_unit_interval():
-    outside = [n for n in range(1, 200) if Proportion(0, n).interval[0] < 0 or Proportion(n, n).interval[1] > 1]
+    outside = [
+        n for n in range(1, 200) if Proportion(0, n).interval[0] < 0 or Proportion(n, n).interval[1] > 1
+    ]
     assert outside == []  # else 0 of 65 is printed as 0.000 [-0.000, 0.056]
 
 
@@ -94,7 +100,9 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(shares):
 
 
 @pytest.mark.parametrize(
-    "parts", [[(0, 65)] * 3, [(65, 65)] * 3, [(0, 1), (1, 1)], [(1, 1)], PARTS, [(1, 1)] * 7 + [(199, 200)]], ids=str
+    "parts",
+    [[(0, 65)] * 3, [(65, 65)] * 3, [(0, 1), (1, 1)], [(1, 1)], PARTS, [(1, 1)] * 7 + [(199, 200)]],
+    ids=str,
 )
 def test_inside_the_unit_interval_and_around_the_mean(parts):
     low, high = average(*parts).interval

@@ -14,7 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gatera_lightning import BackboneConfig, adapter_parameters, load_adapter, save_adapter
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
-from gatera_lightning.evaluation.likelihood_ranking import RankedQuestion, answer_log_likelihoods, ranked_questions
+from gatera_lightning.evaluation.likelihood_ranking import (
+    RankedQuestion,
+    answer_log_likelihoods,
+    ranked_questions,
+)
 
 ROWS = 14
 SCORES = ("sum", "per_token", "per_character")
@@ -45,7 +49,10 @@ def move(model, size):
     """An adapter that has learned something."""
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
-            parameter.add_(size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                size
+                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +65,15 @@ def evaluated(tiny_backbone, tmp_path_factory):
     report = EvaluationReport()
     data = tiny_data(tiny_backbone, test=[f"everyday[:{ROWS}]"])
     (metrics,) = tiny_trainer(root, report).test(module, datamodule=data, verbose=False)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_backbone), AutoTokenizer.from_pretrained(tiny_backbone)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_backbone),
+        AutoTokenizer.from_pretrained(tiny_backbone),
+    )
     load_adapter(model, save_adapter(module.model, root / "adapter"))
     questions = [PlainQuestion.of(row) for row in sample_rows("test")[:ROWS]]
-    plain = scored_row_by_row(model.eval(), tokenizer, [(question.prompt, question.answers) for question in questions])
+    plain = scored_row_by_row(
+        model.eval(), tokenizer, [(question.prompt, question.answers) for question in questions]
+    )
     return report.result, metrics, plain, [question.gold for question in questions]
 
 
@@ -111,25 +123,35 @@ def smollm2():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("answer_format", ["label", "content"])
-def test_real_rows_of_every_task_on_smollm2_equal_the_plain_computation(smollm2, tmp_path, monkeypatch, answer_format):
+def test_real_rows_of_every_task_on_smollm2_equal_the_plain_computation(
+    smollm2, tmp_path, monkeypatch, answer_format
+):
     """The three shortest of each task, in fp32."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     files, questions = [], []
     for folder in sorted((Path(os.environ["GATERA_DATA"]) / "commonsense").iterdir()):
-        rows = sorted(json.loads((folder / "test.json").read_text()), key=lambda row: len(row["instruction"]))[:3]
+        rows = sorted(
+            json.loads((folder / "test.json").read_text()), key=lambda row: len(row["instruction"])
+        )[:3]
         questions += [read_plainly(row, answer_format) for row in rows]
         files.append(tmp_path / f"{folder.name}.json")
         files[-1].write_text(json.dumps(rows))
     assert len(files) == 8
     report = EvaluationReport()
     data = tiny_data(
-        smollm2.backbone.id, test=list(map(str, files)), answer_format=answer_format, eval_batch_size=12, max_length=512
+        smollm2.backbone.id,
+        test=list(map(str, files)),
+        answer_format=answer_format,
+        eval_batch_size=12,
+        max_length=512,
     )
     tiny_trainer(tmp_path, report).test(smollm2, datamodule=data, verbose=False)
     by_example = sorted(report.result.rows, key=lambda row: row["example"])
     assert [row["task"] for row in by_example] == [file.stem for file in files for _ in range(3)]
     assert [row["gold"] for row in by_example] == [gold for *_, gold in questions]
-    plain = scored_row_by_row(smollm2.model.eval(), data.tokenizer, [(prompt, answers) for prompt, answers, _ in questions])
+    plain = scored_row_by_row(
+        smollm2.model.eval(), data.tokenizer, [(prompt, answers) for prompt, answers, _ in questions]
+    )
     assert_same(by_example, plain, rel=1e-4)
 
 
@@ -139,7 +161,11 @@ def read_plainly(row, answer_format):
     labels = listed.split("/")
     gold = labels.index(row["answer"])
     if answer_format == "label":
-        return f"Question: {row['instruction']}\nAnswer:", [f" the correct answer is {label}" for label in labels], gold
+        return (
+            f"Question: {row['instruction']}\nAnswer:",
+            [f" the correct answer is {label}" for label in labels],
+            gold,
+        )
     asked, *options = re.split(rf"{labels[0][:-1].capitalize()}\d:", head.split(": ", 1)[1])
     return f"Question: {asked.strip()}\nAnswer:", [f" {option.strip()}" for option in options or labels], gold
 
@@ -187,7 +213,9 @@ def test_questions_of_a_batch():
     """Candidates stay with their question, in order; a row that stands for no example is none."""
     rows = [(7, 0, 4), (7, 1, 9), (-1, 0, 1), (2, 0, 3), (2, 1, 5), (2, 2, 6)]
     answered = [
-        AnsweredPrompt([5], [6] * characters, example, answer, gold={7: 1, 2: 2, -1: 0}[example], characters=characters)
+        AnsweredPrompt(
+            [5], [6] * characters, example, answer, gold={7: 1, 2: 2, -1: 0}[example], characters=characters
+        )
         for example, answer, characters in rows
     ]
     batch = collate(answered, pad_id=0, train_on="response", whole_questions=True)

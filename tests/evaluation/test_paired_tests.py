@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from gatera_lightning.evaluation import paired_tests as paired
-from gatera_lightning.evaluation.paired_tests import Difference, PairedOutcomes, macro_difference, pooled_difference
+from gatera_lightning.evaluation.paired_tests import (
+    Difference,
+    PairedOutcomes,
+    macro_difference,
+    pooled_difference,
+)
 
 Z = 1.959963984540054
 
@@ -103,7 +108,9 @@ def losses(n, generator, shift=0.0, noise=0.3):
     """Nats of two runs on the same rows: difficulty common to both, which pairing takes out."""
     tokens = generator.integers(1, 9, n)
     difficulty = tokens * generator.gamma(2.0, 0.5, n)
-    first, second = difficulty + tokens * generator.normal(0, noise, (2, n)) + tokens * np.array([[0.0], [shift]])
+    first, second = (
+        difficulty + tokens * generator.normal(0, noise, (2, n)) + tokens * np.array([[0.0], [shift]])
+    )
     return first, second, tokens
 
 
@@ -128,14 +135,18 @@ def test_loss_bootstrap_agrees_with_the_delta_method():
     found = pooled_difference(first, second, tokens, rng(2))
     residual = second - first - found.value * tokens
     error = residual.std() / tokens.mean() / math.sqrt(800)
-    assert (found.low, found.high) == pytest.approx((found.value - Z * error, found.value + Z * error), abs=0.1 * error)
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - Z * error, found.value + Z * error), abs=0.1 * error
+    )
     assert found.p == pytest.approx(math.erfc(abs(found.value) / error / math.sqrt(2)), abs=0.02)
 
 
 def test_macro_bootstrap_agrees_with_normal_theory_of_paired_rows():
     tasks = [PairedOutcomes(150, 20, 30, 100), PairedOutcomes(20, 6, 12, 2), PairedOutcomes(400, 60, 55, 85)]
     found = macro_difference(tasks, rng(4), resamples=40_000)
-    shares = [((t.only_second - t.only_first) / t.n, (t.only_second + t.only_first) / t.n, t.n) for t in tasks]
+    shares = [
+        ((t.only_second - t.only_first) / t.n, (t.only_second + t.only_first) / t.n, t.n) for t in tasks
+    ]
     value = sum(d for d, _, _ in shares) / 3
     error = math.sqrt(sum((moved - d * d) / (n - 1) for d, moved, n in shares)) / 3
     assert found.value == pytest.approx(value)
@@ -145,19 +156,27 @@ def test_macro_bootstrap_agrees_with_normal_theory_of_paired_rows():
 
 def test_small_tasks_keep_their_variance():
     found = macro_difference([PairedOutcomes(0, 2, 2, 0)] * 50, rng(), resamples=40_000)
-    assert found.high == pytest.approx(Z * math.sqrt(1 / 3 / 50), rel=0.05)  # of n draws it were sqrt(1 / 4 / 50)
+    assert found.high == pytest.approx(
+        Z * math.sqrt(1 / 3 / 50), rel=0.05
+    )  # of n draws it were sqrt(1 / 4 / 50)
 
 
 def test_p_is_never_zero():
     first, second, tokens = losses(100, rng(), shift=5.0)
     assert pooled_difference(first, second, tokens, rng(), resamples=999).p == pytest.approx(2 / 1000)
-    assert macro_difference([PairedOutcomes(0, 0, 500, 0)] * 2, rng(), resamples=999).p == pytest.approx(2 / 1000)
+    assert macro_difference([PairedOutcomes(0, 0, 500, 0)] * 2, rng(), resamples=999).p == pytest.approx(
+        2 / 1000
+    )
 
 
 def test_equal_runs_do_not_differ():
     first, _, tokens = losses(100, rng())
-    assert pooled_difference(first, first.copy(), tokens, rng(), resamples=99) == Difference(0.0, 0.0, 0.0, 1.0)
-    assert macro_difference([PairedOutcomes(60, 0, 0, 40)] * 3, rng(), resamples=99) == Difference(0.0, 0.0, 0.0, 1.0)
+    assert pooled_difference(first, first.copy(), tokens, rng(), resamples=99) == Difference(
+        0.0, 0.0, 0.0, 1.0
+    )
+    assert macro_difference([PairedOutcomes(60, 0, 0, 40)] * 3, rng(), resamples=99) == Difference(
+        0.0, 0.0, 0.0, 1.0
+    )
 
 
 def test_sums_that_only_rounding_keeps_from_zero_count_on_both_sides():
@@ -187,9 +206,21 @@ def test_impossible_input():
 
 
 def test_verdicts():
-    up, down, unsure = Difference(0.1, 0.0, 0.2, 0.049), Difference(-0.1, -0.2, 0.0, 0.049), Difference(0.1, -0.1, 0.2, 0.05)
-    assert [d.verdict(higher_is_better=True) for d in (up, down, unsure)] == ["better", "worse", "no difference shown"]
-    assert [d.verdict(higher_is_better=False) for d in (up, down, unsure)] == ["worse", "better", "no difference shown"]
+    up, down, unsure = (
+        Difference(0.1, 0.0, 0.2, 0.049),
+        Difference(-0.1, -0.2, 0.0, 0.049),
+        Difference(0.1, -0.1, 0.2, 0.05),
+    )
+    assert [d.verdict(higher_is_better=True) for d in (up, down, unsure)] == [
+        "better",
+        "worse",
+        "no difference shown",
+    ]
+    assert [d.verdict(higher_is_better=False) for d in (up, down, unsure)] == [
+        "worse",
+        "better",
+        "no difference shown",
+    ]
 
 
 # --- calibration: equal runs are declared different in about 5 of 100 ------------------------------------------------
@@ -231,13 +262,18 @@ def test_mcnemar_finds_ten_points_in_a_thousand_rows():
 @pytest.mark.parametrize("noise", [0.05, 0.5])
 def test_loss_bootstrap_rejects_equal_runs_5_times_in_100(noise):
     generator = rng(14)
-    found = [pooled_difference(*losses(150, generator, noise=noise), generator, resamples=400) for _ in range(1_000)]
+    found = [
+        pooled_difference(*losses(150, generator, noise=noise), generator, resamples=400)
+        for _ in range(1_000)
+    ]
     assert 0.03 <= np.mean([d.p < paired.LEVEL for d in found]) <= 0.07
 
 
 def test_loss_bootstrap_finds_a_real_difference():
     generator = rng(15)
-    found = [pooled_difference(*losses(500, generator, shift=-0.1), generator, resamples=400) for _ in range(100)]
+    found = [
+        pooled_difference(*losses(500, generator, shift=-0.1), generator, resamples=400) for _ in range(100)
+    ]
     assert np.mean([d.verdict(higher_is_better=False) == "better" for d in found]) >= 0.99
 
 

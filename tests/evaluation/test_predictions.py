@@ -44,7 +44,9 @@ def build(folder, **adapter):
     module.configure_model()
     with torch.no_grad():
         for parameter in adapter_parameters(module.model).values():
-            parameter.add_(4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     return module
 
 
@@ -65,7 +67,9 @@ class Killer(L.Callback):
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         kind = "likelihood" if "labels" in batch else "generation"
-        computed = [(kind, example) for example in dict.fromkeys(batch["example_ids"].tolist()) if example >= 0]
+        computed = [
+            (kind, example) for example in dict.fromkeys(batch["example_ids"].tolist()) if example >= 0
+        ]
         if computed and self.batches == self.at:
             raise Killed
         self.batches += bool(computed)
@@ -82,7 +86,13 @@ def evaluate(module, folder, at=None, verb="test", rows=ROWS, evaluate_by=BOTH, 
     """One run of its own on a folder; the Killer with what it saw."""
     killer = Killer(at)
     trainer = tiny_trainer(root or folder, killer, EvaluationReport(None if folder is None else str(folder)))
-    data = tiny_data(module.backbone.id, test=[f"everyday[:{rows}]"], evaluate_by=evaluate_by, eval_batch_size=6, **settings)
+    data = tiny_data(
+        module.backbone.id,
+        test=[f"everyday[:{rows}]"],
+        evaluate_by=evaluate_by,
+        eval_batch_size=6,
+        **settings,
+    )
     options = {"verbose": False} if verb == "test" else {}
     getattr(trainer, verb)(module, datamodule=data, **options)
     return killer
@@ -127,11 +137,15 @@ def test_nothing_is_computed_twice(whole, module, tmp_path, verb):
     killer = evaluate(module, folder, verb=verb)
     handle.remove()
     assert killer.computed == []
-    assert len(forwards) <= 2 * 4  # a row that counts for nothing keeps Lightning's loop going: 1 forward, 4 new tokens
+    assert (
+        len(forwards) <= 2 * 4
+    )  # a row that counts for nothing keeps Lightning's loop going: 1 forward, 4 new tokens
     assert content(folder) == content(whole[0])
 
 
-@pytest.mark.parametrize("torn", ["", '[["likelihood", 3, {"log_like'], ids=["cut between lines", "torn line"])
+@pytest.mark.parametrize(
+    "torn", ["", '[["likelihood", 3, {"log_like'], ids=["cut between lines", "torn line"]
+)
 def test_a_run_killed_after_any_batch_ends_with_the_same_file(whole, module, tmp_path, torn):
     for at in range(whole[1].batches + 1):
         folder = tmp_path / str(at)
@@ -157,7 +171,9 @@ def test_killed_again_and_again(whole, module, tmp_path):
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_batches_that_another_process_did_not_finish_are_computed_as_they_were_cut(whole, module, tmp_path, first):
+def test_batches_that_another_process_did_not_finish_are_computed_as_they_were_cut(
+    whole, module, tmp_path, first
+):
     """Of two killed processes one may have been ahead; filling batches up again would round otherwise."""
     with pytest.raises(Killed):
         evaluate(module, tmp_path, at=whole[1].batches)
@@ -219,11 +235,15 @@ def of_another_backbone(folder, path):
 
 @pytest.mark.parametrize("state", ["complete", "killed"])
 @pytest.mark.parametrize("differs", ["adapter", "backbone", "data", "dtype", "decoding"])
-def test_another_evaluation_is_refused_before_anything_is_computed(whole, tiny_backbone, tmp_path, capfd, differs, state):
+def test_another_evaluation_is_refused_before_anything_is_computed(
+    whole, tiny_backbone, tmp_path, capfd, differs, state
+):
     folder = shutil.copytree(whole[0], tmp_path / "folder")
     if state == "killed":
         (folder / MERGED).unlink()
-        (folder / "part-0-0.jsonl").write_text('[["generation", 0, {"text": "", "answer": null, "choice": null}]]\n')
+        (folder / "part-0-0.jsonl").write_text(
+            '[["generation", 0, {"text": "", "answer": null, "choice": null}]]\n'
+        )
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     module = build(tiny_backbone)
     if differs == "adapter":
@@ -295,9 +315,20 @@ def test_damage_stops_a_run(whole, module, tmp_path):
 
 def test_what_is_kept_of_each_way_of_answering():
     """By hand; a text with a reference is not judged, and nothing is said of an answer in it."""
-    assert generation_record(Generated("so it is b", "b", 1)) == {"text": "so it is b", "answer": "b", "choice": 1}
-    assert generation_record(Generated("so it is", None, None)) == {"text": "so it is", "answer": None, "choice": None}
-    assert generation_record(Compared("i have a dog", "a cat")) == {"text": "i have a dog", "reference": "a cat"}
+    assert generation_record(Generated("so it is b", "b", 1)) == {
+        "text": "so it is b",
+        "answer": "b",
+        "choice": 1,
+    }
+    assert generation_record(Generated("so it is", None, None)) == {
+        "text": "so it is",
+        "answer": None,
+        "choice": None,
+    }
+    assert generation_record(Compared("i have a dog", "a cat")) == {
+        "text": "i have a dog",
+        "reference": "a cat",
+    }
     question = RankedQuestion(7, 1, (-4.0, -2.0, -9.0), (8, 1, 9), (2, 1, 90))
     assert likelihood_record(question) == {
         "log_likelihoods": [-4.0, -2.0, -9.0],
@@ -339,7 +370,9 @@ def test_a_batch_is_on_disk_when_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "character", ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "é", "😀", "\x00"], ids=ascii
+    "character",
+    ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "é", "😀", "\x00"],
+    ids=ascii,
 )
 def test_any_generated_text_can_be_read_again(tmp_path, character):
     """A model may write what Python takes for the end of a line."""
@@ -354,7 +387,12 @@ def test_discarding_leaves_what_is_not_ones_own(tmp_path):
     for name in ("part-0-0.jsonl", "part-1-2.jsonl", MERGED, "evaluation.json", "config.yaml", "parts.jsonl"):
         (tmp_path / name).write_text("")
     discard(tmp_path, merged=False)
-    assert {path.name for path in tmp_path.iterdir()} == {MERGED, "evaluation.json", "config.yaml", "parts.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        MERGED,
+        "evaluation.json",
+        "config.yaml",
+        "parts.jsonl",
+    }
     discard(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "parts.jsonl"}
 
@@ -366,13 +404,22 @@ def test_discarding_leaves_what_is_not_ones_own(tmp_path):
 def test_a_program_that_is_killed_goes_on_with_any_number_of_processes(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter = save_adapter(build(tiny_backbone).model, tmp_path / "adapter")
-    args = ["test", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), "--model.warm_start", str(adapter)]
+    args = [
+        "test",
+        "--config",
+        "quickstart.yaml",
+        *tiny_args(tiny_backbone),
+        "--model.warm_start",
+        str(adapter),
+    ]
     args += ["--data.init_args.test", '["everyday[:48]"]', "--data.init_args.eval_batch_size", "4"]
     args += ["--data.init_args.evaluate_by", "[likelihood, generation]", "--model.decoding.beams", "4"]
     assert main([*args, "--evaluation.folder", "whole"]) == 0
     command = [sys.executable, "-m", "gatera_lightning", *args, "--evaluation.folder", "killed"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as program:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as program:
         patience = time.monotonic() + 120
         try:
             while program.poll() is None and time.monotonic() < patience:
@@ -387,8 +434,16 @@ def test_a_program_that_is_killed_goes_on_with_any_number_of_processes(tiny_back
     shutil.copytree("killed", "killed_2")
     assert main([*args, "--evaluation.folder", "killed"]) == 0
     run_program(
-        *args, "--evaluation.folder", "killed_2", *("--trainer.devices", "2", "--trainer.strategy", "ddp"), cwd=tmp_path
+        *args,
+        "--evaluation.folder",
+        "killed_2",
+        *("--trainer.devices", "2", "--trainer.strategy", "ddp"),
+        cwd=tmp_path,
     )
     for name in ("killed", "killed_2"):
         assert content(tmp_path / name) == content(tmp_path / "whole")
-        assert 0 < json.loads((tmp_path / name / "test_results.json").read_text())["resumed_predictions"] < 2 * 48
+        assert (
+            0
+            < json.loads((tmp_path / name / "test_results.json").read_text())["resumed_predictions"]
+            < 2 * 48
+        )

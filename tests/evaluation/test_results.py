@@ -27,7 +27,11 @@ def row(task, example, gold, likelihood=None, generation="none", nats=(1.0, 2.0)
         found["likelihood"] = {
             "log_likelihoods": [-n for n in nats], "tokens": list(tokens), "characters": [3, 9], "choice": choice
         }  # fmt: skip
-    return found | ({} if generation == "none" else {"generation": {"text": "…", "answer": generation, "choice": generation}})
+    return found | (
+        {}
+        if generation == "none"
+        else {"generation": {"text": "…", "answer": generation, "choice": generation}}
+    )
 
 
 ROWS = [
@@ -42,7 +46,10 @@ def test_accuracies_by_hand():
     result = EvaluationResult(ROWS, expected=4)
     assert result.tasks == ["easy", "hard"]
     assert result.measures == [*SCORES, "generation"]
-    hits = {measure: [result.accuracy(measure, task) for task in ("easy", "hard", None, "none")] for measure in result.measures}
+    hits = {
+        measure: [result.accuracy(measure, task) for task in ("easy", "hard", None, "none")]
+        for measure in result.measures
+    }
     assert hits == {
         "sum": [Proportion(2, 3), Proportion(0, 1), Proportion(2, 4), Proportion(0, 0)],
         "per_token": [Proportion(2, 3), Proportion(0, 1), Proportion(2, 4), Proportion(0, 0)],
@@ -91,20 +98,33 @@ def test_no_rows_are_no_measures():
 
 def compared(task, example, text, reference, likelihood=None, **scores):
     """One line of a dialogue: what was written, the reply that was given, and how close they are."""
-    found = row(task, example, 1, likelihood) | {"generation": {"text": text, "reference": reference, "scores": scores}}
+    found = row(task, example, 1, likelihood) | {
+        "generation": {"text": text, "reference": reference, "scores": scores}
+    }
     return found
 
 
 TEXTS = [
-    compared("pets", 0, "i have a dog called miso .", "i have two dogs . one is called miso .", token_f1=0.5, meteor=0.25),
+    compared(
+        "pets",
+        0,
+        "i have a dog called miso .",
+        "i have two dogs . one is called miso .",
+        token_f1=0.5,
+        meteor=0.25,
+    ),
     compared("pets", 1, "Yes, the dog!", "no , i do not like dogs", token_f1=0.0, meteor=1.0),
-    compared("work", 2, "i am a carpenter at the sea", "i am a carpenter by the sea", token_f1=0.75, meteor=0.5),
+    compared(
+        "work", 2, "i am a carpenter at the sea", "i am a carpenter by the sea", token_f1=0.75, meteor=0.5
+    ),
     compared("work", 3, "", "i am retired", token_f1=0.0, meteor=0.0),
 ]
 
 
 def bleu(rows):
-    texts, references = zip(*((row["generation"]["text"], row["generation"]["reference"]) for row in rows), strict=True)
+    texts, references = zip(
+        *((row["generation"]["text"], row["generation"]["reference"]) for row in rows), strict=True
+    )
     return sacrebleu.BLEU().corpus_score(texts, [references]).score
 
 
@@ -155,7 +175,10 @@ def test_ranked_candidates_and_texts_stand_side_by_side():
 
 def test_a_limit_leaves_rows_without_a_text():
     rows = [*TEXTS[:2], row("pets", 7, 1, (1, 1, 1))]
-    assert EvaluationResult(rows, expected=9).text_metrics() == EvaluationResult(TEXTS[:2], expected=9).text_metrics()
+    assert (
+        EvaluationResult(rows, expected=9).text_metrics()
+        == EvaluationResult(TEXTS[:2], expected=9).text_metrics()
+    )
     assert EvaluationResult(rows[2:], expected=9).text_metrics() == {}
 
 
@@ -168,7 +191,12 @@ def test_judged_texts_have_no_metrics():
 
 def test_without_its_package_a_metric_is_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    assert set(EvaluationResult(TEXTS, expected=4).text_metrics()) == {"token_f1", "meteor", "distinct_1", "distinct_2"}
+    assert set(EvaluationResult(TEXTS, expected=4).text_metrics()) == {
+        "token_f1",
+        "meteor",
+        "distinct_1",
+        "distinct_2",
+    }
 
 
 def test_perplexity_is_the_exponential_of_the_loss():
@@ -194,7 +222,9 @@ def recorded(tiny_backbone, tmp_path_factory):
     (root / "hard.json").write_text(json.dumps(rows[:3]))
     (root / "easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[3:8]))
     data = tiny_data(
-        tiny_backbone, test=[str(root / "hard.json"), str(root / "easy.jsonl")], evaluate_by=["generation", "likelihood"]
+        tiny_backbone,
+        test=[str(root / "hard.json"), str(root / "easy.jsonl")],
+        evaluate_by=["generation", "likelihood"],
     )
     data.read_answer = read_oddly
     module = tiny_module(tiny_backbone, update="lora", gate="static")
@@ -209,7 +239,8 @@ def recorded(tiny_backbone, tmp_path_factory):
 
 def accuracy(lines, measure):
     chosen = [
-        line["generation"]["choice"] if measure == "generation" else line["likelihood"]["choice"][measure] for line in lines
+        line["generation"]["choice"] if measure == "generation" else line["likelihood"]["choice"][measure]
+        for line in lines
     ]
     return sum(choice == line["gold"] for choice, line in zip(chosen, lines, strict=True)) / len(lines)
 
@@ -261,11 +292,18 @@ def test_the_summary_says_of_what_and_by_what(recorded, tiny_backbone):
     assert {name: summary["model"]["adapter"][name] for name in ("update", "gate", "rank")} == {
         "update": "lora", "gate": "static", "rank": 4
     }  # fmt: skip
-    exact = {"prepared": True, "skip_below": 0.0, "merge_above": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
+    exact = {
+        "prepared": True,
+        "skip_below": 0.0,
+        "merge_above": 1.0,
+        "length_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
     assert summary["model"]["decoding"] == {"beams": 1, "max_new_tokens": 5, "use_cache": True} | exact
     assert (summary["data"]["template"], summary["data"]["eval_batch_size"]) == ("plain", 5)
     assert summary["versions"] == {
-        name: importlib.metadata.version(name) for name in ("gatera-lightning", "torch", "lightning", "transformers")
+        name: importlib.metadata.version(name)
+        for name in ("gatera-lightning", "torch", "lightning", "transformers")
     }
     assert isinstance(summary["seed"], int)
     assert 0 < summary["wall_seconds"] < math.inf
@@ -276,7 +314,12 @@ def test_the_summary_says_of_what_and_by_what(recorded, tiny_backbone):
 
 def test_a_single_candidate_is_no_question():
     """It always ranks first: a math solution has a likelihood, and no accuracy by it."""
-    likelihood = {"log_likelihoods": [-3.0], "tokens": [2], "characters": [9], "choice": dict.fromkeys(get_args(Score), 0)}
+    likelihood = {
+        "log_likelihoods": [-3.0],
+        "tokens": [2],
+        "characters": [9],
+        "choice": dict.fromkeys(get_args(Score), 0),
+    }
     row = {"task": "sums", "example": 0, "key": "k", "gold": 0, "likelihood": likelihood}
     result = EvaluationResult([row], expected=1)
     assert (result.measures, result.gold_loss) == ([], 1.5)
@@ -286,7 +329,12 @@ def test_a_single_candidate_is_no_question():
 
 
 def test_where_some_rows_have_one_candidate_the_others_are_judged():
-    alone = {"log_likelihoods": [-3.0], "tokens": [2], "characters": [9], "choice": dict.fromkeys(get_args(Score), 0)}
+    alone = {
+        "log_likelihoods": [-3.0],
+        "tokens": [2],
+        "characters": [9],
+        "choice": dict.fromkeys(get_args(Score), 0),
+    }
     rows = [*ROWS[:3], row("easy", 8, 0) | {"likelihood": alone}, row("sums", 9, 0) | {"likelihood": alone}]
     result = EvaluationResult(rows, expected=5)
     assert result.accuracy("sum", "easy") == Proportion(2, 3)
@@ -300,6 +348,8 @@ def test_where_some_rows_have_one_candidate_the_others_are_judged():
 
 def test_a_model_that_is_sure_of_the_wrong_tokens_has_a_perplexity():
     likelihood = {"log_likelihoods": [-2000.0], "tokens": [2], "characters": [3], "choice": {}}
-    summary = EvaluationResult([{"task": "t", "example": 0, "gold": 0, "likelihood": likelihood}], 1).summary()
+    summary = EvaluationResult(
+        [{"task": "t", "example": 0, "gold": 0, "likelihood": likelihood}], 1
+    ).summary()
     assert summary["nats_per_target_token"] == 1000.0
     assert summary["perplexity"] is None

@@ -67,7 +67,9 @@ def wordnet(monkeypatch):
 @pytest.fixture
 def no_wordnet(monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
-    loader = LazyCorpusLoader("wordnet", WordNetCorpusReader, LazyCorpusLoader("omw-1.4", WordNetCorpusReader, None))
+    loader = LazyCorpusLoader(
+        "wordnet", WordNetCorpusReader, LazyCorpusLoader("omw-1.4", WordNetCorpusReader, None)
+    )
     monkeypatch.setattr("nltk.corpus.wordnet", loader)
 
 
@@ -82,14 +84,26 @@ def tiny_bert(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("bert")
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *string.printable])}, [], unk_token="<unk>"))
-    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+    backend = Tokenizer(
+        models.BPE({token: i for i, token in enumerate([*special, *string.printable])}, [], unk_token="<unk>")
+    )
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+    }
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = RobertaConfig(vocab_size=104, max_position_embeddings=520, pad_token_id=1, initializer_range=0.5, **sizes)
+        config = RobertaConfig(
+            vocab_size=104, max_position_embeddings=520, pad_token_id=1, initializer_range=0.5, **sizes
+        )
         RobertaModel(config).save_pretrained(folder)
     return str(folder)
 
@@ -142,7 +156,10 @@ def test_bert_score_is_torchmetrics(layer, tiny_bert):
 def test_bert_score_pairs_rows_up(tiny_bert):
     """Lengths that sort in a cycle on one side, which is not its own inverse, and otherwise on the other."""
     texts, references = ["abcdefgh", "xy", "klmn"], ["abc", "xy or other", "klmn !"]
-    each = [bert_score([a], [b], model=tiny_bert, layer=1)["bert_score_f1"][0] for a, b in zip(texts, references, strict=True)]
+    each = [
+        bert_score([a], [b], model=tiny_bert, layer=1)["bert_score_f1"][0]
+        for a, b in zip(texts, references, strict=True)
+    ]
     assert bert_score(texts, references, model=tiny_bert, layer=1)["bert_score_f1"] == pytest.approx(each)
 
 
@@ -170,7 +187,9 @@ def _parlai_f1(text, reference):
 
 def test_token_f1_is_parlais():
     assert token_f1(GENERATED, REFERENCES) == pytest.approx([_parlai_f1(*pair) for pair in PAIRS])
-    assert token_f1(["the Dog's", "yes yes"], ["a dog 's bone .", "yes"]) == pytest.approx([2 * 2 / (2 + 3), 2 / 3])
+    assert token_f1(["the Dog's", "yes yes"], ["a dog 's bone .", "yes"]) == pytest.approx(
+        [2 * 2 / (2 + 3), 2 / 3]
+    )
     assert token_f1(["the", "", "..."], ["a", "", "!"]) == [0.0, 0.0, 0.0]
 
 
@@ -211,7 +230,11 @@ def test_every_metric_at_once(wordnet, tiny_bert):
     }
     assert list(found.values) == list(ROW_METRICS)
     assert all(isinstance(value, float) for values in found.values.values() for value in values)
-    values = {"bleu": bleu(GENERATED, REFERENCES), "distinct_1": distinct(GENERATED, 1), "distinct_2": distinct(GENERATED, 2)}
+    values = {
+        "bleu": bleu(GENERATED, REFERENCES),
+        "distinct_1": distinct(GENERATED, 1),
+        "distinct_2": distinct(GENERATED, 2),
+    }
     assert corpus_metrics(GENERATED, REFERENCES) == (values, {})
     assert list(values) == list(CORPUS_METRICS)
 
@@ -227,7 +250,11 @@ def test_what_is_not_there_is_skipped_and_said(no_wordnet):
 
 @pytest.mark.parametrize(
     ("module", "package", "metric"),
-    [("sacrebleu", "sacrebleu", bleu), ("rouge_score.rouge_scorer", "rouge-score", rouge_l), ("nltk.corpus", "nltk", meteor)],
+    [
+        ("sacrebleu", "sacrebleu", bleu),
+        ("rouge_score.rouge_scorer", "rouge-score", rouge_l),
+        ("nltk.corpus", "nltk", meteor),
+    ],
 )
 def test_a_missing_package_is_named(module, package, metric, no_wordnet, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)

@@ -35,7 +35,12 @@ def by_hand(model, forward):
     handles.append(
         model.register_forward_hook(
             lambda *_: calls.append(
-                torch.stack([torch.sigmoid(x @ layers[n].gate.weight + layers[n].gate.bias) for n, x in inputs.items()])
+                torch.stack(
+                    [
+                        torch.sigmoid(x @ layers[n].gate.weight + layers[n].gate.bias)
+                        for n, x in inputs.items()
+                    ]
+                )
             )
         )
     )
@@ -63,7 +68,12 @@ def test_one_forward_by_hand(model):
 def test_generation_by_hand(model, use_cache):
     def generate():
         return model.generate(
-            input_ids=PROMPTS, attention_mask=MASK, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=use_cache
+            input_ids=PROMPTS,
+            attention_mask=MASK,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            use_cache=use_cache,
         )
 
     with capture_gates(model) as captured:
@@ -107,7 +117,11 @@ def test_a_cache_that_counts_no_tokens_leaves_that_to_the_mask(model, going_on):
     model = Recurrent(model)
     with capture_gates(model) as captured:
         model(input_ids=PROMPTS, attention_mask=MASK, **going_on)
-        model(input_ids=PROMPTS[:, :1], attention_mask=torch.cat([MASK, torch.ones(2, 1, dtype=torch.long)], 1), **going_on)
+        model(
+            input_ids=PROMPTS[:, :1],
+            attention_mask=torch.cat([MASK, torch.ones(2, 1, dtype=torch.long)], 1),
+            **going_on,
+        )
         model(input_ids=PROMPTS, **going_on)
     assert [call.phase for call in captured.calls] == ["prefill", "decoding", "prefill"]
     assert captured.calls[1].positions.tolist() == [[4], [2]]

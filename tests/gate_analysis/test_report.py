@@ -58,7 +58,9 @@ def test_every_number_is_the_models(tuned, tiny_backbone, tmp_path):
     assert one["statistics"]["response"]["tokens"] == 0
     assert one["phases"] == ["prompt", "response"]
     assert not {"response_read", "response_generated"} & set(one["statistics"])
-    rows = [k for k, module in enumerate(one["modules"]) if (module["layer"], module["name"]) == (1, "up_proj")]
+    rows = [
+        k for k, module in enumerate(one["modules"]) if (module["layer"], module["name"]) == (1, "up_proj")
+    ]
     assert statistics["mean_by_layer"]["up_proj"][1] == pytest.approx(whole[rows].mean(), abs=1e-6)
     means = [gates.mean(0) for gates in expected]
     assert one["extremes"]["open"][0]["mean"] == pytest.approx(max(map(np.max, means)), abs=1e-6)
@@ -67,7 +69,16 @@ def test_every_number_is_the_models(tuned, tiny_backbone, tmp_path):
 
 
 def test_rows_of_a_recipe_are_cut_where_the_response_begins(tuned, tiny_backbone, tmp_path):
-    recipe = ["--config", "quickstart.yaml", "--model.backbone.id", str(tiny_backbone), "--rows", "2", "--split", "validation"]
+    recipe = [
+        "--config",
+        "quickstart.yaml",
+        "--model.backbone.id",
+        str(tiny_backbone),
+        "--rows",
+        "2",
+        "--split",
+        "validation",
+    ]
     assert asked(tmp_path, *recipe, texts=[]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["texts"]) == 2
@@ -98,7 +109,9 @@ def test_what_is_generated_is_a_decoded_response(tuned, tmp_path):
     (one,) = report["adapters"]
     assert one["phases"] == ["prompt", "response_generated"]
     assert one["statistics"]["response_generated"] == one["statistics"]["response"]
-    assert one["statistics"]["response"]["tokens"] == sum(len(text["tokens"]) - text["prompt"] for text in report["texts"])
+    assert one["statistics"]["response"]["tokens"] == sum(
+        len(text["tokens"]) - text["prompt"] for text in report["texts"]
+    )
 
 
 def test_responses_are_apart_by_whether_they_were_read_or_generated(tiny_backbone):
@@ -125,7 +138,10 @@ def test_two_adapters_on_the_same_texts(tuned, tiny_backbone, tmp_path):
     adapter(tmp_path / "other", tiny_backbone, gate="static", seed=1)
     assert asked(tmp_path, "--adapter", str(tmp_path / "other")) == 0
     one, other = json.loads((tmp_path / "report.json").read_text())["adapters"]
-    assert [a["source"]["method"].split(",")[0] for a in (one, other)] == ["hira × token gate", "hira × static gate"]
+    assert [a["source"]["method"].split(",")[0] for a in (one, other)] == [
+        "hira × token gate",
+        "hira × static gate",
+    ]
     assert np.ptp(np.array(other["gates"][0]), 1).max() == 0  # one value a module
     assert np.array(one["gates"][0]).shape == np.array(other["gates"][0]).shape
 
@@ -153,12 +169,18 @@ def test_a_picture_a_text(tuned, tmp_path):
         (["--text", " "], "--text: '' is empty; accepted: a text"),
         (["--rows", "3"], "--rows: 3, and no rows are read; accepted with a recipe"),
         (["--split", "train"], "--split: train, and no rows are read; accepted with a recipe"),
-        (["--split", "dev", "--config", "quickstart.yaml"], "--split: 'dev' is unknown; accepted: train, validation, test"),
+        (
+            ["--split", "dev", "--config", "quickstart.yaml"],
+            "--split: 'dev' is unknown; accepted: train, validation, test",
+        ),
         (["--rows", "0"], "--rows: 0; accepted: an integer of at least 1"),
         (["--generate", "-1"], "--generate: -1; accepted: tokens to generate, 0 for none"),
         (["--config", "quickstart.yaml"], "--text and --config: texts come from one of them; accepted: "),
         (["--out", "x.pdf"], "--out: x.pdf ends in '.pdf'; accepted: .html, .png, .json, or --format"),
-        (["--out", "/nowhere/x.html"], "--out: cannot write /nowhere/x.html; accepted: a file in a folder that exists"),
+        (
+            ["--out", "/nowhere/x.html"],
+            "--out: cannot write /nowhere/x.html; accepted: a file in a folder that exists",
+        ),
         (["--adapter", "/nowhere"], "--adapter: /nowhere: no adapter here (adapter_config.json is missing)"),
         (["--text", "word " * 300], "tokens; accepted by this model: at most 512"),
         (["--generate", "480"], "tokens; accepted by this model with --generate 480: at most 32"),
@@ -176,7 +198,9 @@ def test_what_cannot_work_is_said_before_weights_are_loaded(tuned, tmp_path, cap
 
 
 def test_a_text_without_tokens_is_refused(tuned, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gates_command, "tokenise_prompt", lambda tokenizer, text: [5] if text == TEXTS[0] else [])
+    monkeypatch.setattr(
+        gates_command, "tokenise_prompt", lambda tokenizer, text: [5] if text == TEXTS[0] else []
+    )
     assert asked(tmp_path) == 2
     assert "--text: 'We ride $5 bikes.' has no tokens; accepted: a text in which" in capsys.readouterr().err
 
@@ -184,4 +208,6 @@ def test_a_text_without_tokens_is_refused(tuned, tmp_path, capsys, monkeypatch):
 def test_an_adapter_without_gates_is_said_to_have_none(tiny_backbone, tmp_path, capsys):
     adapter(tmp_path / "tuned", tiny_backbone, gate="none")
     assert asked(tmp_path) == 2
-    assert f"--adapter: {tmp_path / 'tuned'} has no gates (gate: none, update: hira)" in capsys.readouterr().err
+    assert (
+        f"--adapter: {tmp_path / 'tuned'} has no gates (gate: none, update: hira)" in capsys.readouterr().err
+    )

@@ -34,11 +34,21 @@ def test_it_opens_without_an_error_and_runs_nothing_of_its_texts(opened):
 
 def test_the_summary_has_what_was_generated_apart(opened):
     table = opened.find_element("css selector", "section table")
-    assert [cell.text for cell in table.find_elements("css selector", "tbody th")] == ["prompt", "response, generated"]
+    assert [cell.text for cell in table.find_elements("css selector", "tbody th")] == [
+        "prompt",
+        "response, generated",
+    ]
     picture = opened.find_element("css selector", "svg[aria-label^='distribution of gates']")
     assert len(picture.find_elements("css selector", "polyline")) == 2
     assert "┈ response, generated" in picture.text
-    assert len(opened.find_elements("css selector", "svg[aria-label='mean gate of response, generated tokens by layer']")) == 2
+    assert (
+        len(
+            opened.find_elements(
+                "css selector", "svg[aria-label='mean gate of response, generated tokens by layer']"
+            )
+        )
+        == 2
+    )
 
 
 def test_the_strip_is_the_text(opened):

@@ -18,7 +18,11 @@ from gatera_lightning.gate_analysis.token_labels import token_texts
 )
 def test_a_text_token_by_token(text, expected):
     tokenizer = tiny_tokenizer()
-    ids = [i for c in text for i in tokenizer(c).input_ids] if text not in ("a b",) else tokenizer(text).input_ids
+    ids = (
+        [i for c in text for i in tokenizer(c).input_ids]
+        if text not in ("a b",)
+        else tokenizer(text).input_ids
+    )
     assert token_texts(tokenizer, ids) == expected
 
 

@@ -22,7 +22,10 @@ def move(model, size=0.5):
     """An adapter that has learned something."""
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
-            parameter.add_(size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                size
+                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     return model
 
 
@@ -34,7 +37,9 @@ def adapted(tiny_llama):
         model = tiny_llama(initializer_range=0.3, eos_token_id=EOS, pad_token_id=PAD).eval()
         with torch.no_grad():
             model.lm_head.weight[[EOS, OTHER_END]] *= 2
-        inject_adapters(model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0))
+        inject_adapters(
+            model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0)
+        )
         return move(model)
 
     return build
@@ -72,10 +77,15 @@ def test_greedy_answers_equal_a_plain_loop_over_rows(adapted, update, gate):
     assert len({len(answer) for answer in expected}) > 1  # some end early
     assert len({tuple(answer) for answer in expected}) > 5
     for batch_size, use_cache in ((8, True), (8, False), (3, True), (1, True)):
-        assert answers(model, batch_size, max_new_tokens=8, use_cache=use_cache) == expected, (batch_size, use_cache)
+        assert answers(model, batch_size, max_new_tokens=8, use_cache=use_cache) == expected, (
+            batch_size,
+            use_cache,
+        )
 
 
-@pytest.mark.parametrize(("update", "gate"), [("hira", "none"), ("lora", "none"), ("dora", "none"), ("hira", "static")])
+@pytest.mark.parametrize(
+    ("update", "gate"), [("hira", "none"), ("lora", "none"), ("dora", "none"), ("hira", "static")]
+)
 def test_beams_equal_those_of_the_merged_model_row_by_row(adapted, update, gate):
     model = adapted(update, gate)
     found = {size: answers(model, size, beams=4, max_new_tokens=8) for size in (8, 3)}
@@ -94,7 +104,11 @@ def test_beams_equal_those_of_the_merged_model_row_by_row(adapted, update, gate)
 def test_beams_of_a_token_gate_do_not_depend_on_batches(adapted):
     model = adapted()
     expected = answers(model, 1, beams=4, max_new_tokens=8)
-    assert answers(model, 3, beams=4, max_new_tokens=8) == answers(model, 8, beams=4, max_new_tokens=8) == expected
+    assert (
+        answers(model, 3, beams=4, max_new_tokens=8)
+        == answers(model, 8, beams=4, max_new_tokens=8)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("own", [[EOS, OTHER_END], [OTHER_END], OTHER_END])
@@ -117,13 +131,17 @@ def test_no_n_tokens_are_written_twice(adapted):
 
     model = adapted()
     assert any(map(repeated, answers(model, max_new_tokens=16)))
-    for prompt, answer in zip(PROMPTS, answers(model, max_new_tokens=16, no_repeat_ngram_size=2), strict=True):
+    for prompt, answer in zip(
+        PROMPTS, answers(model, max_new_tokens=16, no_repeat_ngram_size=2), strict=True
+    ):
         assert repeated(prompt + answer) == repeated(prompt)
 
 
 def test_a_length_penalty_lets_shorter_beams_win(adapted):
     model = adapted()
-    short, plain, long = (answers(model, beams=4, max_new_tokens=12, length_penalty=power) for power in (-4.0, 1.0, 6.0))
+    short, plain, long = (
+        answers(model, beams=4, max_new_tokens=12, length_penalty=power) for power in (-4.0, 1.0, 6.0)
+    )
     assert plain == answers(model, beams=4, max_new_tokens=12)
     assert sum(map(len, short)) < sum(map(len, plain)) < sum(map(len, long))
 
@@ -180,7 +198,9 @@ def test_answers_are_cut(adapted):
 
 def test_nothing_is_left_for_backward(adapted):
     model = adapted()
-    assert not generate(model, collate_prompts(PROMPTS, range(8), pad_id=PAD, eos_id=EOS), DecodingConfig()).requires_grad
+    assert not generate(
+        model, collate_prompts(PROMPTS, range(8), pad_id=PAD, eos_id=EOS), DecodingConfig()
+    ).requires_grad
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -209,7 +229,10 @@ def test_a_test_run_writes_the_texts_of_a_plain_loop(tiny_backbone, tmp_path):
         data = tiny_data(tiny_backbone, evaluate_by=["generation"], eval_batch_size=size)
         tiny_trainer(tmp_path, report).test(module, datamodule=data, verbose=False)
         found.append([(row["example"], row["generation"]["text"]) for row in report.result.rows])
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_backbone), AutoTokenizer.from_pretrained(tiny_backbone)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_backbone),
+        AutoTokenizer.from_pretrained(tiny_backbone),
+    )
     load_adapter(model, adapter)
     model.eval()
     expected = []

@@ -39,7 +39,9 @@ from gatera_lightning.training.optimizer import OptimizerConfig
 class Job:
     backbone: str
     out: str
-    strategy: str = "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too), hsdp (2 × 1), offload
+    strategy: str = (
+        "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too), hsdp (2 × 1), offload
+    )
     accumulate: int = 1
     checkpointing: bool = False
     backend: str | None = None  # of torch.compile, through which decoder layers then run
@@ -66,10 +68,27 @@ class Rows(SupervisedDataModule):
     """Thirty made-up rows, 28 to train on, whose prompts and answers differ a lot in length."""
 
     def examples(self, split):
-        words = ["stone", "river", "lamp", "paper", "green", "cold", "hat", "boat", "seven", "winter", "garden", "loud"]
+        words = [
+            "stone",
+            "river",
+            "lamp",
+            "paper",
+            "green",
+            "cold",
+            "hat",
+            "boat",
+            "seven",
+            "winter",
+            "garden",
+            "loud",
+        ]
         for i in range(30):
-            prompt = "Question: " + " ".join(words[(i * 5 + k) % 12] for k in range(1 + (7 * i) % 9)) + "\nAnswer:"
-            yield Example(prompt, [" " + " ".join(words[(i + k) % 12] for k in range(1 + (5 * i) % 6))], 0, "made-up")
+            prompt = (
+                "Question: " + " ".join(words[(i * 5 + k) % 12] for k in range(1 + (7 * i) % 9)) + "\nAnswer:"
+            )
+            yield Example(
+                prompt, [" " + " ".join(words[(i + k) % 12] for k in range(1 + (5 * i) % 6))], 0, "made-up"
+            )
 
 
 class SlowIO(WholeCheckpointIO):
@@ -109,7 +128,9 @@ class Watch(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
-        self.logged_norms.append([float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")])
+        self.logged_norms.append(
+            [float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")]
+        )
         if self.job.keep:  # a line a step, on disk before the checkpoint of the step is
             ids = self.ids[-trainer.accumulate_grad_batches :]
             with open(f"{self.job.out}/steps_{trainer.global_rank}.jsonl", "a") as file:
@@ -153,16 +174,26 @@ def run(job: Job) -> Watch:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
     backbone = BackboneConfig(
-        job.backbone, None, job.dtype, job.attention, gradient_checkpointing=job.checkpointing, compile=job.backend is not None
+        job.backbone,
+        None,
+        job.dtype,
+        job.attention,
+        gradient_checkpointing=job.checkpointing,
+        compile=job.backend is not None,
     )
     if job.backend is not None:
         torch.compile = partial(torch.compile, backend=job.backend)
     module = Poisoned(
         backbone=backbone,
         adapter=AdapterConfig(
-            rank=4, dropout=job.dropout, gate_bias=0.3, adapter_dtype="float64" if job.dtype == "float64" else "float32"
+            rank=4,
+            dropout=job.dropout,
+            gate_bias=0.3,
+            adapter_dtype="float64" if job.dtype == "float64" else "float32",
         ),
-        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, gate_lr_multiplier=0.5, max_skipped_steps=job.skip),
+        optimizer=OptimizerConfig(
+            lr=1e-2, warmup_steps=2, gate_lr_multiplier=0.5, max_skipped_steps=job.skip
+        ),
         gate_entropy_weight=0.1,
     )
     module.example = job.poison

@@ -19,7 +19,9 @@ def fit(backbone, out, check=True, strategy="single", **job):
     if strategy == "single":
         return run(Job(str(backbone), str(out), **job))
     settings = json.dumps({"backbone": str(backbone), "out": str(out), "strategy": strategy, **job})
-    done = subprocess.run([sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240
+    )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -37,10 +39,14 @@ def assert_same(out, reference, left_out=()):
     assert losses == pytest.approx(expected_losses, rel=1e-13)
     # Adam hides a wrong factor on the whole gradient, its norm does not.
     assert norms == pytest.approx(expected_norms, rel=1e-11)
-    logged, expected_logged = (json.loads((folder / "logged_norms.json").read_text()) for folder in (out, reference))
+    logged, expected_logged = (
+        json.loads((folder / "logged_norms.json").read_text()) for folder in (out, reference)
+    )
     for of_step, expected in zip(logged, expected_logged, strict=True):
         assert of_step == pytest.approx(expected, rel=1e-11)
-    for number, (of_step, whole) in enumerate(zip(logged, norms, strict=True)):  # of all gradients, before clipping
+    for number, (of_step, whole) in enumerate(
+        zip(logged, norms, strict=True)
+    ):  # of all gradients, before clipping
         assert number in left_out or math.hypot(*of_step) == pytest.approx(whole, rel=1e-11)
     assert adapter.keys() == expected_adapter.keys()
     for name, tensor in adapter.items():

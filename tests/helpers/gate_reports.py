@@ -23,5 +23,15 @@ def adapter(folder, backbone, gate="token", seed=0):
 def asked(tmp_path, *args, out="report.json", texts=TEXTS):
     given = [arg for text in texts for arg in ("--text", text)]
     return main(
-        ["gates", "--adapter", str(tmp_path / "tuned"), *given, "--dtype", "float32", "--out", str(tmp_path / out), *args]
+        [
+            "gates",
+            "--adapter",
+            str(tmp_path / "tuned"),
+            *given,
+            "--dtype",
+            "float32",
+            "--out",
+            str(tmp_path / out),
+            *args,
+        ]
     )

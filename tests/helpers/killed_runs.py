@@ -20,7 +20,11 @@ def start(backbone, out, **job):
 
 def steps(out, rank=0):
     file = out / f"steps_{rank}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("]")] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("]")]
+        if file.exists()
+        else []
+    )
 
 
 def wait_until(condition, process, seconds=120):

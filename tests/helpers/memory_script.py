@@ -96,6 +96,8 @@ if __name__ == "__main__":
         use_distributed_sampler=False,
     )
     module = GateRAModule(
-        backbone=BackboneConfig(id=folder, dtype="float32"), adapter=AdapterConfig(rank=8), optimizer=OptimizerConfig()
+        backbone=BackboneConfig(id=folder, dtype="float32"),
+        adapter=AdapterConfig(rank=8),
+        optimizer=OptimizerConfig(),
     )
     trainer.fit(module, torch.utils.data.DataLoader([micro_batch()] * 3, batch_size=None))

@@ -13,7 +13,10 @@ def write_in_shards(checkpoint, path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        shards = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in checkpoint["state_dict"].items()}
+        shards = {
+            name: distribute_tensor(tensor, mesh, [Shard(0)])
+            for name, tensor in checkpoint["state_dict"].items()
+        }
         write_sharded(checkpoint | {"state_dict": shards}, path, rank=0)
     finally:
         torch.distributed.destroy_process_group()

@@ -16,7 +16,9 @@ def needs_programs(*programs: str, packages: tuple[str, ...], options: tuple[str
         fcntl.flock(lock, fcntl.LOCK_EX)  # apt gives up where another test's apt is at work
         if missing := [program for program in programs if shutil.which(program) is None]:
             if os.environ.get("GATERA_TEST_INSTALL") != "1":
-                pytest.skip(f"{', '.join(missing)} not installed; GATERA_TEST_INSTALL=1 installs {' and '.join(packages)}")
+                pytest.skip(
+                    f"{', '.join(missing)} not installed; GATERA_TEST_INSTALL=1 installs {' and '.join(packages)}"
+                )
             subprocess.run(["apt-get", "update", "-qq"], check=True, capture_output=True)
             subprocess.run(
                 ["apt-get", "install", "-y", "-qq", *options, *packages],

@@ -87,7 +87,14 @@ def tiny_backbone_folder(path, pad=True):
 def tiny_args(folder):
     """CLI flags that make any recipe a run of a second."""
     return [
-        *("--model.backbone.id", str(folder), "--model.backbone.dtype", "float32", "--model.adapter.rank", "4"),
+        *(
+            "--model.backbone.id",
+            str(folder),
+            "--model.backbone.dtype",
+            "float32",
+            "--model.adapter.rank",
+            "4",
+        ),
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
         *("--trainer.max_steps", "3", "--trainer.limit_val_batches", "2"),
         *("--data.init_args.train", '["everyday[:48]"]', "--data.init_args.validation", '["everyday[:16]"]'),
@@ -98,7 +105,12 @@ def tiny_args(folder):
 def run_program(*args, cwd, timeout=120):
     """``python -m gatera_lightning ARGS`` in a folder; a program that hangs is ended with all its processes."""
     command = [sys.executable, "-m", "gatera_lightning", *args]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
     with subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options) as program:
         try:
             output, _ = program.communicate(timeout=timeout)
@@ -154,7 +166,9 @@ def tiny_trainer(root, *callbacks, **settings):
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
         "enable_progress_bar": False,
-        "enable_checkpointing": any(isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks),
+        "enable_checkpointing": any(
+            isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks
+        ),
     }
     return L.Trainer(
         accelerator="cpu",

@@ -13,7 +13,11 @@ TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8
 CITIES = ["Rome", "Oslo", "Lima", "Cairo", "Quito"]
 COUNTRIES = ["Italy", "Norway", "Peru", "Egypt", "Ecuador"]
 ROWS = [
-    {"country": country, "capital": capital, "cities": [capital, *sorted(set(CITIES) - {capital})][: 2 + number % 3]}
+    {
+        "country": country,
+        "capital": capital,
+        "cities": [capital, *sorted(set(CITIES) - {capital})][: 2 + number % 3],
+    }
     for number, (country, capital) in enumerate(zip(COUNTRIES, CITIES, strict=True))
 ]
 
@@ -21,7 +25,9 @@ ROWS = [
 @pytest.fixture
 def capitals(tmp_path, monkeypatch, tiny_backbone):
     """Arguments of a run on the example's rows, its module lying in the working folder."""
-    (block,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "TaskFamily" in block)
+    (block,) = (
+        block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "TaskFamily" in block
+    )
     (tmp_path / "capitals_family.py").write_text(block, encoding="utf-8")
     for split in ("train", "validation", "test"):
         (tmp_path / "data" / "capitals").mkdir(parents=True, exist_ok=True)
@@ -29,12 +35,35 @@ def capitals(tmp_path, monkeypatch, tiny_backbone):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield [
-        *("--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false"),
+        *(
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.max_steps",
+            "2",
+            "--trainer.enable_progress_bar",
+            "false",
+        ),
         *("--model.backbone.id", str(tiny_backbone), "--model.backbone.dtype", "float32"),
         *("--model.adapter.rank", "4", "--model.decoding.max_new_tokens", "3"),
-        *("--data", "capitals_family.CapitalsDataModule", "--data.init_args.template", "plain", "--data.init_args.train_on"),
-        *("response", "--data.init_args.data_dir", "data", "--data.init_args.evaluate_by", "[likelihood, generation]"),
-        *(arg for split in ("train", "validation", "test") for arg in (f"--data.init_args.{split}", "[capitals]")),
+        *(
+            "--data",
+            "capitals_family.CapitalsDataModule",
+            "--data.init_args.template",
+            "plain",
+            "--data.init_args.train_on",
+        ),
+        *(
+            "response",
+            "--data.init_args.data_dir",
+            "data",
+            "--data.init_args.evaluate_by",
+            "[likelihood, generation]",
+        ),
+        *(
+            arg
+            for split in ("train", "validation", "test")
+            for arg in (f"--data.init_args.{split}", "[capitals]")
+        ),
         *("--data.init_args.batch_size", "4"),
     ]
     sys.modules.pop("capitals_family", None)

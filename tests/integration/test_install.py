@@ -45,9 +45,30 @@ def run(*command, **options):
 def wheel(tmp_path_factory):
     """Built from a copy, so that the tree keeps no build folder."""
     root = tmp_path_factory.mktemp("wheel")
-    left_out = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "runs", "shared")
+    left_out = (
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        ".*_cache",
+        ".hypothesis",
+        "runs",
+        "shared",
+    )
     shutil.copytree(ROOT, root / "source", ignore=shutil.ignore_patterns(*left_out))
-    run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(root), str(root / "source"))
+    run(
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(root),
+        str(root / "source"),
+    )
     (built,) = root.glob("*.whl")
     return built
 
@@ -73,7 +94,10 @@ def test_the_wheel_holds_every_config_and_sample_and_no_test(wheel):
     for top in ("cli_configs", "datamodules", "gatera_lightning"):
         target = "gatera_lightning" if top == "gatera_lightning" else f"gatera_lightning/{top}"
         for path in (ROOT / top).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".json", ".jsonl", ".typed") and "__pycache__" not in path.parts:
+            if (
+                path.suffix in (".py", ".yaml", ".json", ".jsonl", ".typed")
+                and "__pycache__" not in path.parts
+            ):
                 assert f"{target}/{path.relative_to(ROOT / top)}" in names
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"gatera_lightning"}
     assert not [name for name in names if "test_" in name or "benchmark" in name or "__pycache__" in name]
@@ -98,6 +122,8 @@ def test_the_editable_install_works_from_a_foreign_folder(foreign_folder):
 
 def test_the_command_is_installed(foreign_folder):
     program = Path(sys.executable).with_name("gatera-lightning")
-    done = subprocess.run([program, "--help"], cwd=foreign_folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [program, "--help"], cwd=foreign_folder, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0
     assert "fit" in done.stdout

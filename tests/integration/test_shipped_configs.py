@@ -34,7 +34,9 @@ ONE_PROCESS = [
 def sample(task):
     """Flags for the embedded rows of a family that is not commonsense."""
     rows = {"train": 48, "validation": 16, "test": 6}
-    return [arg for split, count in rows.items() for arg in (f"--data.init_args.{split}", f'["{task}[:{count}]"]')]
+    return [
+        arg for split, count in rows.items() for arg in (f"--data.init_args.{split}", f'["{task}[:{count}]"]')
+    ]
 
 
 HERE = {  # what a recipe for other machines needs to run here
@@ -43,10 +45,20 @@ HERE = {  # what a recipe for other machines needs to run here
     "qwen_commonsense.yaml": ONE_PROCESS,
     "smollm2_commonsense.yaml": ["--data.init_args.data_dir", "samples", "--trainer.val_check_interval", "3"],
     "llama_math.yaml": [*ONE_PROCESS, *sample("arithmetic")],
-    "smollm2_math.yaml": ["--data.init_args.data_dir", "samples", "--trainer.val_check_interval", "3", *sample("arithmetic")],
+    "smollm2_math.yaml": [
+        "--data.init_args.data_dir",
+        "samples",
+        "--trainer.val_check_interval",
+        "3",
+        *sample("arithmetic"),
+    ],
     "llama_dialogue.yaml": [*ONE_PROCESS, *sample("smalltalk")],
     "smollm2_dialogue.yaml": ["--trainer.val_check_interval", "3", *sample("smalltalk")],
-    "own_data.yaml": ["--data.init_args.template", "plain", *sample("calendar")],  # the tiny tokenizer has no chat template
+    "own_data.yaml": [
+        "--data.init_args.template",
+        "plain",
+        *sample("calendar"),
+    ],  # the tiny tokenizer has no chat template
 }
 
 ABLATIONS = {  # and the settings that each one is about
@@ -120,7 +132,9 @@ def test_recipe_runs(name, tiny_backbone, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "overlays/fsdp.yaml"])
 def test_overlay_runs_over_the_quickstart(name, tiny_backbone, tmp_path, monkeypatch):
-    checkpoint = fit(tmp_path, monkeypatch, "--config", "quickstart.yaml", "--config", name, *tiny_args(tiny_backbone))
+    checkpoint = fit(
+        tmp_path, monkeypatch, "--config", "quickstart.yaml", "--config", name, *tiny_args(tiny_backbone)
+    )
     assert checkpoint["global_step"] == 3
     adapter, wanted = checkpoint["hyper_parameters"]["adapter"], yaml.safe_load((SHIPPED / name).read_text())
     for key, value in wanted.get("model", {}).get("adapter", {}).items():
@@ -131,7 +145,15 @@ def test_overlay_runs_over_the_quickstart(name, tiny_backbone, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_fsdp_overlay_runs_in_two_processes(tiny_backbone, tmp_path):
-    configs = ["--config", "quickstart.yaml", "--config", "fsdp.yaml", *tiny_args(tiny_backbone), "--trainer.devices", "2"]
+    configs = [
+        "--config",
+        "quickstart.yaml",
+        "--config",
+        "fsdp.yaml",
+        *tiny_args(tiny_backbone),
+        "--trainer.devices",
+        "2",
+    ]
     run_program("fit", *configs, cwd=tmp_path)
     last = tmp_path / "runs" / "quickstart" / "version_0" / "checkpoints" / "last"
     assert torch.load(last.with_suffix(".ckpt"), weights_only=True)["global_step"] == 3
@@ -178,16 +200,22 @@ def test_commands_of_the_header_parse(name, tiny_backbone, tmp_path, monkeypatch
         printed = yaml.safe_load(capsys.readouterr().out)
         for section, settings in yaml.safe_load((SHIPPED / name).read_text()).items():
             if section == "trainer":
-                assert {key: printed["trainer"][key] for key in settings if not isinstance(settings[key], dict)} == {
-                    key: value for key, value in settings.items() if not isinstance(value, dict)
-                }
+                assert {
+                    key: printed["trainer"][key] for key in settings if not isinstance(settings[key], dict)
+                } == {key: value for key, value in settings.items() if not isinstance(value, dict)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_say_what_the_loss_is_computed_on(name):
     data = yaml.safe_load((SHIPPED / name).read_text())["data"]
-    own = {"CommonsenseDataModule": {"answer_format"}, "MathDataModule": {"answer_style"}, "DialogueDataModule": {"split_by"}}
-    assert {"train_on", "template", *own.get(data["class_path"].rpartition(".")[2], ())} <= set(data["init_args"])
+    own = {
+        "CommonsenseDataModule": {"answer_format"},
+        "MathDataModule": {"answer_style"},
+        "DialogueDataModule": {"split_by"},
+    }
+    assert {"train_on", "template", *own.get(data["class_path"].rpartition(".")[2], ())} <= set(
+        data["init_args"]
+    )
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -195,7 +223,9 @@ def test_an_overlay_changes_only_what_it_is_about(name):
     """An overlay that named data or backbone would take them from the config it is laid over; cpu.yaml chooses a dtype."""
     settings = yaml.safe_load((SHIPPED / name).read_text())
     assert "data" not in settings
-    assert set(settings.get("model", {}).get("backbone", {})) <= ({"dtype"} if name == "overlays/cpu.yaml" else set())
+    assert set(settings.get("model", {}).get("backbone", {})) <= (
+        {"dtype"} if name == "overlays/cpu.yaml" else set()
+    )
 
 
 def test_method_overlays_differ_in_nothing_but_the_method(tiny_backbone, tmp_path, monkeypatch, capsys):
@@ -218,19 +248,28 @@ def test_an_ablation_changes_its_own_settings_and_nothing_else(name, tiny_backbo
 
 @pytest.mark.parametrize(
     ("name", "adapted"),
-    [("fc_only.yaml", ["mlp.up_proj", "mlp.down_proj"]), ("qkv_only.yaml", [f"self_attn.{p}_proj" for p in "qkv"])],
+    [
+        ("fc_only.yaml", ["mlp.up_proj", "mlp.down_proj"]),
+        ("qkv_only.yaml", [f"self_attn.{p}_proj" for p in "qkv"]),
+    ],
 )
 def test_placement_overlays_adapt_the_projections_they_name(name, adapted, tiny_backbone, capsys):
     flags = ["--model.backbone.id", str(tiny_backbone), "--model.adapter.rank", "4"]
-    adapter = AdapterConfig(**printed_config(capsys, ["llama_commonsense.yaml", name], *flags)["model"]["adapter"])
+    adapter = AdapterConfig(
+        **printed_config(capsys, ["llama_commonsense.yaml", name], *flags)["model"]["adapter"]
+    )
     report = inject_adapters(load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32")), adapter)
-    assert list(report.layers) == [f"model.layers.{layer}.{projection}" for layer in (0, 1) for projection in adapted]
+    assert list(report.layers) == [
+        f"model.layers.{layer}.{projection}" for layer in (0, 1) for projection in adapted
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama2_commonsense.yaml", "qwen_commonsense.yaml"])
 def test_the_recipe_is_one_for_every_backbone(name):
     """Only the backbone and the name of the run's folder differ."""
-    paper, other = (flat(yaml.safe_load((SHIPPED / file).read_text())) for file in ("llama_commonsense.yaml", name))
+    paper, other = (
+        flat(yaml.safe_load((SHIPPED / file).read_text())) for file in ("llama_commonsense.yaml", name)
+    )
     assert paper.keys() == other.keys()
     differing = {key for key, value in other.items() if value != paper[key]}
     assert differing == {"model.backbone.id", "trainer.logger.init_args.name"}

@@ -15,13 +15,20 @@ from gatera_lightning.objectives.linear_cross_entropy import (
     linear_cross_entropy,
     returns_what_its_head_does,
 )
-from gatera_lightning.objectives.next_token import IGNORE, next_token_labels, summed_cross_entropy, target_positions_only
+from gatera_lightning.objectives.next_token import (
+    IGNORE,
+    next_token_labels,
+    summed_cross_entropy,
+    target_positions_only,
+)
 
 N, WIDTH, VOCABULARY = 7, 5, 11
 PLAIN = {"llama", "qwen2", "phi3"}
 
 
-@pytest.fixture(params=[1, 3 * VOCABULARY + 2, 1000], ids=["a position each", "chunks of 3, 3 and 1", "one chunk"])
+@pytest.fixture(
+    params=[1, 3 * VOCABULARY + 2, 1000], ids=["a position each", "chunks of 3, 3 and 1", "one chunk"]
+)
 def chunked(request, monkeypatch):
     monkeypatch.setattr("gatera_lightning.objectives.linear_cross_entropy.LOGITS_AT_A_TIME", request.param)
 
@@ -30,7 +37,12 @@ def drawn(dtype, bias, n=N):
     torch.manual_seed(0)
     hidden = torch.randn(n, WIDTH, dtype=torch.float64).to(dtype).requires_grad_()
     weight = 2 * torch.randn(VOCABULARY, WIDTH, dtype=torch.float64).to(dtype)
-    return hidden, weight, torch.randn(VOCABULARY, dtype=torch.float64).to(dtype) if bias else None, torch.arange(n)
+    return (
+        hidden,
+        weight,
+        torch.randn(VOCABULARY, dtype=torch.float64).to(dtype) if bias else None,
+        torch.arange(n),
+    )
 
 
 def by_definition(hidden, weight, bias, targets):
@@ -42,7 +54,10 @@ def by_definition(hidden, weight, bias, targets):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_loss_and_gradient_in_double_precision(bias):
     hidden, weight, b, targets = drawn(torch.float64, bias)
-    loss, reference = linear_cross_entropy(hidden, weight, b, targets), by_definition(hidden, weight, b, targets)
+    loss, reference = (
+        linear_cross_entropy(hidden, weight, b, targets),
+        by_definition(hidden, weight, b, targets),
+    )
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(reference.item(), rel=1e-14)
     ours, theirs = (torch.autograd.grad(0.3 * each, hidden)[0] for each in (loss, reference))
@@ -71,14 +86,19 @@ def test_rounding_is_that_of_autograd(dtype):
 def test_the_incoming_gradient_is_not_rounded_to_bf16():
     """1/13 would be off by 0.3 %."""
     hidden, weight, _, targets = drawn(torch.bfloat16, False)
-    whole, part = (torch.autograd.grad(c * linear_cross_entropy(hidden, weight, None, targets), hidden)[0] for c in (1, 1 / 13))
+    whole, part = (
+        torch.autograd.grad(c * linear_cross_entropy(hidden, weight, None, targets), hidden)[0]
+        for c in (1, 1 / 13)
+    )
     assert torch.equal(part, (whole.float() / 13).bfloat16())
 
 
 def test_large_logits_overflow_nowhere():
     hidden, weight, _, targets = drawn(torch.float32, False)
     loss = linear_cross_entropy(1e4 * hidden, weight, None, targets)
-    assert loss.item() == pytest.approx(F.cross_entropy(1e4 * hidden @ weight.t(), targets, reduction="sum").item())
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(1e4 * hidden @ weight.t(), targets, reduction="sum").item()
+    )
     assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
 
 
@@ -110,7 +130,10 @@ def test_nothing_larger_than_a_chunk_is_ever_made_and_nothing_of_a_vocabulary_is
     with torch.device("meta"):
         hidden = torch.empty(2048, 64, dtype=torch.bfloat16, requires_grad=True)
         weight, targets = torch.empty(128256, 64, dtype=torch.bfloat16), torch.empty(2048, dtype=torch.long)
-    with Allocations() as seen, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with (
+        Allocations() as seen,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
         linear_cross_entropy(hidden, weight, None, targets).backward()
     assert 0.9 * 4 * 2**25 < seen.largest <= 4 * 2**25 < 4 * 2048 * 128256
     assert [tensor.shape for tensor in saved] == [hidden.shape]
@@ -124,7 +147,9 @@ def of_family(name, dtype=torch.float64, **settings):
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **SIZES, **FAMILIES[name], **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
-    inject_adapters(model, AdapterConfig(rank=2, target_modules=["o_proj", "down_proj"], adapter_dtype="float64"))
+    inject_adapters(
+        model, AdapterConfig(rank=2, target_modules=["o_proj", "down_proj"], adapter_dtype="float64")
+    )
     for parameter in adapter_parameters(model).values():
         parameter.data.normal_(std=0.1)
     return model.train()
@@ -139,7 +164,9 @@ def test_models_that_cap_or_scale_their_logits_are_told_from_those_that_do_not(n
 @pytest.mark.parametrize("name", sorted(PLAIN))
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 def test_the_loss_in_the_head_is_that_of_full_logits(name, checkpointing, monkeypatch):
-    monkeypatch.setattr("gatera_lightning.objectives.linear_cross_entropy.LOGITS_AT_A_TIME", 4 * SIZES["vocab_size"])
+    monkeypatch.setattr(
+        "gatera_lightning.objectives.linear_cross_entropy.LOGITS_AT_A_TIME", 4 * SIZES["vocab_size"]
+    )
     model = of_family(name)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -150,12 +177,16 @@ def test_the_loss_in_the_head_is_that_of_full_logits(name, checkpointing, monkey
     with target_positions_only(model, keep), cross_entropy_in_head(model, shifted[keep]):
         loss = model(input_ids=ids, use_cache=False).logits
     full = model(input_ids=ids, use_cache=False).logits
-    reference = F.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+    reference = F.cross_entropy(
+        full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
     assert loss.shape == (1, 1, 1)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-13)
     parameters = list(adapter_parameters(model).values())
     for mine, theirs in zip(
-        torch.autograd.grad(loss.squeeze(), parameters), torch.autograd.grad(reference, parameters), strict=True
+        torch.autograd.grad(loss.squeeze(), parameters),
+        torch.autograd.grad(reference, parameters),
+        strict=True,
     ):
         assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-12)
 
@@ -184,7 +215,11 @@ def test_a_forward_that_somebody_else_replaced_is_left_alone():
 
 @pytest.mark.parametrize(
     "after",
-    [lambda logits: logits.mul_(0.5), lambda logits: logits * 1.0, lambda logits: torch.cat([logits, logits], -1)],
+    [
+        lambda logits: logits.mul_(0.5),
+        lambda logits: logits * 1.0,
+        lambda logits: torch.cat([logits, logits], -1),
+    ],
     ids=["in place", "by one", "another shape"],
 )
 def test_whatever_is_done_to_logits_is_seen(after):

@@ -38,7 +38,10 @@ def test_the_head_on_targets_alone_gives_the_loss_and_gradients_of_full_logits(f
     parameters = [p for p in family.parameters() if p.requires_grad]
     ours = torch.autograd.grad(summed_cross_entropy(logits, shifted[keep]), parameters)
     reference = torch.autograd.grad(
-        F.cross_entropy(full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"), parameters
+        F.cross_entropy(
+            full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+        ),
+        parameters,
     )
     for mine, theirs in zip(ours, reference, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-10)

@@ -84,13 +84,17 @@ def twin_losses(folder, attention, epochs):
     parameters = adapter_parameters(model)
     gates = [p for name, p in parameters.items() if ".gate." in name]
     updates = [p for name, p in parameters.items() if ".gate." not in name]
-    optimizer = torch.optim.AdamW([{"params": updates, "lr": 1e-2}, {"params": gates, "lr": 5e-3}], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": updates, "lr": 1e-2}, {"params": gates, "lr": 5e-3}], weight_decay=0.0
+    )
     peak = [group["lr"] for group in optimizer.param_groups]
     total, losses = epochs * len(planned), []
     for step in range(total):
         batch = planned[loader.order(step // len(planned))[step % len(planned)]]
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        task = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+        task = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE
+        )
         entropies = []
         for name, layer in adapted_linears(model).items():
             g = torch.sigmoid(seen[name] @ layer.gate.weight + layer.gate.bias)[batch["attention_mask"] > 0]
@@ -110,7 +114,13 @@ def twin_losses(folder, attention, epochs):
 def capped(tiny_backbone, tmp_path_factory):
     """A tiny Gemma 2, whose logits are capped after the head, at a value that they reach."""
     tokenizer, folder = AutoTokenizer.from_pretrained(tiny_backbone), tmp_path_factory.mktemp("capped")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": len(tokenizer)}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "vocab_size": len(tokenizer),
+    }
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": tokenizer.pad_token_id}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -121,15 +131,22 @@ def capped(tiny_backbone, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("backbone", "attention", "in_head", "rel"),
-    [("tiny_backbone", "sdpa", True, 1e-12), ("capped", "eager", False, 1e-10)],  # Gemma's norms are fp32 whatever the dtype
+    [
+        ("tiny_backbone", "sdpa", True, 1e-12),
+        ("capped", "eager", False, 1e-10),
+    ],  # Gemma's norms are fp32 whatever the dtype
 )
 def test_losses_equal_a_plain_loop(backbone, attention, in_head, rel, request, tmp_path, monkeypatch):
     """Computed in the head, some positions at a time, and from logits that a model caps."""
     folder, shapes, summed = request.getfixturevalue(backbone), set(), linear_cross_entropy._of_chunk
     monkeypatch.setattr(linear_cross_entropy, "LOGITS_AT_A_TIME", 4000)  # ten positions
-    monkeypatch.setattr(linear_cross_entropy, "_of_chunk", lambda h, *rest: shapes.add(len(h)) or summed(h, *rest))
+    monkeypatch.setattr(
+        linear_cross_entropy, "_of_chunk", lambda h, *rest: shapes.add(len(h)) or summed(h, *rest)
+    )
     watched = run(Job(str(folder), str(tmp_path), accumulate=2, epochs=2, attention=attention))
-    assert [float.fromhex(x) for x in watched.losses] == pytest.approx(twin_losses(folder, attention, 2), rel=rel)
+    assert [float.fromhex(x) for x in watched.losses] == pytest.approx(
+        twin_losses(folder, attention, 2), rel=rel
+    )
     assert max(shapes, default=0) == (10 if in_head else 0)
 
 
@@ -140,7 +157,9 @@ def test_no_target_tokens_is_no_nan(tiny_backbone, monkeypatch, in_head):
         module.on_train_start()
     assert module._loss_is_in_head == in_head
     batch = batch_of([[IGNORE] * 5, [IGNORE] * 5])
-    monkeypatch.setattr(module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    monkeypatch.setattr(
+        module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    )
     loss = module.training_step(batch, 0)["loss"]
     loss.backward()
     assert float(loss) == 0
@@ -152,7 +171,9 @@ def test_padding_changes_neither_loss_nor_entropy(tiny_backbone, monkeypatch):
     torch.manual_seed(0)
     for parameter in adapter_parameters(module.model).values():
         parameter.data.normal_(std=0.3)
-    monkeypatch.setattr(module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    monkeypatch.setattr(
+        module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    )
     short = batch_of([[IGNORE, IGNORE, 7, 8]])
     padded = {k: F.pad(v, (0, 3), value=IGNORE if k == "labels" else 0) if v.ndim == 2 else v
               for k, v in short.items() if isinstance(v, torch.Tensor)}  # fmt: skip
@@ -212,14 +233,21 @@ def test_warm_start_takes_the_folder_s_values(tiny_backbone, tmp_path):
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
 def test_mixed_precision_is_refused_before_weights_are_loaded(tiny_backbone, verb):
     module = tiny_module(tiny_backbone)
-    trainer = L.Trainer(accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False)
+    trainer = L.Trainer(
+        accelerator="cpu", precision="bf16-true", max_steps=1, logger=False, enable_checkpointing=False
+    )
     with pytest.raises(ConfigError, match=r"trainer\.precision: bf16-true"):
         getattr(trainer, verb)(module, tiny_data(tiny_backbone))
     assert module.model is None
 
 
 def test_a_validation_by_the_clock_is_refused(tiny_backbone):
-    settings = {"max_steps": 1, "logger": False, "enable_checkpointing": False, "val_check_interval": "00:00:10:00"}
+    settings = {
+        "max_steps": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "val_check_interval": "00:00:10:00",
+    }
     with pytest.raises(ConfigError, match=r"trainer\.val_check_interval: a time"):
         L.Trainer(accelerator="cpu", **settings).fit(tiny_module(tiny_backbone), [batch_of([[IGNORE, 7, 8]])])
 
@@ -229,7 +257,9 @@ def test_sharded_weights_are_never_gathered_in_inference_mode(tiny_backbone, tmp
     module = tiny_module(tiny_backbone)
     module.trainer = trainer = tiny_trainer(tmp_path, strategy=AdapterShardingStrategy())
     module.setup("test")
-    assert not any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop))
+    assert not any(
+        loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    )
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
@@ -237,14 +267,21 @@ def test_fast_decoding_of_sharded_weights_is_refused(tiny_backbone, tmp_path, st
     module = tiny_module(tiny_backbone)
     module.decoding = DecodingConfig(skip_below=0.1)
     module.trainer = tiny_trainer(tmp_path, strategy=AdapterShardingStrategy())
-    with pytest.raises(ConfigError, match=r"model\.decoding\.skip_below: 0\.1, merge_above: 1\.0, with sharded weights"):
+    with pytest.raises(
+        ConfigError, match=r"model\.decoding\.skip_below: 0\.1, merge_above: 1\.0, with sharded weights"
+    ):
         module.setup(stage)
 
 
 def test_a_checkpoint_of_another_program_is_named(tiny_backbone, tmp_path):
-    torch.save({"state_dict": {}, "global_step": 3, "loops": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    torch.save(
+        {"state_dict": {}, "global_step": 3, "loops": {}, "pytorch-lightning_version": "2.6.0"},
+        tmp_path / "other.ckpt",
+    )
     with pytest.raises(CheckpointError, match="none of an adapter; it lacks adapter, backbone"):
-        tiny_trainer(tmp_path).test(tiny_module(tiny_backbone), tiny_data(tiny_backbone), ckpt_path=tmp_path / "other.ckpt")
+        tiny_trainer(tmp_path).test(
+            tiny_module(tiny_backbone), tiny_data(tiny_backbone), ckpt_path=tmp_path / "other.ckpt"
+        )
 
 
 def test_a_run_that_failed_leaves_nothing_to_the_next(tiny_backbone, tmp_path):
@@ -272,7 +309,14 @@ def test_problems_are_collected():
         warm_start="./nowhere",
     )
     found = "\n".join(module.problems())
-    for name in ("backbone.id", "adapter.rank", "optimizer.lr", "optimizer.schedule", "gate_entropy_weight", "warm_start"):
+    for name in (
+        "backbone.id",
+        "adapter.rank",
+        "optimizer.lr",
+        "optimizer.schedule",
+        "gate_entropy_weight",
+        "warm_start",
+    ):
         assert f"model.{name}: " in found
     with pytest.raises(ConfigError):
         module.configure_model()
@@ -286,7 +330,9 @@ def test_a_poisoned_loss_stops_before_the_step_and_names_it(tiny_backbone, tmp_p
 
 
 @pytest.mark.parametrize("value", [torch.inf, 1e20])
-def test_a_gradient_whose_square_is_not_finite_stops_before_the_step(tiny_backbone, tmp_path, monkeypatch, value):
+def test_a_gradient_whose_square_is_not_finite_stops_before_the_step(
+    tiny_backbone, tmp_path, monkeypatch, value
+):
     """AdamW's second moment would be infinite for good."""
 
     def poison(self, *args):
@@ -326,7 +372,12 @@ class Validations(L.Callback):
 def test_everything_of_a_step_is_logged_under_its_number(tiny_backbone, tmp_path, accumulate):
     """The module's numbers, those of callbacks and of validations after every micro-batch; epochs of three steps."""
     validations, logger = Validations(), CSVLogger(tmp_path)
-    settings = {"limit_val_batches": 1, "val_check_interval": 1, "accumulate_grad_batches": accumulate, "logger": logger}
+    settings = {
+        "limit_val_batches": 1,
+        "val_check_interval": 1,
+        "accumulate_grad_batches": accumulate,
+        "logger": logger,
+    }
     trainer = tiny_trainer(tmp_path, Throughput(1), validations, AdapterCheckpoint(), **settings)
     trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone, train=["everyday[:24]"]))
     with open(Path(logger.log_dir, "metrics.csv")) as file:
@@ -355,7 +406,9 @@ def test_random_state_of_another_number_of_processes_is_said_to_be_lost(tiny_bac
     resumed = run(Job(str(tiny_backbone), str(tmp_path), dtype="float32", resume=str(path)))
     assert resumed.losses == whole.losses[2:]  # without dropout nothing is drawn
     assert "the random state of 2 processes and this run has 1" in caplog.text
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     trainer.validate(
         build(tiny_backbone),
         torch.utils.data.DataLoader([batch_of([[IGNORE, 7, 8]])], batch_size=None),
@@ -371,7 +424,10 @@ def test_a_checkpoint_outlives_the_folder_it_was_warm_started_from(tiny_backbone
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     fresh = GateRAModule(
-        backbone=module.backbone, adapter=module.adapter, optimizer=OptimizerConfig(), warm_start=str(tmp_path / "gone")
+        backbone=module.backbone,
+        adapter=module.adapter,
+        optimizer=OptimizerConfig(),
+        warm_start=str(tmp_path / "gone"),
     )
     fresh.on_load_checkpoint(checkpoint)
     assert set(fresh.state_dict()) == set(checkpoint["state_dict"])

@@ -80,14 +80,20 @@ def test_every_adapter_parameter_is_in_exactly_one_group(tiny_llama, update, gat
     optimizer, _ = build_optimizer(OptimizerConfig(), model, lambda: 10)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    gates = {id(p) for layer in model.modules() if getattr(layer, "gate", None) for p in layer.gate.parameters()}
-    assert [g["name"] for g in optimizer.param_groups] == (["update"] if gate == "none" else ["update", "gate"])
+    gates = {
+        id(p) for layer in model.modules() if getattr(layer, "gate", None) for p in layer.gate.parameters()
+    }
+    assert [g["name"] for g in optimizer.param_groups] == (
+        ["update"] if gate == "none" else ["update", "gate"]
+    )
     for group in optimizer.param_groups:
         assert all((id(p) in gates) == (group["name"] == "gate") for p in group["params"])
 
 
 def test_the_gates_rate_is_a_multiple_at_every_step(tiny_llama):
-    config = OptimizerConfig(lr=1e-2, gate_lr_multiplier=0.25, weight_decay=0.1, schedule="linear", warmup_steps=1)
+    config = OptimizerConfig(
+        lr=1e-2, gate_lr_multiplier=0.25, weight_decay=0.1, schedule="linear", warmup_steps=1
+    )
     optimizer, scheduler = build_optimizer(config, adapted(tiny_llama), lambda: 3)
     rates = []
     for _ in range(4):
@@ -145,7 +151,14 @@ def test_problems_name_setting_value_and_what_is_accepted(setting, accepted):
 
 
 def test_all_problems_are_found_at_once():
-    assert len(OptimizerConfig(lr=-1, schedule="no", weight_decay=-1, warmup_steps=-1, gate_lr_multiplier=-1).problems()) == 5
+    assert (
+        len(
+            OptimizerConfig(
+                lr=-1, schedule="no", weight_decay=-1, warmup_steps=-1, gate_lr_multiplier=-1
+            ).problems()
+        )
+        == 5
+    )
 
 
 def test_a_group_without_gradients_has_the_norm_0(tiny_llama):
@@ -193,13 +206,17 @@ def test_sharded_parameters_are_stepped_together_and_no_checkpoint_says_so(tiny_
         of_many(parameters, *args, **kwargs)
 
     monkeypatch.setattr(adam, "_multi_tensor_adam", counted)
-    optimizers = [build_optimizer(OptimizerConfig(lr=0.1), model, lambda: 10)[0] for model in (whole, sharded)]
+    optimizers = [
+        build_optimizer(OptimizerConfig(lr=0.1), model, lambda: 10)[0] for model in (whole, sharded)
+    ]
     for _ in range(2):
         for model, optimizer in zip((whole, sharded), optimizers, strict=True):
             model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        for one, other in zip(adapter_parameters(whole).values(), adapter_parameters(sharded).values(), strict=True):
+        for one, other in zip(
+            adapter_parameters(whole).values(), adapter_parameters(sharded).values(), strict=True
+        ):
             assert torch.equal(one, other.full_tensor())
     groups = [optimizer.state_dict()["param_groups"] for optimizer in optimizers]
     assert groups[0] == groups[1]

@@ -9,7 +9,14 @@ from fit_script import Rows
 from tiny_backbone import tiny_tokenizer, tiny_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, GateRAModule, OptimizerConfig, adapter_parameters
+from gatera_lightning import (
+    AdapterConfig,
+    BackboneConfig,
+    ConfigError,
+    GateRAModule,
+    OptimizerConfig,
+    adapter_parameters,
+)
 from gatera_lightning.backbone.loading import keeps_packed_rows_apart, load_tokenizer
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 
@@ -71,7 +78,14 @@ def module_of(folder, **backbone):
 
 def data_of(folder, **settings):
     """Rows of 12 to 56 tokens, not sorted by length: two to four of them fit into a line."""
-    defaults = {"train_on": "response", "max_length": 100, "batch_size": 8, "group_by_length": False, "held_out": 2, "seed": 1}
+    defaults = {
+        "train_on": "response",
+        "max_length": 100,
+        "batch_size": 8,
+        "group_by_length": False,
+        "held_out": 2,
+        "seed": 1,
+    }
     data = Rows(**(defaults | settings))
     data.connect(load_tokenizer(BackboneConfig(id=str(folder))))
     return data
@@ -110,7 +124,9 @@ def assert_packing_changes_nothing(folder, root, **settings):
     close(found, expected)
     assert packed_gates.names == padded_gates.names
     assert torch.equal(packed_gates.counts.bins, padded_gates.counts.bins)
-    torch.testing.assert_close(packed_gates.counts.sums, padded_gates.counts.sums, rtol=1e-5, atol=1e-3)  # fp32 sums
+    torch.testing.assert_close(
+        packed_gates.counts.sums, padded_gates.counts.sums, rtol=1e-5, atol=1e-3
+    )  # fp32 sums
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +216,9 @@ def test_rounding_does_not_look_like_mixing():
     def rounded_otherwise(**inputs):
         output = inner(**inputs)
         if "position_ids" in inputs:
-            output.logits = output.logits + 0.02 * output.logits.std() * torch.sign(torch.sin(1e4 * output.logits))
+            output.logits = output.logits + 0.02 * output.logits.std() * torch.sign(
+                torch.sin(1e4 * output.logits)
+            )
         return output
 
     model.forward = rounded_otherwise
@@ -259,7 +277,9 @@ def test_kernels_that_round_by_one_bit_are_no_mixing():
     def rounded_otherwise(**inputs):
         output = inner(**inputs)
         if "position_ids" in inputs:
-            output.logits = output.logits + 0.2 * output.logits.std() * torch.sign(torch.sin(1e4 * output.logits))
+            output.logits = output.logits + 0.2 * output.logits.std() * torch.sign(
+                torch.sin(1e4 * output.logits)
+            )
         return output
 
     model.forward = rounded_otherwise

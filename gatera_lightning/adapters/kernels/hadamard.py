@@ -38,7 +38,9 @@ def _(weight: Tensor, a: Tensor, b: Tensor, there: Tensor) -> Tensor:
 def rebuilt_hadamard_weight(weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
     """``W0 ⊙ (B A)`` for backward. A compiler that saw the forward's product again would keep that one: (out, in) a layer."""
     compiling = torch.compiler.is_compiling()
-    return cast(Tensor, hadamard_weight_once(weight, a, b, dy)) if compiling else hadamard_weight(weight, a, b)
+    return (
+        cast(Tensor, hadamard_weight_once(weight, a, b, dy)) if compiling else hadamard_weight(weight, a, b)
+    )
 
 
 def with_gated(y: Tensor, x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
@@ -51,7 +53,9 @@ def with_gated(y: Tensor, x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
 def without_gradients(kept: Tensor) -> Tensor:
     """``kept``, where no gradient is asked for: the factors behind it would not get theirs."""
     if torch.is_grad_enabled():
-        raise RuntimeError("a forward with gradients inside prepared_for_inference: the adapter's factors would get none")
+        raise RuntimeError(
+            "a forward with gradients inside prepared_for_inference: the adapter's factors would get none"
+        )
     return kept
 
 
@@ -68,7 +72,9 @@ class _GatedHadamard(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g)
         return with_gated(y, x, hadamard_weight(weight, a, b), g)
 
@@ -94,7 +100,9 @@ class _GatedHadamard(torch.autograd.Function):
         return dy if needs_y else None, dx, None, da, db, dg
 
 
-def with_gated_hadamard(y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None = None) -> Tensor:
+def with_gated_hadamard(
+    y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None = None
+) -> Tensor:
     """``y + g · (W0 ⊙ BA) x``, HiRA's update (Huang et al., ICLR 2025) under GateRA's gate (``W' = (g·BA + 1) ⊙ W0``).
 
     Shapes: y (..., out), x (..., in), weight (out, in) frozen, a (r, in), b (out, r), g (...) or None for 1 -> (..., out).
@@ -112,7 +120,9 @@ class _MergedHadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
-        return F.linear(x, hadamard_weight(weight, a, b).add_(weight), bias).detach()  # a view could not be written to
+        return F.linear(
+            x, hadamard_weight(weight, a, b).add_(weight), bias
+        ).detach()  # a view could not be written to
 
     @staticmethod
     @once_differentiable

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatera_lightning.adapters.kernels.hadamard import factor_gradients, hadamard_weight, in_own_dtypes, with_gated_hadamard
+from gatera_lightning.adapters.kernels.hadamard import (
+    factor_gradients,
+    hadamard_weight,
+    in_own_dtypes,
+    with_gated_hadamard,
+)
 
 PAYS_FROM = 1 / 8
 """Share of decided tokens from which telling them apart pays: below it, moving rows costs what the left-out products save.
@@ -57,7 +62,14 @@ class _SkippingHadamard(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Tensor, between: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        g: Tensor,
+        between: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g, between)
         flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
@@ -78,7 +90,15 @@ class _SkippingHadamard(torch.autograd.Function):
         if needs_x:
             dx = torch.matmul(dy.to(dtype), weight)  # (..., in)
         if not len(between):
-            return _in(x.dtype, dx), None, None, torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(g), None
+            return (
+                _in(x.dtype, dx),
+                None,
+                None,
+                torch.zeros_like(a),
+                torch.zeros_like(b),
+                torch.zeros_like(g),
+                None,
+            )
         rows = x.flatten(0, -2).to(dtype).index_select(0, between)  # (between, in)
         du = dy.flatten(0, -2).to(dtype).index_select(0, between)  # (between, out)
         t = du @ hadamard_weight(weight, a, b)  # (between, in)
@@ -100,7 +120,14 @@ class _PartitionedHadamard(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Tensor, tokens: TokensByGate
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        g: Tensor,
+        tokens: TokensByGate,
     ) -> Tensor:
         order, back, closed, frozen = tokens
         ctx.save_for_backward(x, weight, a, b, g, order, back)
@@ -113,7 +140,9 @@ class _PartitionedHadamard(torch.autograd.Function):
             y[frozen:] = F.linear(rows[frozen:], weight + delta, bias)
             between = slice(closed, frozen)
             gated = rows[between] * _column(g, order[between], rows.dtype)
-            torch.addmm(y[between], gated, delta.t(), out=y[between])  # addmm_ would not be counted by FlopCounterMode
+            torch.addmm(
+                y[between], gated, delta.t(), out=y[between]
+            )  # addmm_ would not be counted by FlopCounterMode
             return y.index_select(0, back).unflatten(0, x.shape[:-1]).detach()
 
     @staticmethod
@@ -160,7 +189,14 @@ def _in(dtype: torch.dtype, gradient: Tensor | None) -> Tensor | None:
 
 
 def partitioned_hadamard(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, g: Tensor, skip_below: float, merge_above: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    skip_below: float,
+    merge_above: float,
 ) -> Tensor:
     """``W0 x + b + γ · (W0 ⊙ BA) x`` with the :func:`hard_gates` γ of g (...).
 
@@ -173,5 +209,7 @@ def partitioned_hadamard(
     if tokens is None:
         return with_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
     if tokens.frozen == len(tokens.order):
-        return cast(Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, tokens.order[tokens.closed :]))
+        return cast(
+            Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, tokens.order[tokens.closed :])
+        )
     return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))

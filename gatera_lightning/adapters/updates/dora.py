@@ -17,7 +17,13 @@ class DoRA(nn.Module):
     reads_base_out = True
 
     def __init__(
-        self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
+        self,
+        base: nn.Linear,
+        *,
+        rank: int,
+        scale: float,
+        dtype: torch.dtype,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         self.a, self.b = low_rank_factors(base, rank, dtype, generator)
@@ -35,7 +41,9 @@ class DoRA(nn.Module):
         cross = (F.linear(weight, self.a.to(weight.dtype)).to(dtype) * self.b).sum(1)
         low_rank = ((self.b @ (self.a @ self.a.t())) * self.b).sum(1)
         norm = (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
-        return norm.masked_fill(norm == 0, 1.0)  # a row of zeros (pruned, padded) has no direction, and must not divide
+        return norm.masked_fill(
+            norm == 0, 1.0
+        )  # a row of zeros (pruned, padded) has no direction, and must not divide
 
     def forward(self, y: Tensor, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
         """``y + g · u(x)``; y (..., out), x (..., in), base_out = W0 x (..., out) -> (..., out)."""

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from gatera_lightning.adapters.kernels.hadamard import hadamard_weight, with_gated, with_gated_hadamard, without_gradients
+from gatera_lightning.adapters.kernels.hadamard import (
+    hadamard_weight,
+    with_gated,
+    with_gated_hadamard,
+    without_gradients,
+)
 from gatera_lightning.adapters.updates.lora import low_rank_factors
 
 
@@ -13,7 +18,13 @@ class HiRA(nn.Module):
     reads_base_out = False
 
     def __init__(
-        self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
+        self,
+        base: nn.Linear,
+        *,
+        rank: int,
+        scale: float,
+        dtype: torch.dtype,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         self.a, self.b = low_rank_factors(base, rank, dtype, generator)

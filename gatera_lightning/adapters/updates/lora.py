@@ -26,7 +26,13 @@ class LoRA(nn.Module):
     reads_base_out = False
 
     def __init__(
-        self, base: nn.Linear, *, rank: int, scale: float, dtype: torch.dtype, generator: torch.Generator | None
+        self,
+        base: nn.Linear,
+        *,
+        rank: int,
+        scale: float,
+        dtype: torch.dtype,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         self.a, self.b = low_rank_factors(base, rank, dtype, generator)

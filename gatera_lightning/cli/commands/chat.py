@@ -26,10 +26,16 @@ def generate(argv: Sequence[str]) -> None:
     _read_any_bytes()
     prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in own.prompt]
     speaker = Speaker(
-        own, [f"--prompt: {prompt!r:.60} {why}; accepted: a text" for prompt in prompts if (why := unusable(prompt))]
+        own,
+        [
+            f"--prompt: {prompt!r:.60} {why}; accepted: a text"
+            for prompt in prompts
+            if (why := unusable(prompt))
+        ],
     )
     asked = [
-        speaker.prompt_ids(prompt if speaker.template == "none" else Instruction(prompt.strip(), "", "")) for prompt in prompts
+        speaker.prompt_ids(prompt if speaker.template == "none" else Instruction(prompt.strip(), "", ""))
+        for prompt in prompts
     ]
     if too_long := [
         f"--prompt: {prompt!r:.60} has {len(ids):,} tokens; accepted by this model with --max_new_tokens {own.max_new_tokens}: "
@@ -54,7 +60,9 @@ def chat(argv: Sequence[str]) -> None:
     """
     speaker = Speaker(_chat_parser().parse_args(argv))
     _read_any_bytes()
-    speaker.prompt_ids(_asked([{"role": "user", "content": "?"}]))  # said now where a template takes no turn at all
+    speaker.prompt_ids(
+        _asked([{"role": "user", "content": "?"}])
+    )  # said now where a template takes no turn at all
     speaker.introduce()
     speaker.remark(_HELP)
     with _as_long_as_somebody_reads():
@@ -157,7 +165,11 @@ def _generate_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", required=True, help="- reads standard input; may be repeated"
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        required=True,
+        help="- reads standard input; may be repeated",
     )
     add_arguments(parser, ("chat", "plain", "alpaca", "none"))
     return parser

@@ -15,7 +15,11 @@ _WRITERS = {".md": as_markdown, ".json": as_json}
 def compare(argv: Sequence[str]) -> None:
     """Compare the first RUN with the others, print Markdown and write ``--out`` files; ConfigError for runs that cannot be."""
     args = _parser().parse_args(argv)
-    problems = [] if len(args.runs) > 1 else [f"RUN: got {args.runs[0]} alone; expected a baseline and at least one other run"]
+    problems = (
+        []
+        if len(args.runs) > 1
+        else [f"RUN: got {args.runs[0]} alone; expected a baseline and at least one other run"]
+    )
     for out in args.out:
         if out.suffix not in _WRITERS:
             problems.append(f"--out {out}: expected a name that ends in .md or .json")
@@ -41,8 +45,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare the evaluations of runs, written by `test`: accuracies with 95 % intervals, and paired tests "
         "against the first run on the questions that both answered.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder or predictions.jsonl; baseline first")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, action="append", default=[], help="also write .md or .json; may be given twice"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="a run's folder or predictions.jsonl; baseline first",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="also write .md or .json; may be given twice",
     )
     return parser

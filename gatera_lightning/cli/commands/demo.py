@@ -22,7 +22,9 @@ class _Demo(GateRACLI):
 
     def after_fit(self) -> None:
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        self.after = self._evaluate(best or None)  # without a validation there is no best: the last state then
+        self.after = self._evaluate(
+            best or None
+        )  # without a validation there is no best: the last state then
 
     def _evaluate(self, checkpoint: str | None) -> EvaluationResult:
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
@@ -35,7 +37,10 @@ def demo(overrides: Sequence[str]) -> None:
     run = _Demo(["fit", *with_found_configs(["--config", "quickstart.yaml", *overrides])])
     table = Table("held-out questions", "before", "after", title="GateRA in a few minutes")
     table.add_row("nats per target token", f"{run.before.gold_loss:.3f}", f"{run.after.gold_loss:.3f}")
-    for label, score in (("accuracy, per-token likelihood", "per_token"), ("accuracy, summed likelihood", "sum")):
+    for label, score in (
+        ("accuracy, per-token likelihood", "per_token"),
+        ("accuracy, summed likelihood", "sum"),
+    ):
         table.add_row(label, str(run.before.accuracy(score)), str(run.after.accuracy(score)))  # type: ignore[arg-type]
     console = Console(soft_wrap=True)
     console.print(table)

@@ -12,7 +12,14 @@ from gatera_lightning.adapters.inference import prepared_bytes
 from gatera_lightning.backbone.loading import load_config, load_tokenizer, native_dtype
 from gatera_lightning.cli.dry_run import PlannedTrainer, processes_of
 from gatera_lightning.cli.lightning_cli import PROG, RecipeCLI, raise_problems, with_found_configs
-from gatera_lightning.cost_model.step_costs import MicroBatch, ModelSizes, StepCosts, build_on_meta, model_sizes, step_costs
+from gatera_lightning.cost_model.step_costs import (
+    MicroBatch,
+    ModelSizes,
+    StepCosts,
+    build_on_meta,
+    model_sizes,
+    step_costs,
+)
 from gatera_lightning.datamodules.batching.statistics import planned_lengths, right_lengths, target_counts
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
@@ -43,16 +50,25 @@ def plan(argv: Sequence[str]) -> None:
         dtype = "bfloat16" if gpu and not here else str(native_dtype(device_type)).removeprefix("torch.")
     dtype = getattr(torch, dtype)
     model = build_on_meta(load_config(settings.backbone), settings.backbone, settings.adapter, dtype)
-    sizes, costs = model_sizes(model), step_costs(model, batch, recomputed=settings.backbone.gradient_checkpointing)
+    sizes, costs = (
+        model_sizes(model),
+        step_costs(model, batch, recomputed=settings.backbone.gradient_checkpointing),
+    )
     memory = predict_memory(sizes, costs, layout)
-    print(f"{settings.backbone.id}, {settings.adapter.update} × {settings.adapter.gate}, rank {settings.adapter.rank}")
+    print(
+        f"{settings.backbone.id}, {settings.adapter.update} × {settings.adapter.gate}, rank {settings.adapter.rank}"
+    )
     print(f"  devices        {layout}{remark}")
     masters = settings.adapter.adapter_dtype
     trainable = sizes.adapter // getattr(torch, masters).itemsize
     frozen = sizes.frozen // dtype.itemsize
     kind = str(dtype).removeprefix("torch.")
-    print(f"  parameters     {frozen:,} frozen in {kind}, {trainable:,} trainable in {masters} ({trainable / frozen:.2%})")
-    print(f"  micro-batch    {batch.rows} rows of {batch.tokens} tokens, {batch.targets:,} with loss ({source})")
+    print(
+        f"  parameters     {frozen:,} frozen in {kind}, {trainable:,} trainable in {masters} ({trainable / frozen:.2%})"
+    )
+    print(
+        f"  micro-batch    {batch.rows} rows of {batch.tokens} tokens, {batch.targets:,} with loss ({source})"
+    )
     print("  memory of a device, GiB")
     for name, part in memory.parts.items():
         print(f"    {name:<13}{part / _GIB:8.2f}")
@@ -65,7 +81,9 @@ def plan(argv: Sequence[str]) -> None:
         f"{steps * flops / 1e12:.2f} TFLOP a step and device"
     )
     if settings.adapter.tells_tokens_apart:
-        print("                 with every gate undecided; what skip_below and merge_above leave out depends on the gates")
+        print(
+            "                 with every gate undecided; what skip_below and merge_above leave out depends on the gates"
+        )
     decoding = settings.decoding
     kept = prepared_bytes(model, fast=decoding.tells_tokens_apart)
     if kept and layout.shards == 1 and decoding.prepared:
@@ -73,7 +91,10 @@ def plan(argv: Sequence[str]) -> None:
             f"  generating     {kept / _GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"
         )
     moved = communication(sizes, layout, steps)
-    print("  communication  " + (", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in moved.items()) or "none"))
+    print(
+        "  communication  "
+        + (", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in moved.items()) or "none")
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,11 @@ class Layout:
 
     def __str__(self) -> str:
         if self.shards == 1:
-            return "1 process" if self.replicas == 1 else f"{self.replicas} processes, each with the whole model (DDP)"
+            return (
+                "1 process"
+                if self.replicas == 1
+                else f"{self.replicas} processes, each with the whole model (DDP)"
+            )
         kind = "FSDP2" if self.replicas == 1 else f"HSDP, {self.replicas} copies"
         where = ", kept on the CPU" if self.offload else ""
         return f"{self.replicas * self.shards} processes, {self.shards} shards ({kind}{where})"
@@ -94,7 +119,9 @@ class Layout:
 
 def layout_of(strategy: Any, processes: int) -> Layout:
     """The layout of a configured strategy. Raises ConfigError when its sizes are not those of the processes."""
-    if not (hasattr(strategy, "get") and str(strategy.get("class_path", "")).endswith("AdapterShardingStrategy")):
+    if not (
+        hasattr(strategy, "get") and str(strategy.get("class_path", "")).endswith("AdapterShardingStrategy")
+    ):
         return Layout(processes, 1)
     given = strategy.get("init_args") or {}
     replicas, shards = given.get("replicate_size", 1), given.get("shard_size", "auto")
@@ -183,7 +210,9 @@ def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> 
         log.warning("planned without the rows, which cannot be read: %s", error)
         rows = -(-data.batch_size // (accumulate * processes))
         targets = rows * data.max_length // (1 if data.train_on == "all" else 2)
-        return MicroBatch(rows, data.max_length, targets), "no rows to be had here: all of max_length, half of it with loss"
+        return MicroBatch(
+            rows, data.max_length, targets
+        ), "no rows to be had here: all of max_length, half of it with loss"
     batches = data.train_dataloader().dataset
     lengths = planned_lengths(batches.steps, right_lengths(batches.table.rows), batches.line)
     rows_of = [rows for step in batches.steps for rows in step.micro_batches]
@@ -205,5 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"Every other flag is as for fit: see {PROG} fit --help",
         allow_abbrev=False,
     )
-    parser.add_argument("--memory", type=float, help="GiB of one device; default: of the GPU that is here, if any")
+    parser.add_argument(
+        "--memory", type=float, help="GiB of one device; default: of the GPU that is here, if any"
+    )
     return parser

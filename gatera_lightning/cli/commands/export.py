@@ -18,7 +18,9 @@ def export(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     path: Path = args.checkpoint
     if not path.exists():
-        raise ConfigError(f"CHECKPOINT: {path} does not exist; accepted: a checkpoint (*.ckpt), or a folder of them")
+        raise ConfigError(
+            f"CHECKPOINT: {path} does not exist; accepted: a checkpoint (*.ckpt), or a folder of them"
+        )
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which need not exist")
     found = path if path.suffix == ".ckpt" else newest_sound_checkpoint(path)
@@ -28,9 +30,13 @@ def export(argv: Sequence[str]) -> None:
     wanted = ("state_dict", "adapter", "backbone", "global_step")
     missing = [name for name in wanted if not isinstance(checkpoint, dict) or name not in checkpoint]
     if missing:
-        raise ConfigError(f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing)}")
+        raise ConfigError(
+            f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing)}"
+        )
     config = AdapterConfig(**checkpoint["adapter"])
-    tensors = {name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
+    tensors = {
+        name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()
+    }
     folder = write_adapter(args.out, tensors, config, checkpoint["backbone"], checkpoint.get("template"))
     print(f"{folder}: the adapter of {found}, at optimizer step {checkpoint['global_step']}")
 
@@ -40,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m gatera_lightning export",
         description="Turn a checkpoint, sharded or not, into an adapter folder, which needs neither Lightning nor pickle.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run's folder checkpoints/")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the adapter folder to write")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run's folder checkpoints/"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, required=True, help="the adapter folder to write"
+    )
     return parser

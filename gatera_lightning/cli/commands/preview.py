@@ -12,7 +12,12 @@ from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.cli.dry_run import PlannedTrainer, processes_of
 from gatera_lightning.cli.lightning_cli import PROG, RecipeCLI, with_found_configs
 from gatera_lightning.datamodules.batching.datasets import PromptBatches, TokenTable
-from gatera_lightning.datamodules.batching.statistics import SplitStatistics, evaluation_lengths, padding_share, planned_lengths
+from gatera_lightning.datamodules.batching.statistics import (
+    SplitStatistics,
+    evaluation_lengths,
+    padding_share,
+    planned_lengths,
+)
 from gatera_lightning.datamodules.batching.step_plan import plan_steps
 from gatera_lightning.datamodules.loss_mask_view import marked_text, masked_text
 from gatera_lightning.datamodules.tokenization.tokenize import TrainOn
@@ -54,7 +59,9 @@ class PreviewedSplit(RecipeCLI):
 
     def after_instantiate_classes(self) -> None:
         """Check tokenizer and data, and bring them together."""
-        problems = [f"model.{problem}" for problem in self.model.backbone.problems()] + self.datamodule.problems(self.stage)
+        problems = [
+            f"model.{problem}" for problem in self.model.backbone.problems()
+        ] + self.datamodule.problems(self.stage)
         if problems:
             raise ConfigError(problems)
         self.datamodule.connect(load_tokenizer(self.model.backbone))
@@ -79,7 +86,9 @@ class PreviewedSplit(RecipeCLI):
         """The rows of the split."""
         data = self.datamodule
         assert data.tokenizer is not None  # connected above
-        return TokenTable(data.tables[self.split], int(data.tokenizer.pad_token_id), int(data.tokenizer.eos_token_id))
+        return TokenTable(
+            data.tables[self.split], int(data.tokenizer.pad_token_id), int(data.tokenizer.eos_token_id)
+        )
 
     def row(self, row: int, *, colour: bool) -> Text:
         """One row under a line about it: prompt and right answer, then the candidates where they are compared."""
@@ -89,7 +98,9 @@ class PreviewedSplit(RecipeCLI):
         targets = int((batch["labels"] != IGNORE).sum())
         tokens = int(batch["attention_mask"].sum())
         shortened = f", prompt shortened to max_length {data.max_length}" if entry["shortened"] else ""
-        text = Text(f"example {entry['example']}, {entry['task']}: {tokens:,} tokens, {targets:,} targets{shortened}\n")
+        text = Text(
+            f"example {entry['example']}, {entry['task']}: {tokens:,} tokens, {targets:,} targets{shortened}\n"
+        )
         text.append_text(masked_text(data.tokenizer, batch, 0, colour=colour))
         if self.split == "test" or (self.split == "validation" and data.rank_validation):
             for number, ids in enumerate(entry["answers"]):
@@ -144,7 +155,11 @@ class PreviewedSplit(RecipeCLI):
         lines = []
         for loader in loaders:
             batches: Any = loader.dataset
-            what = "prompts' positions, to generate from" if isinstance(batches, PromptBatches) else "computed positions"
+            what = (
+                "prompts' positions, to generate from"
+                if isinstance(batches, PromptBatches)
+                else "computed positions"
+            )
             padding = _percent(padding_share(evaluation_lengths(batches)))
             cut = f"in {len(batches):,} batches of eval_batch_size {data.eval_batch_size}"
             lines.append(f"  padding     {padding} of the {what}, {cut}")

@@ -20,7 +20,9 @@ from gatera_lightning.cli.lightning_cli import PROG, RecipeCLI, raise_problems, 
 from gatera_lightning.errors import ConfigError
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
-_UNREADABLE = re.compile(r"[\s'\"\\#]")  # SLURM reads #SBATCH lines by rules of its own, which are not the shell's
+_UNREADABLE = re.compile(
+    r"[\s'\"\\#]"
+)  # SLURM reads #SBATCH lines by rules of its own, which are not the shell's
 _NAMED = {"TensorBoardLogger", "CSVLogger"}  # loggers whose folder is save_dir/name/version
 
 
@@ -41,7 +43,9 @@ def submit(argv: Sequence[str]) -> None:
         print(script, end="")
         return
     if missing := [tool for tool in ("sbatch", "srun", "scontrol") if shutil.which(tool) is None]:
-        raise ConfigError(f"submit: {', '.join(missing)} is not on this machine; accepted: a login node of SLURM, or --dry-run")
+        raise ConfigError(
+            f"submit: {', '.join(missing)} is not on this machine; accepted: a login node of SLURM, or --dry-run"
+        )
     if not own.skip_download:
         config.fetch()
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
@@ -93,9 +97,13 @@ class Job:
         for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds"):
             least = 0 if name == "gpus_per_node" else 1
             if getattr(own, name) is not None and getattr(own, name) < least:
-                problems.append(f"--{name.replace('_', '-')}: {getattr(own, name)}; accepted: an integer of at least {least}")
+                problems.append(
+                    f"--{name.replace('_', '-')}: {getattr(own, name)}; accepted: an integer of at least {least}"
+                )
         if own.time is not None and not _TIME.fullmatch(own.time):
-            problems.append(f"--time: {own.time!r}; accepted: minutes, hours:minutes:seconds, or days-hours:minutes:seconds")
+            problems.append(
+                f"--time: {own.time!r}; accepted: minutes, hours:minutes:seconds, or days-hours:minutes:seconds"
+            )
         elif own.time is not None and _seconds(own.time) <= own.signal_seconds:
             problems.append(
                 f"--signal-seconds: {own.signal_seconds} of --time {own.time}: the job would be told to end at once, again and "
@@ -112,10 +120,14 @@ class Job:
             ("--trainer.devices", own.devices, processes),
         ):
             if given not in (None, str(size)):
-                problems.append(f"{flag}: {given}; accepted: {size}, as the job has it, by --nodes and --gpus-per-node")
+                problems.append(
+                    f"{flag}: {given}; accepted: {size}, as the job has it, by --nodes and --gpus-per-node"
+                )
         root = own.root.absolute()
         if _UNREADABLE.search(str(root)) or "%" in str(root):
-            problems.append(f"--root: {str(root)!r}; accepted: a path without white space, quotes, backslashes, # and %")
+            problems.append(
+                f"--root: {str(root)!r}; accepted: a path without white space, quotes, backslashes, # and %"
+            )
         for name in ("partition", "account", "mem"):
             if _UNREADABLE.search(getattr(own, name) or ""):
                 problems.append(
@@ -139,7 +151,9 @@ class Job:
 
 def render(job: Job, name: str, logger: dict[str, str]) -> str:
     """The batch script: the shipped ``slurm/train.sbatch`` with what stands between @ signs filled in."""
-    text = (resources.files("gatera_lightning.cli_configs") / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    text = (resources.files("gatera_lightning.cli_configs") / "slurm" / "train.sbatch").read_text(
+        encoding="utf-8"
+    )
     filled = {
         "NAME": name,
         "NODES": str(job.nodes),
@@ -180,7 +194,9 @@ class _Resolved(RecipeCLI):
                 "checkpoint; model.warm_start begins with an adapter"
             )
         if isinstance(trainer.logger, list):
-            raise ConfigError(f"trainer.logger: {len(trainer.logger)} of them; accepted: one, whose folder is the job's")
+            raise ConfigError(
+                f"trainer.logger: {len(trainer.logger)} of them; accepted: one, whose folder is the job's"
+            )
         skipped = self.config.fit.clone()
         skipped.pop("config", None)
         self.text = self._parser("fit").dump(skipped, skip_none=False)
@@ -205,9 +221,14 @@ class _Resolved(RecipeCLI):
         """Bring weights, tokenizer and tokenised rows into the caches that the compute nodes share with this machine."""
         name = hub_id(self.model.backbone.id)
         if name is not None:
-            revision, patterns = self.model.backbone.revision, ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
+            revision, patterns = (
+                self.model.backbone.revision,
+                ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"],
+            )
             try:
-                here = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *patterns]))
+                here = Path(
+                    snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *patterns])
+                )
                 if not any(here.glob("*.safetensors")):
                     snapshot_download(name, revision=revision, allow_patterns=["*.bin"])
             except OSError as error:
@@ -249,11 +270,20 @@ def _parser() -> argparse.ArgumentParser:
         default=300,
         help="how long before the end SLURM warns: longer than a step, and than a validation; default: 300",
     )
-    parser.add_argument("--root", type=Path, default=Path("jobs"), help="folder of the jobs' folders; default: jobs")
-    parser.add_argument("--setup", default="", help="shell lines before the program, such as 'module load cuda'")
+    parser.add_argument(
+        "--root", type=Path, default=Path("jobs"), help="folder of the jobs' folders; default: jobs"
+    )
+    parser.add_argument(
+        "--setup", default="", help="shell lines before the program, such as 'module load cuda'"
+    )
     parser.add_argument("--python", default=sys.executable, help="default: the one that runs this")
-    parser.add_argument("--skip-download", action="store_true", help="do not fetch weights and rows before handing in")
-    for flag in ("--trainer.num_nodes", "--trainer.devices"):  # the job's own decide; one that says otherwise is a mistake
+    parser.add_argument(
+        "--skip-download", action="store_true", help="do not fetch weights and rows before handing in"
+    )
+    for flag in (
+        "--trainer.num_nodes",
+        "--trainer.devices",
+    ):  # the job's own decide; one that says otherwise is a mistake
         parser.add_argument(flag, dest=flag.rpartition(".")[2], help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print the script; hand nothing in")
     return parser

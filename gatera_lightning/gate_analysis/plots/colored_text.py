@@ -22,7 +22,9 @@ def colours(gate: float) -> tuple[str, str]:
     """The colour of a gate in [0, 1], and black or white, whichever can be read on it."""
     red, green, blue, _ = colormaps[COLOURS](gate)
     luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-    return to_hex((red, green, blue)), "#000000" if luminance > 0.18 else "#ffffff"  # equal contrast with both (WCAG)
+    return to_hex(
+        (red, green, blue)
+    ), "#000000" if luminance > 0.18 else "#ffffff"  # equal contrast with both (WCAG)
 
 
 def coloured(piece: str, gate: float) -> Text:
@@ -65,7 +67,16 @@ def draw_text(tokens: Sequence[str], gates: np.ndarray, prompt: int, title: str)
     for token, gate, (column, line, cells) in zip(tokens, gates, places, strict=True):
         background, foreground = colours(float(gate))
         axes.add_patch(Rectangle((column, line + 0.04), cells, 0.92, facecolor=background, linewidth=0))
-        axes.text(column, line + 0.5, token, color=foreground, family="DejaVu Sans Mono", size=9, va="center", parse_math=False)
+        axes.text(
+            column,
+            line + 0.5,
+            token,
+            color=foreground,
+            family="DejaVu Sans Mono",
+            size=9,
+            va="center",
+            parse_math=False,
+        )
     if rule is not None:
         axes.plot([0, width], [rule, rule], color="black", linewidth=0.7, linestyle=":", clip_on=False)
     figure.text(0.1 / size[0], 1 - 0.22 / size[1], title, size=9)

@@ -68,7 +68,9 @@ def draw_shares(history: ShareHistory) -> Figure:
             bottom = 0.5 + row * (panel + 0.35)
             axes = figure.add_axes((0.07 + 0.43 * column, bottom / height, 0.41, panel / height))
             values = history.shares[:, column, 1 - row].T.numpy()  # (layers, columns)
-            image = axes.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, values, cmap=COLOURS, vmin=0, vmax=1)
+            image = axes.pcolormesh(
+                edges, np.arange(len(layers) + 1) - 0.5, values, cmap=COLOURS, vmin=0, vmax=1
+            )
             axes.text(0, 1.03, f"{phase}, {share}", fontsize=9, transform=axes.transAxes)
             axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
             axes.locator_params(axis="x", nbins=5)

@@ -18,12 +18,18 @@ def by_layer(modules: Sequence[GatedModule], gates: np.ndarray) -> tuple[list[in
     return layers, np.stack([gates[numbers == layer].mean(0, dtype=float) for layer in layers])
 
 
-def draw_heatmap(modules: Sequence[GatedModule], gates: np.ndarray, tokens: Sequence[str], prompt: int, title: str) -> Figure:
+def draw_heatmap(
+    modules: Sequence[GatedModule], gates: np.ndarray, tokens: Sequence[str], prompt: int, title: str
+) -> Figure:
     """One text: gates (modules, tokens), a label a token, a line where the response begins."""
     layers, means = by_layer(modules, gates)
-    figure = Figure(figsize=(2.2 + 0.19 * len(tokens), 1.8 + 0.13 * len(layers)), layout="constrained", dpi=110)
+    figure = Figure(
+        figsize=(2.2 + 0.19 * len(tokens), 1.8 + 0.13 * len(layers)), layout="constrained", dpi=110
+    )
     axes = figure.subplots()
-    image = axes.imshow(means, aspect="auto", cmap=COLOURS, vmin=0, vmax=1, origin="lower", interpolation="nearest")
+    image = axes.imshow(
+        means, aspect="auto", cmap=COLOURS, vmin=0, vmax=1, origin="lower", interpolation="nearest"
+    )
     axes.set_xticks(range(len(tokens)), list(tokens), rotation=90)
     for label in axes.get_xticklabels():
         label.set_parse_math(False)  # a token may be a dollar sign

@@ -49,7 +49,9 @@ def reference(layer, x, dy):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
+)
 @pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
 def test_forward_and_every_gradient_are_those_of_hard_gates(logits, dtype, tol, bias):
     layer, x = layer_with(logits, dtype=dtype, bias=bias)
@@ -73,7 +75,9 @@ def test_thresholds_of_0_and_1_are_the_exact_layer():
 
 def test_evaluation_is_exact_whatever_the_thresholds():
     layer, x = layer_with(LOGITS["every kind"])
-    dense = layer.base(x) + torch.sigmoid(layer.gate(x)).unsqueeze(-1) * F.linear(x, layer.update.delta_weight(layer.weight))
+    dense = layer.base(x) + torch.sigmoid(layer.gate(x)).unsqueeze(-1) * F.linear(
+        x, layer.update.delta_weight(layer.weight)
+    )
     assert torch.allclose(layer.eval()(x), dense, atol=1e-12)
     assert not torch.allclose(layer.train()(x), dense, atol=1e-6)
     with torch.no_grad():  # validation inside of training
@@ -88,7 +92,9 @@ def test_the_error_of_the_output_is_within_its_bound(logits):
     assert bool((error <= 0.1 * u.norm(dim=-1) + 1e-12).all())
 
 
-@pytest.mark.parametrize(("logits", "closed", "between", "opened"), [("every kind", 2, 3, 3), ("none open", 4, 4, 0)])
+@pytest.mark.parametrize(
+    ("logits", "closed", "between", "opened"), [("every kind", 2, 3, 3), ("none open", 4, 4, 0)]
+)
 def test_the_products_of_a_step(logits, closed, between, opened):
     layer, x = layer_with(LOGITS[logits])
     with FlopCounterMode(display=False) as counter:
@@ -128,7 +134,9 @@ def test_a_gate_that_is_no_number_stays_one_that_is_none():
         x.nan_to_num_(nan=1.0)
         layer.gate.weight.zero_()[1] = float("nan")
     assert bool(layer(x).isnan().all())
-    assert torch.equal(hard_gates(torch.tensor([float("nan"), 0.0]), 0.1, 0.9).isnan(), torch.tensor([True, False]))
+    assert torch.equal(
+        hard_gates(torch.tensor([float("nan"), 0.0]), 0.1, 0.9).isnan(), torch.tensor([True, False])
+    )
 
 
 def test_what_a_token_is_does_not_depend_on_its_batch():
@@ -140,35 +148,48 @@ def test_what_a_token_is_does_not_depend_on_its_batch():
     arguments = (layer.base.weight, layer.base.bias, layer.update.a, layer.update.b)
     whole = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
     halves = [
-        partitioned_hadamard(part, *arguments, gates, 0.1, 0.9) for part, gates in zip(x.split(16), g.split(16), strict=True)
+        partitioned_hadamard(part, *arguments, gates, 0.1, 0.9)
+        for part, gates in zip(x.split(16), g.split(16), strict=True)
     ]
     alone = [partitioned_hadamard(x[n : n + 1], *arguments, g[n : n + 1], 0.1, 0.9) for n in range(32)]
     g[2] = 0.5  # fewer than one in eight: not told apart
     few = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
     for other in (torch.cat(halves), torch.cat(alone)):
         torch.testing.assert_close(other, whole, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.cat([few[:2], few[3:]]), torch.cat([whole[:2], whole[3:]]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([few[:2], few[3:]]), torch.cat([whole[:2], whole[3:]]), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_whole_model_stays_close_to_the_exact_gradient(tiny_llama, checkpointing):
     def gradient(**settings):
         model = tiny_llama(torch.float64)
-        inject_adapters(model, AdapterConfig(rank=4, adapter_dtype="float64", **settings), torch.Generator().manual_seed(0))
+        inject_adapters(
+            model,
+            AdapterConfig(rank=4, adapter_dtype="float64", **settings),
+            torch.Generator().manual_seed(0),
+        )
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in adapter_parameters(model).items():
                 if name.endswith(("update.b", "gate.weight")):
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7)
+                    parameter.copy_(
+                        torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7
+                    )
         ids = torch.arange(24).reshape(2, 12)
         loss = model.train()(input_ids=ids, labels=ids).loss
         loss.backward()
         updates = [p.grad.flatten() for n, p in adapter_parameters(model).items() if ".update." in n]
         return float(loss), torch.cat(updates)
 
-    exact, tried, wide = gradient(), gradient(skip_below=0.02, merge_above=0.98), gradient(skip_below=0.2, merge_above=0.8)
+    exact, tried, wide = (
+        gradient(),
+        gradient(skip_below=0.02, merge_above=0.98),
+        gradient(skip_below=0.2, merge_above=0.8),
+    )
     cosines = [float(F.cosine_similarity(exact[1], g, dim=0)) for _, g in (tried, wide)]
     assert abs(tried[0] - exact[0]) < 0.01 * exact[0]
     assert 0.99 < cosines[0] < 1 - 1e-9

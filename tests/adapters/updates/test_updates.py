@@ -91,9 +91,13 @@ def _assert_all_close(actual, expected, tol):
     _assert_close("y", actual[0], expected[0], tol)
     assert set(actual[1]) == set(expected[1])
     # The gate bias sums what the gate weight weighs: where that cancels, the weight's gradient gives the size.
-    gate_size = max([g.abs().max().item() for n, g in expected[1].items() if n.startswith("gate")], default=None)
+    gate_size = max(
+        [g.abs().max().item() for n, g in expected[1].items() if n.startswith("gate")], default=None
+    )
     for name, gradient in expected[1].items():
-        _assert_close(f"d{name}", actual[1][name], gradient, tol, gate_size if name.startswith("gate") else None)
+        _assert_close(
+            f"d{name}", actual[1][name], gradient, tol, gate_size if name.startswith("gate") else None
+        )
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
@@ -252,7 +256,9 @@ def test_the_logit_of_the_token_gate_is_exact_to_float32(randomise, kind, autoca
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         z = layer.gate(x)
     assert z.dtype == torch.float32
-    _assert_close("z", z.detach(), x.detach().double() @ layer.gate.weight.double() + layer.gate.bias.double(), 1e-6)
+    _assert_close(
+        "z", z.detach(), x.detach().double() @ layer.gate.weight.double() + layer.gate.bias.double(), 1e-6
+    )
 
 
 def test_autocast_leaves_the_hadamard_update_in_the_dtype_of_the_frozen_weight(randomise):
@@ -270,7 +276,9 @@ def test_autocast_leaves_the_hadamard_update_in_the_dtype_of_the_frozen_weight(r
     ("kind", "dropout", "training", "products"),
     [("fp32", 0.0, True, 3), ("bf16", 0.0, True, 5), ("fp32", 0.5, True, 5), ("fp32", 0.0, False, 5)],
 )
-def test_ungated_hira_multiplies_by_the_merged_weight_where_rounding_forgives_it(randomise, kind, dropout, training, products):
+def test_ungated_hira_multiplies_by_the_merged_weight_where_rounding_forgives_it(
+    randomise, kind, dropout, training, products
+):
     layer = randomise(_layer("hira", "none", dtype=DTYPES[kind][0], dropout=dropout)).train(training)
     x, dy = _inputs(layer)
     with FlopCounterMode(display=False) as counter:
@@ -280,7 +288,9 @@ def test_ungated_hira_multiplies_by_the_merged_weight_where_rounding_forgives_it
 
 
 @pytest.mark.parametrize(
-    ("gate", "settings"), [*((gate, {}) for gate in GATES), ("token", {"skip_below": 0.4, "merge_above": 0.6})], ids=str
+    ("gate", "settings"),
+    [*((gate, {}) for gate in GATES), ("token", {"skip_below": 0.4, "merge_above": 0.6})],
+    ids=str,
 )
 def test_the_output_may_be_written_to(randomise, gate, settings):
     """Models clamp queries and keys in place (OLMo)."""
@@ -336,7 +346,9 @@ def test_delta_weight_is_what_the_update_applies(randomise, update):
     layer = randomise(_layer(update, "none", dtype=torch.float64, adapter_dtype="float64", bias=False))
     x, _ = _inputs(layer)
     expected = layer(x) - layer.base(x)
-    torch.testing.assert_close(F.linear(x, layer.update.delta_weight(layer.weight)), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        F.linear(x, layer.update.delta_weight(layer.weight)), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("update", "gate"), METHODS)

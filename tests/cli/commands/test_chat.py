@@ -65,7 +65,10 @@ def tuned(talkative, tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_hand(talkative, tuned):
     """Ids of a prompt, and what follows greedily, without a cache and without the end."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(talkative).eval(), AutoTokenizer.from_pretrained(talkative)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(talkative).eval(),
+        AutoTokenizer.from_pretrained(talkative),
+    )
     load_adapter(model, tuned)
 
     def answer(prompt, tokens):
@@ -80,7 +83,9 @@ def by_hand(talkative, tuned):
         return ids, start
 
     answer.model, answer.tokenizer = model, tokenizer
-    answer.text = lambda prompt, tokens: decoded(tokenizer, (lambda found: found[0][found[1] :])(answer(prompt, tokens)))
+    answer.text = lambda prompt, tokens: decoded(
+        tokenizer, (lambda found: found[0][found[1] :])(answer(prompt, tokens))
+    )
     return answer
 
 
@@ -90,7 +95,9 @@ def decoded(tokenizer, ids):
 
 def shown(text):
     """Control characters as JSON writes them."""
-    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    return "".join(
+        f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 def generated(capsys, adapter, *args, prompts=PROMPTS[:1], tokens=40):
@@ -104,7 +111,9 @@ def generated(capsys, adapter, *args, prompts=PROMPTS[:1], tokens=40):
 
 def talked(monkeypatch, capsys, adapter, lines, *args, tokens=12):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    status = main(["chat", "--adapter", adapter, "--max_new_tokens", str(tokens), "--dtype", "float32", *args])
+    status = main(
+        ["chat", "--adapter", adapter, "--max_new_tokens", str(tokens), "--dtype", "float32", *args]
+    )
     out, err = capsys.readouterr()
     assert status == 0, err
     return out, err
@@ -116,15 +125,22 @@ def talked(monkeypatch, capsys, adapter, lines, *args, tokens=12):
 def test_characters_are_whole_and_every_piece_has_the_gate_of_its_tokens():
     tokenizer = tiny_tokenizer()
     text = "ab é🐝c"
-    ids = [i for c in text for i in tokenizer(c).input_ids] + [tokenizer.bos_token_id, *tokenizer("d").input_ids]
+    ids = [i for c in text for i in tokenizer(c).input_ids] + [
+        tokenizer.bos_token_id,
+        *tokenizer("d").input_ids,
+    ]
     starts = np.cumsum([0] + [len(tokenizer(c).input_ids) for c in text])
-    gates = torch.rand(3, len(ids) + 1, generator=torch.Generator().manual_seed(0))  # of the prompt's last token first
+    gates = torch.rand(
+        3, len(ids) + 1, generator=torch.Generator().manual_seed(0)
+    )  # of the prompt's last token first
     captured, pieces = GateCapture(), []
     stream = TextStream(tokenizer, lambda *piece: pieces.append(piece), captured)
     stream.put(torch.tensor([[5, 6, 7]]))
     for number, token in enumerate([*ids, tokenizer.eos_token_id]):
         z = gates[:, None, number : number + 1]
-        captured.calls.append(GateCall("decoding", torch.tensor([[0]]), torch.ones(1, 1).bool(), torch.zeros(1, 1), z))
+        captured.calls.append(
+            GateCall("decoding", torch.tensor([[0]]), torch.ones(1, 1).bool(), torch.zeros(1, 1), z)
+        )
         stream.put(torch.tensor([token]))
     stream.end()
     assert [piece for piece, _ in pieces] == [*text, "d"]  # not the special token, nor the end
@@ -146,7 +162,10 @@ def test_bytes_that_never_become_a_character_come_last():
 
 def test_nothing_generated_drives_the_terminal():
     assert speaking.printable("a\tb\nc") == "a\tb\nc"
-    assert speaking.printable("\x1b[31m\r\x07\x7f\x9b\u202e é🐝") == r"\u001b[31m\u000d\u0007\u007f\u009b\u202e é🐝"
+    assert (
+        speaking.printable("\x1b[31m\r\x07\x7f\x9b\u202e é🐝")
+        == r"\u001b[31m\u000d\u0007\u007f\u009b\u202e é🐝"
+    )
 
 
 # --- generate ---
@@ -159,7 +178,9 @@ def test_answers_are_those_of_a_plain_loop_and_nothing_else_is_printed(capsys, t
     assert "hira × token gate, rank 2" in err
 
 
-def test_what_is_cut_is_said_and_an_answer_that_ends_there_is_not_cut(capsys, talkative, tuned, by_hand, tmp_path):
+def test_what_is_cut_is_said_and_an_answer_that_ends_there_is_not_cut(
+    capsys, talkative, tuned, by_hand, tmp_path
+):
     ids, start = by_hand(PROMPTS[0], 40)
     cut = next(n for n in range(5, 40) if ids[start + n] not in ids[start : start + n])
     out, err = generated(capsys, tuned, tokens=cut)
@@ -188,7 +209,9 @@ def test_gates_are_those_of_the_whole_text_read_at_once(capsys, tuned, by_hand):
     expected = []
     handles = [
         layer.register_forward_pre_hook(
-            lambda layer, args: expected.append(torch.sigmoid(args[0][0] @ layer.gate.weight + layer.gate.bias))
+            lambda layer, args: expected.append(
+                torch.sigmoid(args[0][0] @ layer.gate.weight + layer.gate.bias)
+            )
         )
         for layer in adapted_linears(by_hand.model).values()
     ]
@@ -198,7 +221,9 @@ def test_gates_are_those_of_the_whole_text_read_at_once(capsys, tuned, by_hand):
         handle.remove()
     means = torch.stack(expected).mean(0)[start:]
     prefixes = [decoded(tokenizer, ids[start : start + n]) for n in range(len(ids) - start + 1)]
-    lengths = [len(prefix) if text.startswith(prefix) else -1 for prefix in prefixes]  # half a character is none
+    lengths = [
+        len(prefix) if text.startswith(prefix) else -1 for prefix in prefixes
+    ]  # half a character is none
     place = 0
     for piece, gate in pieces:
         before, place = place, place + len(piece)
@@ -267,13 +292,19 @@ def test_a_static_gate_is_told_once_and_no_gate_is_refused(capsys, talkative, tm
     assert "\t" not in out
     adapter = tune(tmp_path / "none", talkative, "none")
     assert main(["generate", "--adapter", adapter, "--prompt", "a", "--gates"]) == 2
-    assert f"--gates: {adapter} has no gates (gate: none, update: hira); accepted: static, token" in capsys.readouterr().err
+    assert (
+        f"--gates: {adapter} has no gates (gate: none, update: hira); accepted: static, token"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_untuned_model_answers_too(capsys, talkative):
     flags = ["--template", "none", "--max_new_tokens", "8", "--dtype", "float32"]
     assert main(["generate", "--backbone", str(talkative), "--prompt", PROMPTS[0], *flags]) == 0
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(talkative), AutoTokenizer.from_pretrained(talkative)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(talkative),
+        AutoTokenizer.from_pretrained(talkative),
+    )
     ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     answer = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert capsys.readouterr().out == shown(decoded(tokenizer, answer)) + "\n"
@@ -309,11 +340,15 @@ def test_a_prompt_is_written_as_in_training(capsys, monkeypatch, tuned, by_hand,
         ("alpaca", "chat", None, "template chat (the adapter was trained with alpaca); "),
     ],
 )
-def test_an_adapter_is_asked_as_it_was_trained(capsys, monkeypatch, talkative, tmp_path, trained, verb, given, told):
+def test_an_adapter_is_asked_as_it_was_trained(
+    capsys, monkeypatch, talkative, tmp_path, trained, verb, given, told
+):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))
     adapter = tune(tmp_path / "adapter", talkative, template=trained)
     flags = ["--max_new_tokens", "2", "--dtype", "float32", *(["--template", given] if given else [])]
-    assert main([verb, "--adapter", adapter, *(["--prompt", "Why?"] if verb == "generate" else []), *flags]) == 0
+    assert (
+        main([verb, "--adapter", adapter, *(["--prompt", "Why?"] if verb == "generate" else []), *flags]) == 0
+    )
     assert told in capsys.readouterr().err
 
 
@@ -340,12 +375,21 @@ def test_earlier_turns_are_part_of_a_prompt_until_they_are_forgotten(capsys, mon
     assert "forgotten" in err
 
 
-def test_the_oldest_turns_make_room_and_a_message_that_is_too_long_is_refused(capsys, monkeypatch, tuned, by_hand):
+def test_the_oldest_turns_make_room_and_a_message_that_is_too_long_is_refused(
+    capsys, monkeypatch, tuned, by_hand
+):
     lines = ["a " * 20, "b " * 20, "c " * 200, "d?"]
-    out, err = talked(monkeypatch, capsys, tuned, lines, "--template", "plain", tokens=452)  # 60 tokens are left
-    assert "the oldest 1 of 1 turns are forgotten, to fit into the 60 tokens that --max_new_tokens 452 leaves" in err
+    out, err = talked(
+        monkeypatch, capsys, tuned, lines, "--template", "plain", tokens=452
+    )  # 60 tokens are left
+    assert (
+        "the oldest 1 of 1 turns are forgotten, to fit into the 60 tokens that --max_new_tokens 452 leaves"
+        in err
+    )
     assert re.search(r"that has \d{3} tokens, more than the 60 tokens", err)
-    expected = [by_hand.text(f"User: {line.strip()}\nAssistant:", 452) for line in (lines[0], lines[1], lines[3])]
+    expected = [
+        by_hand.text(f"User: {line.strip()}\nAssistant:", 452) for line in (lines[0], lines[1], lines[3])
+    ]
     assert out == "".join(shown(text) + "\n" for text in expected)
 
 
@@ -364,7 +408,12 @@ def test_at_a_terminal_control_c_says_how_to_end_and_control_d_ends(capsys, monk
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(sys, "stdin", Terminal())
-    assert main(["chat", "--adapter", tuned, "--max_new_tokens", "6", "--dtype", "float32", "--template", "plain"]) == 0
+    assert (
+        main(
+            ["chat", "--adapter", tuned, "--max_new_tokens", "6", "--dtype", "float32", "--template", "plain"]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out == shown(by_hand.text("User: Why?\nAssistant:", 6)) + "\n"
     assert "> " in err
@@ -393,9 +442,7 @@ def test_an_answer_can_be_stopped(capsys, monkeypatch, tuned, by_hand):
     said.clear()
     out, err = talked(monkeypatch, capsys, tuned, ["Why?", "How?", "So?"], *flags)
     assert "stopped" in err
-    before = (
-        f"User: Why?\nAssistant: {first.strip()}<|eos|>\nUser: How?\nAssistant: {begun.strip()}<|eos|>\nUser: So?\nAssistant:"
-    )
+    before = f"User: Why?\nAssistant: {first.strip()}<|eos|>\nUser: How?\nAssistant: {begun.strip()}<|eos|>\nUser: So?\nAssistant:"
     assert out == "".join(shown(text) + "\n" for text in (first, begun, by_hand.text(before, 12)))
     assert len(out) != len(whole)
     stop_at = 2
@@ -439,7 +486,10 @@ def without_weights(monkeypatch):
         (["--prompt", "word " * 300], "accepted by this model with --max_new_tokens 256: at most 256"),
         (["--max_new_tokens", "0"], "--max_new_tokens: 0; accepted: an integer of at least 1"),
         (["--max_new_tokens", "512"], "--max_new_tokens: 512; accepted by this model: less than 512"),
-        (["--temperature", "-1"], "--temperature: -1.0; accepted: 0 for the most likely token, or a number above"),
+        (
+            ["--temperature", "-1"],
+            "--temperature: -1.0; accepted: 0 for the most likely token, or a number above",
+        ),
         (["--temperature", "1", "--top_p", "0"], "--top_p: 0.0; accepted: a probability above 0, up to 1"),
         (["--top_p", "0.9"], "--top_p: 0.9, and nothing is drawn; accepted with --temperature above 0"),
         (["--seed", "3"], "--seed: 3, and nothing is drawn; accepted with --temperature above 0"),
@@ -481,7 +531,10 @@ def refusing(talkative, tmp_path):
 def test_a_chat_template_that_refuses_every_turn_is_said(capsys, without_weights, refusing, verb):
     assert main([*verb, "--backbone", refusing("true"), "--template", "chat"]) == 2
     err = capsys.readouterr().err
-    assert "--template: chat: the tokenizer's chat template refuses these turns: one turn only; accepted: plain" in err
+    assert (
+        "--template: chat: the tokenizer's chat template refuses these turns: one turn only; accepted: plain"
+        in err
+    )
 
 
 def test_a_chat_goes_on_after_a_turn_that_its_template_refuses(capsys, monkeypatch, refusing, talkative):
@@ -489,7 +542,12 @@ def test_a_chat_goes_on_after_a_turn_that_its_template_refuses(capsys, monkeypat
     flags = ["--max_new_tokens", "4", "--dtype", "float32"]
     assert main(["chat", "--backbone", refusing("messages|length > 2"), *flags]) == 0
     out, err = capsys.readouterr()
-    assert err.count("not asked: --template: chat: the tokenizer's chat template refuses these turns: one turn only") == 1
+    assert (
+        err.count(
+            "not asked: --template: chat: the tokenizer's chat template refuses these turns: one turn only"
+        )
+        == 1
+    )
     for prompt in ("Why?", "How?"):
         assert main(["generate", "--backbone", str(talkative), "--prompt", prompt, *flags]) == 0
     assert out == capsys.readouterr().out
@@ -497,4 +555,7 @@ def test_a_chat_goes_on_after_a_turn_that_its_template_refuses(capsys, monkeypat
 
 def test_a_chat_template_that_is_not_there_is_said(capsys, without_weights, tiny_backbone):
     assert main(["chat", "--backbone", str(tiny_backbone), "--template", "chat"]) == 2
-    assert "--template: chat needs a tokenizer with a chat template, and this one has none" in capsys.readouterr().err
+    assert (
+        "--template: chat needs a tokenizer with a chat template, and this one has none"
+        in capsys.readouterr().err
+    )

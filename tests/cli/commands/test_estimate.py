@@ -11,7 +11,14 @@ from tiny_backbone import tiny_args, tiny_data
 import gatera_lightning.cli.commands.estimate
 import gatera_lightning.training.module
 from gatera_lightning import ConfigError
-from gatera_lightning.cli.commands.estimate import Layout, Memory, communication, layout_of, predict_memory, verdict
+from gatera_lightning.cli.commands.estimate import (
+    Layout,
+    Memory,
+    communication,
+    layout_of,
+    predict_memory,
+    verdict,
+)
 from gatera_lightning.cli.main import main
 from gatera_lightning.cost_model.step_costs import ModelSizes, StepCosts
 from gatera_lightning.objectives.next_token import IGNORE
@@ -32,7 +39,9 @@ COSTS = StepCosts(activations=400, logits=50, peak=700, forward_flops=2, backwar
 def elsewhere(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own, loading weights is an error, and a GiB is a byte: the model is tiny."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded")
+    )
     monkeypatch.setattr(gatera_lightning.cli.commands.estimate, "_GIB", 1)
     return tmp_path
 
@@ -63,7 +72,10 @@ def refused(tiny_backbone, capsys):
 
 def memory(printed):
     """The parts and the peak, as they are printed."""
-    return {name: float(size) for name, size in re.findall(r"^    (\w+) +(\d+\.\d\d)", printed, flags=re.MULTILINE)}
+    return {
+        name: float(size)
+        for name, size in re.findall(r"^    (\w+) +(\d+\.\d\d)", printed, flags=re.MULTILINE)
+    }
 
 
 def figure(printed, name):
@@ -84,7 +96,9 @@ def test_parameters_and_parts_by_hand(show):
         *(4 * FROZEN, 4 * TRAINABLE, 4 * TRAINABLE, 8 * TRAINABLE)
     ]
     rest = parts["peak"] - parts["weights"] - parts["adapter"] - parts["moments"]
-    assert rest >= parts["activations"] + parts["logits"] > parts["logits"] > 0  # gradients come as activations go
+    assert (
+        rest >= parts["activations"] + parts["logits"] > parts["logits"] > 0
+    )  # gradients come as activations go
     assert rest <= 2 * (parts["activations"] + parts["logits"] + parts["gradients"])
     assert figure(printed, "communication") == "none"
 
@@ -94,11 +108,20 @@ def test_four_shards_by_hand(show):
     assert printed.splitlines()[1] == "  devices        4 processes, 4 shards (FSDP2)"
     parts = memory(printed)
     assert parts["weights"] == 4 * (FROZEN // 4 + ROOT + 2 * LAYER)
-    assert [parts[name] for name in ("adapter", "gradients", "moments")] == [TRAINABLE, TRAINABLE, 2 * TRAINABLE]
+    assert [parts[name] for name in ("adapter", "gradients", "moments")] == [
+        TRAINABLE,
+        TRAINABLE,
+        2 * TRAINABLE,
+    ]
     fetched, reduced = 4 * (2 * 2 * LAYER + ROOT + 2 * TRAINABLE) * 3 // 4, 4 * TRAINABLE * 3 // 4
-    assert figure(printed, "communication") == f"all-gather {fetched:.2f} GiB, reduce-scatter {reduced:.2f} GiB"
+    assert (
+        figure(printed, "communication") == f"all-gather {fetched:.2f} GiB, reduce-scatter {reduced:.2f} GiB"
+    )
     twice = show(*FSDP, "--trainer.devices", "4", "--trainer.accumulate_grad_batches", "2")
-    assert figure(twice, "communication") == f"all-gather {2 * fetched:.2f} GiB, reduce-scatter {2 * reduced:.2f} GiB"
+    assert (
+        figure(twice, "communication")
+        == f"all-gather {2 * fetched:.2f} GiB, reduce-scatter {2 * reduced:.2f} GiB"
+    )
 
 
 def test_what_generating_adds_by_hand(show):
@@ -139,7 +162,9 @@ def test_operations_that_gates_may_leave_out_are_said_to_be_counted(show):
 def test_recomputed_layers_are_computed_again(show, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        gatera_lightning.cli.commands.estimate, "step_costs", lambda *_, recomputed: seen.append(recomputed) or COSTS
+        gatera_lightning.cli.commands.estimate,
+        "step_costs",
+        lambda *_, recomputed: seen.append(recomputed) or COSTS,
     )
     show()
     show("--model.backbone.gradient_checkpointing", "true")
@@ -147,7 +172,10 @@ def test_recomputed_layers_are_computed_again(show, monkeypatch):
 
 
 def test_processes_that_only_the_training_machine_can_count_are_said_to_be_assumed(show):
-    assert show("--trainer.devices", "auto").splitlines()[1] == "  devices        1 process (assumed: trainer.devices is auto)"
+    assert (
+        show("--trainer.devices", "auto").splitlines()[1]
+        == "  devices        1 process (assumed: trainer.devices is auto)"
+    )
 
 
 @pytest.mark.parametrize("broken", [True, False], ids=["damaged", "missing"])
@@ -177,15 +205,23 @@ def test_what_fits_and_what_does_not(show):
     ("largest", "advice"),
     [
         ("weights", "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload"),
-        ("activations", "model.backbone.gradient_checkpointing: true if it is not, or more trainer.accumulate_grad_batches"),
+        (
+            "activations",
+            "model.backbone.gradient_checkpointing: true if it is not, or more trainer.accumulate_grad_batches",
+        ),
         ("logits", "more trainer.accumulate_grad_batches"),
         ("moments", "a smaller model.adapter.rank"),
         ("gradients", "a smaller model.adapter.rank"),
     ],
 )
 def test_advice_is_about_the_largest_part(largest, advice):
-    parts = dict.fromkeys(("weights", "adapter", "gradients", "moments", "activations", "logits"), 1) | {largest: 2}
-    assert verdict(Memory(parts, 7), 5.5) == f"    of 5.5: DOES NOT FIT, by 1.5 GiB; most of it is {largest}: {advice}"
+    parts = dict.fromkeys(("weights", "adapter", "gradients", "moments", "activations", "logits"), 1) | {
+        largest: 2
+    }
+    assert (
+        verdict(Memory(parts, 7), 5.5)
+        == f"    of 5.5: DOES NOT FIT, by 1.5 GiB; most of it is {largest}: {advice}"
+    )
     assert verdict(Memory(parts, 7), 7) == "    of 7.0: fits"
 
 
@@ -194,17 +230,31 @@ def test_advice_is_about_the_largest_part(largest, advice):
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
 @pytest.mark.parametrize(
-    "data", [{}, {"packing": True, "max_length": 90}, {"group_by_length": False}, {"token_budget": 300}], ids=str
+    "data",
+    [{}, {"packing": True, "max_length": 90}, {"group_by_length": False}, {"token_budget": 300}],
+    ids=str,
 )
 def test_the_micro_batch_is_the_largest_that_fit_would_see(data, train_on, show, tiny_backbone):
-    given = {"train_on": train_on, "batch_size": 14, **data}  # 14 rows over 2 × 2: micro-batches of four and of three
-    flags = [part for name, value in given.items() for part in (f"--data.init_args.{name}", json.dumps(value).strip('"'))]
+    given = {
+        "train_on": train_on,
+        "batch_size": 14,
+        **data,
+    }  # 14 rows over 2 × 2: micro-batches of four and of three
+    flags = [
+        part
+        for name, value in given.items()
+        for part in (f"--data.init_args.{name}", json.dumps(value).strip('"'))
+    ]
     printed = show("--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2", *flags)
     batches = []
     for rank in (0, 1):
         real = tiny_data(tiny_backbone, validation=["everyday[:16]"], **({"group_by_length": True} | given))
         real.trainer = SimpleNamespace(
-            world_size=2, global_rank=rank, is_global_zero=False, accumulate_grad_batches=2, limit_train_batches=1.0
+            world_size=2,
+            global_rank=rank,
+            is_global_zero=False,
+            accumulate_grad_batches=2,
+            limit_train_batches=1.0,
         )
         real.setup("fit")
         batches += list(real.train_dataloader())
@@ -216,7 +266,8 @@ def test_the_micro_batch_is_the_largest_that_fit_would_see(data, train_on, show,
     }
     assert len(batches) > 4
     found = re.fullmatch(
-        r"(\d+) rows of (\d+) tokens, (\d+) with loss \(the largest of the plan\)", figure(printed, "micro-batch")
+        r"(\d+) rows of (\d+) tokens, (\d+) with loss \(the largest of the plan\)",
+        figure(printed, "micro-batch"),
     )
     assert tuple(map(int, found.groups())) in shapes
 
@@ -227,10 +278,19 @@ def test_without_the_rows_the_settings_decide(show, refused, caplog):
     assert figure(show(*away), "micro-batch") == f"16 rows of 200 tokens, 1,600 with loss {source}"
     assert "planned without the rows, which cannot be read" in caplog.text
     assert "nobody/nothing" in caplog.text
-    cut = ["--trainer.devices", "2", "--trainer.accumulate_grad_batches", "3", "--data.init_args.train_on", "all"]
+    cut = [
+        "--trainer.devices",
+        "2",
+        "--trainer.accumulate_grad_batches",
+        "3",
+        "--data.init_args.train_on",
+        "all",
+    ]
     assert figure(show(*away, *cut), "micro-batch").startswith("3 rows of 200 tokens, 600 with loss")
     (said,) = refused(*away, "--trainer.devices", "32")
-    assert said.startswith("data.batch_size: 16 rows a step cannot fill accumulate_grad_batches 1 × 32 processes; accepted:")
+    assert said.startswith(
+        "data.batch_size: 16 rows a step cannot fill accumulate_grad_batches 1 × 32 processes; accepted:"
+    )
 
 
 # --- problems ---
@@ -245,13 +305,21 @@ def test_what_fit_would_refuse_is_refused_all_at_once(refused):
     own = ["--model.adapter.rank", "0", "--data.init_args.batch_size", "0", "--trainer.precision", "16-mixed"]
     own += ["--trainer.strategy", "fsdp", "--throughput.every_n_steps", "-1"]
     assert [said.partition(":")[0] for said in refused(*own)] == [
-        *("throughput.every_n_steps", "model.adapter.rank", "data.batch_size", "trainer.precision", "trainer.strategy")
+        *(
+            "throughput.every_n_steps",
+            "model.adapter.rank",
+            "data.batch_size",
+            "trainer.precision",
+            "trainer.strategy",
+        )
     ]
 
 
 def test_what_the_planned_steps_refuse_is_refused(refused):
     (said,) = refused("--trainer.devices", "32")
-    assert said.startswith("data.batch_size: 16 rows a step cannot fill accumulate_grad_batches 1 × 32 processes; accepted:")
+    assert said.startswith(
+        "data.batch_size: 16 rows a step cannot fill accumulate_grad_batches 1 × 32 processes; accepted:"
+    )
     (said,) = refused("--trainer.devices", "8", "--data.init_args.train", '["everyday[:5]"]')
     assert said.startswith("data.train: 5 rows cannot fill 8 micro-batches")
 
@@ -264,7 +332,10 @@ def test_modules_that_the_model_does_not_have_are_refused(refused):
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"replicate_size": 3}, "trainer.strategy.replicate_size: 3 does not divide the 8 processes (nodes × devices)"),
+        (
+            {"replicate_size": 3},
+            "trainer.strategy.replicate_size: 3 does not divide the 8 processes (nodes × devices)",
+        ),
         (
             {"replicate_size": 2, "shard_size": 2},
             "trainer.strategy: replicate_size 2 × shard_size 2 is 4, and there are 8 processes (nodes × devices)",
@@ -273,7 +344,9 @@ def test_modules_that_the_model_does_not_have_are_refused(refused):
     ],
 )
 def test_a_mesh_that_is_not_of_the_processes_is_refused_as_by_fit(sizes, said, refused):
-    flags = [part for name, size in sizes.items() for part in (f"--trainer.strategy.init_args.{name}", str(size))]
+    flags = [
+        part for name, size in sizes.items() for part in (f"--trainer.strategy.init_args.{name}", str(size))
+    ]
     (found,) = refused(*FSDP, "--trainer.devices", "4", "--trainer.num_nodes", "2", *flags)
     assert found.startswith(said)
 
@@ -292,8 +365,16 @@ def sharding(**sizes):
         ("ddp", Layout(8, 1), "8 processes, each with the whole model (DDP)"),
         ({"class_path": "lightning.pytorch.strategies.DDPStrategy"}, Layout(8, 1), None),
         (sharding(), Layout(1, 8), "8 processes, 8 shards (FSDP2)"),
-        (sharding(shard_size=8, cpu_offload=True), Layout(1, 8, True), "8 processes, 8 shards (FSDP2, kept on the CPU)"),
-        (sharding(shard_size="auto", replicate_size=2), Layout(2, 4), "8 processes, 4 shards (HSDP, 2 copies)"),
+        (
+            sharding(shard_size=8, cpu_offload=True),
+            Layout(1, 8, True),
+            "8 processes, 8 shards (FSDP2, kept on the CPU)",
+        ),
+        (
+            sharding(shard_size="auto", replicate_size=2),
+            Layout(2, 4),
+            "8 processes, 4 shards (HSDP, 2 copies)",
+        ),
         (sharding(shard_size=2, replicate_size=4), Layout(4, 2), "8 processes, 2 shards (HSDP, 4 copies)"),
     ],
 )
@@ -309,7 +390,8 @@ def test_sharding_on_one_process_shards_nothing():
 
 def test_a_layout_of_another_number_of_processes_is_refused():
     with pytest.raises(
-        ConfigError, match=r"^trainer.strategy: replicate_size 2 × shard_size 3 is 6, and there are 8 processes"
+        ConfigError,
+        match=r"^trainer.strategy: replicate_size 2 × shard_size 3 is 6, and there are 8 processes",
     ):
         layout_of(sharding(shard_size=3, replicate_size=2), 8)
 
@@ -321,7 +403,11 @@ def test_a_layout_of_another_number_of_processes_is_refused():
         # 2 · 80 · 7/8, however many micro-batches
         (Layout(8, 1), {"all-reduce": 140}, {"all-reduce": 140}),
         # (2 · 800 + 200 + 2 · 80) · 7/8 and 80 · 7/8
-        (Layout(1, 8), {"all-gather": 1715, "reduce-scatter": 70}, {"all-gather": 5145, "reduce-scatter": 210}),
+        (
+            Layout(1, 8),
+            {"all-gather": 1715, "reduce-scatter": 70},
+            {"all-gather": 5145, "reduce-scatter": 210},
+        ),
         # 1960 · 3/4, 80 · 3/4, and 2 · (80 / 4) · 1/2
         (
             Layout(2, 4),

@@ -21,7 +21,14 @@ FILES = ["adapter_config.json", "adapter_model.safetensors"]
 def checkpoints(tiny_backbone, tmp_path_factory):
     """The folder of a run of three steps, saved after each: last is of step 3, last-1 of step 2."""
     root = tmp_path_factory.mktemp("run")
-    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), "--checkpoint.every_n_steps", "1"]
+    args = [
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        *tiny_args(tiny_backbone),
+        "--checkpoint.every_n_steps",
+        "1",
+    ]
     with contextlib.chdir(root):
         assert main(args) == 0
     return root / "runs" / "quickstart" / "version_0" / "checkpoints"
@@ -41,7 +48,9 @@ def assert_same(folder, expected):
 
 def test_a_checkpoint_gives_the_folder_that_lies_beside_it(checkpoints, tiny_backbone, elsewhere, capsys):
     assert main(["export", str(checkpoints / "last.ckpt"), "--out", "mine"]) == 0
-    assert capsys.readouterr().out == f"mine: the adapter of {checkpoints / 'last.ckpt'}, at optimizer step 3\n"
+    assert (
+        capsys.readouterr().out == f"mine: the adapter of {checkpoints / 'last.ckpt'}, at optimizer step 3\n"
+    )
     assert_same(elsewhere / "mine", checkpoints / "last")
     assert trained_template("mine") == "plain"  # quickstart.yaml's
     fresh = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
@@ -144,7 +153,10 @@ def test_a_file_of_another_program_is_not_unpickled(elsewhere, capsys):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nowhere", "CHECKPOINT: nowhere does not exist; accepted: a checkpoint (*.ckpt), or a folder of them"),
+        (
+            "nowhere",
+            "CHECKPOINT: nowhere does not exist; accepted: a checkpoint (*.ckpt), or a folder of them",
+        ),
         ("empty", "CHECKPOINT: empty holds no checkpoint (*.ckpt)"),
         ("note.txt", "CHECKPOINT: note.txt holds no checkpoint (*.ckpt)"),
     ],

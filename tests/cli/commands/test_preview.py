@@ -21,7 +21,9 @@ CHAT = (
 def elsewhere(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own, and loading weights is an error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded")
+    )
     return tmp_path
 
 
@@ -68,10 +70,19 @@ def shown_rows(printed):
 
 def real_data(folder, ranks=1, rank=0, accumulate=1, **changes):
     """The recipe's data module as ``fit`` would use it in one of ``ranks`` processes."""
-    recipe = {"validation": ["everyday[:16]"], "batch_size": 16, "eval_batch_size": 32, "group_by_length": True}
+    recipe = {
+        "validation": ["everyday[:16]"],
+        "batch_size": 16,
+        "eval_batch_size": 32,
+        "group_by_length": True,
+    }
     data = tiny_data(folder, **(recipe | changes))
     data.trainer = SimpleNamespace(
-        world_size=ranks, global_rank=rank, is_global_zero=False, accumulate_grad_batches=accumulate, limit_train_batches=1.0
+        world_size=ranks,
+        global_rank=rank,
+        is_global_zero=False,
+        accumulate_grad_batches=accumulate,
+        limit_train_batches=1.0,
     )
     data.setup("fit")
     data.setup("test")
@@ -81,7 +92,9 @@ def real_data(folder, ranks=1, rank=0, accumulate=1, **changes):
 def counted(batches):
     """Share of padding among the positions of real batches, as it is printed."""
     masks = [batch["attention_mask"] for batch in batches]
-    return f"{100 * sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks):.1f} %"
+    return (
+        f"{100 * sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks):.1f} %"
+    )
 
 
 # --- rows ---
@@ -105,7 +118,14 @@ def test_three_rows_of_train_are_the_default(show):
 
 
 def test_a_split_with_fewer_rows_shows_them_all(show):
-    assert len(shown_rows(show("--rows", "9", *settings(train=["everyday[:4]"]), "--data.init_args.batch_size", "2"))) == 4
+    assert (
+        len(
+            shown_rows(
+                show("--rows", "9", *settings(train=["everyday[:4]"]), "--data.init_args.batch_size", "2")
+            )
+        )
+        == 4
+    )
 
 
 def chat_folder(tiny_backbone, path):
@@ -117,7 +137,9 @@ def chat_folder(tiny_backbone, path):
 
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
-@pytest.mark.parametrize(("template", "form"), [("plain", "content"), ("alpaca", "label"), ("chat", "content")])
+@pytest.mark.parametrize(
+    ("template", "form"), [("plain", "content"), ("alpaca", "label"), ("chat", "content")]
+)
 def test_what_is_marked_is_what_the_labels_keep(show, tiny_backbone, elsewhere, template, form, train_on):
     folder = chat_folder(tiny_backbone, elsewhere / "chat") if template == "chat" else tiny_backbone
     changes = {"template": template, "answer_format": form, "train_on": train_on, "max_length": 400}
@@ -165,7 +187,10 @@ def test_every_response_of_a_chat_is_marked(tiny_backbone, elsewhere, capsys):
             {"role": "assistant", "content": row["output"]},
         ]
         marks = {"assistant": "⟦{}" + EOS + "⟧"}
-        text = "".join(f"<{turn['role']}>\n{marks.get(turn['role'], '{}' + EOS).format(turn['content'])}\n" for turn in turns)
+        text = "".join(
+            f"<{turn['role']}>\n{marks.get(turn['role'], '{}' + EOS).format(turn['content'])}\n"
+            for turn in turns
+        )
         expected.append(f"  {text.strip()}".replace("\n", "\n  "))
     assert max(text.count("⟦") for text in expected) == 3
     assert len(shown) == 5
@@ -214,7 +239,9 @@ def test_a_shortened_prompt_is_said_of_its_row_and_counted(show, tiny_backbone):
     said = [f", prompt shortened to max_length {room}" in heading for heading, _ in shown_rows(printed)]
     assert said == [length > room for length in longest]
     assert 0 < sum(said) < 48
-    assert figure(printed, "shortened") == [f"{sum(said)} prompts ({100 * sum(said) / 48:.1f} %) to max_length {room}"]
+    assert figure(printed, "shortened") == [
+        f"{sum(said)} prompts ({100 * sum(said) / 48:.1f} %) to max_length {room}"
+    ]
 
 
 def candidates(text):
@@ -234,8 +261,12 @@ def test_every_candidate_of_a_test_row_and_which_is_right(show, tiny_backbone):
         for number, (verdict, _, answer) in enumerate(found):
             right = number == question.gold
             assert verdict == ("right" if right else "wrong")
-            assert answer == (f"⟦{question.answers[number]}{EOS}⟧" if right else f"{question.answers[number]}{EOS}")
-        assert text.splitlines()[2] == f"  Answer:⟦{question.answers[question.gold]}{EOS}⟧"  # whatever train_on
+            assert answer == (
+                f"⟦{question.answers[number]}{EOS}⟧" if right else f"{question.answers[number]}{EOS}"
+            )
+        assert (
+            text.splitlines()[2] == f"  Answer:⟦{question.answers[question.gold]}{EOS}⟧"
+        )  # whatever train_on
 
 
 @pytest.mark.parametrize("ranked", [True, False])
@@ -265,7 +296,10 @@ def test_figures_of_train_are_those_of_its_batches(show, tiny_backbone, grouped,
     def loader(**others):
         return real_data(tiny_backbone, accumulate=2, **(changes | others)).train_dataloader()
 
-    shares = [counted(loader(**others)) for others in ({}, {"group_by_length": not grouped}, {"packing": not packing})]
+    shares = [
+        counted(loader(**others))
+        for others in ({}, {"group_by_length": not grouped}, {"packing": not packing})
+    ]
     batches = list(loader(packing=False))
     lengths = sorted(int(n) for batch in batches for n in batch["attention_mask"].sum(1))
     targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
@@ -303,7 +337,9 @@ def test_every_process_has_its_part_of_the_plan(show, tiny_backbone, flags, proc
     shares = []
     for others in ({}, {"group_by_length": False}, {"packing": True}):
         changes = {"ranks": processes, "batch_size": 13} | others
-        loaders = [real_data(tiny_backbone, rank=rank, **changes).train_dataloader() for rank in range(processes)]
+        loaders = [
+            real_data(tiny_backbone, rank=rank, **changes).train_dataloader() for rank in range(processes)
+        ]
         shares.append(counted([batch for loader in loaders for batch in loader]))
     assert figure(printed, "padding") == [
         f"{shares[0]} of the computed positions; {shares[1]} with group_by_length: false, {shares[2]} with packing: true"
@@ -360,7 +396,9 @@ def test_leakage_is_counted_and_said_once(show, elsewhere, caplog):
     (elsewhere / "rows.json").write_text(json.dumps(sample_rows("train")[:20] + sample_rows("test")[2:4]))
     printed = show(*settings(train=["rows.json"]))
     (line,) = [line for line in printed.splitlines() if "test rows" in line]
-    assert line.startswith("leakage: 2 of 6 test rows are training rows too (everyday 2; row numbers from 0: 2, 3)")
+    assert line.startswith(
+        "leakage: 2 of 6 test rows are training rows too (everyday 2; row numbers from 0: 2, 3)"
+    )
     assert "leakage" not in caplog.text
 
 
@@ -373,7 +411,9 @@ def test_tasks_are_counted_apart(show, elsewhere):
 
 
 def test_a_mixture_of_files_with_columns_of_their_own(tiny_backbone, elsewhere, capsys):
-    (elsewhere / "mine.csv").write_text("question,answer\n" + "".join(f"Why {n}?,So {n}.\n" for n in range(30)))
+    (elsewhere / "mine.csv").write_text(
+        "question,answer\n" + "".join(f"Why {n}?,So {n}.\n" for n in range(30))
+    )
     lines = [json.dumps({"question": f"How {n}?", "answer": f"Thus {n}."}) for n in range(10)]
     (elsewhere / "theirs.jsonl").write_text("\n".join(lines))
     (elsewhere / "own.yaml").write_text(
@@ -402,7 +442,11 @@ def test_a_folder_without_weights_will_do(show, tiny_backbone, elsewhere):
 
 
 def test_a_recipe_for_four_gpus_on_this_machine(tiny_backbone, capsys, elsewhere):
-    own = [*settings(train=["everyday[:48]"], test=["everyday[:6]"], validation=8, data_dir="samples", max_length=400)]
+    own = [
+        *settings(
+            train=["everyday[:48]"], test=["everyday[:6]"], validation=8, data_dir="samples", max_length=400
+        )
+    ]
     flags = ["--config", "llama_commonsense.yaml", "--model.backbone.id", str(tiny_backbone), *own]
     assert main(["preview", *flags]) == 0
     printed = capsys.readouterr().out
@@ -417,8 +461,22 @@ def test_a_recipe_for_four_gpus_on_this_machine(tiny_backbone, capsys, elsewhere
 
 def test_what_only_training_needs_is_not_in_the_way(show):
     flags = ["--trainer.accelerator", "gpu", "--trainer.precision", "16-mixed", "--ckpt_path", "nowhere.ckpt"]
-    flags += ["--model.optimizer.lr", "-1", "--model.warm_start", "nowhere", "--model.adapter.target_modules", "[nothing]"]
-    flags += ["--throughput.every_n_steps", "-1", "--trainer.use_distributed_sampler", "true", "--trainer.strategy", "fsdp"]
+    flags += [
+        "--model.optimizer.lr",
+        "-1",
+        "--model.warm_start",
+        "nowhere",
+        "--model.adapter.target_modules",
+        "[nothing]",
+    ]
+    flags += [
+        "--throughput.every_n_steps",
+        "-1",
+        "--trainer.use_distributed_sampler",
+        "true",
+        "--trainer.strategy",
+        "fsdp",
+    ]
     assert show(*flags) == show()
 
 
@@ -502,7 +560,8 @@ def test_help_says_what_preview_takes(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(
-        word in text for word in ("python -m gatera_lightning preview", "--rows N", "--split", "train, validation, test")
+        word in text
+        for word in ("python -m gatera_lightning preview", "--rows N", "--split", "train, validation, test")
     )
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -521,7 +580,13 @@ def test_compare_is_a_verb(elsewhere, capsys):
     for name, choices in (("base", [0, 1, None]), ("better", [1, 1, 1])):
         (elsewhere / name).mkdir()
         rows = [
-            {"task": "arc", "example": i, "key": f"k{i}", "gold": 1, "generation": {"text": "", "choice": choice}}
+            {
+                "task": "arc",
+                "example": i,
+                "key": f"k{i}",
+                "gold": 1,
+                "generation": {"text": "", "choice": choice},
+            }
             for i, choice in enumerate(choices)
         ]
         (elsewhere / name / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -23,7 +23,18 @@ ELSEWHERE = ["--root", "/scratch/jobs", "--python", "/opt/env/bin/python"]
 JOBS = {
     "one_gpu": [],  # everything by default: the paths of this machine are replaced below
     "two_nodes": [
-        *("--nodes", "2", "--gpus-per-node", "4", "--partition", "long", "--account", "lab", "--time", "1-12:00:00"),
+        *(
+            "--nodes",
+            "2",
+            "--gpus-per-node",
+            "4",
+            "--partition",
+            "long",
+            "--account",
+            "lab",
+            "--time",
+            "1-12:00:00",
+        ),
         *("--mem", "200G", "--cpus-per-task", "8", "--signal-seconds", "600", *ELSEWHERE),
         *("--setup", 'module load cuda\nexport NCCL_DEBUG="WARN"', "--config", "overlays/fsdp.yaml"),
     ],
@@ -67,7 +78,9 @@ class Machine:
 
     def started(self, script):
         """What ``srun`` gets when the script runs as job 4711."""
-        done = subprocess.run([BASH, str(script)], env=os.environ | {"SLURM_JOB_ID": "4711"}, capture_output=True, text=True)
+        done = subprocess.run(
+            [BASH, str(script)], env=os.environ | {"SLURM_JOB_ID": "4711"}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return (self.folder / "argv").read_text().split("\0")[:-1]
 
@@ -132,25 +145,37 @@ def test_shellcheck_has_nothing_to_say_about_a_golden_script(name, monkeypatch):
     monkeypatch.undo()  # the real PATH
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(["shellcheck", "-S", "warning", str(GOLDEN / f"{name}.sbatch")], capture_output=True, text=True)
+    done = subprocess.run(
+        ["shellcheck", "-S", "warning", str(GOLDEN / f"{name}.sbatch")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_the_log_lies_in_the_folder_that_the_run_writes_to(slurm, flags, capsys, tmp_path):
-    assert main(["submit", "--dry-run", *flags, "--root", "here/jobs", "--trainer.logger", "test_submit.Notes"]) == 0
+    assert (
+        main(["submit", "--dry-run", *flags, "--root", "here/jobs", "--trainer.logger", "test_submit.Notes"])
+        == 0
+    )
     script = tmp_path / "job.sbatch"
     script.write_text(capsys.readouterr().out)
     folder = f"{os.getcwd()}/here/jobs/job-"
     assert f"#SBATCH --output={folder}%j/slurm.log\n" in script.read_text()
     assert slurm.started(script)[-4:] == [
-        *("--trainer.default_root_dir", f"{folder}4711", "--trainer.logger.init_args.save_dir", f"{folder}4711")
+        *(
+            "--trainer.default_root_dir",
+            f"{folder}4711",
+            "--trainer.logger.init_args.save_dir",
+            f"{folder}4711",
+        )
     ]
 
 
 # --- handing in ---
 
 
-def test_a_job_is_handed_in_with_its_folder_and_fit_accepts_what_it_starts(slurm, flags, capsys, tmp_path, monkeypatch):
+def test_a_job_is_handed_in_with_its_folder_and_fit_accepts_what_it_starts(
+    slurm, flags, capsys, tmp_path, monkeypatch
+):
     root = tmp_path / "a;hurt&$HOME(c)*`d`"
     monkeypatch.setenv("JOBS", str(root))
     name = 'it\'s "a" b;$(touch hurt)\n`touch hurt`'
@@ -176,7 +201,14 @@ def test_a_job_is_handed_in_with_its_folder_and_fit_accepts_what_it_starts(slurm
     argv = slurm.started(folder / "job.sbatch")
     assert argv == [
         *("--label", "--kill-on-bad-exit=1", python, "-m", "gatera_lightning", "fit"),
-        *("--config", f"{folder}/submitted.yaml", "--ckpt_path", "last", "--trainer.default_root_dir", str(folder)),
+        *(
+            "--config",
+            f"{folder}/submitted.yaml",
+            "--ckpt_path",
+            "last",
+            "--trainer.default_root_dir",
+            str(folder),
+        ),
         *("--trainer.logger.init_args.save_dir", str(root), "--trainer.logger.init_args.name", ""),
         *("--trainer.logger.init_args.version", "job-4711"),
     ]
@@ -184,12 +216,19 @@ def test_a_job_is_handed_in_with_its_folder_and_fit_accepts_what_it_starts(slurm
     assert os.listdir() == []
     assert os.listdir(root) == ["job-4711"]
 
-    assert yaml.safe_load((folder / "submitted.yaml").read_text())["trainer"]["logger"]["init_args"]["name"] == name
+    assert (
+        yaml.safe_load((folder / "submitted.yaml").read_text())["trainer"]["logger"]["init_args"]["name"]
+        == name
+    )
     with pytest.raises(SystemExit) as caught:
         main([*argv[argv.index("fit") :], "--print_config"])
     assert caught.value.code == 0
     trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    assert (trainer["num_nodes"], trainer["devices"], trainer["accelerator"]) == (2, 4, "gpu")  # quickstart.yaml has one device
+    assert (trainer["num_nodes"], trainer["devices"], trainer["accelerator"]) == (
+        2,
+        4,
+        "gpu",
+    )  # quickstart.yaml has one device
     assert (
         trainer["logger"]["init_args"] | {"save_dir": str(root), "name": "", "version": "job-4711"}
         == (trainer["logger"]["init_args"])
@@ -224,7 +263,9 @@ def test_a_job_whose_folder_is_there_already_is_cancelled(slurm, refused, tmp_pa
 def test_a_model_that_cannot_be_fetched_is_said_before_anything_is_handed_in(slurm, refused):
     (said,) = refused("--model.backbone.id", "nobody/nothing")
     assert said.startswith("model.backbone.id: cannot fetch 'nobody/nothing' from the hub (")
-    assert said.endswith("); accepted: what can be fetched here or is in the cache, a folder, or --skip-download")
+    assert said.endswith(
+        "); accepted: what can be fetched here or is in the cache, a folder, or --skip-download"
+    )
     assert slurm.calls == []
 
 
@@ -286,7 +327,9 @@ def test_what_cannot_work_is_said_with_what_is_accepted(own, said, slurm, refuse
     assert slurm.calls == []
 
 
-def test_a_folder_that_slurm_could_not_write_its_log_to_is_refused_wherever_it_comes_from(refused, tmp_path, monkeypatch):
+def test_a_folder_that_slurm_could_not_write_its_log_to_is_refused_wherever_it_comes_from(
+    refused, tmp_path, monkeypatch
+):
     (tmp_path / "my folder").mkdir()
     monkeypatch.chdir(tmp_path / "my folder")
     assert refused() == [f"--root: '{tmp_path}/my folder/jobs'; {PATHS}"]
@@ -299,9 +342,9 @@ def test_sizes_that_agree_with_the_job_may_be_said_twice(flags, capsys):
 
 
 def test_problems_of_the_job_are_reported_together(refused):
-    assert [said.partition(":")[0] for said in refused("--nodes", "0", "--time", "soon", "--root", "a b")] == [
-        *("--nodes", "--time", "--root")
-    ]
+    assert [
+        said.partition(":")[0] for said in refused("--nodes", "0", "--time", "soon", "--root", "a b")
+    ] == [*("--nodes", "--time", "--root")]
 
 
 @pytest.mark.parametrize("time", ["5", "5:00", "0:05:00", "0-0:05:00"])
@@ -311,7 +354,14 @@ def test_a_job_that_would_be_told_to_end_when_it_begins_is_refused(refused, time
 
 
 def test_what_fit_would_refuse_with_the_jobs_processes_is_refused_all_at_once(slurm, refused):
-    sharded = ["--config", "overlays/fsdp.yaml", "--gpus-per-node", "4", "--trainer.strategy.init_args.replicate_size", "3"]
+    sharded = [
+        "--config",
+        "overlays/fsdp.yaml",
+        "--gpus-per-node",
+        "4",
+        "--trainer.strategy.init_args.replicate_size",
+        "3",
+    ]
     own = ["--model.adapter.rank", "0", "--data.init_args.batch_size", "0", "--trainer.precision", "16-mixed"]
     assert [said.partition(";")[0] for said in refused(*sharded, *own)] == [
         "model.adapter.rank: 0 is not a rank",
@@ -333,7 +383,9 @@ def test_a_checkpoint_that_the_job_would_pass_over_is_refused(slurm, refused):
     Path("saved").mkdir()
     Path("saved/last.ckpt").touch()
     (said,) = refused("--ckpt_path", "saved")
-    assert said.startswith("ckpt_path: 'saved'; accepted: null, since a job goes on from its own newest checkpoint;")
+    assert said.startswith(
+        "ckpt_path: 'saved'; accepted: null, since a job goes on from its own newest checkpoint;"
+    )
 
 
 def test_several_loggers_are_refused_since_a_requeued_job_would_not_find_its_folder(refused):
@@ -341,7 +393,9 @@ def test_several_loggers_are_refused_since_a_requeued_job_would_not_find_its_fol
         "trainer: {logger: [{class_path: CSVLogger, init_args: {save_dir: a}}, "
         "{class_path: TensorBoardLogger, init_args: {save_dir: b}}]}\n"
     )
-    assert refused("--config", "loggers.yaml") == ["trainer.logger: 2 of them; accepted: one, whose folder is the job's"]
+    assert refused("--config", "loggers.yaml") == [
+        "trainer.logger: 2 of them; accepted: one, whose folder is the job's"
+    ]
 
 
 @pytest.mark.parametrize("setup", ["if true", "echo 'open", "echo $("])

@@ -35,7 +35,9 @@ def make_all(make_data, write, rows):
     def build(count, *, ranks=1, stage="fit", **options):
         source = [write("rows.json", rows(count))]
         sources = {"train": source, "validation": source, "test": source}
-        return [make_data(ranks=ranks, rank=rank, stage=stage, **(sources | options)) for rank in range(ranks)]
+        return [
+            make_data(ranks=ranks, rank=rank, stage=stage, **(sources | options)) for rank in range(ranks)
+        ]
 
     return build
 
@@ -53,7 +55,9 @@ def _ids(batches):
 
 def _candidates(batches):
     """(example, answer) of every row that counts."""
-    pairs = [pair for batch in batches for pair in zip(_ids([batch]), batch["answer_ids"].tolist(), strict=True)]
+    pairs = [
+        pair for batch in batches for pair in zip(_ids([batch]), batch["answer_ids"].tolist(), strict=True)
+    ]
     return [pair for pair in pairs if pair[0] >= 0]
 
 
@@ -121,7 +125,9 @@ def test_training_rows_hold_the_right_answer_only(make_all, tokenizer):
     (module,) = make_all(9, batch_size=4)
     for batch in module.train_dataloader():
         assert batch["answer_ids"].tolist() == batch["gold_ids"].tolist()
-        for ids, mask, example in zip(batch["input_ids"], batch["response_mask"], batch["example_ids"], strict=True):
+        for ids, mask, example in zip(
+            batch["input_ids"], batch["response_mask"], batch["example_ids"], strict=True
+        ):
             gold = int(example) % (2 + int(example) % 3)
             assert tokenizer.decode(ids[mask]) == f"the correct answer is answer{gold + 1}<eos>"
 
@@ -152,20 +158,28 @@ def test_workers_give_the_same_batches(make_all):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(rows=st.integers(0, 40), accumulate=st.integers(1, 3), ranks=st.integers(1, 4), extra=st.integers(0, 5))
+@given(
+    rows=st.integers(0, 40), accumulate=st.integers(1, 3), ranks=st.integers(1, 4), extra=st.integers(0, 5)
+)
 def test_the_ranks_shares_are_the_whole_step(rows, accumulate, ranks, extra):
     """Over any rows: what the ranks get at one position of the loader, put together over a step, is the step."""
     micro_batches = accumulate * ranks
     rows += micro_batches
-    steps = plan_steps([3] * rows, [1] * rows, batch_size=micro_batches + extra, micro_batches=micro_batches, seed=0)
-    table = SimpleNamespace(batch=lambda rows, train_on, every_answer, line: {"rows": rows, "every_answer": every_answer})
+    steps = plan_steps(
+        [3] * rows, [1] * rows, batch_size=micro_batches + extra, micro_batches=micro_batches, seed=0
+    )
+    table = SimpleNamespace(
+        batch=lambda rows, train_on, every_answer, line: {"rows": rows, "every_answer": every_answer}
+    )
     shares = [TrainingBatches(table, steps, "all", ranks=ranks, rank=rank) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(steps) * accumulate}
     for number, step in enumerate(steps):
         items = [share[number * accumulate + k]["rows"] for share in shares for k in range(accumulate)]
         assert all(items)
         assert not any(share[number * accumulate]["every_answer"] for share in shares)
-        assert sorted(row for item in items for row in item) == sorted(row for m in step.micro_batches for row in m)
+        assert sorted(row for item in items for row in item) == sorted(
+            row for m in step.micro_batches for row in m
+        )
 
 
 @pytest.mark.parametrize(("ranks", "accumulate", "least"), [(1, 4, 4), (2, 2, 4), (3, 1, 3)])
@@ -182,7 +196,8 @@ def test_a_limit_in_the_middle_of_a_step(limit, told, make_all):
     """The loss of such a step would be divided by the totals of the whole one."""
     module = make_all(36, accumulate=2, batch_size=4, limit=limit)[0]
     with pytest.raises(
-        ConfigError, match=rf"trainer\.limit_train_batches: {limit} .* ends an epoch behind {told} micro-batches"
+        ConfigError,
+        match=rf"trainer\.limit_train_batches: {limit} .* ends an epoch behind {told} micro-batches",
     ):
         module.train_dataloader()
     assert make_all(36, accumulate=2, batch_size=4, limit=4)[0].train_dataloader().epoch_ends_at == 4
@@ -200,7 +215,9 @@ def test_too_few_rows_for_one_step(make_all):
 @pytest.mark.parametrize("count", [5, 7, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_validation_over_all_ranks(count, ranks, make_all):
-    together = _epoch(make_all(count, ranks=ranks, eval_batch_size=2, stage="validate"), "val")  # zip is strict
+    together = _epoch(
+        make_all(count, ranks=ranks, eval_batch_size=2, stage="validate"), "val"
+    )  # zip is strict
     ids = Counter(_ids(batch for batches in together for batch in batches))
     assert {i: n for i, n in ids.items() if i >= 0} == {i: 1 for i in range(count)}
     for batch in (batch for batches in together for batch in batches):
@@ -222,13 +239,17 @@ def test_a_rank_without_rows_gets_one_that_counts_for_nothing(make_all):
 @pytest.mark.parametrize("ranked", [True, False])
 def test_validation_begins_with_the_longest(ranked, make_all):
     """The longest of what is computed: of right answers, or of all candidates."""
-    (module,) = make_all(9, eval_batch_size=1, stage="validate", answer_format="content", rank_validation=ranked)
+    (module,) = make_all(
+        9, eval_batch_size=1, stage="validate", answer_format="content", rank_validation=ranked
+    )
     widths = [batch["input_ids"].shape[1] for batch in module.val_dataloader()]
     assert len(set(widths)) > 3
     assert widths == sorted(widths, reverse=True)
     table = list(module.tables["validation"])
     by_longest = sorted(table, key=lambda row: -max(row["lengths"]))
-    assert by_longest != sorted(table, key=lambda row: -row["lengths"][row["gold"]])  # the case is the one meant
+    assert by_longest != sorted(
+        table, key=lambda row: -row["lengths"][row["gold"]]
+    )  # the case is the one meant
 
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
@@ -236,7 +257,9 @@ def test_ranked_validation_holds_every_candidate(train_on, make_all):
     (module,) = make_all(5, eval_batch_size=4, stage="validate", train_on=train_on, rank_validation=True)
     batches = list(module.val_dataloader())
     assert all(batch["whole_questions"] for batch in batches)
-    assert Counter(_candidates(batches)) == Counter((row, answer) for row in range(5) for answer in range(2 + row % 3))
+    assert Counter(_candidates(batches)) == Counter(
+        (row, answer) for row in range(5) for answer in range(2 + row % 3)
+    )
     for batch in batches:
         targets = batch["attention_mask"].sum(1) - 1 if train_on == "all" else batch["response_mask"].sum(1)
         assert (batch["labels"] != IGNORE).sum(1).tolist() == targets.tolist()
@@ -244,7 +267,9 @@ def test_ranked_validation_holds_every_candidate(train_on, make_all):
 
 def test_validation_of_right_answers_holds_no_whole_questions(make_all):
     (module,) = make_all(5, stage="fit", batch_size=4)
-    assert not any(batch["whole_questions"] for batch in [*module.val_dataloader(), *module.train_dataloader()])
+    assert not any(
+        batch["whole_questions"] for batch in [*module.val_dataloader(), *module.train_dataloader()]
+    )
 
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
@@ -264,7 +289,9 @@ def test_every_candidate_of_every_question_once(ranks, eval_batch_size, stage, m
     together = _epoch(make_all(7, ranks=ranks, eval_batch_size=eval_batch_size, stage=stage), stage)
     found = Counter()
     for batch in (batch for batches in together for batch in batches):
-        for example, answer, gold in zip(batch["example_ids"], batch["answer_ids"], batch["gold_ids"], strict=True):
+        for example, answer, gold in zip(
+            batch["example_ids"], batch["answer_ids"], batch["gold_ids"], strict=True
+        ):
             if example >= 0:
                 found[int(example), int(answer)] += 1
                 assert int(gold) == int(example) % (2 + int(example) % 3)
@@ -289,7 +316,11 @@ def make_mixed(make_data, write):
             }
             for number, count in enumerate(OPTIONS)
         ]
-        settings = {"test": [write("mixed.json", rows)], "answer_format": "content", "stage": "test"} | settings
+        settings = {
+            "test": [write("mixed.json", rows)],
+            "answer_format": "content",
+            "stage": "test",
+        } | settings
         return [make_data(ranks=ranks, rank=rank, **settings) for rank in range(ranks)]
 
     return build
@@ -314,7 +345,9 @@ def test_evaluation_batches_hold_whole_questions(ranks, eval_batch_size, questio
             assert batch["gold_ids"].tolist() == [i % OPTIONS[i] for i in ids for _ in range(OPTIONS[i])]
             found.append(ids)
     assert sorted(i for ids in found for i in ids) == list(range(11))
-    assert sorted(map(len, found)) == sorted([questions] * (11 // questions) + [11 % questions] * (11 % questions > 0))
+    assert sorted(map(len, found)) == sorted(
+        [questions] * (11 // questions) + [11 % questions] * (11 % questions > 0)
+    )
 
 
 def test_characters_are_those_of_the_candidates_text(make_mixed):
@@ -324,14 +357,19 @@ def test_characters_are_those_of_the_candidates_text(make_mixed):
         for pair, count in zip(_candidates(batches), batches[0]["answer_characters"].tolist(), strict=True):
             characters[pair] = count
     assert characters == {
-        (number, k): len("very " * (number * k % 5) + "thing 0") for number, count in enumerate(OPTIONS) for k in range(count)
+        (number, k): len("very " * (number * k % 5) + "thing 0")
+        for number, count in enumerate(OPTIONS)
+        for k in range(count)
     }
 
 
 def test_a_rank_without_questions_gets_one_row_that_counts_for_nothing(make_mixed):
     """11 questions, 2 a batch, 4 ranks: 6 batches, so two ranks have one more than the others."""
     together = _epoch(make_mixed(4, eval_batch_size=10), "test")
-    assert [[len(set(_ids([batch]))) for batch in batches] for batches in together] == [[2, 2, 2, 2], [2, 1, 1, 1]]
+    assert [[len(set(_ids([batch]))) for batch in batches] for batches in together] == [
+        [2, 2, 2, 2],
+        [2, 1, 1, 1],
+    ]
     for filler in together[1][2:]:
         assert filler["example_ids"].tolist() == [-1]
         assert (filler["labels"] == IGNORE).all()
@@ -393,7 +431,9 @@ def test_every_prompt_once(ranks, stage, make_mixed, tokenizer):
         assert len(batch["example_ids"]) <= 4
         assert batch["attention_mask"][:, -1].all()  # every row's next token stands in the same column
         assert (batch["pad_id"], batch["eos_id"]) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        for ids, real, example in zip(batch["input_ids"], batch["attention_mask"], batch["example_ids"], strict=True):
+        for ids, real, example in zip(
+            batch["input_ids"], batch["attention_mask"], batch["example_ids"], strict=True
+        ):
             if example >= 0:
                 assert int(example) not in found
                 found[int(example)] = ids[real.bool()].tolist()
@@ -420,13 +460,18 @@ def test_no_prompts_give_one_that_counts_for_nothing(make_mixed):
 def test_a_loader_for_each_way_of_evaluating_in_the_order_given(make_mixed):
     for ways in (["likelihood", "generation"], ["generation", "likelihood"], ["generation"], ["likelihood"]):
         (module,) = make_mixed(evaluate_by=ways)
-        kinds = ["likelihood" if "labels" in next(iter(loader)) else "generation" for loader in module.test_dataloader()]
+        kinds = [
+            "likelihood" if "labels" in next(iter(loader)) else "generation"
+            for loader in module.test_dataloader()
+        ]
         assert kinds == ways
 
 
 def test_evaluation_with_workers_draws_nothing_from_the_global_generator(make_mixed):
     """And gives the same batches."""
-    (alone,), (helped,) = (make_mixed(evaluate_by=["likelihood", "generation"], num_workers=n) for n in (0, 2))
+    (alone,), (helped,) = (
+        make_mixed(evaluate_by=["likelihood", "generation"], num_workers=n) for n in (0, 2)
+    )
     before = torch.get_rng_state()
     for here, there in zip(alone.test_dataloader(), helped.test_dataloader(), strict=True):
         for one, other in zip(here, there, strict=True):
@@ -448,7 +493,11 @@ def test_candidates_of_one_question_share_the_prompt(make_all):
     prompts = {}
     for (batch,) in _epoch([module], "test"):
         for ids, real, answer, example in zip(
-            batch["input_ids"], batch["attention_mask"].bool(), batch["response_mask"], batch["example_ids"], strict=True
+            batch["input_ids"],
+            batch["attention_mask"].bool(),
+            batch["response_mask"],
+            batch["example_ids"],
+            strict=True,
         ):
             prompts.setdefault(int(example), set()).add(tuple(ids[real & ~answer].tolist()))
     assert any(module.tables["test"]["shortened"])
@@ -494,7 +543,9 @@ def test_preparing_and_setting_up_tokenise_once(tokenised, make_all):
     ],
     ids=str,
 )
-def test_whatever_changes_tokens_tokenises_again(change, tokenised, make_all, tokenizers_by_kind, chat_tokenizers):
+def test_whatever_changes_tokens_tokenises_again(
+    change, tokenised, make_all, tokenizers_by_kind, chat_tokenizers
+):
     make_all(5, stage="test")
     if "tokenizer" in change:
         change = change | {"tokenizer": (tokenizers_by_kind | chat_tokenizers)[change["tokenizer"]]}
@@ -557,7 +608,9 @@ def test_another_tokenizer_replaces_open_tables(make_all, tokenizers_by_kind):
 
 
 def test_an_answer_that_leaves_no_room_names_split_and_row(make_all):
-    with pytest.raises(ConfigError, match=r"data\.train, example 0 \('Below is.*an answer has \d+ tokens.*max_length 5"):
+    with pytest.raises(
+        ConfigError, match=r"data\.train, example 0 \('Below is.*an answer has \d+ tokens.*max_length 5"
+    ):
         make_all(3, max_length=5)
 
 
@@ -565,7 +618,9 @@ def test_shortened_prompts_are_counted_in_the_log(make_all, caplog):
     with caplog.at_level(logging.WARNING):
         make_all(5, stage="test", max_length=40)
         make_all(5, stage="test", max_length=512)
-    assert [record.getMessage() for record in caplog.records] == ["test: 5 of 5 prompts lost their beginning to max_length 40"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "test: 5 of 5 prompts lost their beginning to max_length 40"
+    ]
 
 
 def test_no_tokenizer(make_data):

@@ -134,7 +134,10 @@ def own_sources(write):
     """Files a.jsonl and b.json with 12 and 6 instructions."""
 
     def rows(name, count):
-        return [{"instruction": f"question {name}{number}?", "output": f"{name}{number}"} for number in range(count)]
+        return [
+            {"instruction": f"question {name}{number}?", "output": f"{name}{number}"}
+            for number in range(count)
+        ]
 
     return [write("a.json", rows("a", 12)), write("b.json", rows("b", 6))]
 
@@ -149,7 +152,14 @@ def own_sources(write):
     ],
 )
 def test_an_epoch_has_its_shares(weights, counts, own_sources, make_own):
-    data = make_own(train=own_sources, validation=own_sources[:1], test=own_sources, weights=weights, batch_size=5, stage="fit")
+    data = make_own(
+        train=own_sources,
+        validation=own_sources[:1],
+        test=own_sources,
+        weights=weights,
+        batch_size=5,
+        stage="fit",
+    )
     assert data.problems("fit") == []
     table = data.tables["train"]
     assert Counter(table["task"]) == counts
@@ -163,7 +173,9 @@ def test_an_epoch_has_its_shares(weights, counts, own_sources, make_own):
 @pytest.mark.parametrize("held_out", [5, 0.5])
 def test_no_held_out_row_is_mixed_in(seed, held_out, own_sources, make_own):
     settings = {"train": own_sources, "validation": held_out, "test": own_sources[:1], "seed": seed}
-    plain, mixed = (make_own(weights=weights, stage="fit", **settings) for weights in (None, {"a": 1, "b": 4}))
+    plain, mixed = (
+        make_own(weights=weights, stage="fit", **settings) for weights in (None, {"a": 1, "b": 4})
+    )
     held = mixed.tables["validation"]["example"][:]
     assert held == plain.tables["validation"]["example"][:]
     left = plain.tables["train"]["example"][:]
@@ -176,7 +188,12 @@ def test_no_held_out_row_is_mixed_in(seed, held_out, own_sources, make_own):
 
 
 def test_the_seed_of_the_data_draws_the_rest(own_sources, make_own):
-    settings = {"train": own_sources, "validation": own_sources[:1], "weights": {"a": 1, "b": 3}, "stage": "fit"}
+    settings = {
+        "train": own_sources,
+        "validation": own_sources[:1],
+        "weights": {"a": 1, "b": 3},
+        "stage": "fit",
+    }
     draws = [make_own(seed=seed, **settings).tables["train"]["example"][:] for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
@@ -205,7 +222,9 @@ def test_commonsense_tasks_are_mixed_too(make_data, write, rows):
 def test_a_source_without_weight_leaks_nothing(own_sources, make_own):
     """What is not trained on may be tested on."""
     settings = {"train": own_sources, "validation": own_sources[:1], "test": own_sources[1:]}
-    rows = [len(make_own(weights=w, stage="fit", **settings).leakage()[1].rows) for w in (None, {"a": 1, "b": 0})]
+    rows = [
+        len(make_own(weights=w, stage="fit", **settings).leakage()[1].rows) for w in (None, {"a": 1, "b": 0})
+    ]
     assert rows == [6, 0]
 
 

@@ -27,14 +27,20 @@ def _partitions(rows):
         return
     for lines in _partitions(rows[1:]):
         yield [[rows[0]], *lines]
-        yield from ([*lines[:place], [rows[0], *lines[place]], *lines[place + 1 :]] for place in range(len(lines)))
+        yield from (
+            [*lines[:place], [rows[0], *lines[place]], *lines[place + 1 :]] for place in range(len(lines))
+        )
 
 
 def _smallest(lengths, capacity):
     """The least area of all layouts whose lines hold at most ``capacity``, or the longest row."""
     room = max(capacity, *lengths)
     layouts = _partitions(list(range(len(lengths))))
-    return min(_area(lines, lengths) for lines in layouts if all(sum(lengths[row] for row in line) <= room for line in lines))
+    return min(
+        _area(lines, lengths)
+        for lines in layouts
+        if all(sum(lengths[row] for row in line) <= room for line in lines)
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,9 @@ def test_small_cases_against_every_layout(lengths, capacity):
 
 def test_most_small_cases_are_the_best():
     draw = random.Random(0)
-    cases = [([draw.randint(1, 12) for _ in range(draw.randint(1, 6))], draw.randint(1, 40)) for _ in range(150)]
+    cases = [
+        ([draw.randint(1, 12) for _ in range(draw.randint(1, 6))], draw.randint(1, 40)) for _ in range(150)
+    ]
     best = [_area(packed_lines(*case), case[0]) == _smallest(*case) for case in cases]
     assert sum(best) > 0.9 * len(best)
 
@@ -119,7 +127,10 @@ def test_a_packed_batch_by_hand():
     batch = collate(rows, pad_id=77, train_on="response", lines=[[0, 2], [1]])
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 9, 9, 0], [8, 0, *[77] * 6]]
     assert batch["attention_mask"].tolist() == [[1] * 8, [1, 1, *[0] * 6]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]  # padding is a row too
+    assert batch["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 0, 1, 2],
+        [0, 1, 0, 1, 2, 3, 4, 5],
+    ]  # padding is a row too
     assert batch["labels"].tolist() == [[x, x, x, 6, 0, x, x, 0], [x, 0, *[x] * 6]]
     assert batch["response_mask"][1].tolist() == [False, True, *[False] * 6]
 
@@ -178,7 +189,13 @@ LAYOUTS = [(1, 1), (1, 3), (2, 1), (2, 2)]
 @pytest.mark.parametrize("train_on", ["response", "every_response", "all"])
 @pytest.mark.parametrize(("ranks", "accumulate"), LAYOUTS)
 def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate, train_on, chats, make_own):
-    settings = {"train": [chats], "validation": [chats], "train_on": train_on, "batch_size": 9, "group_by_length": False}
+    settings = {
+        "train": [chats],
+        "validation": [chats],
+        "train_on": train_on,
+        "batch_size": 9,
+        "group_by_length": False,
+    }
     padding = {True: 0, False: 0}
     for rank in range(ranks):
         plain, packed = (
@@ -192,7 +209,10 @@ def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate
             assert _rows_of(batch) == _rows_of(unpacked)
             for name in ("example_ids", "answer_ids", "gold_ids", "answer_characters"):
                 assert batch[name].tolist() == unpacked[name].tolist()
-            assert (batch["step_targets"], batch["step_tokens"]) == (unpacked["step_targets"], unpacked["step_tokens"])
+            assert (batch["step_targets"], batch["step_tokens"]) == (
+                unpacked["step_targets"],
+                unpacked["step_tokens"],
+            )
             assert batch["attention_mask"].numel() <= unpacked["attention_mask"].numel()
             assert batch["input_ids"].shape[1] <= 512
             for packing, found in ((True, batch), (False, unpacked)):
@@ -202,21 +222,39 @@ def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_own):
-    data = make_own(train=[chats], validation=1, train_on="every_response", packing=True, accumulate=accumulate, stage="fit")
+    data = make_own(
+        train=[chats],
+        validation=1,
+        train_on="every_response",
+        packing=True,
+        accumulate=accumulate,
+        stage="fit",
+    )
     batches = list(data.train_dataloader())
     for start in range(0, len(batches), accumulate):
         step = batches[start : start + accumulate]
         targets, tokens = (
             sum(int(found.sum()) for found in each)
-            for each in zip(*((batch["labels"] != IGNORE, batch["attention_mask"]) for batch in step), strict=True)
+            for each in zip(
+                *((batch["labels"] != IGNORE, batch["attention_mask"]) for batch in step), strict=True
+            )
         )
         assert {(batch["step_targets"], batch["step_tokens"]) for batch in step} == {(targets, tokens)}
 
 
 @pytest.mark.parametrize("room", [90, 160, 512])
 def test_lines_have_at_most_max_length_tokens(room, chats, make_own):
-    settings = {"train": [chats], "validation": 1, "max_length": room, "batch_size": 10, "group_by_length": False}
-    widths = [batch["input_ids"].shape[1] for batch in make_own(packing=True, stage="fit", **settings).train_dataloader()]
+    settings = {
+        "train": [chats],
+        "validation": 1,
+        "max_length": room,
+        "batch_size": 10,
+        "group_by_length": False,
+    }
+    widths = [
+        batch["input_ids"].shape[1]
+        for batch in make_own(packing=True, stage="fit", **settings).train_dataloader()
+    ]
     assert max(widths) <= room
     assert max(widths) > room // 2
 
@@ -224,7 +262,13 @@ def test_lines_have_at_most_max_length_tokens(room, chats, make_own):
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_own):
-    settings = {"train": [chats], "validation": 3, "max_length": 200, "batch_size": 8, "group_by_length": grouped}
+    settings = {
+        "train": [chats],
+        "validation": 3,
+        "max_length": 200,
+        "batch_size": 8,
+        "group_by_length": grouped,
+    }
     data = make_own(accumulate=accumulate, packing=True, stage="fit", **settings)
     loader = data.train_dataloader()
     lengths = planned_lengths(loader.dataset.steps, right_lengths(data.tables["train"]), 200)

@@ -42,7 +42,10 @@ def _epochs(loader, count):
 def _steps_of(indices, accumulate):
     """The steps in the order of an epoch, having checked that each one's micro-batches come in order."""
     chunks = [indices[i : i + accumulate] for i in range(0, len(indices), accumulate)]
-    assert all(chunk == list(range(chunk[0], chunk[0] + accumulate)) and chunk[0] % accumulate == 0 for chunk in chunks)
+    assert all(
+        chunk == list(range(chunk[0], chunk[0] + accumulate)) and chunk[0] % accumulate == 0
+        for chunk in chunks
+    )
     return [chunk[0] // accumulate for chunk in chunks]
 
 
@@ -134,7 +137,9 @@ def _continues(workers, epoch, position):
 
     resumed = _loader(workers=workers)
     resumed.load_state_dict(state)
-    assert _epochs(resumed, 2) == ([rest, later[0]] if rest else later)  # Lightning has no use for a loader at its end
+    assert _epochs(resumed, 2) == (
+        [rest, later[0]] if rest else later
+    )  # Lightning has no use for a loader at its end
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
@@ -161,7 +166,9 @@ def test_a_resumed_loader_can_be_saved_again():
 
 
 def test_a_position_in_other_steps_is_refused():
-    with pytest.raises(CheckpointError, match=r"^the checkpoint's position is one in other optimizer steps: "):
+    with pytest.raises(
+        CheckpointError, match=r"^the checkpoint's position is one in other optimizer steps: "
+    ):
         _loader(steps=STEPS + 1).load_state_dict(_loader().state_dict())
 
 
@@ -180,7 +187,9 @@ def test_a_position_means_the_same_at_another_cut(accumulate):
 def test_a_position_in_mid_step_holds_for_its_own_cut_alone():
     loader = _loader()
     next(iter(loader))
-    with pytest.raises(CheckpointError, match=r"behind micro-batch 1 of 2 of a step; resume it with .* 2, not 1$"):
+    with pytest.raises(
+        CheckpointError, match=r"behind micro-batch 1 of 2 of a step; resume it with .* 2, not 1$"
+    ):
         _loader(accumulate=1).load_state_dict(loader.state_dict())
 
 
@@ -338,7 +347,10 @@ def fit(make_data, write, rows, caplog):
 
 SAVED = {
     "mid-epoch": [f"step-{step}" for step in (1, 2, 4, 5, 7, 8)],
-    "last batch": ["step-3", "step-6"],  # every_n_train_steps hits it whenever it divides the steps of an epoch
+    "last batch": [
+        "step-3",
+        "step-6",
+    ],  # every_n_train_steps hits it whenever it divides the steps of an epoch
     "after validation": ["validation-3", "validation-6"],
     "epoch's end": ["epoch-3", "epoch-6"],  # where ModelCheckpoint saves when there is no validation
 }

@@ -64,13 +64,17 @@ def test_a_plan_is_padded_as_all_processes_together_pad_it(data):
 def test_padding_of_validation_batches(data, every):
     module = data(rank_validation=every)
     loader = module.val_dataloader()
-    assert padding_share(evaluation_lengths(loader.dataset)) == pytest.approx(counted_padding(loader), abs=1e-12)
+    assert padding_share(evaluation_lengths(loader.dataset)) == pytest.approx(
+        counted_padding(loader), abs=1e-12
+    )
 
 
 def test_padding_of_test_batches_by_likelihood_and_by_generation(data):
     module = data(stage="test", evaluate_by=["likelihood", "generation"])
     shares = [padding_share(evaluation_lengths(loader.dataset)) for loader in module.test_dataloader()]
-    assert shares == pytest.approx([counted_padding(loader) for loader in module.test_dataloader()], abs=1e-12)
+    assert shares == pytest.approx(
+        [counted_padding(loader) for loader in module.test_dataloader()], abs=1e-12
+    )
     assert shares[0] != shares[1]
 
 
@@ -83,12 +87,20 @@ def test_padding_by_hand():
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [(None, [[9, 1, 2], [4, 5]]), (9, [[9, 3], [9]]), (8, [[9, 3], [5, 4]]), (11, [[9, 3], [9]]), (99, [[12], [9]])],
+    [
+        (None, [[9, 1, 2], [4, 5]]),
+        (9, [[9, 3], [9]]),
+        (8, [[9, 3], [5, 4]]),
+        (11, [[9, 3], [9]]),
+        (99, [[12], [9]]),
+    ],
 )
 def test_lengths_of_packed_lines_by_hand(line, expected):
     steps = [Step(((0, 1, 2), (4, 3)), targets=1, tokens=21)]
     found = planned_lengths(steps, [9, 1, 2, 5, 4], line)
-    assert [sorted(lengths, reverse=True) for lengths in found] == [sorted(lengths, reverse=True) for lengths in expected]
+    assert [sorted(lengths, reverse=True) for lengths in found] == [
+        sorted(lengths, reverse=True) for lengths in expected
+    ]
 
 
 # --- what a split consists of ---
@@ -140,7 +152,11 @@ def test_lengths_are_quantiles_that_occur():
     for count in (1, 2, 7, 20, 100, 333):
         lengths = [draw.randint(1, 400) for _ in range(count)]
         found = SplitStatistics({}, lengths, targets=0, shortened=0)
-        assert (found.length(0), found.length(0.5), found.length(1)) == (min(lengths), median_low(lengths), max(lengths))
+        assert (found.length(0), found.length(0.5), found.length(1)) == (
+            min(lengths),
+            median_low(lengths),
+            max(lengths),
+        )
         ordered = sorted(lengths)
         least = next(n for i, n in enumerate(ordered, 1) if 100 * i >= 95 * count)
         assert found.length(0.95) == least
@@ -148,7 +164,9 @@ def test_lengths_are_quantiles_that_occur():
 
 def test_tasks_in_order_of_appearance(data, rows, write):
     module = data(stage=None)
-    module.sources["train"] = [write(f"{name}.json", rows(count)) for name, count in (("zebra", 3), ("ant", 9), ("mole", 1))]
+    module.sources["train"] = [
+        write(f"{name}.json", rows(count)) for name, count in (("zebra", 3), ("ant", 9), ("mole", 1))
+    ]
     module.setup("fit")
     found = SplitStatistics.of(module.tables["train"], "response")
     assert list(found.tasks.items()) == [("zebra", 3), ("ant", 9), ("mole", 1)]

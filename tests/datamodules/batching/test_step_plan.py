@@ -15,7 +15,9 @@ PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=N
 
 def _plan(lengths, *, targets=None, batch_size=4, micro_batches=1, seed=0, **options):
     targets = [1] * len(lengths) if targets is None else targets
-    return plan_steps(lengths, targets, batch_size=batch_size, micro_batches=micro_batches, seed=seed, **options)
+    return plan_steps(
+        lengths, targets, batch_size=batch_size, micro_batches=micro_batches, seed=seed, **options
+    )
 
 
 def _rows(step):
@@ -29,7 +31,10 @@ def _sizes(steps):
 def _padding(steps, lengths):
     """Padding tokens computed in one epoch."""
     micro_batches = [micro for step in steps for micro in step.micro_batches]
-    return sum(len(micro) * max(lengths[r] for r in micro) - sum(lengths[r] for r in micro) for micro in micro_batches)
+    return sum(
+        len(micro) * max(lengths[r] for r in micro) - sum(lengths[r] for r in micro)
+        for micro in micro_batches
+    )
 
 
 def _skewed(count):
@@ -60,7 +65,9 @@ def test_every_row_exactly_once(grouped, budget):
         (5, 100, 3, [5]),
     ],
 )
-def test_steps_hold_batch_size_rows_and_a_last_step_too_small_is_merged(rows, batch_size, micro_batches, sizes):
+def test_steps_hold_batch_size_rows_and_a_last_step_too_small_is_merged(
+    rows, batch_size, micro_batches, sizes
+):
     assert _sizes(_plan([7] * rows, batch_size=batch_size, micro_batches=micro_batches)) == sizes
 
 
@@ -135,7 +142,9 @@ def test_token_budget_with_rows_of_ten_tokens(budget, micro_batches, sizes):
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_token_budget_is_kept_unless_micro_batches_force_more(grouped, micro_batches):
-    *steps, last = _plan(_skewed(300), batch_size=8, micro_batches=micro_batches, token_budget=250, group_by_length=grouped)
+    *steps, last = _plan(
+        _skewed(300), batch_size=8, micro_batches=micro_batches, token_budget=250, group_by_length=grouped
+    )
     assert all(step.tokens <= 250 or len(_rows(step)) == micro_batches for step in steps)
     assert max(_sizes(steps)) <= 8
     assert len(_rows(last)) >= micro_batches
@@ -174,7 +183,12 @@ def test_any_plan(lengths, accumulate, ranks, extra, budget, grouped, seed):
     batch_size = micro_batches + extra
     lengths += [3] * max(0, micro_batches - len(lengths))
     targets = [length - 1 for length in lengths]
-    options = {"batch_size": batch_size, "micro_batches": micro_batches, "token_budget": budget, "group_by_length": grouped}
+    options = {
+        "batch_size": batch_size,
+        "micro_batches": micro_batches,
+        "token_budget": budget,
+        "group_by_length": grouped,
+    }
     steps = plan_steps(lengths, targets, seed=seed, **options)
 
     assert sorted(chain.from_iterable(_rows(step) for step in steps)) == list(range(len(lengths)))
@@ -232,7 +246,9 @@ def test_every_rank_has_a_batch_even_when_nothing_is_left(lengths):
     ranks=st.integers(1, 5),
     done=st.sets(st.integers(0, 40)),
 )
-def test_what_is_computed_together_depends_neither_on_ranks_nor_on_what_is_done(lengths, batch_size, ranks, done):
+def test_what_is_computed_together_depends_neither_on_ranks_nor_on_what_is_done(
+    lengths, batch_size, ranks, done
+):
     shares = [share_batches(lengths, batch_size, ranks, rank, done) for rank in range(ranks)]
     given = Counter(chain.from_iterable(chain.from_iterable(shares)))
     assert given == Counter(set(range(len(lengths))) - done)

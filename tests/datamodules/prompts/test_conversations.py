@@ -5,7 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from gatera_lightning.datamodules.prompts.conversations import Chat, ConversationPrompts, Instruction, parse_conversation
+from gatera_lightning.datamodules.prompts.conversations import (
+    Chat,
+    ConversationPrompts,
+    Instruction,
+    parse_conversation,
+)
 from gatera_lightning.datamodules.prompts.templates import render
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.objectives.next_token import IGNORE
@@ -13,7 +18,9 @@ from gatera_lightning.objectives.next_token import IGNORE
 
 def _chat(*said, system=None):
     """Messages of user and assistant by turns, the user first."""
-    turns = [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)]
+    turns = [
+        {"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(said)
+    ]
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
@@ -27,7 +34,11 @@ HI = _chat("hi", "Hello.", "bye", "Bye!", system="Be kind.")
     ("row", "columns", "expected"),
     [
         ({"instruction": "Add.", "input": "1 2", "output": "3"}, {}, Instruction("Add.", "1 2", "3")),
-        ({"instruction": " Add.\n", "input": "\t1 2 ", "output": "\n3 "}, {}, Instruction("Add.", "1 2", "3")),
+        (
+            {"instruction": " Add.\n", "input": "\t1 2 ", "output": "\n3 "},
+            {},
+            Instruction("Add.", "1 2", "3"),
+        ),
         ({"instruction": "Sing.", "output": "La\n\nla"}, {}, Instruction("Sing.", "", "La\n\nla")),
         ({"instruction": "Sing.", "input": "", "output": "La"}, {}, Instruction("Sing.", "", "La")),
         ({"instruction": "Sing.", "input": " \n", "output": "La"}, {}, Instruction("Sing.", "", "La")),
@@ -36,7 +47,11 @@ HI = _chat("hi", "Hello.", "bye", "Bye!", system="Be kind.")
             {},
             Instruction("Sing.", "", "La"),
         ),
-        ({"question": "Why?", "reply": "So."}, {"instruction": "question", "output": "reply"}, Instruction("Why?", "", "So.")),
+        (
+            {"question": "Why?", "reply": "So."},
+            {"instruction": "question", "output": "reply"},
+            Instruction("Why?", "", "So."),
+        ),
         (
             {"input": "Why?", "instruction": "so", "output": "So."},
             {"instruction": "input", "input": "instruction"},
@@ -101,7 +116,11 @@ MAPPED = {"instruction": "question", "output": "answer", "messages": "turns"}
         ({"instruction": 5, "output": "So."}, {}, "column 'instruction': expected a text, found 5"),
         ({"instruction": "Why?", "output": ["So."]}, {}, "column 'output': expected a text, found ['So.']"),
         ({"instruction": "Why?", "output": b"So."}, {}, "column 'output': expected a text, found b'So.'"),
-        ({"instruction": "Why?", "output": "So.", "input": 0}, {}, "column 'input': expected a text, found 0"),
+        (
+            {"instruction": "Why?", "output": "So.", "input": 0},
+            {},
+            "column 'input': expected a text, found 0",
+        ),
         (
             {"question": "Why?", "answer": "So.", "about": {}},
             MAPPED | {"input": "about"},
@@ -119,16 +138,25 @@ def test_a_row_that_is_no_conversation_is_said_to_lack_what_it_lacks(row, column
     ("messages", "message"),
     [
         ("hi", "messages: expected a list of objects with role and content, found 'hi'"),
-        ({"role": ["user"]}, "messages: expected a list of objects with role and content, found {'role': ['user']}"),
+        (
+            {"role": ["user"]},
+            "messages: expected a list of objects with role and content, found {'role': ['user']}",
+        ),
         ([], "messages: expected a list of objects with role and content, found []"),
         (["hi", "Hello."], "message 1: expected an object with role and content, found 'hi'"),
-        ([{"from": "human", "value": "hi"}], "message 1: expected an object with role and content, found from, value"),
+        (
+            [{"from": "human", "value": "hi"}],
+            "message 1: expected an object with role and content, found from, value",
+        ),
         ([*HI, {"role": "user"}], "message 6: expected an object with role and content, found role"),
         (
             [{"role": "human", "content": "hi"}],
             "message 1: role 'human' is unknown; accepted: system, user, assistant",
         ),
-        ([*HI, {"role": None, "content": "hi"}], "message 6: role None is unknown; accepted: system, user, assistant"),
+        (
+            [*HI, {"role": None, "content": "hi"}],
+            "message 6: role None is unknown; accepted: system, user, assistant",
+        ),
         ([*HI, {"role": "user", "content": ""}], "message 6 (user): expected a text as content, found ''"),
         (_chat("hi", " \n"), "message 2 (assistant): expected a text as content, found ' \\n'"),
         (_chat("hi", None), "message 2 (assistant): expected a text as content, found None"),
@@ -149,7 +177,11 @@ def test_messages_that_are_no_chat(messages, message):
 
 def test_what_was_found_is_shown_in_part(make_own, write):
     """A whole book in a message is no help."""
-    for row in ({"messages": "x" * 999}, {"instruction": ["x" * 999], "output": "y"}, {"messages": [{"x" * 999: 1}]}):
+    for row in (
+        {"messages": "x" * 999},
+        {"instruction": ["x" * 999], "output": "y"},
+        {"messages": [{"x" * 999: 1}]},
+    ):
         with pytest.raises(ConfigError, match=r"rows\.json, row 1: ") as caught:
             list(make_own(train=[write("rows.json", [row])]).examples("train"))
         assert "x" * 50 in str(caught.value)
@@ -186,7 +218,9 @@ def test_a_chat_of_one_turn_is_an_instruction_in_alpaca(tokenizer):
         assert (prompt.text, [prompt.answer]) == render("alpaca", request, ["Hello."])
 
 
-@pytest.mark.parametrize("said", [HI, HI[1:], [*_chat("hi", "Hello."), {"role": "assistant", "content": "And?"}]])
+@pytest.mark.parametrize(
+    "said", [HI, HI[1:], [*_chat("hi", "Hello."), {"role": "assistant", "content": "And?"}]]
+)
 def test_alpaca_has_one_turn(said, tokenizer):
     message = f"^a chat of {len(said)} messages; template alpaca has one turn: use chat or plain$"
     with pytest.raises(ValueError, match=message):
@@ -214,11 +248,15 @@ def test_a_system_message_that_the_template_has_no_place_for_is_said_by_the_user
     assert prompt.text == "Be kind.\n\nhi<eos>Hello.<eos>bye<eos>"
     assert [prompt.text[start:end] for start, end in prompt.earlier] == ["Hello.<eos>"]
     assert _fitting(Chat(tuple(HI[1:])), "chat", tokenizer).text == "hi<eos>Hello.<eos>bye<eos>"
-    assert _fitting(Chat(tuple(HI)), "chat", tokenizer, max_length=20).text == "Be kind.\n\nbye<eos>"  # turns gone
+    assert (
+        _fitting(Chat(tuple(HI)), "chat", tokenizer, max_length=20).text == "Be kind.\n\nbye<eos>"
+    )  # turns gone
 
 
 def test_turns_that_the_template_refuses_are_named(chat_tokenizers, make_own, write):
-    strict = "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('two turns at most') }}{% endif %}"
+    strict = (
+        "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('two turns at most') }}{% endif %}"
+    )
     tokenizer = _with_template(chat_tokenizers["gemma"], strict + "[{{ m.content }}]{% endfor %}")
     path = write("rows.json", [{"messages": HI[1:3]}, {"messages": HI[1:]}])
     data = make_own(template="chat", tokenizer=tokenizer, train=[path])
@@ -248,7 +286,12 @@ def marked(make_own, write):
 
     def build(messages, **settings):
         path = write("chat.json", [{"messages": messages}])
-        settings = {"train": [path], "validation": [path], "test": [path], "train_on": "every_response"} | settings
+        settings = {
+            "train": [path],
+            "validation": [path],
+            "test": [path],
+            "train_on": "every_response",
+        } | settings
         data = make_own(stage="fit", **settings)
         (batch,), (trained,) = data.val_dataloader(), data.train_dataloader()
         assert trained["labels"].equal(batch["labels"])
@@ -312,7 +355,9 @@ KINDS = [
     *("plain", "bos", "closing", "closing_without_bos", "bos_is_eos", "bos_is_eos_closing"),
     *("pieces", "spanning", "words", "words_bos"),
 ]
-KNOWN = _chat("cat?", "yes", "never cat?", "no never", "Question:", "never", system="Answer:")  # words that all kinds know
+KNOWN = _chat(
+    "cat?", "yes", "never cat?", "no never", "Question:", "never", system="Answer:"
+)  # words that all kinds know
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,13 +367,18 @@ def test_every_response_of_a_plain_chat_carries_loss(kind, tokenizers_by_kind, m
     stretches = [part.partition("⟧")[0] for part in found.split("⟦")[1:]]
     space = "" if kind in ("pieces", "spanning", "words", "words_bos") else " "
     eos = " <eos>" if kind in ("words", "words_bos") else "<eos>"
-    last = f" never{eos}" if kind == "spanning" else f"{space}never{eos}"  # the answer is tokenised behind the prompt
+    last = (
+        f" never{eos}" if kind == "spanning" else f"{space}never{eos}"
+    )  # the answer is tokenised behind the prompt
     assert stretches == [f"{space}yes{eos}", f"{space}no never{eos}", last]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_response_of_a_plain_chat_alone_carries_loss(kind, tokenizers_by_kind, marked):
-    every, one = (marked(KNOWN, tokenizer=tokenizers_by_kind[kind], train_on=which) for which in ("every_response", "response"))
+    every, one = (
+        marked(KNOWN, tokenizer=tokenizers_by_kind[kind], train_on=which)
+        for which in ("every_response", "response")
+    )
     assert one.count("⟦") == 1
     assert one.partition("⟦")[2] == every.rpartition("⟦")[2]
 
@@ -366,10 +416,16 @@ def test_what_closes_only_the_last_turn_is_not_looked_for_in_earlier_ones(chat_t
 def test_rows_of_both_kinds_stand_in_one_file(chat_tokenizers, make_own, write):
     rows = [{"messages": HI}, {"instruction": "Add.", "input": "1 2", "output": "3"}, {"messages": HI[:3]}]
     path = write("mixed.json", rows)
-    settings = {"template": "chat", "train_on": "every_response", "tokenizer": chat_tokenizers["turns_without_names"]}
+    settings = {
+        "template": "chat",
+        "train_on": "every_response",
+        "tokenizer": chat_tokenizers["turns_without_names"],
+    }
     data = make_own(validation=[path], stage="validate", eval_batch_size=3, **settings)
     (batch,) = data.val_dataloader()
-    texts = {int(example): _marked(data.tokenizer, batch, row) for row, example in enumerate(batch["example_ids"])}
+    texts = {
+        int(example): _marked(data.tokenizer, batch, row) for row, example in enumerate(batch["example_ids"])
+    }
     assert texts == {
         0: "Be kind.<eos>hi<eos>⟦Hello.<eos>⟧bye<eos>⟦Bye!<eos>⟧",
         1: "Add.\n\n1 2<eos>⟦3<eos>⟧",
@@ -377,9 +433,7 @@ def test_rows_of_both_kinds_stand_in_one_file(chat_tokenizers, make_own, write):
     }
 
 
-REFUSED = (
-    r"chat\.json, row 1: train_on every_response: the tokenizer's chat template writes an earlier response otherwise than "
-)
+REFUSED = r"chat\.json, row 1: train_on every_response: the tokenizer's chat template writes an earlier response otherwise than "
 REFUSED += r"the last one, so it cannot be trained on where it stands; accepted: response, all$"
 DROPS_REASONING = (  # as templates of reasoning models do: earlier turns lose what stands before </think>
     "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
@@ -400,23 +454,33 @@ SHOUTS_EARLIER_NAMES = NAMES_EARLIER_TURNS.replace("Assistant said: ", "ASSISTAN
 )
 
 
-@pytest.mark.parametrize("template", [DROPS_REASONING, OPENS_WITH_REASONING, NAMES_EARLIER_TURNS, SHOUTS_EARLIER_NAMES, None])
+@pytest.mark.parametrize(
+    "template", [DROPS_REASONING, OPENS_WITH_REASONING, NAMES_EARLIER_TURNS, SHOUTS_EARLIER_NAMES, None]
+)
 def test_a_template_that_rewrites_earlier_turns(template, chat_tokenizers, make_own, write):
     """None: the kind that names the assistant in turns that were, and not in one to come."""
     kind = "turn_ends_in_eos" if template else "turn_ends_in_text"
     tokenizer = _with_template(chat_tokenizers[kind], template or chat_tokenizers[kind].chat_template)
     source = [write("chat.json", [{"messages": _chat("hi", "<think>Hm.</think>Hello.", "bye", "Bye!")}])]
     with pytest.raises(ConfigError, match=REFUSED):
-        list(make_own(train=source, template="chat", tokenizer=tokenizer, train_on="every_response").examples("train"))
+        list(
+            make_own(train=source, template="chat", tokenizer=tokenizer, train_on="every_response").examples(
+                "train"
+            )
+        )
     for train_on in ("response", "all"):
-        (example,) = make_own(train=source, template="chat", tokenizer=tokenizer, train_on=train_on).examples("train")
+        (example,) = make_own(train=source, template="chat", tokenizer=tokenizer, train_on=train_on).examples(
+            "train"
+        )
         assert example.answers[0].strip() == "Bye!"
 
 
 def test_a_chat_without_earlier_turns_needs_no_places(chat_tokenizers, make_own, write):
     tokenizer = _with_template(chat_tokenizers["gemma"], OPENS_WITH_REASONING)
     source = [write("chat.json", [{"messages": _chat("hi", "Hello.")}])]
-    (example,) = make_own(train=source, template="chat", tokenizer=tokenizer, train_on="every_response").examples("train")
+    (example,) = make_own(
+        train=source, template="chat", tokenizer=tokenizer, train_on="every_response"
+    ).examples("train")
     assert example.earlier == ()
 
 
@@ -434,7 +498,10 @@ def test_every_response_with_a_slow_tokenizer(template, chat_tokenizers, make_ow
 
 
 LONG = _chat(*(f"{who} {'so ' * n}{n}" for n in range(5) for who in ("question", "reply")), system="Be kind.")
-TEMPLATES = [*((kind, "plain") for kind in ("plain", "closing", "pieces", "spanning")), *((kind, "chat") for kind in CHATS)]
+TEMPLATES = [
+    *((kind, "plain") for kind in ("plain", "closing", "pieces", "spanning")),
+    *((kind, "chat") for kind in CHATS),
+]
 
 
 @pytest.mark.parametrize(("kind", "template"), TEMPLATES)
@@ -463,9 +530,17 @@ def test_a_last_turn_too_long_is_cut_and_what_is_left_keeps_its_labels(
 ):
     """Two responses follow it, so that the first is cut into: labels are the whole row's behind the cut, BOS in front."""
     tokenizer = (tokenizers_by_kind | chat_tokenizers)[kind]
-    messages = [*_chat("when? why?", "never, no", system="Be kind."), {"role": "assistant", "content": "or yes"}]
+    messages = [
+        *_chat("when? why?", "never, no", system="Be kind."),
+        {"role": "assistant", "content": "or yes"},
+    ]
     source = [write("row.json", [{"messages": messages}])]
-    settings = {"template": template, "tokenizer": tokenizer, "train_on": "every_response", "stage": "validate"}
+    settings = {
+        "template": template,
+        "tokenizer": tokenizer,
+        "train_on": "every_response",
+        "stage": "validate",
+    }
 
     def row(room):
         (batch,) = make_own(validation=source, max_length=room, **settings).val_dataloader()
@@ -482,7 +557,10 @@ def test_a_last_turn_too_long_is_cut_and_what_is_left_keeps_its_labels(
 
 
 def test_a_response_that_leaves_no_room_is_named(make_own, write):
-    path = write("rows.json", [{"messages": _chat("hi", "Hello.")}, {"messages": HI[1:-1] + _chat("", "long " * 30)[1:]}])
+    path = write(
+        "rows.json",
+        [{"messages": _chat("hi", "Hello.")}, {"messages": HI[1:-1] + _chat("", "long " * 30)[1:]}],
+    )
     message = r"an answer has \d+ tokens, which leaves no room for a prompt in max_length 20"
     with pytest.raises(ConfigError, match=message):
         make_own(train=[path], validation=1, max_length=20, stage="fit")
@@ -492,18 +570,27 @@ def test_a_response_that_leaves_no_room_is_named(make_own, write):
 
 
 def test_a_chat_is_the_same_whatever_the_template_and_its_length(chat_tokenizers, make_own, write):
-    path = write("rows.json", [{"messages": HI}, {"messages": HI[:3]}, {"instruction": "hi", "output": "hello."}])
+    path = write(
+        "rows.json", [{"messages": HI}, {"messages": HI[:3]}, {"instruction": "hi", "output": "hello."}]
+    )
     tokenizer = chat_tokenizers["gemma"]
     settings = [{"template": "plain"}, {"template": "chat"}, {"template": "plain", "max_length": 40}]
-    keys = [[e.key for e in make_own(train=[path], tokenizer=tokenizer, **one).examples("train")] for one in settings]
+    keys = [
+        [e.key for e in make_own(train=[path], tokenizer=tokenizer, **one).examples("train")]
+        for one in settings
+    ]
     assert keys[0] == keys[1] == keys[2]
     assert len(set(keys[0])) == 3
     (alone,) = make_own(train=[write("chat.json", [{"messages": _chat("Hi", "Hello.")}])]).examples("train")
     assert alone.key == keys[0][2]  # a chat of one turn is its instruction
 
 
-@pytest.mark.parametrize("other", [{"input": "3 4"}, {"input": ""}, {"output": "7"}, {"instruction": "Multiply."}])
+@pytest.mark.parametrize(
+    "other", [{"input": "3 4"}, {"input": ""}, {"output": "7"}, {"instruction": "Multiply."}]
+)
 def test_another_instruction_input_or_output_is_another_question(other, make_own, write):
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    keys = [example.key for example in make_own(train=[write("rows.json", [row, row | other])]).examples("train")]
+    keys = [
+        example.key for example in make_own(train=[write("rows.json", [row, row | other])]).examples("train")
+    ]
     assert keys[0] != keys[1]

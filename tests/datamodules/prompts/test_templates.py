@@ -5,7 +5,14 @@ from typing import get_args
 
 import pytest
 
-from gatera_lightning.datamodules.prompts.templates import Template, chat_prompt, render, shows_system, turn_close, turn_end
+from gatera_lightning.datamodules.prompts.templates import (
+    Template,
+    chat_prompt,
+    render,
+    shows_system,
+    turn_close,
+    turn_end,
+)
 from gatera_lightning.errors import ConfigError
 
 ALPACA = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -35,7 +42,10 @@ good morning
 
 
 def test_alpaca_with_an_input_is_the_published_text():
-    assert render("alpaca", "Translate into French.", ["bonjour"], context="good morning") == (ALPACA_WITH_INPUT, ["bonjour"])
+    assert render("alpaca", "Translate into French.", ["bonjour"], context="good morning") == (
+        ALPACA_WITH_INPUT,
+        ["bonjour"],
+    )
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
@@ -49,11 +59,16 @@ def test_elsewhere_a_context_follows_the_request_after_an_empty_line(template, c
 @pytest.mark.parametrize("template", get_args(Template))
 def test_no_context_leaves_no_trace(template, chat_tokenizers):
     tokenizer = chat_tokenizers["gemma"]
-    assert render(template, "Where?", ["here"], tokenizer, context="") == render(template, "Where?", ["here"], tokenizer)
+    assert render(template, "Where?", ["here"], tokenizer, context="") == render(
+        template, "Where?", ["here"], tokenizer
+    )
 
 
 def test_plain_leaves_the_space_to_the_answer():
-    assert render("plain", "Where is milk kept?", ["fridge"]) == ("Question: Where is milk kept?\nAnswer:", [" fridge"])
+    assert render("plain", "Where is milk kept?", ["fridge"]) == (
+        "Question: Where is milk kept?\nAnswer:",
+        [" fridge"],
+    )
 
 
 @pytest.mark.parametrize("template", get_args(Template))
@@ -104,14 +119,20 @@ def test_turns_are_written_in_order(chat_tokenizers):
 
 def test_an_answer_that_was_said_before_hides_no_space(chat_tokenizers):
     """The space is looked for behind the prompt, in which the stand-in for an answer may occur."""
-    turns = [{"role": "user", "content": "the answer"}, {"role": "assistant", "content": "the answer"}, *WHERE]
+    turns = [
+        {"role": "user", "content": "the answer"},
+        {"role": "assistant", "content": "the answer"},
+        *WHERE,
+    ]
     assert chat_prompt(chat_tokenizers["llama2"], turns)[1] == " "
     assert chat_prompt(chat_tokenizers["gemma"], turns)[1] == ""
 
 
 def test_turns_that_a_template_refuses(chat_tokenizers):
     refusing = _with_template(chat_tokenizers["gemma"], "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match=r"^the tokenizer's chat template refuses these turns: roles must alternate$"):
+    with pytest.raises(
+        ValueError, match=r"^the tokenizer's chat template refuses these turns: roles must alternate$"
+    ):
         chat_prompt(refusing, WHERE)
 
 
@@ -166,8 +187,12 @@ def test_chat_without_a_template(kind, tokenizers_by_kind):
         chat_prompt(kind and tokenizers_by_kind[kind], WHERE)
 
 
-def test_a_tokenizer_without_template_is_refused_when_it_is_connected(make_data, tokenizers_by_kind, chat_tokenizers):
-    with pytest.raises(ConfigError, match=r"data\.template: chat needs a tokenizer with a chat template.*use alpaca, plain$"):
+def test_a_tokenizer_without_template_is_refused_when_it_is_connected(
+    make_data, tokenizers_by_kind, chat_tokenizers
+):
+    with pytest.raises(
+        ConfigError, match=r"data\.template: chat needs a tokenizer with a chat template.*use alpaca, plain$"
+    ):
         make_data(template="chat", tokenizer=tokenizers_by_kind["bos"])
     make_data(template="plain", tokenizer=tokenizers_by_kind["bos"])
     data = make_data(template="chat", tokenizer=chat_tokenizers["llama3"])

@@ -12,7 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gatera_lightning.datamodules.sources.files import file_rows, hub_rows, is_address, local_path, source_name, split_slice
+from gatera_lightning.datamodules.sources.files import (
+    file_rows,
+    hub_rows,
+    is_address,
+    local_path,
+    source_name,
+    split_slice,
+)
 from gatera_lightning.errors import ConfigError
 
 # --- how a source is written ---
@@ -71,7 +78,10 @@ def test_what_a_source_is_called(source, name):
     ("sources", "confused"),
     [
         (["boolq[:10]", "boolq[20:]", "piqa"], ""),
-        (["openai/gsm8k:main", "openai/gsm8k:socratic"], "openai/gsm8k:main and openai/gsm8k:socratic are both called 'gsm8k'"),
+        (
+            ["openai/gsm8k:main", "openai/gsm8k:socratic"],
+            "openai/gsm8k:main and openai/gsm8k:socratic are both called 'gsm8k'",
+        ),
         (["a/rows.jsonl", "b/rows.jsonl"], "a/rows.jsonl and b/rows.jsonl are both called 'rows'"),
     ],
 )
@@ -87,7 +97,9 @@ def test_two_sources_of_one_name(sources, confused, make_own):
 def test_addresses_and_paths(monkeypatch):
     monkeypatch.setenv("HERE", "/here")
     monkeypatch.setenv("HOME", "/home/me")
-    assert [is_address(text) for text in ("https://a/b.json", "http://a", "httpd/rows.json", "a/https://b")] == [
+    assert [
+        is_address(text) for text in ("https://a/b.json", "http://a", "httpd/rows.json", "a/https://b")
+    ] == [
         True,
         True,
         False,
@@ -172,8 +184,12 @@ def test_a_long_field_of_csv(put):
 
 def test_parquet_whose_columns_share_a_name(put):
     stream = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table([pyarrow.array(["1"]), pyarrow.array(["2"])], names=["a", "a"]), stream)
-    with pytest.raises(ConfigError, match=r"rows\.parquet: expected a name of its own for each column, found a, a$"):
+    pyarrow.parquet.write_table(
+        pyarrow.table([pyarrow.array(["1"]), pyarrow.array(["2"])], names=["a", "a"]), stream
+    )
+    with pytest.raises(
+        ConfigError, match=r"rows\.parquet: expected a name of its own for each column, found a, a$"
+    ):
         list(file_rows(put("rows.parquet", stream.getvalue())))
 
 
@@ -196,7 +212,9 @@ def test_a_byte_order_mark_is_no_part_of_the_text(suffix, put):
     assert [row for _, row in file_rows(path)] == ROWS
 
 
-@pytest.mark.parametrize("dialect", [{"lineterminator": "\n"}, {"lineterminator": "\r\n"}, {"quoting": csv.QUOTE_ALL}])
+@pytest.mark.parametrize(
+    "dialect", [{"lineterminator": "\n"}, {"lineterminator": "\r\n"}, {"quoting": csv.QUOTE_ALL}]
+)
 def test_dialects_of_csv(dialect, put):
     assert [row for _, row in file_rows(put("rows.csv", _csv(ROWS, **dialect)))] == ROWS
 
@@ -208,11 +226,16 @@ def test_rows_of_json_lines_are_lines_of_the_file(put):
 
 def test_empty_lines_of_csv_are_no_rows(put):
     path = put("rows.csv", b"a,b\n\n1,2\n\n\n3,4")
-    assert list(file_rows(path)) == [(f"{path}, row 1", {"a": "1", "b": "2"}), (f"{path}, row 2", {"a": "3", "b": "4"})]
+    assert list(file_rows(path)) == [
+        (f"{path}, row 1", {"a": "1", "b": "2"}),
+        (f"{path}, row 2", {"a": "3", "b": "4"}),
+    ]
 
 
 def test_parquet_in_parts(put):
-    rows = [{"number": number, "said": [{"role": "user", "content": "hi"}], "none": None} for number in range(7)]
+    rows = [
+        {"number": number, "said": [{"role": "user", "content": "hi"}], "none": None} for number in range(7)
+    ]
     path = put("rows.parquet", _parquet(rows, row_group_size=2))
     assert list(file_rows(path)) == [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
@@ -257,7 +280,10 @@ def test_json_lines_cut_anywhere_in_a_line(put):
 
 
 def test_a_malformed_line_before_the_last_was_not_cut(put):
-    assert _said(put("rows.jsonl", b'{"a": 1}\n{"a": \n{"a": 3}')) == ", row 2: not JSON (Expecting value, column 7)"
+    assert (
+        _said(put("rows.jsonl", b'{"a": 1}\n{"a": \n{"a": 3}'))
+        == ", row 2: not JSON (Expecting value, column 7)"
+    )
     assert _said(put("rows.jsonl", b'{"a": 1}\n{"a": \n')) == ", row 2: not JSON (Expecting value, column 7)"
 
 
@@ -312,7 +338,9 @@ def test_what_is_no_csv(content, message, put):
 
 def test_quoted_csv_cut_anywhere_in_a_row(put):
     whole = _csv([{"a": "one, two", "b": "it's"}, ROWS[1]], quoting=csv.QUOTE_ALL)
-    first, second = (place for place in range(len(whole)) if whole[place - 1 : place + 2] == b'"\r\n' and place > 10)
+    first, second = (
+        place for place in range(len(whole)) if whole[place - 1 : place + 2] == b'"\r\n' and place > 10
+    )
     for end in {*range(10, first), *range(first + 3, second)}:
         if whole[:end].endswith(b'",'):  # a last field that is empty; whoever reads it may refuse that
             continue
@@ -345,7 +373,9 @@ def test_text_of_another_encoding(put):
 )
 def test_configuration_and_split_of_a_hub_data_set(name, asked, monkeypatch):
     found = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *names, split: found.append((*names, split)) or [{"a": 1}, {"a": 2}])
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *names, split: found.append((*names, split)) or [{"a": 1}, {"a": 2}]
+    )
     rows = list(hub_rows(name, "validation"))
     assert found == [asked]
     assert rows == [(f"{asked[0]}[{asked[2]}], row {number}", {"a": number}) for number in (1, 2)]
@@ -354,9 +384,13 @@ def test_configuration_and_split_of_a_hub_data_set(name, asked, monkeypatch):
 def test_a_hub_data_set_with_configurations_through_a_data_module(make_own, monkeypatch):
     found = []
     row = {"question": "Why?", "answer": "So."}
-    monkeypatch.setattr("datasets.load_dataset", lambda *names, split: found.append((*names, split)) or [row, row, {}])
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *names, split: found.append((*names, split)) or [row, row, {}]
+    )
     settings = {"columns": {"instruction": "question", "output": "answer"}, "validation": 1}
-    data = make_own(train=["owner/chats:en@dev[:2]", "owner/others[:1]"], weights={"chats": 1, "others": 3}, **settings)
+    data = make_own(
+        train=["owner/chats:en@dev[:2]", "owner/others[:1]"], weights={"chats": 1, "others": 3}, **settings
+    )
     assert data.problems("fit") == []
     assert [example.task for example in data.examples("train")] == ["chats", "chats", "others"]
     assert found == [("owner/chats", "en", "dev"), ("owner/others", None, "train")]
@@ -425,7 +459,12 @@ def test_a_data_dir_at_an_address(web, make_data, rows):
     _put(web, "set/boolq/train.json", rows(3))
     _put(web, "set/boolq/test.json", rows(5))
     for slash in ("", "/"):
-        settings = {"data_dir": f"{web.address}/set{slash}", "train": ["boolq"], "validation": 1, "test": ["boolq[:4]"]}
+        settings = {
+            "data_dir": f"{web.address}/set{slash}",
+            "train": ["boolq"],
+            "validation": 1,
+            "test": ["boolq[:4]"],
+        }
         data = make_data(answer_format="content", stage="fit", **settings)
         assert data.problems("fit") == data.problems("test") == []
         data.setup("test")

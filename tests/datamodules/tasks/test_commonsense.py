@@ -69,13 +69,23 @@ WORDINGS = {
         "Sarah was better than Maria so _ got the easier cases.\n\n"
         "Option1: Sarah Option2: Maria Answer format: option1/option2",
         "option2",
-        ("Sarah was better than Maria so _ got the easier cases.", ("option1", "option2"), ("Sarah", "Maria"), 1),
+        (
+            "Sarah was better than Maria so _ got the easier cases.",
+            ("option1", "option2"),
+            ("Sarah", "Maria"),
+            1,
+        ),
     ),
     "ARC-Easy": (
         LEAD + "Which one burns?\n\nAnswer1: wood Answer2: water Answer3: air Answer4: rock Answer5: ice\n\n"
         "Answer format: answer1/answer2/answer3/answer4/answer5",
         "answer1",
-        ("Which one burns?", tuple(f"answer{k}" for k in range(1, 6)), ("wood", "water", "air", "rock", "ice"), 0),
+        (
+            "Which one burns?",
+            tuple(f"answer{k}" for k in range(1, 6)),
+            ("wood", "water", "air", "rock", "ice"),
+            0,
+        ),
     ),
     "ARC-Challenge": (
         LEAD + "A planet rotates faster. What follows?\n\n"
@@ -136,7 +146,10 @@ def test_more_than_nine_options():
 
 
 def test_a_question_without_lead_in_is_kept():
-    assert _parse("Why: this?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2", "answer1")[0] == "Why: this?"
+    assert (
+        _parse("Why: this?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2", "answer1")[0]
+        == "Why: this?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,9 +162,21 @@ def test_a_question_without_lead_in_is_kept():
             "answer3",
             "field 'answer': 'answer3'.*answer1/answer2",
         ),
-        ("Which? Answer1: a\n\nAnswer format: answer1/answer2", "answer1", "field 'instruction'.*'Answer2: …'"),
-        ("Which? Answer2: a Answer1: b\n\nAnswer format: answer1/answer2", "answer1", "field 'instruction'.*'Answer2: …'"),
-        ("Which? Answer1: Answer2: b\n\nAnswer format: answer1/answer2", "answer1", "field 'instruction'.*no text"),
+        (
+            "Which? Answer1: a\n\nAnswer format: answer1/answer2",
+            "answer1",
+            "field 'instruction'.*'Answer2: …'",
+        ),
+        (
+            "Which? Answer2: a Answer1: b\n\nAnswer format: answer1/answer2",
+            "answer1",
+            "field 'instruction'.*'Answer2: …'",
+        ),
+        (
+            "Which? Answer1: Answer2: b\n\nAnswer format: answer1/answer2",
+            "answer1",
+            "field 'instruction'.*no text",
+        ),
         ("Which?\n\nAnswer format: answer1/answer2", "answer1", "field 'instruction'.*'Answer1: …'"),
     ],
 )
@@ -171,7 +196,14 @@ REAL_FILES = [
     *((task, "test") for task in TASKS if task != "everyday"),
     *((task, "train") for task in ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")),
 ]
-OPTION_COUNTS = {"boolq": {2}, "piqa": {2}, "social_i_qa": {3}, "hellaswag": {4}, "winogrande": {2}, "openbookqa": {4}}
+OPTION_COUNTS = {
+    "boolq": {2},
+    "piqa": {2},
+    "social_i_qa": {3},
+    "hellaswag": {4},
+    "winogrande": {2},
+    "openbookqa": {4},
+}
 
 
 @pytest.mark.parametrize(("task", "split"), REAL_FILES)
@@ -181,7 +213,9 @@ def test_real_rows_lose_nothing(task, split, real_data):
     for row in json.loads((real_data / task / f"{split}.json").read_text()):
         parsed = parse_question(row)
         options = (
-            "" if task == "boolq" else "".join(f"{a.title()}:{b}" for a, b in zip(parsed.labels, parsed.options, strict=True))
+            ""
+            if task == "boolq"
+            else "".join(f"{a.title()}:{b}" for a, b in zip(parsed.labels, parsed.options, strict=True))
         )
         rebuilt = _bare(f"{parsed.question}{options}Answer format:{'/'.join(parsed.labels)}")
         lead, rest = _bare(row["instruction"])[: -len(rebuilt)], _bare(row["instruction"])[-len(rebuilt) :]
@@ -214,14 +248,20 @@ LABELS = {  # as published
 def test_real_rows_in_the_table(task, real_data, make_data, tokenizers_by_kind):
     """Labels, characters and gold of both answer formats, from the text of the row alone."""
     real = json.loads((real_data / task / "test.json").read_text())[:40]
-    settings = {"tokenizer": tokenizers_by_kind["words"], "test": [f"{task}[:40]"], "data_dir": str(real_data)}
+    settings = {
+        "tokenizer": tokenizers_by_kind["words"],
+        "test": [f"{task}[:40]"],
+        "data_dir": str(real_data),
+    }
     label, content = (make_data(answer_format=how, stage="test", **settings) for how in ("label", "content"))
     assert len(label.tables["test"]) == len(content.tables["test"]) == len(real)
     for row, asked, told in zip(real, label.tables["test"], content.tables["test"], strict=True):
         names = row["instruction"].split("Answer format:")[1].strip().split("/")
         assert names == LABELS[task][: len(names)]
         body = re.sub(r"\s*Answer format:.*", "", row["instruction"], flags=re.DOTALL)
-        texts = [t.strip() for t in re.split("|".join(f"{name.title()}:" for name in names), body)[1:]] or names
+        texts = [
+            t.strip() for t in re.split("|".join(f"{name.title()}:" for name in names), body)[1:]
+        ] or names
         assert len(texts) == len(names)
         assert asked["labels"] == names
         assert asked["characters"] == [len(f"the correct answer is {name}") for name in names]
@@ -237,7 +277,9 @@ def test_real_rows_in_the_table(task, real_data, make_data, tokenizers_by_kind):
 
 def test_real_data_by_task_name_and_variable(real_data, make_data):
     sources = ["ARC-Easy[:3]", "boolq[:2]"]
-    data = make_data(data_dir="$GATERA_DATA/commonsense", train=sources, validation=1, answer_format="content")
+    data = make_data(
+        data_dir="$GATERA_DATA/commonsense", train=sources, validation=1, answer_format="content"
+    )
     assert data.problems("fit") == []
     found = list(data.examples("train"))
     assert [example.task for example in found] == ["ARC-Easy"] * 3 + ["boolq"] * 2
@@ -249,7 +291,12 @@ def test_real_data_by_task_name_and_variable(real_data, make_data):
 
 def _example(make_data, write, **settings):
     instruction, answer, _ = WORDINGS["winogrande"]
-    row = {"instruction": instruction, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+    row = {
+        "instruction": instruction,
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
     (example,) = make_data(train=[write("row.json", [row])], **settings).examples("train")
     return example
 
@@ -289,7 +336,9 @@ def test_contents_are_read_as_the_whole_first_line(make_data):
     assert found == [1, None, None, None]
 
 
-@pytest.mark.parametrize(("answer_format", "labels"), [("label", ("option1", "option2")), ("content", ("Sarah", "Maria"))])
+@pytest.mark.parametrize(
+    ("answer_format", "labels"), [("label", ("option1", "option2")), ("content", ("Sarah", "Maria"))]
+)
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
 def test_an_example_is_recognised_by_labels_or_texts(template, answer_format, labels, make_data, write):
     example = _example(make_data, write, template=template, answer_format=answer_format)
@@ -341,7 +390,11 @@ def test_a_bad_row_is_named_by_file_row_and_field(bad, field, suffix, make_data,
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.json", '[\n {"instruction": "a",\n  "output" "b"}\n]', r"bad\.json: not JSON \(.*line 3, column 12\)"),
+        (
+            "bad.json",
+            '[\n {"instruction": "a",\n  "output" "b"}\n]',
+            r"bad\.json: not JSON \(.*line 3, column 12\)",
+        ),
         ("cut.json", '[{"instruction": "a"', r"cut\.json: not JSON \(.*line 1"),
         ("empty.json", "", r"empty\.json: not JSON"),
         ("dict.json", '{"rows": []}', r"dict\.json: expected a JSON list of rows, found dict"),
@@ -374,7 +427,9 @@ def test_json_lines_end_at_newlines_only(separator, make_data, write):
     """These characters are legal inside a JSON text, and ``str.splitlines`` breaks at them."""
     row = GOOD | {"instruction": GOOD["instruction"].replace("Which?", f"Which{separator}one?")}
     content = "\n".join(json.dumps(r, ensure_ascii=False) for r in [row, row])
-    examples = list(make_data(train=[write("rows.jsonl", content)], answer_format="content").examples("train"))
+    examples = list(
+        make_data(train=[write("rows.jsonl", content)], answer_format="content").examples("train")
+    )
     assert len(examples) == 2
     assert f"Which{separator}one?" in examples[0].prompt
 
@@ -393,7 +448,9 @@ def test_slices_take_the_first_rows(sources, count, suffix, make_data, write, ro
 
 
 def test_a_slice_does_not_look_at_later_rows(make_data, write):
-    assert len(list(make_data(train=[write("rows.json", [GOOD, GOOD, None]) + "[:2]"]).examples("train"))) == 2
+    assert (
+        len(list(make_data(train=[write("rows.json", [GOOD, GOOD, None]) + "[:2]"]).examples("train"))) == 2
+    )
 
 
 def test_sources_follow_each_other(make_data, write, rows):
@@ -441,14 +498,20 @@ def test_missing_data_folder(make_data, tmp_path):
 
 def test_missing_file_is_named(make_data, tmp_path):
     path = str(tmp_path / "gone.jsonl")
-    assert make_data(train=[f"{path}[:5]"], validation=1).problems("fit") == [f"data.train: the file {path} does not exist"]
+    assert make_data(train=[f"{path}[:5]"], validation=1).problems("fit") == [
+        f"data.train: the file {path} does not exist"
+    ]
 
 
 def test_variables_are_expanded(make_data, write, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_DATA", str(tmp_path / "data"))
     write("boolq/train.json", [GOOD])
     write("mine.jsonl", json.dumps(GOOD))
-    data = make_data(train=["boolq", "$MY_DATA/mine.jsonl", "${MY_DATA}/boolq/train.json"], validation=1, data_dir="$MY_DATA")
+    data = make_data(
+        train=["boolq", "$MY_DATA/mine.jsonl", "${MY_DATA}/boolq/train.json"],
+        validation=1,
+        data_dir="$MY_DATA",
+    )
     assert data.problems("fit") == []
     assert len(list(data.examples("train"))) == 3
 
@@ -463,7 +526,9 @@ def test_hub_without_network_says_what_to_do(make_data):
     assert "Without network, give local files." in message
 
 
-@pytest.mark.parametrize("error", [ConnectionError(), ConnectionError("\nno route"), OSError("no route\nmore")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError(), ConnectionError("\nno route"), OSError("no route\nmore")]
+)
 def test_hub_errors_of_any_text(error, make_data, monkeypatch):
     def fail(*_, **__):
         raise error
@@ -475,7 +540,9 @@ def test_hub_errors_of_any_text(error, make_data, monkeypatch):
 
 def test_hub_rows_are_rows(make_data, monkeypatch):
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *names, split: asked.append((*names, split)) or [GOOD, GOOD, None])
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *names, split: asked.append((*names, split)) or [GOOD, GOOD, None]
+    )
     assert [e.task for e in make_data(train=["owner/name[:2]"]).examples("train")] == ["name", "name"]
     assert asked == [("owner/name", None, "train")]
     with pytest.raises(ConfigError, match=r"owner/name\[train\], row 3: field 'instruction'"):
@@ -503,7 +570,15 @@ def test_all_problems_at_once(make_data):
     assert sorted(settings) == sorted(
         f"data.{name}"
         for name in (
-            *("template", "answer_format", "train_on", "max_length", "batch_size", "eval_batch_size", "token_budget"),
+            *(
+                "template",
+                "answer_format",
+                "train_on",
+                "max_length",
+                "batch_size",
+                "eval_batch_size",
+                "token_budget",
+            ),
             *("evaluate_by", "train", "train", "validation"),
         )
     )
@@ -536,11 +611,18 @@ def test_a_problem_names_setting_value_and_what_is_accepted(setting, value, acce
 
 @pytest.mark.parametrize(
     ("stage", "missing"),
-    [("fit", {"train", "validation"}), ("validate", {"validation"}), ("test", {"test"}), ("predict", {"test"})],
+    [
+        ("fit", {"train", "validation"}),
+        ("validate", {"validation"}),
+        ("test", {"test"}),
+        ("predict", {"test"}),
+    ],
 )
 def test_only_the_sources_of_a_stage_are_required(stage, missing, make_data):
     data = make_data(train=["/a.json"], validation=["/b.json"], test=["/c.json"])
-    assert {problem.split(":")[0] for problem in data.problems(stage)} == {f"data.{split}" for split in missing}
+    assert {problem.split(":")[0] for problem in data.problems(stage)} == {
+        f"data.{split}" for split in missing
+    }
 
 
 def test_held_out_rows_need_no_validation_sources(make_data):
@@ -611,7 +693,8 @@ def test_set_up_twice_holds_out_once(make_data, write, rows):
 
 
 @pytest.mark.parametrize(
-    ("share", "rows_in", "held_out"), [(0.1, 20, 2), (0.3, 20, 6), (0.5, 4, 2), (0.1, 3, 1), (1e-9, 2, 1), (0.9, 10, 9)]
+    ("share", "rows_in", "held_out"),
+    [(0.1, 20, 2), (0.3, 20, 6), (0.5, 4, 2), (0.1, 3, 1), (1e-9, 2, 1), (0.9, 10, 9)],
 )
 def test_a_share_is_rounded_and_at_least_one_row(share, rows_in, held_out, make_data, write, rows):
     data = make_data(train=[write("rows.json", rows(rows_in))], validation=share, stage="fit")
@@ -628,7 +711,9 @@ def test_a_share_holds_out_the_rows_that_their_number_does(make_data, write, row
 
 @pytest.mark.parametrize("held_out", [5, 6, 0.95])
 def test_holding_out_everything(held_out, make_data, write, rows):
-    with pytest.raises(ConfigError, match=f"^data.validation: {held_out} held out of 5 rows leave none to train on$"):
+    with pytest.raises(
+        ConfigError, match=f"^data.validation: {held_out} held out of 5 rows leave none to train on$"
+    ):
         make_data(train=[write("rows.json", rows(5))], validation=held_out, stage="fit")
 
 
@@ -642,7 +727,10 @@ def everyday():
 
     folder = Path(package.__file__).parent / "samples" / "everyday"
     splits = ("train", "validation", "test")
-    return {split: [parse_question(row) for row in json.loads((folder / f"{split}.json").read_text())] for split in splits}
+    return {
+        split: [parse_question(row) for row in json.loads((folder / f"{split}.json").read_text())]
+        for split in splits
+    }
 
 
 def test_the_sample_through_the_data_module(make_data, everyday):
@@ -651,7 +739,9 @@ def test_the_sample_through_the_data_module(make_data, everyday):
         examples = list(data.examples(split))
         assert len(examples) == count
         assert {example.task for example in examples} == {"everyday"}
-        assert [example.answers[example.gold] for example in examples] == [q.options[q.gold] for q in everyday[split]]
+        assert [example.answers[example.gold] for example in examples] == [
+            q.options[q.gold] for q in everyday[split]
+        ]
 
 
 def test_sample_splits_are_disjoint(everyday):
@@ -669,7 +759,10 @@ def test_sample_golds_are_balanced(everyday):
 
 
 def test_prepare_data_reads_what_the_stage_needs(make_data, write, rows, token_cache):
-    sources = {split: [write(f"{split}.json", rows(count))] for split, count in (("train", 3), ("validation", 4), ("test", 5))}
+    sources = {
+        split: [write(f"{split}.json", rows(count))]
+        for split, count in (("train", 3), ("validation", 4), ("test", 5))
+    }
     data = make_data(**sources)
     data.trainer.state = SimpleNamespace(fn=SimpleNamespace(value="test"))
     data.prepare_data()

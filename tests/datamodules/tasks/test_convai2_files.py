@@ -31,7 +31,9 @@ DIALOGUES = [
         ("i have a dog .", "i bake bread."),
         (
             Turn(
-                "hi , how are you ?", "great ! i am walking my dog .", ("no .", "i like tea", "great ! i am walking my dog .")
+                "hi , how are you ?",
+                "great ! i am walking my dog .",
+                ("no .", "i like tea", "great ! i am walking my dog ."),
             ),
             Turn("nice", "do you bake ?", ("blue", "do you bake ?")),
         ),
@@ -86,7 +88,9 @@ def test_dialogues_of_a_text(text, write):
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b"])
 def test_a_text_ends_at_newlines_only(separator, write):
-    (dialogue,) = parlai_dialogues(write("a.txt", f"1 one{separator}two\tthree\t\tfour{separator}five|three\n"))
+    (dialogue,) = parlai_dialogues(
+        write("a.txt", f"1 one{separator}two\tthree\t\tfour{separator}five|three\n")
+    )
     assert dialogue.turns == (Turn(f"one{separator}two", "three", (f"four{separator}five", "three")),)
 
 
@@ -139,7 +143,11 @@ GOOD = "1 your persona: me .\n2 hello\thi\t\tno|hi\n"
         (f"{GOOD}3 your persona: too late .\n", 3, "a turn, '3 partner"),
         (f"{GOOD}1 partner's persona: you .\n", 3, "'1 your persona: …' or a turn, '1 partner"),
         (f"{GOOD}1\n", 3, "'1 your persona: …' or a turn"),
-        (f"1 your persona: me .\n{GOOD}", 2, "a turn before the next dialogue begins, found '1 your persona: me .'"),
+        (
+            f"1 your persona: me .\n{GOOD}",
+            2,
+            "a turn before the next dialogue begins, found '1 your persona: me .'",
+        ),
         (f"{GOOD}1 your persona: alone .", 3, "a turn, found the end of the file"),
     ],
 )
@@ -192,12 +200,17 @@ def test_real_dialogues_are_the_same_in_both_formats(real_file):
             said.append(turn.partner)
             utterances.append({"candidates": list(turn.candidates), "history": list(said)})
             said.append(turn.reply)
-        entries.append((f"entry {dialogue.number}", {"personality": list(dialogue.persona), "utterances": utterances}))
+        entries.append(
+            (f"entry {dialogue.number}", {"personality": list(dialogue.persona), "utterances": utterances})
+        )
     assert list(persona_chat_dialogues(entries)) == real
 
 
 def _entry(**utterance):
-    return {"personality": ["me ."], "utterances": [{"candidates": ["no", "hi"], "history": ["hello"]} | utterance]}
+    return {
+        "personality": ["me ."],
+        "utterances": [{"candidates": ["no", "hi"], "history": ["hello"]} | utterance],
+    }
 
 
 @pytest.mark.parametrize(
@@ -208,13 +221,22 @@ def _entry(**utterance):
         ({"train": {}}, r"bad\.json, train: expected a list of dialogues, found dict$"),
         ('"text"', r"bad\.json: expected a list of dialogues, found str$"),
         ('{"train": [}', r"bad\.json: not JSON .*line 1"),
-        ({"train": [ENTRIES[0], "x"]}, r"bad\.json, train, row 2: expected a field 'personality' with a list$"),
+        (
+            {"train": [ENTRIES[0], "x"]},
+            r"bad\.json, train, row 2: expected a field 'personality' with a list$",
+        ),
         ([{"personality": []}], r"bad\.json, row 1: expected a field 'utterances' with a list$"),
         ([{"personality": "me .", "utterances": []}], "row 1: expected a field 'personality' with a list$"),
-        ([_entry() | {"personality": ["me .", 3]}], r"row 1: field 'personality': expected sentences, found \['me \.', 3\]$"),
+        (
+            [_entry() | {"personality": ["me .", 3]}],
+            r"row 1: field 'personality': expected sentences, found \['me \.', 3\]$",
+        ),
         ([_entry() | {"personality": [" "]}], "row 1: field 'personality': expected sentences"),
         ([_entry() | {"utterances": []}], "row 1: field 'utterances': expected at least one$"),
-        ([_entry() | {"utterances": ["hi"]}], "row 1, utterance 1: expected fields 'history' and 'candidates'$"),
+        (
+            [_entry() | {"utterances": ["hi"]}],
+            "row 1, utterance 1: expected fields 'history' and 'candidates'$",
+        ),
         ([_entry(history=["a", "b"])], "row 1, utterance 1: field 'history': expected a list of 1 texts$"),
         ([_entry(history=[])], "utterance 1: field 'history': expected a list of 1 texts$"),
         ([_entry(history=None)], "utterance 1: field 'history'"),

@@ -33,7 +33,11 @@ def _text(*dialogues):
     return "\n".join(lines) + "\n"
 
 
-DOG = (["i have a dog .", "i bake ."], [("hi ?", "hello !"), ("pets ?", "a dog ."), ("bye", "see you .")], ["no .", "blue"])
+DOG = (
+    ["i have a dog .", "i bake ."],
+    [("hi ?", "hello !"), ("pets ?", "a dog ."), ("bye", "see you .")],
+    ["no .", "blue"],
+)
 CAT = (["i like cats ."], [("hey", "hi .")], ["no .", "red"])
 
 
@@ -41,8 +45,16 @@ def _numbered(count, turns=3, sentences=4):
     """Dialogues of ``count`` personas, two each, one sentence of every persona being everybody's."""
     found = []
     for number in range(2 * count):
-        persona = [f"i am {word} {number % count}" for word in ("one", "two", "three")[: sentences - 1]] + ["i like tea"]
-        found.append((persona[number // count :], [(f"q{number} {t} ?", f"r{number} {t} .") for t in range(turns)], ["no"]))
+        persona = [f"i am {word} {number % count}" for word in ("one", "two", "three")[: sentences - 1]] + [
+            "i like tea"
+        ]
+        found.append(
+            (
+                persona[number // count :],
+                [(f"q{number} {t} ?", f"r{number} {t} .") for t in range(turns)],
+                ["no"],
+            )
+        )
     return found
 
 
@@ -51,10 +63,16 @@ def make_dialogue(tokenizer):
     """A connected data module, set up for a stage where one is given."""
 
     def build(*, tokenizer=tokenizer, stage=None, **settings):
-        module = DialogueDataModule(**({"template": "plain", "train_on": "response", "max_length": 512} | settings))
+        module = DialogueDataModule(
+            **({"template": "plain", "train_on": "response", "max_length": 512} | settings)
+        )
         module.connect(tokenizer)
         module.trainer = SimpleNamespace(
-            world_size=1, global_rank=0, is_global_zero=True, accumulate_grad_batches=1, limit_train_batches=1.0
+            world_size=1,
+            global_rank=0,
+            is_global_zero=True,
+            accumulate_grad_batches=1,
+            limit_train_batches=1.0,
         )
         if stage:
             module.setup(stage)
@@ -81,7 +99,10 @@ def test_a_row_for_every_own_reply(make_dialogue, write):
     found = list(data.examples("train"))
     assert [(example.prompt, example.answers) for example in found] == [
         ("Persona: i have a dog . i bake .\nPartner: hi ?\nYou:", [" hello !"]),
-        ("Persona: i have a dog . i bake .\nPartner: hi ?\nYou: hello !\nPartner: pets ?\nYou:", [" a dog ."]),
+        (
+            "Persona: i have a dog . i bake .\nPartner: hi ?\nYou: hello !\nPartner: pets ?\nYou:",
+            [" a dog ."],
+        ),
         (PLAIN, [" see you ."]),
         ("Persona: i like cats .\nPartner: hey\nYou:", [" hi ."]),
     ]
@@ -192,13 +213,17 @@ def test_the_newest_turns_are_shown(turns, shown, make_dialogue, write):
         *((kind, "chat") for kind in ("llama3", "gemma", "llama2", "turn_ends_in_eos")),
     ],
 )
-def test_whole_turns_go_until_the_longest_reply_fits(kind, template, tokenizers_by_kind, chat_tokenizers, make_dialogue, write):
+def test_whole_turns_go_until_the_longest_reply_fits(
+    kind, template, tokenizers_by_kind, chat_tokenizers, make_dialogue, write
+):
     """As many as must; the table has nothing left to shorten."""
     tokenizer = (tokenizers_by_kind | chat_tokenizers)[kind]
     turns = [(f"question {n} {'so ' * n}?", f"reply {n} .") for n in range(9)]
     source = [write("a.txt", _text((DOG[0], turns, ["no", "a long long long long reply", "yes"])))]
     settings = {"test": source, "template": template, "tokenizer": tokenizer, "stage": "test"}
-    by_turns = [make_dialogue(**settings, max_history_turns=n, max_length=9999).tables["test"] for n in range(9)]
+    by_turns = [
+        make_dialogue(**settings, max_history_turns=n, max_length=9999).tables["test"] for n in range(9)
+    ]
     needed = [[max(lengths) for lengths in table["lengths"]] for table in by_turns]  # by turns shown and row
     longest, shortest = max(needed[8]), max(needed[0])
     for max_length in (longest, longest - 1, (shortest + longest) // 2, shortest):
@@ -216,7 +241,9 @@ def test_what_cannot_fit_is_named(make_dialogue, write):
     path = write("a.txt", _text(CAT, (["i like " + "very " * 60 + "long walks ."], *CAT[1:])))
     with pytest.raises(ConfigError) as caught:
         make_dialogue(train=[path], max_length=80).setup("fit")
-    assert str(caught.value).startswith(f"{path}, dialogue 2, turn 1: persona, the partner's last text and a reply have more")
+    assert str(caught.value).startswith(
+        f"{path}, dialogue 2, turn 1: persona, the partner's last text and a reply have more"
+    )
     assert "max_length 80" in str(caught.value)
     with pytest.raises(ConfigError, match=r"dialogue 1, turn 1: an answer has \d+ tokens, .* max_length 3"):
         list(make_dialogue(train=[path], max_length=3).examples("train"))
@@ -238,7 +265,9 @@ def test_candidates_are_kept_where_they_are_ranked(settings, counts, make_dialog
     source = [write("a.txt", _text(DOG, CAT))]
     data = make_dialogue(**({"train": source, "validation": source, "test": source} | settings), stage="fit")
     data.setup("test")
-    assert {split: set(map(len, data.tables[split]["labels"])) for split in counts} == {k: {n} for k, n in counts.items()}
+    assert {split: set(map(len, data.tables[split]["labels"])) for split in counts} == {
+        k: {n} for k, n in counts.items()
+    }
     for table in data.tables.values():
         for row in table:
             assert row["labels"][row["gold"]] in {"hello !", "a dog .", "see you .", "hi ."}
@@ -254,9 +283,15 @@ def test_a_reply_is_recognised_by_its_text(make_dialogue):
 
 
 def test_a_question_is_the_same_however_it_is_asked(make_dialogue, write):
-    source, other = write("a.txt", _text(DOG, CAT)), write("b.txt", _text((DOG[0], [*DOG[1][:1], ("pets ?", "none .")], [])))
+    source, other = (
+        write("a.txt", _text(DOG, CAT)),
+        write("b.txt", _text((DOG[0], [*DOG[1][:1], ("pets ?", "none .")], []))),
+    )
     settings = [{}, {"template": "alpaca"}, {"max_history_turns": 0}, {"max_length": 60}]
-    keys = [[example.key for example in make_dialogue(train=[source], **one).examples("train")] for one in settings]
+    keys = [
+        [example.key for example in make_dialogue(train=[source], **one).examples("train")]
+        for one in settings
+    ]
     assert keys[0] == keys[1] == keys[2] == keys[3]
     assert len(set(keys[0])) == 4
     tested = [example.key for example in make_dialogue(test=[other]).examples("test")]
@@ -287,7 +322,9 @@ def test_held_out_personas_are_whole(seed, make_dialogue, write):
     """Dialogues n and n + 5 have two or three sentences in common, and one with all the others."""
     sources = [write("a.txt", _text(*_numbered(5)[:7])), write("b.txt", _text(*_numbered(5)[7:]))]
     data = make_dialogue(train=sources, validation=5, seed=seed, split_by="persona", stage="fit")
-    train, held_out = ({number % 5 for number in _dialogues_of(data, split)} for split in ("train", "validation"))
+    train, held_out = (
+        {number % 5 for number in _dialogues_of(data, split)} for split in ("train", "validation")
+    )
     assert len(data.tables["validation"]) == 6
     assert not train & held_out
     assert train | held_out == set(range(5))
@@ -301,7 +338,9 @@ def test_dialogues_of_two_files_are_not_one(make_dialogue, write):
 @pytest.mark.parametrize("split_by", ["dialogue", "persona"])
 def test_one_group_cannot_be_halved(split_by, make_dialogue, write):
     dialogues = [DOG] if split_by == "dialogue" else [DOG, DOG]
-    with pytest.raises(ConfigError, match=r"^data.validation: 1 held out of \d rows, in groups .* leave none to train on$"):
+    with pytest.raises(
+        ConfigError, match=r"^data.validation: 1 held out of \d rows, in groups .* leave none to train on$"
+    ):
         make_dialogue(train=[write("a.txt", _text(*dialogues))], validation=1, split_by=split_by, stage="fit")
 
 
@@ -346,13 +385,21 @@ def test_personas_on_both_sides_are_said(make_dialogue, write):
     other = write("b.txt", _text(*_numbered(5)[7:], CAT))
     lines = _leakage(make_dialogue, **(settings | {"split_by": "persona", "test": [other]}))
     assert lines[-2] == "leakage: none of the 4 validation dialogues has a persona that is trained on"
-    assert lines[-1].startswith("leakage: 1 of 4 test dialogues have a persona that is trained on (numbers from 0: 0).")
+    assert lines[-1].startswith(
+        "leakage: 1 of 4 test dialogues have a persona that is trained on (numbers from 0: 0)."
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_slices_and_held_out_rows_share_no_persona(seed, make_dialogue, write):
     path = write("a.txt", _text(*_numbered(6)))
-    settings = {"train": [f"{path}[:4]"], "validation": 4, "test": [f"{path}[4:]"], "split_by": "persona", "seed": seed}
+    settings = {
+        "train": [f"{path}[:4]"],
+        "validation": 4,
+        "test": [f"{path}[4:]"],
+        "split_by": "persona",
+        "seed": seed,
+    }
     lines = _leakage(make_dialogue, **settings)
     assert lines[2:] == [
         "leakage: none of the 2 validation dialogues has a persona that is trained on",
@@ -363,7 +410,9 @@ def test_slices_and_held_out_rows_share_no_persona(seed, make_dialogue, write):
 def test_leakage_warns_only_where_there_is_some(make_dialogue, write, caplog):
     path = write("a.txt", _text(*_numbered(5)))
     with caplog.at_level(logging.INFO, "gatera_lightning.datamodules.base"):
-        make_dialogue(train=[f"{path}[:4]"], validation=3, test=[f"{path}[4:]"], split_by="persona", stage="fit")
+        make_dialogue(
+            train=[f"{path}[:4]"], validation=3, test=[f"{path}[4:]"], split_by="persona", stage="fit"
+        )
         make_dialogue(train=[path], validation=3, test=[path], split_by="persona", stage="fit")
     levels = [record.levelname for record in caplog.records if "persona" in record.getMessage()]
     assert levels == ["INFO", "INFO", "INFO", "WARNING"]
@@ -371,7 +420,9 @@ def test_leakage_warns_only_where_there_is_some(make_dialogue, write, caplog):
 
 def test_test_dialogues_that_cannot_be_read_are_said_once(make_dialogue, write):
     path = write("a.txt", _text(*_numbered(3)))
-    lines = _leakage(make_dialogue, train=[path], validation=2, test=[write("bad.txt", "x")], split_by="persona")
+    lines = _leakage(
+        make_dialogue, train=[path], validation=2, test=[write("bad.txt", "x")], split_by="persona"
+    )
     assert len(lines) == 3
     assert "cannot be read here" in lines[1]
     assert "validation dialogues" in lines[2]
@@ -384,7 +435,11 @@ def test_the_sample(make_dialogue):
     data = make_dialogue(split_by="persona", stage="fit")
     data.setup("test")
     assert data.problems("fit") == data.problems("test") == []
-    assert {split: len(table) for split, table in data.tables.items()} == {"train": 85, "validation": 24, "test": 32}
+    assert {split: len(table) for split, table in data.tables.items()} == {
+        "train": 85,
+        "validation": 24,
+        "test": 32,
+    }
     assert set(data.tables["test"]["task"]) == {"smalltalk"}
     assert [found.rows for found in data.leakage()] == [()] * 4
     for split, count in (("train", 24), ("validation", 6), ("test", 8)):
@@ -409,11 +464,15 @@ def test_convai2_has_the_names_of_parlai(make_dialogue, write, tmp_path):
 
 
 def test_sources_that_are_not_there(make_dialogue, tmp_path):
-    data = make_dialogue(train=["convai2"], validation=["personachat"], test=["/gone.txt[5:]"], data_dir=str(tmp_path))
+    data = make_dialogue(
+        train=["convai2"], validation=["personachat"], test=["/gone.txt[5:]"], data_dir=str(tmp_path)
+    )
     first, second = data.problems("fit")
     assert first.startswith("data.train: task 'convai2' needs the file ")
     assert "convai2/train_self_original.txt, which does not exist" in first
-    assert second.startswith("data.validation: task 'personachat' is unknown; accepted: convai2, smalltalk, a file (")
+    assert second.startswith(
+        "data.validation: task 'personachat' is unknown; accepted: convai2, smalltalk, a file ("
+    )
     assert ".txt" in second
     assert data.problems("test") == ["data.test: the file /gone.txt does not exist"]
 
@@ -424,7 +483,9 @@ def test_a_json_file_has_its_sections(make_dialogue, write):
 
     path = write("chat.json", {"train": [entry("a"), entry("b")], "valid": [entry("c")]})
     data = make_dialogue(train=[f"{path}[1:]"], validation=[path], test=[path])
-    assert [[example.answers for example in data.examples(split)] for split in ("train", "validation", "test")] == [
+    assert [
+        [example.answers for example in data.examples(split)] for split in ("train", "validation", "test")
+    ] == [
         [[" b"]],
         [[" c"]],
         [[" no", " c"]],
@@ -434,7 +495,9 @@ def test_a_json_file_has_its_sections(make_dialogue, write):
 def test_the_hub_has_no_test_split(make_dialogue, monkeypatch):
     asked = []
     row = {"personality": ["me ."], "utterances": [{"candidates": ["no", "yes"], "history": ["hi"]}]}
-    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: asked.append((name, split)) or [row, row])
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, config, split: asked.append((name, split)) or [row, row]
+    )
     data = make_dialogue(train=["owner/chat[:1]"], validation=["owner/chat"], test=["owner/chat"])
     assert [len(list(data.examples(split))) for split in ("train", "validation", "test")] == [1, 2, 2]
     assert asked == [("owner/chat", "train"), ("owner/chat", "validation"), ("owner/chat", "validation")]
@@ -472,7 +535,9 @@ def test_real_personas_are_kept_apart(real_source, make_dialogue):
     """702 dialogues of 68 personas with 5 to 10 sentences each, of which a dialogue shows 4 or 5."""
     dialogues = list(parlai_dialogues(os.path.expandvars(real_source)))
     numbers = persona_numbers([dialogue.persona for dialogue in dialogues])
-    sentences = [{s for d, n in zip(dialogues, numbers, strict=True) if n == k for s in d.persona} for k in range(68)]
+    sentences = [
+        {s for d, n in zip(dialogues, numbers, strict=True) if n == k for s in d.persona} for k in range(68)
+    ]
     assert set(numbers) == set(range(68))
     assert {len(found) for found in sentences} == set(range(5, 11))
     settings = {"split_by": "persona", "max_history_turns": 0, "validation": 120}
@@ -489,7 +554,12 @@ def test_real_personas_are_kept_apart(real_source, make_dialogue):
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
 def test_real_rows_fit_with_their_personas(template, real_source, make_dialogue, smollm2):
-    settings = {"test": [f"{real_source}[:12]"], "max_length": 144, "template": template, "tokenizer": smollm2}
+    settings = {
+        "test": [f"{real_source}[:12]"],
+        "max_length": 144,
+        "template": template,
+        "tokenizer": smollm2,
+    }
     data = make_dialogue(**settings, stage="test")
     table = data.tables["test"]
     assert not any(table["shortened"])
@@ -506,14 +576,19 @@ def test_real_rows_fit_with_their_personas(template, real_source, make_dialogue,
 
 def test_hits_at_1_is_the_hand_computation_on_20_rows(tiny_backbone, tmp_path):
     """The sample's first five test dialogues, read without the package, an unpadded forward a candidate."""
-    data = DialogueDataModule(template="plain", train_on="response", test=["smalltalk[:5]"], max_length=512, eval_batch_size=40)
+    data = DialogueDataModule(
+        template="plain", train_on="response", test=["smalltalk[:5]"], max_length=512, eval_batch_size=40
+    )
     data.connect(load_tokenizer(BackboneConfig(id=str(tiny_backbone))))
     report = EvaluationReport(str(tmp_path))
     tiny_trainer(tmp_path, report).test(tiny_module(tiny_backbone), datamodule=data, verbose=False)
     assert report.result is not None
     assert len(report.result.rows) == 20
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_backbone), AutoTokenizer.from_pretrained(tiny_backbone)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_backbone),
+        AutoTokenizer.from_pretrained(tiny_backbone),
+    )
     rows = sorted(report.result.rows, key=lambda row: row["example"])
     prompt, personas, hits, nats, tokens = "", [], 0, 0.0, 0
     for line in (SAMPLES / "test.txt").read_text().splitlines():

@@ -78,7 +78,10 @@ def test_every_format_gives_the_same_examples(rows, suffixes, template, save, ma
     if template == "alpaca":
         rows = rows[:1] if "messages" in rows[0] else rows
     settings = {"template": template, "train_on": "every_response", "tokenizer": chat_tokenizers["gemma"]}
-    found = [list(make_own(train=[save(f"rows{suffix}", rows)], **settings).examples("train")) for suffix in suffixes]
+    found = [
+        list(make_own(train=[save(f"rows{suffix}", rows)], **settings).examples("train"))
+        for suffix in suffixes
+    ]
     assert len(found[0]) == len(rows)
     assert all(examples == found[0] for examples in found[1:])
 
@@ -94,13 +97,20 @@ def test_both_kinds_of_rows_in_one_file(save, make_own):
             [" hi\n\nhi"],
             [" Hello 👋"],
         ]
-        assert [example.prompt.partition(":")[0] for example in examples] == ["Question", "Be kind.\nUser", "Question", "User"]
+        assert [example.prompt.partition(":")[0] for example in examples] == [
+            "Question",
+            "Be kind.\nUser",
+            "Question",
+            "User",
+        ]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_columns_of_other_names(suffix, save, make_own):
     names = {"instruction": "question", "input": "about", "output": "answer"}
-    renamed = [{names[name]: text for name, text in row.items()} | {"instruction": "not this"} for row in NOTES]
+    renamed = [
+        {names[name]: text for name, text in row.items()} | {"instruction": "not this"} for row in NOTES
+    ]
     data = make_own(train=[save(f"other{suffix}", renamed)], columns=names)
     expected = make_own(train=[save("rows.json", NOTES)])
     for one, other in zip(data.examples("train"), expected.examples("train"), strict=True):
@@ -110,12 +120,16 @@ def test_columns_of_other_names(suffix, save, make_own):
 @pytest.mark.parametrize("column", ["input", "messages"])
 def test_a_column_that_no_row_has_is_not_left_out_silently(column, save, make_own):
     data = make_own(train=[save("rows.json", NOTES)], columns={column: "contxt", "output": "output"})
-    with pytest.raises(ConfigError, match=rf"^data.columns: {column}: contxt, and no row of data.train has that column$"):
+    with pytest.raises(
+        ConfigError, match=rf"^data.columns: {column}: contxt, and no row of data.train has that column$"
+    ):
         list(data.examples("train"))
 
 
 def test_messages_of_another_name(save, make_own):
-    data = make_own(train=[save("rows.parquet", [{"turns": CHATS[1]["messages"]}])], columns={"messages": "turns"})
+    data = make_own(
+        train=[save("rows.parquet", [{"turns": CHATS[1]["messages"]}])], columns={"messages": "turns"}
+    )
     (example,) = data.examples("train")
     assert example.answers == [" assistant 2"]
 
@@ -131,7 +145,11 @@ PROMPTS = {  # by hand: a note with an input, one without, and how an answer fol
         ALPACA.format("", 'Say "hi", twice.'),
         "",
     ),
-    "plain": ("Question: Translate into French.\n\ngood morning, all\nAnswer:", 'Question: Say "hi", twice.\nAnswer:', " "),
+    "plain": (
+        "Question: Translate into French.\n\ngood morning, all\nAnswer:",
+        'Question: Say "hi", twice.\nAnswer:',
+        " ",
+    ),
     "chat": (
         "<im_start>user\nTranslate into French.\n\ngood morning, all<eos>\n<im_start>assistant\n",
         '<im_start>user\nSay "hi", twice.<eos>\n<im_start>assistant\n',
@@ -148,7 +166,9 @@ def test_an_instruction_with_and_without_input(template, save, make_own, chat_to
     assert [example.prompt for example in examples] == prompts
     assert [example.answers for example in examples] == [[f"{space}bonjour à tous"], [f"{space}hi\n\nhi"]]
     assert [example.labels for example in examples] == [["bonjour à tous"], ["hi\n\nhi"]]
-    assert {(example.gold, example.task, example.chat) for example in examples} == {(0, "my_notes", template == "chat")}
+    assert {(example.gold, example.task, example.chat) for example in examples} == {
+        (0, "my_notes", template == "chat")
+    }
 
 
 def test_places_of_earlier_responses_are_asked_for_with_every_response_alone(save, make_own, chat_tokenizers):
@@ -195,7 +215,11 @@ def test_a_task_without_any_file(make_own, tmp_path):
             True,
             "data.rank_validation: true, and a row has one response, which always ranks first; accepted: false",
         ),
-        ("train_on", "responses", "data.train_on: 'responses' is unknown; accepted: response, every_response, all"),
+        (
+            "train_on",
+            "responses",
+            "data.train_on: 'responses' is unknown; accepted: response, every_response, all",
+        ),
         ("train_on", None, "data.train_on: is not set; accepted: response, every_response, all"),
         ("template", "vicuna", "data.template: 'vicuna' is unknown; accepted: alpaca, plain, chat"),
     ],
@@ -207,9 +231,16 @@ def test_a_setting_that_cannot_work(setting, value, problem, make_own):
 def test_problems_come_at_once_and_before_any_row_is_read(save, make_own):
     bad = save("bad.jsonl", [{}])
     weights = {"bad": 1, "gone": -2}
-    data = make_own(train=[bad, "gone.csv"], validation=1, columns={"x": "y"}, weights=weights, template="vicuna")
+    data = make_own(
+        train=[bad, "gone.csv"], validation=1, columns={"x": "y"}, weights=weights, template="vicuna"
+    )
     found = data.problems("fit")
-    assert [problem.partition(":")[0] for problem in found] == ["data.template", "data.train", "data.weights", "data.columns"]
+    assert [problem.partition(":")[0] for problem in found] == [
+        "data.template",
+        "data.train",
+        "data.weights",
+        "data.columns",
+    ]
     assert found[1] == "data.train: the file gone.csv does not exist"
     assert found[2] == "data.weights: gone: -2; accepted: a number of at least 0"
 
@@ -260,7 +291,10 @@ def test_a_chat_that_is_none_is_named_by_file_and_row(suffix, save, make_own):
     asked = {"messages": CHATS[0]["messages"][:1]}
     path = save(f"rows{suffix}", [*CHATS, asked])
     found = _problem(make_own(train=[path]))
-    assert found == f"{path}, row 3: the last message is the user's; expected the assistant's, which is the response"
+    assert (
+        found
+        == f"{path}, row 3: the last message is the user's; expected the assistant's, which is the response"
+    )
 
 
 def test_a_chat_cannot_stand_in_csv(save, make_own):
@@ -285,7 +319,8 @@ def test_alpaca_has_no_place_for_a_chat_of_several_turns(number, save, make_own)
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.json", "[]"), ("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", "instruction,output\n")]
+    ("name", "content"),
+    [("a.json", "[]"), ("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", "instruction,output\n")],
 )
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_split_without_rows(name, content, split, write, save, make_own):
@@ -296,7 +331,9 @@ def test_a_split_without_rows(name, content, split, write, save, make_own):
 
 
 def test_a_slice_or_a_table_without_rows(save, make_own, tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"instruction": [""], "output": [""]}).slice(1), tmp_path / "none.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"instruction": [""], "output": [""]}).slice(1), tmp_path / "none.parquet"
+    )
     for source in (f"{save('rows.csv', NOTES)}[3:]", str(tmp_path / "none.parquet")):
         with pytest.raises(ConfigError, match=r"^data\.test: the split is empty; give at least one row$"):
             make_own(test=[source], stage="test")
@@ -319,7 +356,11 @@ def test_the_sample(make_own):
     data = make_own(template="plain", train_on="every_response", stage="fit")
     data.setup("test")
     assert data.problems("fit") == data.problems("test") == []
-    assert {split: len(table) for split, table in data.tables.items()} == {"train": 120, "validation": 24, "test": 36}
+    assert {split: len(table) for split, table in data.tables.items()} == {
+        "train": 120,
+        "validation": 24,
+        "test": 36,
+    }
     assert [found.rows for found in data.leakage()] == [()] * 2
     assert not any(any(table["shortened"]) for table in data.tables.values())
     assert {task for table in data.tables.values() for task in table["task"]} == {"calendar"}
@@ -331,7 +372,10 @@ def test_rows_of_the_sample_are_of_both_kinds_and_their_appointments_in_one_spli
         found = [parse_conversation(row, {}) for row in _sample(split)]
         assert sum(isinstance(conversation, Chat) for conversation in found) == len(found) // 2
         assert len({repr(conversation) for conversation in found}) == len(found)
-        lines = [re.fullmatch(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun) \d\d:\d\d · (.+?)( \(.+\))?", c.response) for c in found]
+        lines = [
+            re.fullmatch(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun) \d\d:\d\d · (.+?)( \(.+\))?", c.response)
+            for c in found
+        ]
         appointments.append({line[2] for line in lines})
     assert len(set.union(*appointments)) == sum(map(len, appointments))
 
@@ -360,8 +404,12 @@ def test_the_recipe_trains_and_tests(tiny_backbone, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     args += ["--evaluation.folder", "results"]
     assert main(["test", *args, "--model.warm_start", str(last)]) == 0
-    found = [json.loads(line) for line in (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()]
-    assert [(row["task"], row["example"], row["gold"]) for row in found] == [("calendar", number, 0) for number in range(4)]
+    found = [
+        json.loads(line) for line in (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert [(row["task"], row["example"], row["gold"]) for row in found] == [
+        ("calendar", number, 0) for number in range(4)
+    ]
     assert all(row["likelihood"]["log_likelihoods"][0] < 0 for row in found)
     assert all(row["generation"]["reference"] and "token_f1" in row["generation"]["scores"] for row in found)
     said = capsys.readouterr().out

@@ -19,15 +19,27 @@ from gatera_lightning.datamodules.tasks.math import TASKS, MathDataModule, Probl
 from gatera_lightning.errors import ConfigError
 
 CLIPS = "Ann sold 48 clips in April and half as many in May. How many is that?"
-GSM8K = {"question": CLIPS, "answer": "In May it was 48/2 = <<48/2=24>>24.\nAll are 48+24 = <<48+24=72>>72.\n#### 72"}
+GSM8K = {
+    "question": CLIPS,
+    "answer": "In May it was 48/2 = <<48/2=24>>24.\nAll are 48+24 = <<48+24=72>>72.\n#### 72",
+}
 METAMATH = {
     "type": "GSM_AnsAug",
     "query": CLIPS,
     "original_question": CLIPS,
     "response": "May: 48/2 = 24.\nAll: 72.\n#### 72\nThe answer is: 72",
 }
-EXPRESSION = {"type": "MATH_AnsAug", "query": "What is $x + x + 1$?", "response": "Add.\nThe answer is: $2x + 1$"}
-ADAPTERS = {"instruction": f" {CLIPS} ", "input": "", "output": "\nA: 48 + 48 = 96. The answer is 96.", "answer": "72.0"}
+EXPRESSION = {
+    "type": "MATH_AnsAug",
+    "query": "What is $x + x + 1$?",
+    "response": "Add.\nThe answer is: $2x + 1$",
+}
+ADAPTERS = {
+    "instruction": f" {CLIPS} ",
+    "input": "",
+    "output": "\nA: 48 + 48 = 96. The answer is 96.",
+    "answer": "72.0",
+}
 LETTER = {
     "instruction": "How much is 5 + 5? Answer Choices: (A) 9 (B) 8 (C) 10 (D) 11 (E) 12",
     "input": "",
@@ -69,11 +81,27 @@ def example(make_math):
         (LETTER, "gsm8k", "#### C"),
         (LETTER, "metamath", "The answer is: C"),
         ({"question": "q", "answer": "1 + 1 = <<1+1=2>>2 #### 1,002 "}, "gsm8k", "1 + 1 = 2\n#### 1,002"),
-        ({"question": "q", "answer": "1 + 1 = <<1+1=2>>2 #### 1,002 "}, "metamath", "1 + 1 = 2 The answer is: 1,002"),
+        (
+            {"question": "q", "answer": "1 + 1 = <<1+1=2>>2 #### 1,002 "},
+            "metamath",
+            "1 + 1 = 2 The answer is: 1,002",
+        ),
         ({"question": "q", "answer": "-15.0"}, "gsm8k", "#### -15"),
-        ({"query": "q", "response": "A #### line.\nSo 5. The answer is: 5"}, "gsm8k", "A #### line.\nSo 5.\n#### 5"),
-        ({"query": "q", "response": "The answer is: 4\nThe answer is: 5\n"}, "metamath", "The answer is: 4\nThe answer is: 5"),
-        ({"query": "q", "response": "a <<b>> c\nThe answer is: 5"}, "metamath", "a <<b>> c\nThe answer is: 5"),
+        (
+            {"query": "q", "response": "A #### line.\nSo 5. The answer is: 5"},
+            "gsm8k",
+            "A #### line.\nSo 5.\n#### 5",
+        ),
+        (
+            {"query": "q", "response": "The answer is: 4\nThe answer is: 5\n"},
+            "metamath",
+            "The answer is: 4\nThe answer is: 5",
+        ),
+        (
+            {"query": "q", "response": "a <<b>> c\nThe answer is: 5"},
+            "metamath",
+            "a <<b>> c\nThe answer is: 5",
+        ),
         ({"instruction": "q", "answer": 8}, "gsm8k", "#### 8"),
         ({"instruction": "q", "answer": 0.6666666666666666}, "gsm8k", "#### 0.6666666666666666"),
     ],
@@ -115,7 +143,11 @@ def test_chat_prompts_are_the_tokenizers(make_math, chat_tokenizers):
 
 def test_the_rationale_of_llm_adapters_is_never_read(example):
     other = {**ADAPTERS, "output": "The answer is: 1 #### 2"}
-    assert example(ADAPTERS) == example(other) == example({name: ADAPTERS[name] for name in ("instruction", "answer")})
+    assert (
+        example(ADAPTERS)
+        == example(other)
+        == example({name: ADAPTERS[name] for name in ("instruction", "answer")})
+    )
 
 
 # --- reading what a model wrote ---
@@ -150,7 +182,9 @@ def test_an_answer_is_right_by_its_value(gold, text, answer, choice, make_math):
 
 @pytest.mark.parametrize("gold", ["x + 1", "", "F", "AB", "3 or 4"])
 def test_a_gold_without_a_value_judges_nothing(gold, make_math):
-    with pytest.raises(ValueError, match=f"label {re.escape(repr(gold))}: expected a number or a letter of ABCDE"):
+    with pytest.raises(
+        ValueError, match=f"label {re.escape(repr(gold))}: expected a number or a letter of ABCDE"
+    ):
         make_math().read_answer("#### 5", [gold])
 
 
@@ -190,7 +224,9 @@ def test_a_row_without_a_gold_is_left_out_and_listed(bad, split, make_math, writ
     (record,) = caplog.records
     message = record.getMessage()
     counted = f"data.{split}: 2 rows without an answer to judge by are left out"
-    assert message.startswith(f"{counted}: {path}, row 2: field '{'response' if 'query' in bad else 'answer'}'")
+    assert message.startswith(
+        f"{counted}: {path}, row 2: field '{'response' if 'query' in bad else 'answer'}'"
+    )
     assert f"; {path}, row 4: " in message
     assert not message.endswith("…")
 
@@ -201,15 +237,26 @@ def test_an_expression_trains_and_is_never_judged(make_math, write, caplog):
     with caplog.at_level(logging.WARNING):
         train = list(data.examples("train"))
     assert not caplog.records
-    assert [example.answers for example in train] == [[f" {row['response']}"] for row in (METAMATH, EXPRESSION, EXPRESSION)]
+    assert [example.answers for example in train] == [
+        [f" {row['response']}"] for row in (METAMATH, EXPRESSION, EXPRESSION)
+    ]
     for split in ("validation", "test"):
         assert len(list(data.examples(split))) == 1
-    assert [record.getMessage().split(" rows")[0] for record in caplog.records] == ["data.validation: 2", "data.test: 2"]
-    assert "row 2: field 'response': expected a number or a letter of ABCDE at its end, found '$2x + 1$'" in caplog.text
+    assert [record.getMessage().split(" rows")[0] for record in caplog.records] == [
+        "data.validation: 2",
+        "data.test: 2",
+    ]
+    assert (
+        "row 2: field 'response': expected a number or a letter of ABCDE at its end, found '$2x + 1$'"
+        in caplog.text
+    )
 
 
 def test_the_list_of_rows_that_are_left_out_is_short(make_math, write, caplog):
-    sources = [write("a.json", [NO_GOLD[0]] * 4 + [GSM8K]), write("b.jsonl", "\n".join([json.dumps(NO_GOLD[1])] * 3))]
+    sources = [
+        write("a.json", [NO_GOLD[0]] * 4 + [GSM8K]),
+        write("b.jsonl", "\n".join([json.dumps(NO_GOLD[1])] * 3)),
+    ]
     with caplog.at_level(logging.WARNING):
         assert len(list(make_math(test=sources).examples("test"))) == 1
     (record,) = caplog.records
@@ -238,7 +285,10 @@ def test_rows_left_out_are_in_no_table(make_math, write):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"text": "?"}, "field 'question' is missing; a row needs one of these pairs of fields: query, response; "),
+        (
+            {"text": "?"},
+            "field 'question' is missing; a row needs one of these pairs of fields: query, response; ",
+        ),
         ({}, "field 'question' is missing"),
         ("just a text", "field 'question' is missing"),
         (None, "field 'question' is missing"),
@@ -272,12 +322,16 @@ def test_a_task_is_json_lines_or_json(make_math, write, tmp_path):
     write("AQuA/test.json", [LETTER])
     write("SVAMP/test.jsonl", json.dumps(ADAPTERS))
     write("SVAMP/test.json", [])
-    data = make_math(data_dir=str(tmp_path / "data"), train=["gsm8k"], test=["gsm8k", "AQuA", "SVAMP"], validation=1)
+    data = make_math(
+        data_dir=str(tmp_path / "data"), train=["gsm8k"], test=["gsm8k", "AQuA", "SVAMP"], validation=1
+    )
     assert data.problems("fit") == data.problems("test") == []
     assert [example.task for example in data.examples("test")] == ["gsm8k", "AQuA", "SVAMP"]
     assert len(list(data.examples("train"))) == 1
     (problem,) = make_math(data_dir=str(tmp_path / "data"), train=["mawps"], validation=1).problems("fit")
-    assert problem.startswith(f"data.train: task 'mawps' needs the file {tmp_path}/data/mawps/train.json, which does not exist")
+    assert problem.startswith(
+        f"data.train: task 'mawps' needs the file {tmp_path}/data/mawps/train.json, which does not exist"
+    )
     (problem,) = make_math(data_dir=str(tmp_path / "data"), train=["boolq"], validation=1).problems("fit")
     assert f"accepted: {', '.join(TASKS)}, a file" in problem
 
@@ -328,7 +382,9 @@ def test_real_rows_of_llm_adapters(task, real_math, make_math, caplog):
             assert not label.endswith(".0")
 
 
-@pytest.mark.parametrize(("task", "wrong"), [("SVAMP", (150, 250)), ("AddSub", (10, 100)), ("MultiArith", (0, 60))])
+@pytest.mark.parametrize(
+    ("task", "wrong"), [("SVAMP", (150, 250)), ("AddSub", (10, 100)), ("MultiArith", (0, 60))]
+)
 def test_real_rationales_read_as_a_models_text(task, wrong, real_math, make_math):
     """By another reading, the first number after the words; SVAMP's rationales are wrong in about one row of five."""
     rows = json.loads((real_math / task / "test.json").read_text())
@@ -339,7 +395,9 @@ def test_real_rationales_read_as_a_models_text(task, wrong, real_math, make_math
         numbers = re.findall(r"-?\d+\.?\d*", told)
         if row["output"].count("he answer is") == 1 and "/" not in told:
             assert (reading.answer is None) == (not numbers)
-            assert (reading.choice == 0) == (bool(numbers) and abs(float(numbers[0]) - float(row["answer"])) < 1e-9)
+            assert (reading.choice == 0) == (
+                bool(numbers) and abs(float(numbers[0]) - float(row["answer"])) < 1e-9
+            )
         disagree += reading.choice is None
     assert wrong[0] <= disagree <= wrong[1]
 
@@ -357,7 +415,9 @@ def test_real_rows_of_gsm8k(split, count, style, real_math, make_math, caplog):
     for row, example in zip(rows, examples, strict=True):
         *lines, last = row["answer"].split("\n")
         gold = re.fullmatch(r"#### (\-?[0-9\.\,]+)", last)[1]
-        plain = "".join(part.partition(">>")[2] if i else part for i, part in enumerate("\n".join(lines).split("<<")))
+        plain = "".join(
+            part.partition(">>")[2] if i else part for i, part in enumerate("\n".join(lines).split("<<"))
+        )
         assert example.answers[0].strip() == f"{plain.strip()}\n{mark} {gold}"
         assert example.labels == [gold]
         assert data.read_answer(example.answers[0], example.labels) == Reading(gold, 0)
@@ -378,7 +438,9 @@ def test_the_sample(make_math):
         for example in examples:
             assert data.read_answer(example.answers[0], example.labels) == Reading(example.labels[0], 0)
     assert len(set(questions)) == len(questions)
-    labels = [label for split in ("train", "test") for example in data.examples(split) for label in example.labels]
+    labels = [
+        label for split in ("train", "test") for example in data.examples(split) for label in example.labels
+    ]
     assert any("," in label for label in labels)
     assert any("." in label for label in labels)
     assert any("-" in label for label in labels)
@@ -391,14 +453,20 @@ def test_solutions_of_the_sample_add_up(make_math):
             sums = re.findall(r"<<([0-9.*/+-]+)=(-?[0-9.]+)>>", example.answers[0])
             assert len(sums) == example.answers[0].count("<<") >= 2
             for sum_, result in sums:
-                assert eval(re.sub(r"([0-9.]+)", r"Fraction('\1')", sum_), {"Fraction": Fraction}) == Fraction(result)
+                assert eval(
+                    re.sub(r"([0-9.]+)", r"Fraction('\1')", sum_), {"Fraction": Fraction}
+                ) == Fraction(result)
             assert Fraction(sums[-1][1]) == number(example.labels[0])
 
 
 def test_it_trains_validates_and_tests_on_the_sample(make_math):
     data = make_math(stage="fit")
     data.setup("test")
-    assert {split: len(table) for split, table in data.tables.items()} == {"train": 120, "validation": 20, "test": 40}
+    assert {split: len(table) for split, table in data.tables.items()} == {
+        "train": 120,
+        "validation": 20,
+        "test": 40,
+    }
     assert not any(row for found in data.leakage() for row in found.rows)
     assert next(iter(data.train_dataloader()))
 

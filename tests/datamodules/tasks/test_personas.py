@@ -42,14 +42,18 @@ def test_numbers_are_the_connected_parts():
         personas = [draw.sample("abcdefghijklmnopqrst", draw.randint(1, 4)) for _ in range(25)]
         parts = [{k} for k in range(len(personas))]
         for one, other in itertools.combinations(range(len(personas)), 2):
-            if len(set(personas[one]) & set(personas[other])) >= 2 or (set(personas[one]) == set(personas[other])):
+            if len(set(personas[one]) & set(personas[other])) >= 2 or (
+                set(personas[one]) == set(personas[other])
+            ):
                 a = next(part for part in parts if one in part)
                 b = next(part for part in parts if other in part)
                 if a is not b:
                     parts.remove(b)
                     a |= b
         parts.sort(key=min)
-        assert persona_numbers(personas) == [next(i for i, part in enumerate(parts) if k in part) for k in range(25)]
+        assert persona_numbers(personas) == [
+            next(i for i, part in enumerate(parts) if k in part) for k in range(25)
+        ]
 
 
 def test_pairs():
@@ -79,7 +83,9 @@ def test_shared_personas_are_said():
 def test_rows_without_groups_are_the_first_of_a_permutation(count, seed):
     order = np.random.default_rng(seed).permutation(count)
     for rows in {1, count // 2, count - 1} - {0}:
-        assert np.flatnonzero(held_out_rows([""] * count, rows, seed)).tolist() == sorted(order[:rows].tolist())
+        assert np.flatnonzero(held_out_rows([""] * count, rows, seed)).tolist() == sorted(
+            order[:rows].tolist()
+        )
 
 
 def test_groups_stay_together_and_are_enough():

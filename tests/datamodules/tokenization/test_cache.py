@@ -59,7 +59,9 @@ def test_special_tokens_of_a_chat_are_its_text(kind, prompt, tokenizers_by_kind)
     tokenizer = tokenizers_by_kind[kind]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     try:
-        (chat,) = token_table([Example(f"<bos> {PROMPT}", [" yes"], 0, "t", chat=True)], tokenizer, 99, "test")
+        (chat,) = token_table(
+            [Example(f"<bos> {PROMPT}", [" yes"], 0, "t", chat=True)], tokenizer, 99, "test"
+        )
         (plain,) = token_table([Example(PROMPT, [" yes"], 0, "t")], tokenizer, 99, "test")
     finally:
         tokenizer.chat_template = None
@@ -87,7 +89,9 @@ def test_a_cached_table_is_the_one_that_was_written(words, tokenised, token_cach
 def test_a_table_of_an_older_version_is_not_read(words, monkeypatch):
     with monkeypatch.context() as older:
         older.setattr(tables, "_CACHE_VERSION", tables._CACHE_VERSION - 1)
-        older.setattr(tables, "tokenise", lambda *_, **__: ([3], [[4], [5]], False))  # as it might once have been
+        older.setattr(
+            tables, "tokenise", lambda *_, **__: ([3], [[4], [5]], False)
+        )  # as it might once have been
         assert token_table(EXAMPLES, words, 99, "test")["prompt"][:] == [[3], [3]]
     assert token_table(EXAMPLES, words, 99, "test")["prompt"][:] == [[3, 4, 5], [4, 4, 3, 4, 5]]
 
@@ -109,7 +113,12 @@ def test_whatever_a_row_holds_is_read_anew(other, words):
     (row,) = token_table([other], words, 99, "test")
     assert row["prompt"] == words(other.prompt).input_ids
     assert row["answers"] == [[*words(answer).input_ids, EOS] for answer in other.answers]
-    assert (row["gold"], row["task"], row["key"], tuple(row["labels"])) == (other.gold, other.task, other.key, other.labels)
+    assert (row["gold"], row["task"], row["key"], tuple(row["labels"])) == (
+        other.gold,
+        other.task,
+        other.key,
+        other.labels,
+    )
 
 
 def test_another_end_of_a_turn_tokenises_again(chat_tokenizers):

@@ -5,7 +5,12 @@ from typing import get_args
 
 import pytest
 
-from gatera_lightning.datamodules import CommonsenseDataModule, DialogueDataModule, MathDataModule, OwnDataModule
+from gatera_lightning.datamodules import (
+    CommonsenseDataModule,
+    DialogueDataModule,
+    MathDataModule,
+    OwnDataModule,
+)
 from gatera_lightning.datamodules.prompts.templates import Template
 
 # Rows as a file holds them, and by hand the words of the prompt and the answer of each example that they make.
@@ -25,7 +30,10 @@ QUESTIONS = [
 ]
 PROBLEMS = [
     {"question": "What is 48/2?", "answer": "Half of 48 is <<48/2=24>>24.\n#### 24"},
-    {"query": "What is x + 1 where x is 2 and nothing else?", "response": "Add one to two.\nThe answer is: 3"},
+    {
+        "query": "What is x + 1 where x is 2 and nothing else?",
+        "response": "Add one to two.\nThe answer is: 3",
+    },
     {"instruction": "Three and four?", "input": "", "output": "", "answer": "7.0"},
 ]
 DIALOGUES = """1 your persona: i have a dog .
@@ -70,7 +78,11 @@ FAMILIES = {
     ),
     "math, gsm8k": (
         *(MathDataModule, {"answer_style": "gsm8k"}, "rows.json", PROBLEMS),
-        [("48/2?", "Half of 48 is 24.\n#### 24"), ("nothing else?", "Add one to two.\n#### 3"), ("Three and four?", "#### 7")],
+        [
+            ("48/2?", "Half of 48 is 24.\n#### 24"),
+            ("nothing else?", "Add one to two.\n#### 3"),
+            ("Three and four?", "#### 7"),
+        ],
     ),
     "math, metamath": (
         *(MathDataModule, {"answer_style": "metamath"}, "rows.json", PROBLEMS),
@@ -82,7 +94,11 @@ FAMILIES = {
     ),
     "dialogue": (
         *(DialogueDataModule, {}, "rows.txt", DIALOGUES),
-        [("i have a dog .", "hello !"), ("pets ?", "a dog , and many more of them ."), ("i like cats .", "so long .")],
+        [
+            ("i have a dog .", "hello !"),
+            ("pets ?", "a dog , and many more of them ."),
+            ("i like cats .", "so long ."),
+        ],
     ),
     "own, instructions": (
         *(OwnDataModule, {}, "rows.json", INSTRUCTIONS),
@@ -96,7 +112,12 @@ FAMILIES = {
 KINDS = {  # tokenizers by template, and what carries loss, which the response does not depend on
     "alpaca": [("pieces", "response")],
     "plain": [("bos", "response"), ("bos", "all")],
-    "chat": [("llama3", "response"), ("gemma", "response"), ("turn_ends_in_eos", "response"), ("llama2", "response")],
+    "chat": [
+        ("llama3", "response"),
+        ("gemma", "response"),
+        ("turn_ends_in_eos", "response"),
+        ("llama2", "response"),
+    ],
 }
 CASES = [
     (family, template, *kind)
@@ -108,7 +129,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "template", "kind", "train_on"), CASES)
-def test_the_response_is_the_answer(family, template, kind, train_on, tokenizers_by_kind, chat_tokenizers, write):
+def test_the_response_is_the_answer(
+    family, template, kind, train_on, tokenizers_by_kind, chat_tokenizers, write
+):
     """Decoded, it is the answer's text; in front of it stands the whole prompt, behind it padding alone."""
     module, settings, name, rows, expected = FAMILIES[family]
     tokenizer = (chat_tokenizers if template == "chat" else tokenizers_by_kind)[kind]
@@ -128,7 +151,11 @@ def test_the_response_is_the_answer(family, template, kind, train_on, tokenizers
     assert len(set(lengths)) > 1  # else nothing is padded
     for row, example in enumerate(batch["example_ids"].tolist()):
         asked, answer = expected[example]
-        length, ids, response = lengths[row], batch["input_ids"][row].tolist(), batch["response_mask"][row].tolist()
+        length, ids, response = (
+            lengths[row],
+            batch["input_ids"][row].tolist(),
+            batch["response_mask"][row].tolist(),
+        )
         begin = response.index(True)
         assert response == [begin <= place < length for place in range(len(ids))]
         assert ids[length - 1] == tokenizer.eos_token_id

@@ -80,11 +80,14 @@ def test_targets_as_text(template, answer_format, train_on, kind, make_data, wri
 
 
 def test_label_ids_of_a_small_case(tokenizers_by_kind):
-    prompt, answers, shortened = tokenise(tokenizers_by_kind["words"], "Question: cat?\nAnswer:", [" yes", " no never"], 99)
+    prompt, answers, shortened = tokenise(
+        tokenizers_by_kind["words"], "Question: cat?\nAnswer:", [" yes", " no never"], 99
+    )
     assert (prompt, answers, shortened) == ([3, 4, 5], [[6, EOS], [7, 8, EOS]], False)
 
     rows = [
-        AnsweredPrompt(prompt, ids, example_id=9 + i, answer=i, gold=1, characters=3 + 5 * i) for i, ids in enumerate(answers)
+        AnsweredPrompt(prompt, ids, example_id=9 + i, answer=i, gold=1, characters=3 + 5 * i)
+        for i, ids in enumerate(answers)
     ]
     batch = collate(rows, pad_id=EOS, train_on="response")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 0], [3, 4, 5, 7, 8, 0]]
@@ -131,7 +134,9 @@ def test_pad_tokens_inside_a_text_are_targets():
 
 
 def test_rows_are_padded_on_the_right_with_the_pad_id():
-    batch = collate([AnsweredPrompt([5], [6]), AnsweredPrompt([5, 5], [6, 6])], pad_id=77, train_on="response")
+    batch = collate(
+        [AnsweredPrompt([5], [6]), AnsweredPrompt([5, 5], [6, 6])], pad_id=77, train_on="response"
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 77, 77], [5, 5, 6, 6]]
 
 
@@ -183,7 +188,16 @@ def test_labels_of_earlier_responses(train_on, labels):
     filler = AnsweredPrompt([3, 4, 5], [6, 0], earlier=[(0, 2)], example_id=-1)
     batch = collate([row, filler], pad_id=0, train_on=train_on)
     assert batch["labels"].tolist() == [labels, [X] * 8]
-    assert batch["response_mask"][0].int().tolist() == [0, 0, 0, 0, 0, 0, 1, 1]  # the answer's, whatever is trained on
+    assert batch["response_mask"][0].int().tolist() == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]  # the answer's, whatever is trained on
     assert batch["step_targets"] == sum(label != X for label in labels)
 
 
@@ -230,7 +244,9 @@ def test_ranges_move_with_what_was_cut_off(kind, kept, expected, tokenizers_by_k
     assert token_ranges(tokenizer, text, [(0, 14), (22, 26)], kept) == expected
 
 
-@pytest.mark.parametrize("kind", ["plain", "bos", "closing", "closing_without_bos", "bos_is_eos", "bos_is_eos_closing"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "bos", "closing", "closing_without_bos", "bos_is_eos", "bos_is_eos_closing"]
+)
 def test_ranges_hold_the_characters_asked_for(kind, tokenizers_by_kind):
     """Of a text with characters of several tokens each, where ranges begin and end at words."""
     tokenizer = tokenizers_by_kind[kind]
@@ -256,7 +272,8 @@ def test_ranges_need_a_fast_tokenizer(tokenizers_by_kind, monkeypatch):
     tokenizer = tokenizers_by_kind["words"]
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(
-        ValueError, match=r"^train_on every_response needs a fast tokenizer, which knows the characters of each"
+        ValueError,
+        match=r"^train_on every_response needs a fast tokenizer, which knows the characters of each",
     ):
         token_ranges(tokenizer, "cat?", [(0, 4)], [4])
 
@@ -399,7 +416,9 @@ def test_truncation_cuts_after_bos_and_never_the_answer(kind, tokenizers_by_kind
     longest = max(map(len, answers))
     bos = 0 if kind == "plain" else 1
     for max_length in range(longest + bos + 1, longest + len(prompt)):
-        cut, same, shortened = tokenise(tokenizer, "Question: " + "cat? " * 20 + "Answer:", candidates, max_length)
+        cut, same, shortened = tokenise(
+            tokenizer, "Question: " + "cat? " * 20 + "Answer:", candidates, max_length
+        )
         assert (same, shortened) == (answers, True)
         assert len(cut) + longest == max_length
         assert cut[:bos] == prompt[:bos]
@@ -437,7 +456,12 @@ def chat_batch(make_data, write, chat_tokenizers):
     def build(kind, train_on="response", question="Where?"):
         row = ROW | {"instruction": ROW["instruction"].replace("Where is milk kept?", question)}
         sources = [write("row.json", [row])]
-        settings = {"template": "chat", "answer_format": "content", "train_on": train_on, "validation": sources}
+        settings = {
+            "template": "chat",
+            "answer_format": "content",
+            "train_on": train_on,
+            "validation": sources,
+        }
         data = make_data(tokenizer=chat_tokenizers[kind], stage="validate", **settings)
         (batch,) = data.val_dataloader()
         return batch
@@ -489,7 +513,9 @@ def test_every_candidate_closes_its_turn(make_data, write, chat_tokenizers):
 def test_a_chat_answer_continues_the_prompt(kind, tokenizers_by_kind):
     """Alone, a text of ``pieces`` begins with a space that is not there."""
     tokenizer, prompt = tokenizers_by_kind[kind], "<bos>Question: Where? Answer:\n"
-    prompt_ids, (answer_ids,), _ = tokenise(tokenizer, prompt, ["fridge"], 99, special_tokens=False, turn_end="<unk>")
+    prompt_ids, (answer_ids,), _ = tokenise(
+        tokenizer, prompt, ["fridge"], 99, special_tokens=False, turn_end="<unk>"
+    )
     whole = tokenizer(f"{prompt}fridge<unk>", add_special_tokens=False).input_ids
     assert prompt_ids + answer_ids == [*whole, EOS]
     assert answer_ids[-2:] == [2, EOS]  # <unk>, which ends the turn here, and EOS
@@ -534,18 +560,25 @@ def test_another_question_has_another_key(other):
 
 def test_an_identity_takes_the_place_of_prompt_and_answers():
     plain = Example("Question: Where?", [" here"], 0, "a", identity="Where? 1: here")
-    assert Example("### Where?", ["answer1", "answer2"], 1, "b", identity="WHERE?  1: here\n").key == plain.key
+    assert (
+        Example("### Where?", ["answer1", "answer2"], 1, "b", identity="WHERE?  1: here\n").key == plain.key
+    )
     assert Example("Question: Where?", [" here"], 0, "a", identity="Where? 1: there").key != plain.key
 
 
-def test_a_row_has_one_key_whatever_the_template_and_the_answer_format(make_data, write, rows, chat_tokenizers):
+def test_a_row_has_one_key_whatever_the_template_and_the_answer_format(
+    make_data, write, rows, chat_tokenizers
+):
     shouted = [row | {"instruction": row["instruction"].replace("Which of", " WHICH  of")} for row in rows(4)]
     sources = [write("rows.json", rows(4)), write("again.json", shouted)]
     found = [
         [
             example.key
             for example in make_data(
-                tokenizer=chat_tokenizers["gemma"], template=template, answer_format=answer_format, test=sources
+                tokenizer=chat_tokenizers["gemma"],
+                template=template,
+                answer_format=answer_format,
+                test=sources,
             ).examples("test")
         ]
         for template in ("alpaca", "plain", "chat")
@@ -565,14 +598,19 @@ def test_smollm2_boundary_labels_and_eos(smollm2):
         prompt, answer = _texts(template)
         prompt_ids, (answer_ids,), _ = tokenise(smollm2, prompt, [answer], 9999)
         assert prompt_ids + answer_ids == [*smollm2(prompt + answer).input_ids, smollm2.eos_token_id]
-        rows = [AnsweredPrompt(prompt_ids, answer_ids, example_id=0), AnsweredPrompt(prompt_ids, [7], example_id=1)]
+        rows = [
+            AnsweredPrompt(prompt_ids, answer_ids, example_id=0),
+            AnsweredPrompt(prompt_ids, [7], example_id=1),
+        ]
         labels = collate(rows, pad_id=smollm2.pad_token_id, train_on="response")["labels"]
         assert smollm2.decode(labels[0][labels[0] != X]) == answer + smollm2.eos_token
         assert labels[1][labels[1] != X].tolist() == [7]
 
 
 def test_smollm2_through_the_data_module(smollm2, make_data, write, rows):
-    data = make_data(template="plain", answer_format="content", tokenizer=smollm2, test=[write("test.json", rows(3))])
+    data = make_data(
+        template="plain", answer_format="content", tokenizer=smollm2, test=[write("test.json", rows(3))]
+    )
     data.setup("test")
     found = {}
     (loader,) = data.test_dataloader()
@@ -581,19 +619,33 @@ def test_smollm2_through_the_data_module(smollm2, make_data, write, rows):
             batch["input_ids"], batch["response_mask"], batch["example_ids"], batch["answer_ids"], strict=True
         ):
             found[int(example), int(answer)] = smollm2.decode(ids[mask])
-    texts = {(0, 0): "thing 0", (0, 1): "thing 0", (1, 0): "thing 1", (1, 1): "very thing 1", (1, 2): "very very thing 1"}
+    texts = {
+        (0, 0): "thing 0",
+        (0, 1): "thing 0",
+        (1, 0): "thing 1",
+        (1, 1): "very thing 1",
+        (1, 2): "very very thing 1",
+    }
     texts |= {(2, k): "very very " * k + "thing 2" for k in range(4)}
     assert found == {key: f" {text}<|im_end|>" for key, text in texts.items()}
 
 
 def test_smollm2_chat(smollm2, make_data, write):
     """Its template opens with a system turn of its own, and a turn ends in what is EOS too."""
-    data = make_data(template="chat", answer_format="content", tokenizer=smollm2, test=[write("row.json", [ROW])], stage="test")
+    data = make_data(
+        template="chat",
+        answer_format="content",
+        tokenizer=smollm2,
+        test=[write("row.json", [ROW])],
+        stage="test",
+    )
     (row,) = data.tables["test"]
     turns = [{"role": "user", "content": "Where is milk kept?"}]
     own = smollm2.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=True)
     assert row["prompt"] == own["input_ids"]
-    assert smollm2.decode(row["prompt"]).endswith("<|im_start|>user\nWhere is milk kept?<|im_end|>\n<|im_start|>assistant\n")
+    assert smollm2.decode(row["prompt"]).endswith(
+        "<|im_start|>user\nWhere is milk kept?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert [smollm2.decode(ids) for ids in row["answers"]] == ["shed<|im_end|>", "fridge<|im_end|>"]
 
 
@@ -608,4 +660,7 @@ def test_smollm2_continues_real_prompts(template, answer_format, smollm2, real_d
     for example in examples:
         prompt_ids, candidates, _ = tokenise(smollm2, example.prompt, example.answers, 9999)
         for answer, answer_ids in zip(example.answers, candidates, strict=True):
-            assert prompt_ids + answer_ids == [*smollm2(example.prompt + answer).input_ids, smollm2.eos_token_id]
+            assert prompt_ids + answer_ids == [
+                *smollm2(example.prompt + answer).input_ids,
+                smollm2.eos_token_id,
+            ]

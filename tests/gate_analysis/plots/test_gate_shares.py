@@ -14,12 +14,15 @@ from gatera_lightning.gate_analysis.plots.heatmap import COLOURS, pixels
 def history_of(readings, interval=50, layers=(0, 1, 2)):
     """Reading ``i`` holds nothing but the number ``i``."""
     history = ShareHistory(list(layers))
-    columns = [history.add(interval * (i + 1), torch.full((2, 2, len(layers)), float(i))) for i in range(readings)]
+    columns = [
+        history.add(interval * (i + 1), torch.full((2, 2, len(layers)), float(i))) for i in range(readings)
+    ]
     return history, columns
 
 
 @pytest.mark.parametrize(
-    ("readings", "every"), [(1, 1), (LONGEST, 1), (LONGEST + 1, 2), (2 * LONGEST, 2), (2 * LONGEST + 1, 4), (5000, 32)]
+    ("readings", "every"),
+    [(1, 1), (LONGEST, 1), (LONGEST + 1, 2), (2 * LONGEST, 2), (2 * LONGEST + 1, 4), (5000, 32)],
 )
 def test_a_long_history_keeps_evenly_spaced_readings(readings, every):
     history, columns = history_of(readings)
@@ -46,7 +49,9 @@ def test_a_history_goes_on_from_its_state_and_leaves_it_alone():
 
 def panel(figure, label):
     """The inner pixels of the panel with this label, and where its lower left corner is."""
-    (axes,) = (axes for axes in figure.axes if [text.get_text().startswith(label) for text in axes.texts] == [True])
+    (axes,) = (
+        axes for axes in figure.axes if [text.get_text().startswith(label) for text in axes.texts] == [True]
+    )
     picture = pixels(figure)
     size = np.array(picture.shape[1::-1])
     (left, bottom), (right, top) = axes.get_position().get_points() * size
@@ -59,7 +64,10 @@ def colour(share):
 
 
 def test_closed_is_above_open_and_prompt_left_of_response():
-    history, shares = ShareHistory(list(range(4))), torch.tensor([[0.1, 0.35], [0.6, 0.9]])  # (phases, closed and open)
+    history, shares = (
+        ShareHistory(list(range(4))),
+        torch.tensor([[0.1, 0.35], [0.6, 0.9]]),
+    )  # (phases, closed and open)
     for step in (10, 20, 30):
         history.add(step, shares[:, :, None].expand(2, 2, 4))
     figure = draw_shares(history)

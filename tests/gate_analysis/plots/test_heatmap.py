@@ -5,7 +5,9 @@ import numpy as np
 from gatera_lightning.gate_analysis.capture import GatedModule
 from gatera_lightning.gate_analysis.plots.heatmap import by_layer, draw_heatmap, pixels
 
-MODULES = [GatedModule(f"model.layers.{layer}.mlp.{name}") for layer in (10, 2) for name in ("up_proj", "down_proj")]
+MODULES = [
+    GatedModule(f"model.layers.{layer}.mlp.{name}") for layer in (10, 2) for name in ("up_proj", "down_proj")
+]
 GATES = np.array([[0.0, 1.0], [0.5, 0.5], [0.2, 0.2], [0.4, 0.0]])
 
 

@@ -37,7 +37,9 @@ def learned(tiny_backbone, tmp_path_factory):
     module.configure_model()
     with torch.no_grad():
         for parameter in adapter_parameters(module.model).values():
-            parameter.add_(4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     return backbone, save_adapter(module.model, root / "adapter")
 
 
@@ -46,7 +48,12 @@ def evaluated_by_one(learned, root, config, test, batch):
     backbone, adapter = learned
     args = ["test", "--config", config, *tiny_args(backbone), "--model.warm_start", str(adapter)]
     args += ["--data.init_args.test", test, "--data.init_args.eval_batch_size", str(batch)]
-    args += ["--data.init_args.evaluate_by", "[likelihood, generation]", "--model.decoding.max_new_tokens", "12"]
+    args += [
+        "--data.init_args.evaluate_by",
+        "[likelihood, generation]",
+        "--model.decoding.max_new_tokens",
+        "12",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert main([*args, "--evaluation.folder", str(root / "folder")]) == 0
@@ -55,14 +62,20 @@ def evaluated_by_one(learned, root, config, test, batch):
 
 @pytest.fixture(scope="module")
 def one(learned, tmp_path_factory):
-    return evaluated_by_one(learned, tmp_path_factory.mktemp("one"), "quickstart.yaml", f'["everyday[:{ROWS}]"]', 2)
+    return evaluated_by_one(
+        learned, tmp_path_factory.mktemp("one"), "quickstart.yaml", f'["everyday[:{ROWS}]"]', 2
+    )
 
 
 @pytest.fixture(scope="module")
 def one_dialogue(learned, tmp_path_factory):
     """Eight replies among twenty each: three batches to rank and one to write, so that one process idles at both."""
     return evaluated_by_one(
-        learned, tmp_path_factory.mktemp("dialogue"), "smollm2_dialogue.yaml", '["smalltalk[:2]"]', 3 * CANDIDATES
+        learned,
+        tmp_path_factory.mktemp("dialogue"),
+        "smollm2_dialogue.yaml",
+        '["smalltalk[:2]"]',
+        3 * CANDIDATES,
     )
 
 
@@ -97,10 +110,21 @@ def test_two_processes_rank_and_score_a_dialogue_as_one_does(one_dialogue, tmp_p
     assert [line["example"] for line in lines] == list(range(REPLIES))
     assert [len(line["likelihood"]["tokens"]) for line in lines] == [CANDIDATES] * REPLIES
     assert all({"token_f1", "rouge_l"} <= set(line["generation"]["scores"]) for line in lines)
-    assert len({line["generation"]["scores"]["token_f1"] for line in lines}) > 2  # else a mix-up would not show
+    assert (
+        len({line["generation"]["scores"]["token_f1"] for line in lines}) > 2
+    )  # else a mix-up would not show
     assert (folder / "predictions.jsonl").read_bytes() == (reference / "predictions.jsonl").read_bytes()
     found, expected = (json.loads((path / "test_results.json").read_text()) for path in (folder, reference))
-    same = ("rows", "tasks", "average", "nats_per_target_token", "perplexity", "text", "text_skipped", "identity")
+    same = (
+        "rows",
+        "tasks",
+        "average",
+        "nats_per_target_token",
+        "perplexity",
+        "text",
+        "text_skipped",
+        "identity",
+    )
     assert {name: found[name] for name in same} == {name: expected[name] for name in same}
     assert set(found["text"]) >= {"token_f1", "rouge_l", "distinct_1", "distinct_2"}
     assert (found["resumed_predictions"], found["computed_predictions"]) == (0, 2 * REPLIES)

@@ -14,7 +14,9 @@ def small_disk(tmp_path):
     """A run's folder whose checkpoints lie on a disk of 4 MB."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"mounting a small disk: {done.stderr.strip()}")
     yield tmp_path

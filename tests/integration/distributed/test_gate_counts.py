@@ -17,7 +17,10 @@ def written(out):
     (file,) = out.glob("events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"histograms": 0, "scalars": 0})
     events.Reload()
-    histograms = {tag: {e.step: e.histogram_value for e in events.Histograms(tag)} for tag in events.Tags()["histograms"]}
+    histograms = {
+        tag: {e.step: e.histogram_value for e in events.Histograms(tag)}
+        for tag in events.Tags()["histograms"]
+    }
     gates = [tag for tag in events.Tags()["scalars"] if tag.startswith("gate")]
     scalars = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in gates}
     return histograms, scalars, [event.step for event in events.Images("gate_shares/layers")]
@@ -29,10 +32,21 @@ def test_two_processes_write_the_histograms_of_one(tiny_backbone, tmp_path):
     for out in (one, two):
         out.mkdir()
     run(Job(str(tiny_backbone), str(one), epochs=2, tensorboard=True))
-    job = {"backbone": str(tiny_backbone), "out": str(two), "strategy": "ddp", "epochs": 2, "tensorboard": True}
-    done = subprocess.run([sys.executable, str(SCRIPT), json.dumps(job)], capture_output=True, text=True, timeout=240)
+    job = {
+        "backbone": str(tiny_backbone),
+        "out": str(two),
+        "strategy": "ddp",
+        "epochs": 2,
+        "tensorboard": True,
+    }
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), json.dumps(job)], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    (histograms, scalars, pictures), (expected, expected_scalars, expected_pictures) = written(two), written(one)
+    (histograms, scalars, pictures), (expected, expected_scalars, expected_pictures) = (
+        written(two),
+        written(one),
+    )
     assert pictures == expected_pictures == [3, 6]
     assert histograms.keys() == expected.keys()
     assert len(expected) == 2 * (1 + 5 + 2 + 10)
@@ -40,8 +54,14 @@ def test_two_processes_write_the_histograms_of_one(tiny_backbone, tmp_path):
         assert list(histograms[tag]) == list(by_step) == [3, 6]
         for step, value in by_step.items():
             found = histograms[tag][step]
-            assert (found.bucket, found.bucket_limit, found.num) == (value.bucket, value.bucket_limit, value.num), (tag, step)
-            assert (found.sum, found.sum_squares) == pytest.approx((value.sum, value.sum_squares), rel=1e-6), (tag, step)
+            assert (found.bucket, found.bucket_limit, found.num) == (
+                value.bucket,
+                value.bucket_limit,
+                value.num,
+            ), (tag, step)
+            assert (found.sum, found.sum_squares) == pytest.approx(
+                (value.sum, value.sum_squares), rel=1e-6
+            ), (tag, step)
     assert scalars.keys() == expected_scalars.keys()
     for tag, values in expected_scalars.items():
         assert scalars[tag] == pytest.approx(values, rel=1e-6, abs=1e-7), tag

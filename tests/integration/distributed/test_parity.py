@@ -19,7 +19,9 @@ def large_batch_clipped(tiny_backbone, tmp_path_factory, large_batch):
     out = tmp_path_factory.mktemp("large_batch_clipped")
     clip = min(read(large_batch)[1]) / 2
     fit(tiny_backbone, out, epochs=3, clip=clip)
-    assert any(not math.isclose(a, b) for a, b in zip(read(out)[0][1:], read(large_batch)[0][1:], strict=True))
+    assert any(
+        not math.isclose(a, b) for a, b in zip(read(out)[0][1:], read(large_batch)[0][1:], strict=True)
+    )
     return out, clip
 
 
@@ -47,13 +49,17 @@ def test_two_ddp_processes_equal_one(tiny_backbone, tmp_path, large_batch):
 
 
 @pytest.mark.slow
-def test_two_ddp_processes_with_checkpointing_and_clipping_equal_one(tiny_backbone, tmp_path, large_batch_clipped):
+def test_two_ddp_processes_with_checkpointing_and_clipping_equal_one(
+    tiny_backbone, tmp_path, large_batch_clipped
+):
     reference, clip = large_batch_clipped
     fit(tiny_backbone, tmp_path, epochs=3, strategy="ddp", accumulate=2, checkpointing=True, clip=clip)
     assert_same(tmp_path, reference)
 
 
-def test_two_fsdp2_processes_with_checkpointing_and_clipping_equal_one(tiny_backbone, tmp_path, large_batch_clipped):
+def test_two_fsdp2_processes_with_checkpointing_and_clipping_equal_one(
+    tiny_backbone, tmp_path, large_batch_clipped
+):
     reference, clip = large_batch_clipped
     fit(tiny_backbone, tmp_path, epochs=3, strategy="fsdp", accumulate=2, checkpointing=True, clip=clip)
     assert_same(tmp_path, reference)

@@ -64,7 +64,13 @@ def test_two_processes_of_which_one_hears_the_signal(tiny_backbone, tmp_path, st
     for number in range(TIMES):
         if steps(out) and steps(out)[-1][0] >= 10:
             break
-        preempted(tiny_backbone, out, (signal.SIGUSR1, signal.SIGTERM)[number % 2], 1 + number % 3, strategy=strategy)
+        preempted(
+            tiny_backbone,
+            out,
+            (signal.SIGUSR1, signal.SIGTERM)[number % 2],
+            1 + number % 3,
+            strategy=strategy,
+        )
     process = start(tiny_backbone, out, strategy=strategy)
     assert process.wait(timeout=240) == 0, (out / "output.txt").read_text()[-3000:]
     assert_equal_to(tmp_path / "whole", out, ranks=2)

@@ -57,7 +57,9 @@ def step_ids(out, way):
 def test_every_way_writes_the_same_checkpoint(saved, name):
     """Names, shapes and values; and never a tensor of the backbone."""
     io = WholeCheckpointIO()
-    one, other = (io.load_checkpoint(saved / way / "step_6.ckpt", weights_only=True) for way in ("single", name))
+    one, other = (
+        io.load_checkpoint(saved / way / "step_6.ckpt", weights_only=True) for way in ("single", name)
+    )
     assert (saved / name / "step_6.ckpt").is_dir() == (name == "sharded")
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for key, tensor in one["state_dict"].items():
@@ -75,20 +77,44 @@ def test_every_way_writes_the_same_checkpoint(saved, name):
 def test_a_run_goes_on_in_any_way(saved, tiny_backbone, tmp_path, name, resumed):
     fit(tiny_backbone, tmp_path, resume=str(saved / name / "step_6.ckpt"), **SETTINGS, **WAYS[resumed])
     losses, expected = (
-        [float.fromhex(x) for x in json.loads((out / "losses.json").read_text())] for out in (tmp_path, saved / name)
+        [float.fromhex(x) for x in json.loads((out / "losses.json").read_text())]
+        for out in (tmp_path, saved / name)
     )
     assert losses == pytest.approx(expected[6:], rel=1e-12)
     assert step_ids(tmp_path, WAYS[resumed]) == step_ids(saved / name, WAYS[name])[6:]
-    here, there = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (tmp_path, saved / name))
+    here, there = (
+        load_file(out / "adapter" / "adapter_model.safetensors") for out in (tmp_path, saved / name)
+    )
     assert all((here[key] - there[key]).abs().max() < 1e-12 for key in there)
 
 
 def test_another_cut_of_the_steps_on_one_process(tiny_backbone, tmp_path):
     """The fast part of the above."""
-    whole = run(Job(str(tiny_backbone), str(tmp_path), accumulate=2, save_at=[3, 4, 6, 8], save_epoch_ends=True, **SETTINGS))
-    for accumulate, step, name in ((1, 3, "step_3"), (4, 4, "step_4"), (1, 4, "epoch_0"), (4, 6, "step_6"), (1, 8, "step_8")):
+    whole = run(
+        Job(
+            str(tiny_backbone),
+            str(tmp_path),
+            accumulate=2,
+            save_at=[3, 4, 6, 8],
+            save_epoch_ends=True,
+            **SETTINGS,
+        )
+    )
+    for accumulate, step, name in (
+        (1, 3, "step_3"),
+        (4, 4, "step_4"),
+        (1, 4, "epoch_0"),
+        (4, 6, "step_6"),
+        (1, 8, "step_8"),
+    ):
         out = tmp_path / f"{name}-{accumulate}"
         out.mkdir()
-        job = Job(str(tiny_backbone), str(out), accumulate=accumulate, resume=str(tmp_path / f"{name}.ckpt"), **SETTINGS)
+        job = Job(
+            str(tiny_backbone),
+            str(out),
+            accumulate=accumulate,
+            resume=str(tmp_path / f"{name}.ckpt"),
+            **SETTINGS,
+        )
         losses, expected = ([float.fromhex(x) for x in watch.losses] for watch in (run(job), whole))
         assert losses == pytest.approx(expected[step:], rel=1e-12), name

@@ -13,7 +13,9 @@ def samples(out):
     events = EventAccumulator(str(file), size_guidance={"tensors": 0, "images": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
-    texts = {tag: {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)} for tag in tags}
+    texts = {
+        tag: {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)} for tag in tags
+    }
     return texts, [event.step for event in events.Images("samples/1")]
 
 

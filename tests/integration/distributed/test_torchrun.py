@@ -20,10 +20,25 @@ def torchrun(*args, cwd, processes=2, timeout=180):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(port),
+    ]
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, "-m", "gatera_lightning", *args], cwd=cwd, env=environment, **options) as program:
+    with subprocess.Popen(
+        [*command, "-m", "gatera_lightning", *args], cwd=cwd, env=environment, **options
+    ) as program:
         try:
             output, _ = program.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -42,7 +57,15 @@ def torchrun(*args, cwd, processes=2, timeout=180):
 
 @pytest.mark.parametrize("strategy", OVERLAYS)
 def test_torchrun_trains_the_same_adapter(strategy, tiny_backbone, tmp_path):
-    args = ["fit", "--config", "quickstart.yaml", *OVERLAYS[strategy], *tiny_args(tiny_backbone), "--trainer.devices", "2"]
+    args = [
+        "fit",
+        "--config",
+        "quickstart.yaml",
+        *OVERLAYS[strategy],
+        *tiny_args(tiny_backbone),
+        "--trainer.devices",
+        "2",
+    ]
     args += ["--model.adapter.dropout", "0.1", "--trainer.accumulate_grad_batches", "2"]
     outputs, adapters = {}, {}
     for name, start in (("own", run_program), ("torchrun", torchrun)):

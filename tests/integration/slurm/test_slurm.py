@@ -27,14 +27,32 @@ FLAGS = {"ddp": [], "fsdp": ["--config", "overlays/fsdp.yaml"]}
 def recipe(backbone, strategy):
     """A run of ``STEPS`` steps with dropout, validated every fifth."""
     args = ["--config", "quickstart.yaml", *FLAGS[strategy], *tiny_args(backbone)]
-    args += ["--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "5", "--model.adapter.dropout", "0.1"]
-    args += ["--data.init_args.train", '["everyday[:160]"]', "--data.init_args.batch_size", "4", "--trainer.max_epochs", "-1"]
+    args += [
+        "--trainer.max_steps",
+        str(STEPS),
+        "--trainer.val_check_interval",
+        "5",
+        "--model.adapter.dropout",
+        "0.1",
+    ]
+    args += [
+        "--data.init_args.train",
+        '["everyday[:160]"]',
+        "--data.init_args.batch_size",
+        "4",
+        "--trainer.max_epochs",
+        "-1",
+    ]
     return [*args, "--trainer.callbacks+=pace.Pace"]
 
 
 def steps(folder, rank):
     file = Path(folder) / f"steps_{rank}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("]")] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("]")]
+        if file.exists()
+        else []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +63,14 @@ def whole(tiny_backbone, tmp_path_factory):
         patch.setenv("PYTHONPATH", str(HELPERS))
         for strategy in FLAGS:
             args = [*recipe(tiny_backbone, strategy), "--trainer.devices", "2"]
-            run_program("fit", *args, "--trainer.logger.init_args.save_dir", str(root / strategy), cwd=root, timeout=240)
+            run_program(
+                "fit",
+                *args,
+                "--trainer.logger.init_args.save_dir",
+                str(root / strategy),
+                cwd=root,
+                timeout=240,
+            )
     return {strategy: root / strategy / "quickstart" / "version_0" for strategy in FLAGS}
 
 
@@ -62,7 +87,18 @@ def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
 ):
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     setup = f"export GLOO_SOCKET_IFNAME=lo PYTHONPATH={shlex.quote(str(HELPERS))}"
-    asked = ["--nodes", "2", "--gpus-per-node", "0", "--partition", "main", "--root", str(tmp_path), "--setup", setup]
+    asked = [
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        "--partition",
+        "main",
+        "--root",
+        str(tmp_path),
+        "--setup",
+        setup,
+    ]
     pace = ["--trainer.callbacks.seconds", "0.4"]
     assert main(["submit", *asked, "--time", "30", *recipe(tiny_backbone, strategy), *pace]) == 0
     printed = capsys.readouterr().out
@@ -71,16 +107,31 @@ def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
 
     for turn in range(TIMES):
         done = len(steps(folder, 0))
-        wait_for(lambda: len(steps(folder, 0)) >= done + 2 or state(number)[0] in ("COMPLETED", "FAILED"), 120)  # noqa: B023
+        wait_for(
+            lambda: len(steps(folder, 0)) >= done + 2 or state(number)[0] in ("COMPLETED", "FAILED"), 120
+        )  # noqa: B023
         assert state(number)[0] == "RUNNING", log.read_text()[-3000:]
         if turn % 2:  # the urgent job takes both nodes, and gives them back
-            urgent = slurm("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+            urgent = slurm(
+                "sbatch",
+                "--parsable",
+                "-p",
+                "urgent",
+                "-N2",
+                "--exclusive",
+                "-o",
+                "/dev/null",
+                "--wrap",
+                "sleep 1",
+            )
             wait_for(lambda: state(urgent)[0] == "COMPLETED", 90)  # noqa: B023
         else:
             slurm("scancel", "--signal=USR1", number)
         wait_for(lambda: state(number)[1] > turn, 60)  # noqa: B023
         wait_for(lambda: state(number)[0] in ("PENDING", "RUNNING"), 60)
-        slurm("scontrol", "update", f"jobid={number}", "StartTime=now")  # a requeued job would wait two minutes
+        slurm(
+            "scontrol", "update", f"jobid={number}", "StartTime=now"
+        )  # a requeued job would wait two minutes
     wait_for(lambda: state(number)[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), 240)
     assert state(number) == ("COMPLETED", TIMES), log.read_text()[-3000:]
 
@@ -99,7 +150,10 @@ def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
 
 
 def test_the_rendered_script_passes_slurms_own_check(cluster, tmp_path, capsys):
-    assert main(["submit", "--dry-run", "--nodes", "2", "--gpus-per-node", "0", "--config", "quickstart.yaml"]) == 0
+    assert (
+        main(["submit", "--dry-run", "--nodes", "2", "--gpus-per-node", "0", "--config", "quickstart.yaml"])
+        == 0
+    )
     script = tmp_path / "job.sbatch"
     script.write_text(capsys.readouterr().out)
     slurm("sbatch", "--test-only", str(script))
@@ -118,10 +172,23 @@ def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path
 
 
 @pytest.mark.timeout(240)
-def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for):
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(
+    cluster, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for
+):
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     setup = f"export GLOO_SOCKET_IFNAME=lo PYTHONPATH={shlex.quote(str(HELPERS))}"
-    asked = ["--nodes", "1", "--gpus-per-node", "0", "--root", str(tmp_path), "--setup", setup, "--time", "30"]
+    asked = [
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "0",
+        "--root",
+        str(tmp_path),
+        "--setup",
+        setup,
+        "--time",
+        "30",
+    ]
     workers = ["--trainer.callbacks.seconds", "0.4", "--data.init_args.num_workers", "1"]
     assert main(["submit", *asked, *recipe(tiny_backbone, "ddp"), *workers]) == 0
     number, folder = re.search(r"^job (\d+): (\S+)$", capsys.readouterr().out, re.MULTILINE).groups()
@@ -134,7 +201,17 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, tiny_back
 
 
 def test_what_slurm_refuses_is_said(cluster, tmp_path, capsys):
-    args = ["submit", "--nodes", "2", "--gpus-per-node", "0", "--partition", "nowhere", "--root", str(tmp_path)]
+    args = [
+        "submit",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        "--partition",
+        "nowhere",
+        "--root",
+        str(tmp_path),
+    ]
     assert main([*args, "--config", "quickstart.yaml", "--skip-download"]) == 2
     assert "invalid partition" in capsys.readouterr().err
     assert not any(tmp_path.glob("job-*"))
