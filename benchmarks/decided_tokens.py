@@ -44,7 +44,7 @@ def gradient(module: GateRAModule, batch: Batch) -> tuple[float, dict[str, Tenso
     module.model.train()
     module.model.zero_grad(set_to_none=True)  # training leaves the gradient of its last step
     loss, _ = module.summed_task_loss(batch)
-    loss = loss / max(1, batch["step_targets"])
+    loss = loss / max(1, batch["step_supervised_tokens"])
     loss.backward()
     found = {
         name: p.grad.double().flatten()
@@ -118,7 +118,7 @@ def held_out(data: SupervisedDataModule) -> list[Batch]:
     batches: list[Batch] = []
     for batch in data.val_dataloader():
         batches.append(batch)
-        batch["step_targets"] = int((batch["labels"] >= 0).sum())
+        batch["step_supervised_tokens"] = int((batch["labels"] >= 0).sum())
     return batches[:BATCHES]
 
 

@@ -53,7 +53,7 @@ class TokenTable:
                 )
         lines = None if line is None else packed_lines([row.length for row in answered], line)
         return collate(
-            answered, pad_id=self.pad_id, train_on=train_on, whole_questions=every_answer, lines=lines
+            answered, pad_id=self.pad_id, train_on=train_on, all_candidates_present=every_answer, lines=lines
         )
 
     def prompts(self, rows: Sequence[int]) -> PromptBatch:
@@ -103,7 +103,7 @@ class TrainingBatches(Dataset[Batch]):
         step = self.steps[index // self.accumulate]
         rows = step.micro_batches[(index % self.accumulate) * self.ranks + self.rank]
         batch = self.table.batch(rows, self.train_on, every_answer=False, line=self.line)
-        batch["step_targets"], batch["step_tokens"] = step.targets, step.tokens
+        batch["step_supervised_tokens"], batch["step_tokens"] = step.targets, step.tokens
         return batch
 
 

@@ -64,12 +64,12 @@ class Batch(TypedDict):
     labels: Tensor  # (batch, tokens), -100 = no loss
     response_mask: Tensor  # (batch, tokens), True = token of the answer
     example_ids: Tensor  # (rows,), row number within the split; -1 = a row that counts for nothing
-    step_targets: int  # target tokens of the whole optimizer step, over all micro-batches and ranks
+    step_supervised_tokens: int  # target tokens of the whole optimizer step, over all micro-batches and ranks
     step_tokens: int  # real tokens, likewise
     answer_ids: Tensor  # (rows,), which candidate answer this row holds
     gold_ids: Tensor  # (rows,), which candidate is right
     answer_characters: Tensor  # (rows,), length of the answer's text
-    whole_questions: (
+    all_candidates_present: (
         bool  # every candidate of every example is here, those of one behind each other; none is elsewhere
     )
 
@@ -200,7 +200,7 @@ def collate(
     *,
     pad_id: int,
     train_on: TrainOn,
-    whole_questions: bool = False,
+    all_candidates_present: bool = False,
     lines: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """Right-pad rows into a Batch whose step totals are its own.
@@ -237,12 +237,12 @@ def collate(
         labels=labels,
         response_mask=response_mask,
         example_ids=torch.tensor([row.example_id for row in rows]),
-        step_targets=int((labels != IGNORE).sum()),
+        step_supervised_tokens=int((labels != IGNORE).sum()),
         step_tokens=int(attention_mask.sum()),
         answer_ids=torch.tensor([row.answer for row in rows]),
         gold_ids=torch.tensor([row.gold for row in rows]),
         answer_characters=torch.tensor([row.characters for row in rows]),
-        whole_questions=whole_questions,
+        all_candidates_present=all_candidates_present,
     )
     if lines is not None:
         batch["position_ids"] = position_ids

@@ -133,7 +133,7 @@ class Throughput(L.Callback):
         self._step = trainer.global_step
         self._steps += 1
         self._tokens += batch["step_tokens"]
-        self._targets += batch["step_targets"]
+        self._targets += batch["step_supervised_tokens"]
         if self.every_n_steps and self._step % self.every_n_steps == 0:
             self._reading = self._read(trainer.world_size, pl_module.device)
             for logger in trainer.loggers:

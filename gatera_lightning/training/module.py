@@ -264,7 +264,7 @@ class GateRAModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """This micro-batch's part of the loss of its whole optimizer step."""
         task, gates = self.summed_task_loss(batch)
-        task = task / max(1, batch["step_targets"])
+        task = task / max(1, batch["step_supervised_tokens"])
         z = gates.stacked(batch["attention_mask"])  # (layers, batch, tokens)
         entropy = gate_mean = task.new_zeros(())
         if z is not None:
@@ -375,7 +375,7 @@ class GateRAModule(L.LightningModule):
             loss = summed_cross_entropy(logits[:, of_right], targets[of_right])
             self.val_loss.update(loss / count, weight=count)
         self.log("val/loss", self.val_loss, prog_bar=True)
-        if batch["whole_questions"]:
+        if batch["all_candidates_present"]:
             scores = answer_log_likelihoods(logits, targets, kept, next_token_mask(batch["response_mask"]))
             questions = ranked_questions(batch, *scores)
             for score, accuracy in self.val_accuracy.items():
@@ -397,7 +397,7 @@ class GateRAModule(L.LightningModule):
                 "generated": generate(self.model, batch, self.decoding, in_step=self.device_mesh is not None)
             }
         batch = cast(Batch, batch)
-        if batch["whole_questions"] and self.decoding.use_cache and continues_from_keys(self.model):
+        if batch["all_candidates_present"] and self.decoding.use_cache and continues_from_keys(self.model):
             log_likelihoods, tokens = candidate_log_likelihoods(self.model, batch)
             return {"log_likelihoods": log_likelihoods, "tokens": tokens}
         logits, targets, _ = self(batch)

@@ -182,7 +182,7 @@ def test_memory_of_a_gpu_is_its_peak_between_two_readings(tiny_backbone, tmp_pat
     trainer = SimpleNamespace(loggers=[], global_step=0, world_size=1, is_global_zero=True)
     callback.on_train_start(trainer, gpu)
     for trainer.global_step in (1, 2):
-        callback.on_train_batch_end(trainer, gpu, None, {"step_tokens": 5, "step_targets": 2}, 0)
+        callback.on_train_batch_end(trainer, gpu, None, {"step_tokens": 5, "step_supervised_tokens": 2}, 0)
         assert callback._reading["throughput/memory_gib"] == 3.0
     assert calls == ["reset", "read", "reset", "read", "reset"]
 

@@ -78,7 +78,7 @@ def row_by_row(model, rows):
 
 
 def batch_of(rows, train_on="response"):
-    return collate(rows, pad_id=PAD, train_on=train_on, whole_questions=True)
+    return collate(rows, pad_id=PAD, train_on=train_on, all_candidates_present=True)
 
 
 def together(model, rows, **collating):
@@ -299,7 +299,7 @@ def test_mamba_is_such_a_model(step):
 
 def test_right_answers_alone_are_computed_whole(step, model):
     rows = ONE + SHORT[:1]
-    batch = collate(rows, pad_id=PAD, train_on="response", whole_questions=False)
+    batch = collate(rows, pad_id=PAD, train_on="response", all_candidates_present=False)
     found, count = step(batch=batch)
     assert count == 1
     assert_same(found, row_by_row(model, rows))

@@ -218,7 +218,7 @@ def test_questions_of_a_batch():
         )
         for example, answer, characters in rows
     ]
-    batch = collate(answered, pad_id=0, train_on="response", whole_questions=True)
+    batch = collate(answered, pad_id=0, train_on="response", all_candidates_present=True)
     scores, tokens = torch.tensor([-1.0, -2.0, -0.5, -4.0, -8.0, -16.0]), torch.tensor([4, 9, 0, 3, 5, 6])
     assert ranked_questions(batch, scores, tokens) == [
         RankedQuestion(7, 1, (-1.0, -2.0), (4, 9), (4, 9)),

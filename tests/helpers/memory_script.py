@@ -35,7 +35,7 @@ def micro_batch():
         "labels": labels,
         "response_mask": labels != -100,
         "example_ids": torch.arange(BATCH["rows"]),
-        "step_targets": 2 * BATCH["targets"],
+        "step_supervised_tokens": 2 * BATCH["targets"],
         "step_tokens": 2 * ids.numel(),
     }
 

@@ -56,8 +56,8 @@ def batch_of(labels, padding=()):
         "example_ids": torch.arange(len(labels)),
         "answer_ids": torch.zeros(len(labels), dtype=torch.long),
         "gold_ids": torch.zeros(len(labels), dtype=torch.long),
-        "whole_questions": False,
-        "step_targets": int((labels[:, 1:] != IGNORE).sum()),
+        "all_candidates_present": False,
+        "step_supervised_tokens": int((labels[:, 1:] != IGNORE).sum()),
         "step_tokens": int(mask.sum()),
     }
 
@@ -177,7 +177,7 @@ def test_padding_changes_neither_loss_nor_entropy(tiny_backbone, monkeypatch):
     short = batch_of([[IGNORE, IGNORE, 7, 8]])
     padded = {k: F.pad(v, (0, 3), value=IGNORE if k == "labels" else 0) if v.ndim == 2 else v
               for k, v in short.items() if isinstance(v, torch.Tensor)}  # fmt: skip
-    padded |= {"step_targets": short["step_targets"], "step_tokens": short["step_tokens"]}
+    padded |= {"step_supervised_tokens": short["step_supervised_tokens"], "step_tokens": short["step_tokens"]}
     assert float(module.training_step(padded, 0)["loss"]) == pytest.approx(
         float(module.training_step(short, 0)["loss"]), rel=1e-5
     )

@@ -82,7 +82,7 @@ def test_an_epoch_over_all_ranks(ranks, accumulate, train_on, make_all):
     assert sorted(len(_ids(batches)) for batches in steps) == LAYOUTS[ranks, accumulate]
     for batches in steps:
         assert len(batches) == ranks * accumulate
-        assert {batch["step_targets"] for batch in batches} == {_targets(batches)}
+        assert {batch["step_supervised_tokens"] for batch in batches} == {_targets(batches)}
         assert {batch["step_tokens"] for batch in batches} == {_tokens(batches)}
 
 
@@ -106,7 +106,7 @@ def test_a_last_step_too_small_joins_the_one_before(make_all):
 
 def test_every_rank_knows_the_same_steps(make_all):
     for batches in _epoch(make_all(27, ranks=2, accumulate=2, batch_size=6)):
-        assert len({(batch["step_targets"], batch["step_tokens"]) for batch in batches}) == 1
+        assert len({(batch["step_supervised_tokens"], batch["step_tokens"]) for batch in batches}) == 1
 
 
 def test_the_position_of_a_loader_does_not_depend_on_the_rank(make_all):
@@ -153,8 +153,8 @@ def test_workers_give_the_same_batches(make_all):
     assert here.keys() == there.keys()
     for ids, batch in here.items():
         assert batch["labels"].tolist() == there[ids]["labels"].tolist()
-        assert batch["step_targets"] == there[ids]["step_targets"]
-        assert type(there[ids]["step_targets"]) is int
+        assert batch["step_supervised_tokens"] == there[ids]["step_supervised_tokens"]
+        assert type(there[ids]["step_supervised_tokens"]) is int
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -232,7 +232,7 @@ def test_a_rank_without_rows_gets_one_that_counts_for_nothing(make_all):
     filler = together[1][1]
     assert filler["example_ids"].tolist() == [-1]
     assert (filler["labels"] == IGNORE).all()
-    assert filler["step_targets"] == 0
+    assert filler["step_supervised_tokens"] == 0
     assert -1 not in _ids([together[1][0], *together[0]])
 
 
@@ -256,7 +256,7 @@ def test_validation_begins_with_the_longest(ranked, make_all):
 def test_ranked_validation_holds_every_candidate(train_on, make_all):
     (module,) = make_all(5, eval_batch_size=4, stage="validate", train_on=train_on, rank_validation=True)
     batches = list(module.val_dataloader())
-    assert all(batch["whole_questions"] for batch in batches)
+    assert all(batch["all_candidates_present"] for batch in batches)
     assert Counter(_candidates(batches)) == Counter(
         (row, answer) for row in range(5) for answer in range(2 + row % 3)
     )
@@ -268,7 +268,7 @@ def test_ranked_validation_holds_every_candidate(train_on, make_all):
 def test_validation_of_right_answers_holds_no_whole_questions(make_all):
     (module,) = make_all(5, stage="fit", batch_size=4)
     assert not any(
-        batch["whole_questions"] for batch in [*module.val_dataloader(), *module.train_dataloader()]
+        batch["all_candidates_present"] for batch in [*module.val_dataloader(), *module.train_dataloader()]
     )
 
 
@@ -276,7 +276,12 @@ def test_validation_of_right_answers_holds_no_whole_questions(make_all):
 def test_validation_targets_are_those_of_training(train_on, make_all):
     (module,) = make_all(6, stage="fit", train_on=train_on, batch_size=6, eval_batch_size=6)
     (train,), (validation,) = list(module.train_dataloader()), list(module.val_dataloader())
-    assert _targets([train]) == _targets([validation]) == train["step_targets"] == validation["step_targets"]
+    assert (
+        _targets([train])
+        == _targets([validation])
+        == train["step_supervised_tokens"]
+        == validation["step_supervised_tokens"]
+    )
 
 
 # --- test and predict ---
@@ -337,7 +342,7 @@ def test_evaluation_batches_hold_whole_questions(ranks, eval_batch_size, questio
     batches = [batch for batches in together for batch in batches]
     found = []
     for batch in batches:
-        assert batch["whole_questions"] is True
+        assert batch["all_candidates_present"] is True
         ids = [i for i in dict.fromkeys(_ids([batch])) if i >= 0]
         assert _candidates([batch]) == [(i, answer) for i in ids for answer in range(OPTIONS[i])]
         assert len(batch["example_ids"]) <= max(eval_batch_size, 5)
@@ -373,8 +378,8 @@ def test_a_rank_without_questions_gets_one_row_that_counts_for_nothing(make_mixe
     for filler in together[1][2:]:
         assert filler["example_ids"].tolist() == [-1]
         assert (filler["labels"] == IGNORE).all()
-        assert filler["step_targets"] == 0
-        assert filler["whole_questions"] is True
+        assert filler["step_supervised_tokens"] == 0
+        assert filler["all_candidates_present"] is True
 
 
 def _compositions(modules, index=0):

@@ -122,7 +122,7 @@ def test_a_packed_batch_by_hand():
     assert batch["example_ids"].tolist() == [7, 4, 2]  # in order of the rows
     assert batch["answer_ids"].tolist() == batch["gold_ids"].tolist() == [0, 0, 1]
     assert batch["answer_characters"].tolist() == [9, 1, 1]
-    assert (batch["step_targets"], batch["step_tokens"]) == (5, 10)
+    assert (batch["step_supervised_tokens"], batch["step_tokens"]) == (5, 10)
 
     batch = collate(rows, pad_id=77, train_on="response", lines=[[0, 2], [1]])
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 9, 9, 0], [8, 0, *[77] * 6]]
@@ -209,8 +209,8 @@ def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate
             assert _rows_of(batch) == _rows_of(unpacked)
             for name in ("example_ids", "answer_ids", "gold_ids", "answer_characters"):
                 assert batch[name].tolist() == unpacked[name].tolist()
-            assert (batch["step_targets"], batch["step_tokens"]) == (
-                unpacked["step_targets"],
+            assert (batch["step_supervised_tokens"], batch["step_tokens"]) == (
+                unpacked["step_supervised_tokens"],
                 unpacked["step_tokens"],
             )
             assert batch["attention_mask"].numel() <= unpacked["attention_mask"].numel()
@@ -239,7 +239,9 @@ def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_own
                 *((batch["labels"] != IGNORE, batch["attention_mask"]) for batch in step), strict=True
             )
         )
-        assert {(batch["step_targets"], batch["step_tokens"]) for batch in step} == {(targets, tokens)}
+        assert {(batch["step_supervised_tokens"], batch["step_tokens"]) for batch in step} == {
+            (targets, tokens)
+        }
 
 
 @pytest.mark.parametrize("room", [90, 160, 512])
@@ -291,7 +293,7 @@ def test_a_packed_batch_of_no_rows_counts_for_nothing(chats, make_own):
     data = make_own(test=[chats], stage="test")
     batch = TokenTable(data.tables["test"], pad_id=5, eos_id=6).batch([], "all", every_answer=False, line=99)
     assert batch["example_ids"].tolist() == [-1]
-    assert (batch["step_targets"], len(batch["input_ids"])) == (0, 1)
+    assert (batch["step_supervised_tokens"], len(batch["input_ids"])) == (0, 1)
     assert (batch["labels"] == IGNORE).all()
 
 

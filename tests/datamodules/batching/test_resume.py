@@ -286,7 +286,9 @@ class _Witness(L.LightningModule):
         self.seen = []
 
     def training_step(self, batch, _):
-        self.seen.append((self.current_epoch, tuple(batch["example_ids"].tolist()), batch["step_targets"]))
+        self.seen.append(
+            (self.current_epoch, tuple(batch["example_ids"].tolist()), batch["step_supervised_tokens"])
+        )
         return self.weight * 1.0
 
     def validation_step(self, batch, _):

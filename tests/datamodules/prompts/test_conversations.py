@@ -295,7 +295,11 @@ def marked(make_own, write):
         data = make_own(stage="fit", **settings)
         (batch,), (trained,) = data.val_dataloader(), data.train_dataloader()
         assert trained["labels"].equal(batch["labels"])
-        assert trained["step_targets"] == batch["step_targets"] == int((batch["labels"] != IGNORE).sum())
+        assert (
+            trained["step_supervised_tokens"]
+            == batch["step_supervised_tokens"]
+            == int((batch["labels"] != IGNORE).sum())
+        )
         return _marked(data.tokenizer, batch)
 
     return build

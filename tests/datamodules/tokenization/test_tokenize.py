@@ -94,17 +94,20 @@ def test_label_ids_of_a_small_case(tokenizers_by_kind):
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[X, X, X, 6, 0, X], [X, X, X, 7, 8, 0]]
     assert batch["response_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
-    assert (batch["step_targets"], batch["step_tokens"]) == (5, 11)
+    assert (batch["step_supervised_tokens"], batch["step_tokens"]) == (5, 11)
     assert batch["example_ids"].tolist() == [9, 10]
     assert batch["answer_ids"].tolist() == [0, 1]
     assert batch["gold_ids"].tolist() == [1, 1]
     assert batch["answer_characters"].tolist() == [3, 8]
-    assert batch["whole_questions"] is False
-    assert collate(rows, pad_id=EOS, train_on="response", whole_questions=True)["whole_questions"] is True
+    assert batch["all_candidates_present"] is False
+    assert (
+        collate(rows, pad_id=EOS, train_on="response", all_candidates_present=True)["all_candidates_present"]
+        is True
+    )
 
     batch = collate(rows, pad_id=EOS, train_on="all")
     assert batch["labels"].tolist() == [[X, 4, 5, 6, 0, X], [X, 4, 5, 7, 8, 0]]
-    assert (batch["step_targets"], batch["step_tokens"]) == (9, 11)
+    assert (batch["step_supervised_tokens"], batch["step_tokens"]) == (9, 11)
     assert batch["response_mask"].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
 
 
@@ -122,7 +125,7 @@ def test_the_first_token_of_a_row_is_never_a_target(train_on):
     batch = collate([AnsweredPrompt([], [6, 7, 0], example_id=0)], pad_id=0, train_on=train_on)
     assert batch["labels"].tolist() == [[X, 7, 0]]
     assert batch["response_mask"].tolist() == [[True, True, True]]
-    assert batch["step_targets"] == 2
+    assert batch["step_supervised_tokens"] == 2
 
 
 def test_pad_tokens_inside_a_text_are_targets():
@@ -148,13 +151,13 @@ def test_a_row_that_counts_for_nothing_has_no_targets(train_on):
     assert (batch["labels"][0] != X).any()
     assert batch["attention_mask"][1].any()  # attention over nothing is NaN
     alone = collate(rows[1:], pad_id=0, train_on=train_on)
-    assert alone["step_targets"] == 0
+    assert alone["step_supervised_tokens"] == 0
     assert alone["example_ids"].tolist() == [-1]
 
 
 def test_counts_are_plain_integers():
     batch = collate([AnsweredPrompt([3], [6, 0], example_id=0)], pad_id=0, train_on="all")
-    assert type(batch["step_targets"]) is type(batch["step_tokens"]) is int
+    assert type(batch["step_supervised_tokens"]) is type(batch["step_tokens"]) is int
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,7 @@ def test_labels_of_earlier_responses(train_on, labels):
         1,
         1,
     ]  # the answer's, whatever is trained on
-    assert batch["step_targets"] == sum(label != X for label in labels)
+    assert batch["step_supervised_tokens"] == sum(label != X for label in labels)
 
 
 # --- where earlier responses stand ---
@@ -499,7 +502,9 @@ def test_a_chat_answer_closes_its_turn_and_the_text(kind, chat_batch, chat_token
         wanted = ids[labels != X] if train_on == "response" else torch.cat([ids[:1], ids[labels != X]])
         assert chat_tokenizers[kind].decode(wanted) == targets
         assert torch.equal(labels[labels != X], ids[labels != X])
-        assert batch["step_targets"] == int((labels != X).sum()) == len(wanted) - (train_on == "all")
+        assert (
+            batch["step_supervised_tokens"] == int((labels != X).sum()) == len(wanted) - (train_on == "all")
+        )
 
 
 def test_every_candidate_closes_its_turn(make_data, write, chat_tokenizers):
