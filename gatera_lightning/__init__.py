@@ -1,37 +1,73 @@
-"""GateRA and its relatives for frozen language models: token-gated high-rank fine-tuning under PyTorch Lightning."""
+"""GateRA and its relatives for frozen language models: token-gated high-rank fine-tuning under PyTorch Lightning.
 
-from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.gate_recording import record_gates
-from gatera_lightning.adapters.inference import prepared_for_inference
-from gatera_lightning.adapters.injection import InjectionReport, adapter_parameters, inject_adapters
-from gatera_lightning.adapters.merging import merge_adapter
-from gatera_lightning.adapters.serialization import AdapterFileError, load_adapter, save_adapter
-from gatera_lightning.backbone.loading import BackboneConfig
-from gatera_lightning.errors import CheckpointError, ConfigError, NonFiniteLossError
-from gatera_lightning.gate_analysis.capture import capture_gates
-from gatera_lightning.gate_analysis.statistics import GateStatistics
-from gatera_lightning.generation.decoding import DecodingConfig
-from gatera_lightning.training.module import GateRAModule
-from gatera_lightning.training.optimizer import OptimizerConfig
+Public names are imported on first use, so that ``import gatera_lightning`` loads neither Lightning nor datasets.
+"""
 
-__all__ = [
-    "AdapterConfig",
-    "AdapterFileError",
-    "BackboneConfig",
-    "CheckpointError",
-    "ConfigError",
-    "DecodingConfig",
-    "GateRAModule",
-    "GateStatistics",
-    "InjectionReport",
-    "NonFiniteLossError",
-    "OptimizerConfig",
-    "adapter_parameters",
-    "capture_gates",
-    "inject_adapters",
-    "load_adapter",
-    "merge_adapter",
-    "prepared_for_inference",
-    "record_gates",
-    "save_adapter",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gatera_lightning.compatibility import moved_modules
+
+moved_modules.install()
+
+if TYPE_CHECKING:
+    from gatera_lightning.adapters.config import AdapterConfig as AdapterConfig
+    from gatera_lightning.adapters.gate_recording import record_gates as record_gates
+    from gatera_lightning.adapters.inference import prepared_for_inference as prepared_for_inference
+    from gatera_lightning.adapters.injection import InjectionReport as InjectionReport
+    from gatera_lightning.adapters.injection import adapter_parameters as adapter_parameters
+    from gatera_lightning.adapters.injection import inject_adapters as inject_adapters
+    from gatera_lightning.adapters.merging import merge_adapter as merge_adapter
+    from gatera_lightning.adapters.serialization import AdapterFileError as AdapterFileError
+    from gatera_lightning.adapters.serialization import load_adapter as load_adapter
+    from gatera_lightning.adapters.serialization import save_adapter as save_adapter
+    from gatera_lightning.backbone.loading import BackboneConfig as BackboneConfig
+    from gatera_lightning.errors import CheckpointError as CheckpointError
+    from gatera_lightning.errors import ConfigError as ConfigError
+    from gatera_lightning.errors import NonFiniteLossError as NonFiniteLossError
+    from gatera_lightning.gate_analysis.capture import capture_gates as capture_gates
+    from gatera_lightning.gate_analysis.statistics import GateStatistics as GateStatistics
+    from gatera_lightning.generation.decoding import DecodingConfig as DecodingConfig
+    from gatera_lightning.training.module import GateRAModule as GateRAModule
+    from gatera_lightning.training.optimizer import OptimizerConfig as OptimizerConfig
+
+_MODULES = {
+    "AdapterConfig": "adapters.config",
+    "AdapterFileError": "adapters.serialization",
+    "BackboneConfig": "backbone.loading",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DecodingConfig": "generation.decoding",
+    "GateRAModule": "training.module",
+    "GateStatistics": "gate_analysis.statistics",
+    "InjectionReport": "adapters.injection",
+    "NonFiniteLossError": "errors",
+    "OptimizerConfig": "training.optimizer",
+    "adapter_parameters": "adapters.injection",
+    "capture_gates": "gate_analysis.capture",
+    "inject_adapters": "adapters.injection",
+    "load_adapter": "adapters.serialization",
+    "merge_adapter": "adapters.merging",
+    "prepared_for_inference": "adapters.inference",
+    "record_gates": "adapters.gate_recording",
+    "save_adapter": "adapters.serialization",
+}
+"""Public name -> the module below this package that defines it."""
+
+__all__ = sorted([*_MODULES, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gatera-lightning")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'gatera_lightning' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # found by a plain lookup next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
