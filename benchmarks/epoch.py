@@ -51,7 +51,7 @@ from watch import Watch
 
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer, native_dtype
 from gatera_lightning.datamodules import Batch
-from gatera_lightning.objectives.next_token import IGNORE
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 
 VARIANTS = ("gatera_decided", "gatera_mixed", "lora_mixed", "gatera_packed", "hf_lora_by_length")
 
@@ -65,10 +65,10 @@ def nats(model: nn.Module, batches: Sequence[Batch]) -> float:
         labels = batch["labels"][:, 1:]
         total += float(
             F.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             )
         )
-        count += int((labels != IGNORE).sum())
+        count += int((labels != IGNORE_INDEX).sum())
     return total / count
 
 

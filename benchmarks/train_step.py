@@ -33,9 +33,9 @@ from gatera_lightning.adapters.injection import adapted_linears, adapter_paramet
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.backbone.compilation import compile_layers
 from gatera_lightning.backbone.recomputation import elementwise_recomputed
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.objectives.next_token import (
-    IGNORE,
     next_token_labels,
     summed_cross_entropy,
     summed_gate_entropy,
@@ -78,7 +78,7 @@ def rows(count: int, tokens: int, targets: int) -> tuple[Tensor, Tensor]:
     """Token ids and labels, (count, tokens), the last ``targets`` of each row carrying loss."""
     ids = torch.randint(0, 49152, (count, tokens), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     labels = ids.clone()
-    labels[:, :-targets] = IGNORE
+    labels[:, :-targets] = IGNORE_INDEX
     return ids, labels
 
 
@@ -145,7 +145,7 @@ def with_gatera(
             if name.endswith("update.b"):
                 parameter.normal_(std=1e-3)  # zero as at the beginning would leave A without gradients
     shifted, mask = next_token_labels(labels), torch.ones_like(ids)
-    keep = shifted != IGNORE
+    keep = shifted != IGNORE_INDEX
     targets = shifted[keep]
     assert returns_what_its_head_does(model)
 
@@ -189,7 +189,7 @@ def with_peft(model: nn.Module, method: str, rank: int, ids: Tensor, labels: Ten
     mask = torch.ones_like(ids)
     if method == "peft_lora_targets":
         shifted = next_token_labels(labels)
-        keep = shifted != IGNORE
+        keep = shifted != IGNORE_INDEX
 
         def loss_of() -> Tensor:
             with target_positions_only(model, keep):
@@ -205,7 +205,7 @@ def with_peft(model: nn.Module, method: str, rank: int, ids: Tensor, labels: Ten
 def without_adapter(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     model.requires_grad_(False)
     shifted, mask = next_token_labels(labels), torch.ones_like(ids)
-    keep = shifted != IGNORE
+    keep = shifted != IGNORE_INDEX
     targets = shifted[keep]
 
     def loss_of() -> Tensor:

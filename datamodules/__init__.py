@@ -1,11 +1,12 @@
 """Data: rows become prompts and answers, prompts become tokens and masks, tokens become planned optimizer steps."""
 
 from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.datamodules.tasks.commonsense import CommonsenseDataModule
 from gatera_lightning.datamodules.tasks.dialogue import DialogueDataModule
 from gatera_lightning.datamodules.tasks.instruction import OwnDataModule
 from gatera_lightning.datamodules.tasks.math import MathDataModule
-from gatera_lightning.datamodules.tokenization.tokenize import Batch, Example
+from gatera_lightning.datamodules.tokenization.tokenize import Example
 
 __all__ = [
     "Batch",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.answers.options import Reading, matching_option
+from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.datamodules.batching.datasets import (
     LikelihoodBatches,
     PromptBatches,
@@ -29,7 +30,7 @@ from gatera_lightning.datamodules.batching.statistics import right_lengths, targ
 from gatera_lightning.datamodules.batching.step_plan import plan_steps, share_batches
 from gatera_lightning.datamodules.leakage import Leakage, find_leakage
 from gatera_lightning.datamodules.tokenization.cache import token_table
-from gatera_lightning.datamodules.tokenization.tokenize import Batch, Example, TrainOn
+from gatera_lightning.datamodules.tokenization.tokenize import Example, TrainOn
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)

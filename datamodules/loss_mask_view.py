@@ -3,8 +3,7 @@
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.tokenization.tokenize import Batch
-from gatera_lightning.objectives.next_token import IGNORE
+from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
 
 
 def masked_text(tokenizer: PreTrainedTokenizerBase, batch: Batch, row: int, *, colour: bool) -> Text:
@@ -14,8 +13,8 @@ def masked_text(tokenizer: PreTrainedTokenizerBase, batch: Batch, row: int, *, c
     text = Text("  ")
     start = 0
     for end in range(1, length + 1):
-        marked = labels[start] != IGNORE
-        if end == length or (labels[end] != IGNORE) != marked:
+        marked = labels[start] != IGNORE_INDEX
+        if end == length or (labels[end] != IGNORE_INDEX) != marked:
             text.append_text(marked_text(tokenizer, ids[start:end], marked=marked, colour=colour))
             start = end
     return text

@@ -9,12 +9,11 @@ from functools import cached_property
 import datasets
 from torch.utils.data import Dataset
 
+from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.datamodules.batching.packing import packed_lines
 from gatera_lightning.datamodules.batching.step_plan import Step
 from gatera_lightning.datamodules.tokenization.tokenize import (
     AnsweredPrompt,
-    Batch,
-    PromptBatch,
     TrainOn,
     collate,
     collate_prompts,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader
 
+from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.datamodules.batching.datasets import TrainingBatches
-from gatera_lightning.datamodules.tokenization.tokenize import Batch
 from gatera_lightning.errors import CheckpointError
 
 

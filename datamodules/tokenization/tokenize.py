@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.objectives.next_token import IGNORE
+from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch, PromptBatch
 
 TrainOn = Literal["response", "every_response", "all"]
 """What carries loss: the answer; in a conversation, the earlier responses in its prompt too; or the whole prompt too."""
@@ -48,40 +48,6 @@ class Example:
         parts = [self.identity] if self.identity else [self.prompt, *self.answers]
         text = "\n".join(" ".join(part.casefold().split()) for part in parts)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Batch(TypedDict):
-    """One forward's rows, right padded, each in a line of its own (batch = rows) unless they are packed.
-
-    Counts are plain integers: reading them costs no device synchronisation.
-    """
-
-    input_ids: Tensor  # (batch, tokens)
-    attention_mask: Tensor  # (batch, tokens), 1 = real token
-    position_ids: NotRequired[
-        Tensor
-    ]  # (batch, tokens), packed only: from 0 in every row, of which a line holds several
-    labels: Tensor  # (batch, tokens), -100 = no loss
-    response_mask: Tensor  # (batch, tokens), True = token of the answer
-    example_ids: Tensor  # (rows,), row number within the split; -1 = a row that counts for nothing
-    step_supervised_tokens: int  # target tokens of the whole optimizer step, over all micro-batches and ranks
-    step_tokens: int  # real tokens, likewise
-    answer_ids: Tensor  # (rows,), which candidate answer this row holds
-    gold_ids: Tensor  # (rows,), which candidate is right
-    answer_characters: Tensor  # (rows,), length of the answer's text
-    all_candidates_present: (
-        bool  # every candidate of every example is here, those of one behind each other; none is elsewhere
-    )
-
-
-class PromptBatch(TypedDict):
-    """One generation's prompts, left padded, so that every row's next token stands in the same column."""
-
-    input_ids: Tensor  # (batch, tokens)
-    attention_mask: Tensor  # (batch, tokens), 1 = real token
-    example_ids: Tensor  # (batch,), row number within the split; -1 = a row that counts for nothing
-    pad_id: int
-    eos_id: int  # the token that ends every answer in training
 
 
 def tokenise(
@@ -215,7 +181,7 @@ def collate(
     input_ids = torch.full((len(placed), width), pad_id)
     attention_mask = torch.zeros(len(placed), width, dtype=torch.long)
     position_ids = torch.zeros(len(placed), width, dtype=torch.long)
-    labels = torch.full((len(placed), width), IGNORE)
+    labels = torch.full((len(placed), width), IGNORE_INDEX)
     response_mask = torch.zeros(len(placed), width, dtype=torch.bool)
     for i, line in enumerate(placed):
         begin = 0
@@ -237,7 +203,7 @@ def collate(
         labels=labels,
         response_mask=response_mask,
         example_ids=torch.tensor([row.example_id for row in rows]),
-        step_supervised_tokens=int((labels != IGNORE).sum()),
+        step_supervised_tokens=int((labels != IGNORE_INDEX).sum()),
         step_tokens=int(attention_mask.sum()),
         answer_ids=torch.tensor([row.answer for row in rows]),
         gold_ids=torch.tensor([row.gold for row in rows]),

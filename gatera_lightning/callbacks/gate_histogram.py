@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from gatera_lightning.adapters.injection import adapted_linears
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.datamodules.tokenization.tokenize import Batch
+from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.gate_analysis.capture import GatedModule
 from gatera_lightning.gate_analysis.plots.gate_shares import ShareHistory, draw_shares
 from gatera_lightning.gate_analysis.plots.heatmap import pixels

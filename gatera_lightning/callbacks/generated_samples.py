@@ -15,7 +15,8 @@ from typing_extensions import override
 from gatera_lightning.adapters.injection import has_token_gates
 from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.datamodules.tokenization.tokenize import PromptBatch, collate_prompts, tokenise_prompt
+from gatera_lightning.datamodules.batch import PromptBatch
+from gatera_lightning.datamodules.tokenization.tokenize import collate_prompts, tokenise_prompt
 from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.colored_text import draw_text
 from gatera_lightning.gate_analysis.plots.heatmap import pixels

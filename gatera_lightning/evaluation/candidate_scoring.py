@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from gatera_lightning.datamodules.tokenization.tokenize import Batch
+from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.objectives.next_token import target_positions_only
 
 

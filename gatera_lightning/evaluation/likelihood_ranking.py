@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatera_lightning.datamodules.tokenization.tokenize import Batch
+from gatera_lightning.datamodules.batch import Batch
 
 Score = Literal["sum", "per_token", "per_character"]
 """How candidates of unequal length compete: by ``Σ log p``, or by it divided by their tokens or characters."""

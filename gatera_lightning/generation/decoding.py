@@ -12,7 +12,7 @@ from transformers.generation import BaseStreamer
 
 from gatera_lightning.adapters.config import threshold_problems
 from gatera_lightning.adapters.inference import prepared_for_inference
-from gatera_lightning.datamodules.tokenization.tokenize import PromptBatch
+from gatera_lightning.datamodules.batch import PromptBatch
 
 
 @dataclass

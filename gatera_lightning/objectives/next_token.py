@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100
-"""The label of a token that carries no loss."""
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 
 
 def gate_entropy(z: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def gate_entropy(z: Tensor) -> Tensor:
 
 def next_token_labels(labels: Tensor) -> Tensor:
     """Labels moved to the position that predicts them: (batch, tokens), the last column ignored."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def next_token_mask(mask: Tensor) -> Tensor:

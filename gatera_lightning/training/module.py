@@ -33,7 +33,7 @@ from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.checkpointing.checkpoint_io import WholeCheckpointIO
 from gatera_lightning.checkpointing.resume import begin_next_epoch, recount_batches
-from gatera_lightning.datamodules.tokenization.tokenize import Batch, PromptBatch
+from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch, PromptBatch
 from gatera_lightning.distributed.consistency import refuse_other_settings
 from gatera_lightning.distributed.sharded_loading import load_sharded
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
@@ -43,7 +43,6 @@ from gatera_lightning.evaluation.likelihood_ranking import Score, answer_log_lik
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
 from gatera_lightning.objectives.next_token import (
-    IGNORE,
     next_token_labels,
     next_token_mask,
     summed_cross_entropy,
@@ -238,7 +237,7 @@ class GateRAModule(L.LightningModule):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, GateRecord]:
         """Logits (1, targets, vocabulary), labels (targets,), and the gates that were met."""
         labels = next_token_labels(batch["labels"])
-        keep = labels != IGNORE  # (batch, tokens)
+        keep = labels != IGNORE_INDEX  # (batch, tokens)
         with (
             elementwise_recomputed(),
             target_positions_only(self.model, keep),
@@ -257,7 +256,7 @@ class GateRAModule(L.LightningModule):
             logits, targets, gates = self(batch)
             return summed_cross_entropy(logits, targets), gates
         labels = next_token_labels(batch["labels"])
-        with cross_entropy_in_head(self.model, labels[labels != IGNORE]):
+        with cross_entropy_in_head(self.model, labels[labels != IGNORE_INDEX]):
             loss, _, gates = self(batch)
         return loss.squeeze(), gates
 
@@ -367,7 +366,7 @@ class GateRAModule(L.LightningModule):
         With every candidate in the batch, accuracies as well.
         """
         logits, targets, _ = self(batch)
-        kept = next_token_labels(batch["labels"]) != IGNORE  # (batch, tokens)
+        kept = next_token_labels(batch["labels"]) != IGNORE_INDEX  # (batch, tokens)
         right = batch["answer_ids"] == batch["gold_ids"]  # (batch,)
         of_right = right[kept.nonzero()[:, 0]]  # (n,)
         count = int(of_right.sum())
@@ -401,7 +400,7 @@ class GateRAModule(L.LightningModule):
             log_likelihoods, tokens = candidate_log_likelihoods(self.model, batch)
             return {"log_likelihoods": log_likelihoods, "tokens": tokens}
         logits, targets, _ = self(batch)
-        kept = next_token_labels(batch["labels"]) != IGNORE
+        kept = next_token_labels(batch["labels"]) != IGNORE_INDEX
         log_likelihoods, tokens = answer_log_likelihoods(logits, targets, kept, counted=kept)
         return {"log_likelihoods": log_likelihoods, "tokens": tokens}
 

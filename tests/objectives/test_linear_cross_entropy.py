@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.objectives.linear_cross_entropy import (
     cross_entropy_in_head,
     linear_cross_entropy,
     returns_what_its_head_does,
 )
 from gatera_lightning.objectives.next_token import (
-    IGNORE,
     next_token_labels,
     summed_cross_entropy,
     target_positions_only,
@@ -171,14 +171,14 @@ def test_the_loss_in_the_head_is_that_of_full_logits(name, checkpointing, monkey
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 96, (3, 9))
-    labels = torch.where(torch.rand(3, 9) < 0.6, ids, IGNORE)
+    labels = torch.where(torch.rand(3, 9) < 0.6, ids, IGNORE_INDEX)
     shifted = next_token_labels(labels)
-    keep = shifted != IGNORE
+    keep = shifted != IGNORE_INDEX
     with target_positions_only(model, keep), cross_entropy_in_head(model, shifted[keep]):
         loss = model(input_ids=ids, use_cache=False).logits
     full = model(input_ids=ids, use_cache=False).logits
     reference = F.cross_entropy(
-        full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+        full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     assert loss.shape == (1, 1, 1)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-13)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from model_families import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.objectives.next_token import (
-    IGNORE,
     gate_entropy,
     next_token_labels,
     summed_cross_entropy,
@@ -26,9 +26,9 @@ def family(request):
 def test_the_head_on_targets_alone_gives_the_loss_and_gradients_of_full_logits(family):
     torch.manual_seed(1)
     ids = torch.randint(3, 96, (3, 9))
-    labels = torch.where(torch.rand(3, 9) < 0.4, ids, IGNORE)
+    labels = torch.where(torch.rand(3, 9) < 0.4, ids, IGNORE_INDEX)
     shifted = next_token_labels(labels)
-    keep = shifted != IGNORE
+    keep = shifted != IGNORE_INDEX
     with target_positions_only(family, keep):
         logits = family(input_ids=ids).logits
     full = family(input_ids=ids).logits
@@ -39,7 +39,7 @@ def test_the_head_on_targets_alone_gives_the_loss_and_gradients_of_full_logits(f
     ours = torch.autograd.grad(summed_cross_entropy(logits, shifted[keep]), parameters)
     reference = torch.autograd.grad(
         F.cross_entropy(
-            full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+            full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         ),
         parameters,
     )
@@ -65,8 +65,8 @@ def test_no_targets_is_a_loss_of_zero_with_a_gradient_of_zero(tiny_llama):
 
 
 def test_next_token_labels_by_hand():
-    labels = torch.tensor([[IGNORE, 7, 8], [5, IGNORE, 6]])
-    assert next_token_labels(labels).tolist() == [[7, 8, IGNORE], [IGNORE, 6, IGNORE]]
+    labels = torch.tensor([[IGNORE_INDEX, 7, 8], [5, IGNORE_INDEX, 6]])
+    assert next_token_labels(labels).tolist() == [[7, 8, IGNORE_INDEX], [IGNORE_INDEX, 6, IGNORE_INDEX]]
 
 
 def test_entropy_and_its_gradient_from_the_definition():

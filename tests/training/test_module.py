@@ -28,11 +28,11 @@ from gatera_lightning.adapters.injection import adapted_linears
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.throughput import Throughput
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import CheckpointError
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives import linear_cross_entropy
-from gatera_lightning.objectives.next_token import IGNORE
 
 
 def build(folder, **settings):
@@ -52,12 +52,12 @@ def batch_of(labels, padding=()):
         "input_ids": torch.arange(labels.numel()).reshape(labels.shape) % 90 + 3,
         "attention_mask": mask,
         "labels": labels,
-        "response_mask": labels != IGNORE,
+        "response_mask": labels != IGNORE_INDEX,
         "example_ids": torch.arange(len(labels)),
         "answer_ids": torch.zeros(len(labels), dtype=torch.long),
         "gold_ids": torch.zeros(len(labels), dtype=torch.long),
         "all_candidates_present": False,
-        "step_supervised_tokens": int((labels[:, 1:] != IGNORE).sum()),
+        "step_supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
         "step_tokens": int(mask.sum()),
     }
 
@@ -93,7 +93,7 @@ def twin_losses(folder, attention, epochs):
         batch = planned[loader.order(step // len(planned))[step % len(planned)]]
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         task = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX
         )
         entropies = []
         for name, layer in adapted_linears(model).items():
@@ -156,7 +156,7 @@ def test_no_target_tokens_is_no_nan(tiny_backbone, monkeypatch, in_head):
     if in_head:
         module.on_train_start()
     assert module._loss_is_in_head == in_head
-    batch = batch_of([[IGNORE] * 5, [IGNORE] * 5])
+    batch = batch_of([[IGNORE_INDEX] * 5, [IGNORE_INDEX] * 5])
     monkeypatch.setattr(
         module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     )
@@ -174,8 +174,8 @@ def test_padding_changes_neither_loss_nor_entropy(tiny_backbone, monkeypatch):
     monkeypatch.setattr(
         module, "_trainer", L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     )
-    short = batch_of([[IGNORE, IGNORE, 7, 8]])
-    padded = {k: F.pad(v, (0, 3), value=IGNORE if k == "labels" else 0) if v.ndim == 2 else v
+    short = batch_of([[IGNORE_INDEX, IGNORE_INDEX, 7, 8]])
+    padded = {k: F.pad(v, (0, 3), value=IGNORE_INDEX if k == "labels" else 0) if v.ndim == 2 else v
               for k, v in short.items() if isinstance(v, torch.Tensor)}  # fmt: skip
     padded |= {"step_supervised_tokens": short["step_supervised_tokens"], "step_tokens": short["step_tokens"]}
     assert float(module.training_step(padded, 0)["loss"]) == pytest.approx(
@@ -249,7 +249,7 @@ def test_a_validation_by_the_clock_is_refused(tiny_backbone):
         "val_check_interval": "00:00:10:00",
     }
     with pytest.raises(ConfigError, match=r"trainer\.val_check_interval: a time"):
-        L.Trainer(accelerator="cpu", **settings).fit(tiny_module(tiny_backbone), [batch_of([[IGNORE, 7, 8]])])
+        L.Trainer(accelerator="cpu", **settings).fit(tiny_module(tiny_backbone), [batch_of([[IGNORE_INDEX, 7, 8]])])
 
 
 def test_sharded_weights_are_never_gathered_in_inference_mode(tiny_backbone, tmp_path):
@@ -411,7 +411,7 @@ def test_random_state_of_another_number_of_processes_is_said_to_be_lost(tiny_bac
     )
     trainer.validate(
         build(tiny_backbone),
-        torch.utils.data.DataLoader([batch_of([[IGNORE, 7, 8]])], batch_size=None),
+        torch.utils.data.DataLoader([batch_of([[IGNORE_INDEX, 7, 8]])], batch_size=None),
         ckpt_path=path,
         verbose=False,
     )

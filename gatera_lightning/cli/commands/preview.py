@@ -11,6 +11,7 @@ from rich.text import Text
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.cli.dry_run import PlannedTrainer, processes_of
 from gatera_lightning.cli.lightning_cli import PROG, RecipeCLI, with_found_configs
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.datasets import PromptBatches, TokenTable
 from gatera_lightning.datamodules.batching.statistics import (
     SplitStatistics,
@@ -22,7 +23,6 @@ from gatera_lightning.datamodules.batching.step_plan import plan_steps
 from gatera_lightning.datamodules.loss_mask_view import marked_text, masked_text
 from gatera_lightning.datamodules.tokenization.tokenize import TrainOn
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.objectives.next_token import IGNORE
 
 _SPLITS = ("train", "validation", "test")
 
@@ -95,7 +95,7 @@ class PreviewedSplit(RecipeCLI):
         data = self.datamodule
         assert data.tokenizer is not None
         entry, batch = self.table.rows[row], self.table.batch([row], self.train_on, every_answer=False)
-        targets = int((batch["labels"] != IGNORE).sum())
+        targets = int((batch["labels"] != IGNORE_INDEX).sum())
         tokens = int(batch["attention_mask"].sum())
         shortened = f", prompt shortened to max_length {data.max_length}" if entry["shortened"] else ""
         text = Text(

@@ -21,7 +21,7 @@ from gatera_lightning.cli.commands.estimate import (
 )
 from gatera_lightning.cli.main import main
 from gatera_lightning.cost_model.step_costs import ModelSizes, StepCosts
-from gatera_lightning.objectives.next_token import IGNORE
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 
 FSDP = ["--config", "overlays/fsdp.yaml"]
 # The tiny Llama: hidden 32, k and v 16 wide, feed-forward 48, 400 entries; q, o; k, v; gate, up, down; two norms.
@@ -260,7 +260,7 @@ def test_the_micro_batch_is_the_largest_that_fit_would_see(data, train_on, show,
         batches += list(real.train_dataloader())
     largest = max(batch["input_ids"].numel() for batch in batches)
     shapes = {
-        (*batch["input_ids"].shape, int((batch["labels"] != IGNORE).sum()))
+        (*batch["input_ids"].shape, int((batch["labels"] != IGNORE_INDEX).sum()))
         for batch in batches
         if batch["input_ids"].numel() == largest
     }

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.datasets import TokenTable, TrainingBatches
 from gatera_lightning.datamodules.batching.step_plan import plan_steps
 from gatera_lightning.datamodules.tokenization import cache as tables
 from gatera_lightning.datamodules.tokenization.tokenize import Example
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.objectives.next_token import IGNORE
 
 LAYOUTS = {  # (ranks, accumulate): rows of the steps that 27 rows make, 6 a step
     (1, 1): [3, 6, 6, 6, 6],
@@ -62,7 +62,7 @@ def _candidates(batches):
 
 
 def _targets(batches):
-    return sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+    return sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
 
 
 def _tokens(batches):
@@ -231,7 +231,7 @@ def test_a_rank_without_rows_gets_one_that_counts_for_nothing(make_all):
     assert [[len(_ids([b])) for b in batches] for batches in together] == [[2, 2], [1, 1]]
     filler = together[1][1]
     assert filler["example_ids"].tolist() == [-1]
-    assert (filler["labels"] == IGNORE).all()
+    assert (filler["labels"] == IGNORE_INDEX).all()
     assert filler["step_supervised_tokens"] == 0
     assert -1 not in _ids([together[1][0], *together[0]])
 
@@ -262,7 +262,7 @@ def test_ranked_validation_holds_every_candidate(train_on, make_all):
     )
     for batch in batches:
         targets = batch["attention_mask"].sum(1) - 1 if train_on == "all" else batch["response_mask"].sum(1)
-        assert (batch["labels"] != IGNORE).sum(1).tolist() == targets.tolist()
+        assert (batch["labels"] != IGNORE_INDEX).sum(1).tolist() == targets.tolist()
 
 
 def test_validation_of_right_answers_holds_no_whole_questions(make_all):
@@ -377,7 +377,7 @@ def test_a_rank_without_questions_gets_one_row_that_counts_for_nothing(make_mixe
     ]
     for filler in together[1][2:]:
         assert filler["example_ids"].tolist() == [-1]
-        assert (filler["labels"] == IGNORE).all()
+        assert (filler["labels"] == IGNORE_INDEX).all()
         assert filler["step_supervised_tokens"] == 0
         assert filler["all_candidates_present"] is True
 
@@ -489,7 +489,7 @@ def test_evaluation_with_workers_draws_nothing_from_the_global_generator(make_mi
 def test_candidates_compete_by_their_own_tokens_whatever_is_trained(make_all):
     (module,) = make_all(3, stage="test", train_on="all", answer_format="content")
     for (batch,) in _epoch([module], "test"):
-        assert (batch["labels"] != IGNORE).equal(batch["response_mask"])
+        assert (batch["labels"] != IGNORE_INDEX).equal(batch["response_mask"])
 
 
 def test_candidates_of_one_question_share_the_prompt(make_all):

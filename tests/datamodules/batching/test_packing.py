@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.datasets import TokenTable
 from gatera_lightning.datamodules.batching.packing import packed_lines
 from gatera_lightning.datamodules.batching.statistics import padding_share, planned_lengths, right_lengths
 from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
-from gatera_lightning.objectives.next_token import IGNORE
 
 # --- lines ---
 
@@ -113,7 +113,7 @@ def test_a_packed_batch_by_hand():
         AnsweredPrompt([9, 9], [0], example_id=2, answer=1, gold=1),
     ]
     batch = collate(rows, pad_id=77, train_on="every_response", lines=[[2, 1], [0]])
-    x = IGNORE
+    x = IGNORE_INDEX
     assert batch["input_ids"].tolist() == [[9, 9, 0, 8, 0], [3, 4, 5, 6, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 5] * 2
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
@@ -140,7 +140,7 @@ def test_no_row_learns_from_the_one_before():
     rows = [AnsweredPrompt([], [5, 0], example_id=0), AnsweredPrompt([6], [7, 0], example_id=1)]
     for train_on in ("response", "all"):
         batch = collate(rows, pad_id=0, train_on=train_on, lines=[[0, 1]])
-        assert batch["labels"][0, [0, 2]].tolist() == [IGNORE] * 2
+        assert batch["labels"][0, [0, 2]].tolist() == [IGNORE_INDEX] * 2
 
 
 def test_an_unpacked_batch_has_no_positions():
@@ -163,7 +163,7 @@ def _rows_of(batch):
         for start, end in zip(starts, [*starts[1:], real], strict=True):
             assert positions[start:end].tolist() == list(range(end - start))
             found.append(tuple(tuple(batch[name][line, start:end].tolist()) for name in EACH))
-        assert (batch["labels"][line, real:] == IGNORE).all()
+        assert (batch["labels"][line, real:] == IGNORE_INDEX).all()
         assert not batch["response_mask"][line, real:].any()
     return sorted(found)
 
@@ -236,7 +236,7 @@ def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_own
         targets, tokens = (
             sum(int(found.sum()) for found in each)
             for each in zip(
-                *((batch["labels"] != IGNORE, batch["attention_mask"]) for batch in step), strict=True
+                *((batch["labels"] != IGNORE_INDEX, batch["attention_mask"]) for batch in step), strict=True
             )
         )
         assert {(batch["step_supervised_tokens"], batch["step_tokens"]) for batch in step} == {
@@ -294,7 +294,7 @@ def test_a_packed_batch_of_no_rows_counts_for_nothing(chats, make_own):
     batch = TokenTable(data.tables["test"], pad_id=5, eos_id=6).batch([], "all", every_answer=False, line=99)
     assert batch["example_ids"].tolist() == [-1]
     assert (batch["step_supervised_tokens"], len(batch["input_ids"])) == (0, 1)
-    assert (batch["labels"] == IGNORE).all()
+    assert (batch["labels"] == IGNORE_INDEX).all()
 
 
 def test_packing_changes_no_token(chats, make_own, tokenised):

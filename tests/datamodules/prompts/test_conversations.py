@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.prompts.conversations import (
     Chat,
     ConversationPrompts,
@@ -13,7 +14,6 @@ from gatera_lightning.datamodules.prompts.conversations import (
 )
 from gatera_lightning.datamodules.prompts.templates import render
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.objectives.next_token import IGNORE
 
 
 def _chat(*said, system=None):
@@ -271,7 +271,7 @@ def test_turns_that_the_template_refuses_are_named(chat_tokenizers, make_own, wr
 def _marked(tokenizer, batch, row=0):
     """A row of a batch as text, what carries loss in brackets."""
     length = int(batch["attention_mask"][row].sum())
-    ids, kept = batch["input_ids"][row, :length].tolist(), (batch["labels"][row, :length] != IGNORE).tolist()
+    ids, kept = batch["input_ids"][row, :length].tolist(), (batch["labels"][row, :length] != IGNORE_INDEX).tolist()
     text = ""
     starts = [0, *(place for place in range(1, length) if kept[place] != kept[place - 1]), length]
     for start, end in pairwise(starts):
@@ -298,7 +298,7 @@ def marked(make_own, write):
         assert (
             trained["step_supervised_tokens"]
             == batch["step_supervised_tokens"]
-            == int((batch["labels"] != IGNORE).sum())
+            == int((batch["labels"] != IGNORE_INDEX).sum())
         )
         return _marked(data.tokenizer, batch)
 
@@ -351,7 +351,7 @@ def test_all_but_the_first_token_carries_loss(kind, chat_tokenizers, make_own, w
     data = make_own(validation=[path], template="chat", tokenizer=tokenizer, train_on="all", stage="validate")
     (batch,) = data.val_dataloader()
     assert tokenizer.decode(batch["input_ids"][0]) == _unmarked(CHATS[kind])
-    assert batch["labels"][0, 0] == IGNORE
+    assert batch["labels"][0, 0] == IGNORE_INDEX
     assert batch["labels"][0, 1:].equal(batch["input_ids"][0, 1:])
 
 
@@ -552,11 +552,11 @@ def test_a_last_turn_too_long_is_cut_and_what_is_left_keeps_its_labels(
 
     ids, labels, answer = row(9999)
     bos = int(ids[0] == tokenizer.bos_token_id)
-    assert sum(label != IGNORE for label in labels) > answer
+    assert sum(label != IGNORE_INDEX for label in labels) > answer
     for room in {answer + bos + 1, *range(answer + bos + 2, len(ids), 4), len(ids) - 1}:
         cut, kept, _ = row(room)
         assert cut == ids[:bos] + ids[len(ids) - room + bos :]
-        assert kept[0] == IGNORE
+        assert kept[0] == IGNORE_INDEX
         assert kept[1:] == (labels[:bos] + labels[len(ids) - room + bos :])[1:]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.prompts.templates import render
 from gatera_lightning.datamodules.tasks.commonsense import TASKS
 from gatera_lightning.datamodules.tokenization.tokenize import (
@@ -14,7 +15,6 @@ from gatera_lightning.datamodules.tokenization.tokenize import (
     token_ranges,
     tokenise,
 )
-from gatera_lightning.objectives.next_token import IGNORE
 
 EOS, BOS = 0, 1
 ROW = {
@@ -29,7 +29,7 @@ ALPACA = (
     "### Instruction:\n{}\n\n### Response:\n"
 )
 KINDS = ["plain", "bos", "closing", "closing_without_bos", "bos_is_eos", "pieces", "spanning"]
-X = IGNORE
+X = IGNORE_INDEX
 
 
 def _texts(template):
@@ -69,10 +69,10 @@ def test_targets_as_text(template, answer_format, train_on, kind, make_data, wri
     labels, ids, response = batch["labels"][0], batch["input_ids"][0], batch["response_mask"][0]
     prompt, answer = EXPECTED[template, answer_format]
     wanted = prompt + answer if train_on == "all" else answer
-    assert tokenizer.decode(labels[labels != IGNORE]) == wanted + "<eos>"
+    assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == wanted + "<eos>"
     assert tokenizer.decode(ids[1:]) == prompt + answer + "<eos>"
     assert tokenizer.decode(ids[response]) == answer + "<eos>"
-    assert torch.equal(labels[labels != IGNORE], ids[labels != IGNORE])
+    assert torch.equal(labels[labels != IGNORE_INDEX], ids[labels != IGNORE_INDEX])
     assert ids.tolist().count(tokenizer.bos_token_id) == (2 if kind == "bos_is_eos" else 1)
 
 
