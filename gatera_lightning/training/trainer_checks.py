@@ -1,0 +1,76 @@
+"""Checks of trainer settings under which training would silently compute something else.
+
+The command line applies them to parsed settings, before it builds a Trainer; GateRAModule applies them to the Trainer it runs in,
+whoever built it. Each check returns messages that name the setting, its value and what is accepted; an empty list means no problem.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from gatera_lightning.distributed.sharding import AdapterShardingStrategy
+from gatera_lightning.generation.decoding import DecodingConfig
+
+
+def precision_problems(precision: Any) -> list[str]:
+    """Reject every precision that casts the adapter's parameters.
+
+    Args:
+        precision: ``trainer.precision``; None means Lightning's default, which is 32-true.
+    """
+    if str(precision) in ("32-true", "32", "None"):
+        return []
+    return [
+        f"trainer.precision: {str(precision)!r} would cast the adapter's fp32 parameters; accepted: 32-true. "
+        "The dtype of the frozen weights is model.backbone.dtype"
+    ]
+
+
+def validation_interval_problems(interval: Any) -> list[str]:
+    """Reject validation at time intervals.
+
+    Args:
+        interval: ``trainer.val_check_interval``; a str, dict or timedelta is a time.
+    """
+    if not isinstance(interval, str | dict | timedelta):
+        return []
+    return [
+        f"trainer.val_check_interval: {interval!r} is a time, which elapses at a different step on every rank and in a "
+        "resumed run; accepted: a number of micro-batches, or a fraction of an epoch"
+    ]
+
+
+def sampler_problems(use_distributed_sampler: bool) -> list[str]:
+    """Reject Lightning's distributed sampler: the data module already gives every rank its own micro-batches."""
+    if not use_distributed_sampler:
+        return []
+    return ["trainer.use_distributed_sampler: true would divide the batch schedule a second time; accepted: false"]
+
+
+def strategy_problems(strategy: Any) -> list[str]:
+    """Reject sharding strategies other than :class:`AdapterShardingStrategy`.
+
+    Args:
+        strategy: ``trainer.strategy``, a name or an instance.
+    """
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    accepted = "accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2, AdapterShardingStrategy)"
+    if name.startswith("fsdp") or isinstance(strategy, FSDPStrategy):
+        return [
+            f"trainer.strategy: {name!r} is FSDP1, which cannot clip by norm and reserves gradient memory for frozen "
+            f"weights; {accepted}"
+        ]
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, AdapterShardingStrategy):
+        return [f"trainer.strategy: {name!r} does not know which layers to shard; {accepted}"]
+    return []
+
+
+def sharded_decoding_problems(strategy: Any, decoding: DecodingConfig) -> list[str]:
+    """Reject gate thresholds in decoding with sharded weights, which cannot be merged."""
+    if not (isinstance(strategy, AdapterShardingStrategy) and decoding.tells_tokens_apart):
+        return []
+    return [
+        f"model.decoding.skip_below: {decoding.skip_below}, merge_above: {decoding.merge_above}, with sharded weights, "
+        "which cannot be merged; accepted: 0 and 1, or trainer.strategy auto or ddp"
+    ]
