@@ -28,7 +28,7 @@ from gatera_lightning import GateRAModule
 from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batch import Batch
-from gatera_lightning.datamodules.tokenization.tokenize import collate_prompts
+from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)

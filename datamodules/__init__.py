@@ -2,11 +2,11 @@
 
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batch import Batch
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.tasks.commonsense import CommonsenseDataModule
 from gatera_lightning.datamodules.tasks.dialogue import DialogueDataModule
 from gatera_lightning.datamodules.tasks.instruction import OwnDataModule
 from gatera_lightning.datamodules.tasks.math import MathDataModule
-from gatera_lightning.datamodules.tokenization.tokenize import Example
 
 __all__ = [
     "Batch",

@@ -28,9 +28,10 @@ from gatera_lightning.datamodules.batching.loader import PlannedLoader, ignore_s
 from gatera_lightning.datamodules.batching.mixture import mixed_rows
 from gatera_lightning.datamodules.batching.statistics import right_lengths, target_counts
 from gatera_lightning.datamodules.batching.step_plan import plan_steps, share_batches
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.leakage import Leakage, find_leakage
-from gatera_lightning.datamodules.tokenization.cache import token_table
-from gatera_lightning.datamodules.tokenization.tokenize import Example, TrainOn
+from gatera_lightning.datamodules.tokenization.cache import tokenize_split
+from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
     def _tokenised(self, split: str) -> Dataset:
         if self.tokenizer is None:
             raise RuntimeError("the data module has no tokenizer yet: call connect(tokenizer) first")
-        return token_table(self.examples(split), self.tokenizer, self.max_length, split)
+        return tokenize_split(self.examples(split), self.tokenizer, self.max_length, split)
 
     def _held_out(self, rows: int) -> int:
         """How many of ``rows`` training rows are held out for validation. Raises ConfigError when none would be left."""

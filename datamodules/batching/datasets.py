@@ -10,14 +10,10 @@ import datasets
 from torch.utils.data import Dataset
 
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
+from gatera_lightning.datamodules.batching.collate import TokenSequence, collate, collate_prompts
 from gatera_lightning.datamodules.batching.packing import packed_lines
 from gatera_lightning.datamodules.batching.step_plan import Step
-from gatera_lightning.datamodules.tokenization.tokenize import (
-    AnsweredPrompt,
-    TrainOn,
-    collate,
-    collate_prompts,
-)
+from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 
 
 @dataclass(frozen=True)
@@ -40,19 +36,19 @@ class TokenTable:
             entry = self.rows[row]
             for answer in range(len(entry["answers"])) if every_answer and rows else [entry["gold"]]:
                 answered.append(
-                    AnsweredPrompt(
+                    TokenSequence(
                         entry["prompt"],
                         entry["answers"][answer],
                         example_id=entry["example"] if rows else -1,
                         answer=answer,
                         gold=entry["gold"],
                         characters=entry["characters"][answer],
-                        earlier=entry["earlier"],
+                        earlier_responses=entry["earlier_responses"],
                     )
                 )
         lines = None if line is None else packed_lines([row.length for row in answered], line)
         return collate(
-            answered, pad_id=self.pad_id, train_on=train_on, all_candidates_present=every_answer, lines=lines
+            answered, pad_id=self.pad_id, train_on=train_on, all_candidates_present=every_answer, packs=lines
         )
 
     def prompts(self, rows: Sequence[int]) -> PromptBatch:

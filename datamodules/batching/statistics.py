@@ -11,7 +11,7 @@ from datasets import Dataset
 from gatera_lightning.datamodules.batching.datasets import LikelihoodBatches, PromptBatches
 from gatera_lightning.datamodules.batching.packing import packed_lines
 from gatera_lightning.datamodules.batching.step_plan import Step
-from gatera_lightning.datamodules.tokenization.tokenize import TrainOn, target_ranges
+from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn, supervised_ranges
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SplitStatistics:
             tasks=dict(Counter(table["task"])),
             lengths=lengths,
             targets=sum(targets),
-            shortened=sum(table["shortened"]),
+            shortened=sum(table["truncated"]),
         )
 
     @property
@@ -88,6 +88,6 @@ def right_lengths(table: Dataset) -> list[int]:
 
 def target_counts(table: Dataset, train_on: TrainOn) -> list[int]:
     """Tokens that carry loss in each row, as :func:`collate` will label them."""
-    rows = zip(table["prompt"], right_lengths(table), table["earlier"], strict=True)
-    ranges = (target_ranges(len(prompt), length, earlier, train_on) for prompt, length, earlier in rows)
+    rows = zip(table["prompt"], right_lengths(table), table["earlier_responses"], strict=True)
+    ranges = (supervised_ranges(len(prompt), length, earlier, train_on) for prompt, length, earlier in rows)
     return [sum(end - start for start, end in found) for found in ranges]

@@ -16,7 +16,7 @@ from gatera_lightning.datamodules.prompts.templates import (
     turn_close,
     turn_end,
 )
-from gatera_lightning.datamodules.tokenization.tokenize import tokenise
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example
 
 COLUMNS = ("instruction", "input", "output", "messages")
 """What a row may hold: the first three, of which ``input`` may be absent or empty, or the last."""
@@ -134,7 +134,7 @@ class ConversationPrompts:
     def fitting(self, conversation: Instruction | Chat, max_length: int) -> Prompt:
         """The prompt of a conversation, a chat's oldest turns left out until prompt and response have ``max_length`` tokens.
 
-        A system message stays. What is too long even so is for :func:`tokenise` to cut. Raises ValueError for an unknown
+        A system message stays. What is too long even so is for :func:`tokenize_example` to cut. Raises ValueError for an unknown
         template, and for a chat that the template cannot write.
         """
         if isinstance(conversation, Instruction):
@@ -159,7 +159,7 @@ class ConversationPrompts:
         special: dict[str, Any] = (
             {"special_tokens": False, "turn_end": self._end} if self.template == "chat" else {}
         )
-        return not tokenise(self.tokenizer, prompt.text, [prompt.answer], max_length, **special)[2]
+        return not tokenize_example(self.tokenizer, prompt.text, [prompt.answer], max_length, **special)[2]
 
     def _chat(self, messages: Sequence[Message], *, shortened: bool) -> Prompt:
         *before, last = messages

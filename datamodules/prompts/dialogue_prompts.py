@@ -15,7 +15,7 @@ from gatera_lightning.datamodules.prompts.templates import (
     shows_system,
     turn_end,
 )
-from gatera_lightning.datamodules.tokenization.tokenize import tokenise
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example
 
 _REQUEST = "Give the next reply of the person called You in this conversation, true to the persona.\n\n"
 _CHAT_PERSONA = "Reply as the person of whom this is true: "
@@ -40,7 +40,7 @@ class DialoguePrompts:
         """
         for start in range(0, len(history), 2):
             prompt, answers = self.render(persona, history[start:], replies)
-            if not tokenise(self.tokenizer, prompt, self._longest(answers), max_length, **self._special)[2]:
+            if not tokenize_example(self.tokenizer, prompt, self._longest(answers), max_length, **self._special)[2]:
                 return prompt, answers
         raise ValueError(
             f"persona, the partner's last text and a reply have more than max_length {max_length} tokens"
@@ -90,7 +90,7 @@ class DialoguePrompts:
 
     @cached_property
     def _special(self) -> dict[str, Any]:
-        """How a token table will tokenise the prompt."""
+        """How a token table will tokenize_example the prompt."""
         return (
             {"special_tokens": False, "turn_end": turn_end(self.tokenizer)} if self.template == "chat" else {}
         )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.base import SupervisedDataModule, unknown
 from gatera_lightning.datamodules.batching.mixture import weight_problems
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.sources.files import (
     ROW_SUFFIXES,
@@ -24,7 +25,6 @@ from gatera_lightning.datamodules.sources.files import (
     source_name,
     split_slice,
 )
-from gatera_lightning.datamodules.tokenization.tokenize import Example
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 from gatera_lightning.datamodules.answers.options import Reading, first_keyword
 from gatera_lightning.datamodules.base import unknown
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
 from gatera_lightning.datamodules.tasks.base import TaskFamily
-from gatera_lightning.datamodules.tokenization.tokenize import Example
 
 AnswerFormat = Literal["label", "content"]
 

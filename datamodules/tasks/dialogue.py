@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.base import unknown
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.leakage import Leakage
 from gatera_lightning.datamodules.prompts.dialogue_prompts import DialoguePrompts
 from gatera_lightning.datamodules.sources.files import hub_rows, source_name, split_slice
@@ -18,7 +19,6 @@ from gatera_lightning.datamodules.tasks.convai2_files import (
     persona_chat_file,
 )
 from gatera_lightning.datamodules.tasks.personas import persona_numbers, shared_personas
-from gatera_lightning.datamodules.tokenization.tokenize import Example
 from gatera_lightning.errors import ConfigError
 
 SplitBy = Literal["dialogue", "persona"]

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.conversations import (
     COLUMNS,
     Chat,
@@ -12,7 +13,6 @@ from gatera_lightning.datamodules.prompts.conversations import (
     parse_conversation,
 )
 from gatera_lightning.datamodules.tasks.base import TaskFamily
-from gatera_lightning.datamodules.tokenization.tokenize import Example
 from gatera_lightning.errors import ConfigError
 
 
@@ -87,6 +87,6 @@ class OwnDataModule(TaskFamily):
             labels=[conversation.response],
             identity="\n".join(said),
             chat=self.template == "chat",
-            earlier=prompt.earlier,
-            shortened=prompt.shortened,
+            earlier_responses=prompt.earlier,
+            truncated=prompt.shortened,
         )

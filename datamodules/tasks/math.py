@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 from gatera_lightning.datamodules.answers.numbers import final_answer, number, option_letter, same_number
 from gatera_lightning.datamodules.answers.options import Reading
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
 from gatera_lightning.datamodules.tasks.base import TaskFamily, UnusableRow
-from gatera_lightning.datamodules.tokenization.tokenize import Example
 
 AnswerStyle = Literal["gsm8k", "metamath"]
 

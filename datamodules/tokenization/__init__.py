@@ -1,1 +1,1 @@
-"""Examples as token ids, cached."""
+"""Examples as token ids and loss masks, cached on disk."""

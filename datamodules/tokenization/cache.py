@@ -1,4 +1,4 @@
-"""Token tables: the examples of a split, tokenised once and cached on disk."""
+"""Token tables: the examples of a split, tokenized once and cached on disk."""
 
 import hashlib
 import json
@@ -12,77 +12,81 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import turn_end
-from gatera_lightning.datamodules.tokenization.tokenize import Example, token_ranges, tokenise
+from gatera_lightning.datamodules.tokenization.tokenize import token_ranges, tokenize_example
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_CACHE_VERSION = 4
-"""Raise it when tokenisation changes, so that no table of an older version is read."""
+_CACHE_VERSION = 5
+"""Increase it when tokenization or the columns change, so that tables of earlier versions are not read."""
+
+_INTEGERS = datasets.List(datasets.Value("int32"))
 
 _COLUMNS = datasets.Features(
     {
-        "prompt": datasets.List(datasets.Value("int32")),  # token ids
-        "earlier": datasets.List(
-            datasets.List(datasets.Value("int32"))
-        ),  # token ranges of earlier responses in the prompt
-        "answers": datasets.List(
-            datasets.List(datasets.Value("int32"))
-        ),  # token ids of each candidate, EOS included
-        "lengths": datasets.List(datasets.Value("int32")),  # tokens of the prompt with each candidate
-        "characters": datasets.List(datasets.Value("int32")),  # of each candidate's text
-        "labels": datasets.List(
-            datasets.Value("string")
-        ),  # what each candidate is recognised by in generated text
+        "prompt": _INTEGERS,  # token ids
+        "earlier_responses": datasets.List(_INTEGERS),  # token ranges (start, end) in the prompt
+        "answers": datasets.List(_INTEGERS),  # token ids of each candidate, EOS included
+        "lengths": _INTEGERS,  # tokens of the prompt with each candidate
+        "characters": _INTEGERS,  # characters of each candidate's text
+        "labels": datasets.List(datasets.Value("string")),  # Example.labels, filled in
         "gold": datasets.Value("int32"),
         "task": datasets.Value("string"),
-        "example": datasets.Value("int32"),  # row number within the split
+        "example": datasets.Value("int32"),  # index within the split
         "key": datasets.Value("string"),  # Example.key
         "group": datasets.Value("string"),  # Example.group
-        "shortened": datasets.Value("bool"),
+        "truncated": datasets.Value("bool"),
     }
 )
 
 
-def token_table(
+def tokenize_split(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
 ) -> Dataset:
-    """One row per example with the columns above, read from the cache where the same rows were tokenised before.
+    """Return the token table of a split: tokenized now, or read from the cache if nothing has changed.
 
-    Raises ConfigError when there is no example, or when an answer leaves no room for its prompt.
+    The cache is in ``$HF_DATASETS_CACHE/gatera_lightning``. Its key covers the examples, the tokenizer and ``max_length``.
+
+    Args:
+        examples: The examples of the split, in order.
+        tokenizer: The backbone's tokenizer.
+        max_length: Maximum number of tokens of prompt and answer together.
+        split: Name of the split in messages.
+
+    Raises:
+        ConfigError: The split is empty, or an answer leaves no room for its prompt.
     """
-    rows = [
-        {**asdict(example), "key": example.key, "example": number} for number, example in enumerate(examples)
-    ]
+    rows = [{**asdict(example), "key": example.key, "example": i} for i, example in enumerate(examples)]
     if not rows:
-        raise ConfigError(f"data.{split}: the split is empty; give at least one row")
+        raise ConfigError(f"data.{split}: the split is empty; give at least one example")
     closing = turn_end(tokenizer) if any(row["chat"] for row in rows) else ""
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        special, ends = not row["chat"], closing if row["chat"] else ""
+        special, end = not row["chat"], closing if row["chat"] else ""
         try:
-            prompt, answers, shortened = tokenise(
-                tokenizer, row["prompt"], row["answers"], max_length, special_tokens=special, turn_end=ends
+            prompt_ids, answer_ids, truncated = tokenize_example(
+                tokenizer, row["prompt"], row["answers"], max_length, special_tokens=special, turn_end=end
             )
-            earlier = row["earlier"] and token_ranges(
-                tokenizer, row["prompt"], row["earlier"], prompt, special_tokens=special
+            earlier_responses = row["earlier_responses"] and token_ranges(
+                tokenizer, row["prompt"], row["earlier_responses"], prompt_ids, special_tokens=special
             )
         except ValueError as error:
             raise ConfigError(
                 f"data.{split}, example {row['example']} ({row['prompt'][:60]!r}…): {error}"
             ) from error
         return {
-            "prompt": prompt,
-            "earlier": earlier,
-            "answers": answers,
-            "lengths": [len(prompt) + len(answer) for answer in answers],
+            "prompt": prompt_ids,
+            "earlier_responses": earlier_responses,
+            "answers": answer_ids,
+            "lengths": [len(prompt_ids) + len(ids) for ids in answer_ids],
             "characters": [len(answer.strip()) for answer in row["answers"]],
             "labels": list(row["labels"] or row["answers"]),
-            "shortened": shortened or row["shortened"],
+            "truncated": truncated or row["truncated"],
         }
 
-    inputs = [_CACHE_VERSION, rows, max_length, closing, _identity(tokenizer)]
+    inputs = [_CACHE_VERSION, rows, max_length, closing, _tokenizer_digest(tokenizer)]
     cache_key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "gatera_lightning"
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,30 +97,25 @@ def token_table(
         remove_columns=[name for name in source.column_names if name not in _COLUMNS],
         new_fingerprint=cache_key,
         cache_file_name=str(folder / f"{cache_key}.arrow"),
-        desc=f"tokenising {split}",
+        desc=f"Tokenizing {split}",
     )
-    shortened = sum(table["shortened"])
-    if shortened:
+    if truncated := sum(table["truncated"]):
         log.warning(
-            "%s: %d of %d prompts lost their beginning to max_length %d",
-            split,
-            shortened,
-            len(table),
-            max_length,
+            "%s: %d of %d prompts were truncated to fit max_length %d", split, truncated, len(table), max_length
         )
     return table
 
 
 def data_hash(table: Dataset) -> str:
-    """16 hex digits of what a model sees of a table: token ids, right answers, tasks, in order."""
+    """Return 16 hex digits of what a model is evaluated on: token ids, correct answers and tasks, in order."""
     digest = hashlib.sha256()
     for row in table.select_columns(["prompt", "answers", "gold", "task", "key"]):
         digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a tokenizer does, as text: vocabulary, merges, pre-tokenizer and special tokens."""
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash vocabulary, merges, pre-tokenizer and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((whole + repr(tokenizer.special_tokens_map)).encode()).hexdigest()
+    state = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256((state + repr(tokenizer.special_tokens_map)).encode()).hexdigest()

@@ -9,10 +9,11 @@ from typing_extensions import override
 from gatera_lightning.adapters.injection import has_token_gates
 from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.datamodules.tokenization.tokenize import tokenise_prompt
-from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap, pixels
-from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, read_gates
-from gatera_lightning.gate_analysis.token_labels import token_texts
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
+from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
+from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap
+from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, profile_gates
+from gatera_lightning.gate_analysis.token_labels import token_labels
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class GateHeatmap(L.Callback):
             return
         limit = context_length(module.model.config)
         for text in self.texts:
-            ids = tokenise_prompt(tokenizer, text)
+            ids = tokenize_prompt(tokenizer, text)
             if limit is not None and len(ids) > limit:
                 if trainer.is_global_zero:
                     log.warning(
@@ -67,7 +68,7 @@ class GateHeatmap(L.Callback):
                     )
                 continue
             self._probes.append(ProbeText(text, ids, len(ids)))
-            self._labels.append(token_texts(tokenizer, ids))
+            self._labels.append(token_labels(tokenizer, ids))
 
     @override
     def on_train_batch_end(
@@ -86,12 +87,16 @@ class GateHeatmap(L.Callback):
         if not self._probes or step == self._drawn:
             return
         self._drawn = step
-        reading = read_gates(module.model, self._probes)  # every process of a sharded model has to take part
+        reading = profile_gates(
+            module.model, self._probes
+        )  # every process of a sharded model has to take part
         if not trainer.is_global_zero:
             return
         for number, (probe, gates, labels) in enumerate(
             zip(self._probes, reading.gates, self._labels, strict=True), 1
         ):
-            picture = pixels(draw_heatmap(reading.modules, gates, labels, probe.prompt, f"step {step}"))
+            picture = draw_pixels(
+                draw_heatmap(reading.modules, gates, labels, probe.prompt_length, f"step {step}")
+            )
             for logger in tensorboard_loggers(trainer):
                 logger.experiment.add_image(f"gate_heatmap/{number}", picture, step, dataformats="HWC")

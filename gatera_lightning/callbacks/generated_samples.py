@@ -16,11 +16,12 @@ from gatera_lightning.adapters.injection import has_token_gates
 from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
 from gatera_lightning.datamodules.batch import PromptBatch
-from gatera_lightning.datamodules.tokenization.tokenize import collate_prompts, tokenise_prompt
+from gatera_lightning.datamodules.batching.collate import collate_prompts
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.gate_analysis.capture import capture_gates
-from gatera_lightning.gate_analysis.plots.colored_text import draw_text
-from gatera_lightning.gate_analysis.plots.heatmap import pixels
-from gatera_lightning.gate_analysis.token_labels import token_texts
+from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
+from gatera_lightning.gate_analysis.plots.colored_text import draw_colored_text
+from gatera_lightning.gate_analysis.token_labels import token_labels
 from gatera_lightning.generation.decoding import DecodingConfig, end_tokens, generate
 from gatera_lightning.generation.streaming import TextStream
 
@@ -87,7 +88,7 @@ class GeneratedSamples(L.Callback):
                 else []
             )
         else:
-            found = [tokenise_prompt(tokenizer, text) for text in self.prompts]
+            found = [tokenize_prompt(tokenizer, text) for text in self.prompts]
         limit = context_length(module.model.config)
         room = None if limit is None else limit - self.max_new_tokens
         self._prompts = [ids for ids in found if room is None or len(ids) <= room]
@@ -179,9 +180,9 @@ def markup(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _picture(sample: Sample, tokenizer: PreTrainedTokenizerBase, title: str) -> np.ndarray:
     assert sample.gates is not None
-    figure = draw_text(token_texts(tokenizer, sample.ids), sample.gates, sample.prompt, title)
+    figure = draw_colored_text(token_labels(tokenizer, sample.ids), sample.gates, sample.prompt, title)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing"
         )  # a box in its place; the text has the character
-        return pixels(figure)
+        return draw_pixels(figure)

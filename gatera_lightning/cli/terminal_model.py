@@ -35,12 +35,13 @@ from gatera_lightning.backbone.loading import (
     load_config,
     load_tokenizer,
 )
+from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.prompts.conversations import Chat, ConversationPrompts, Instruction
 from gatera_lightning.datamodules.prompts.templates import Template
-from gatera_lightning.datamodules.tokenization.tokenize import collate_prompts, tokenise_prompt
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.gate_analysis.capture import capture_gates
-from gatera_lightning.gate_analysis.plots.colored_text import coloured, legend
+from gatera_lightning.gate_analysis.plots.colored_text import color_by_gate, color_scale
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
 from gatera_lightning.generation.streaming import TextStream
 
@@ -156,7 +157,7 @@ class Speaker:
                 raise ConfigError(
                     f"--template: {self.template}: {error}; accepted: plain, or turns that it takes"
                 ) from error
-        return tokenise_prompt(self.tokenizer, text, special_tokens=self.template != "chat")
+        return tokenize_prompt(self.tokenizer, text, special_tokens=self.template != "chat")
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -188,7 +189,7 @@ class Speaker:
             )
         gates = [layer.gate for layer in adapted_linears(model).values()]
         if self._watched and self._colours:
-            self.remarks.print(Text.assemble((f"mean gate of {len(gates)} modules  ", "dim"), legend()))
+            self.remarks.print(Text.assemble((f"mean gate of {len(gates)} modules  ", "dim"), color_scale()))
         elif self._watched:
             self.remark(f"a line a token: its text as JSON, a tab, its mean gate of {len(gates)} modules")
         elif own.gates:
@@ -239,7 +240,7 @@ class Speaker:
         if gate is None:
             print(printable(piece), end="", flush=True)
         elif self._colours:
-            self.out.print(coloured(printable(piece), gate), end="")
+            self.out.print(color_by_gate(printable(piece), gate), end="")
         else:
             print(printable(json.dumps(piece, ensure_ascii=False)), f"{gate:.6f}", sep="\t", flush=True)
 

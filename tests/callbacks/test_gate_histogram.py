@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.adapters.injection import adapted_linears
-from gatera_lightning.callbacks.gate_histogram import GateHistogram, counted_tokens
-from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
-from gatera_lightning.gate_analysis.statistics import BINS, PHASES, GateStatistics
+from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
+from gatera_lightning.gate_analysis.statistics import BINS, PHASES, GateStatistics, counted_tokens
 
 EDGES = np.linspace(0, 1, BINS + 1)
 FAMILIES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -107,12 +107,12 @@ def test_packed_rows_count_as_padded_ones():
     generator = torch.Generator().manual_seed(1)
     sizes = ((4, 2), (1, 1), (7, 3), (2, 5), (3, 1))
     rows = [
-        AnsweredPrompt([5] * prompt, [6] * answer, number) for number, (prompt, answer) in enumerate(sizes)
+        TokenSequence([5] * prompt, [6] * answer, number) for number, (prompt, answer) in enumerate(sizes)
     ]
     values = [4 * torch.randn(3, row.length, generator=generator) for row in rows]
     counts = {}
     for lines in (None, [[2, 1], [3, 0, 4]]):
-        batch = collate(rows, pad_id=0, train_on="response", lines=lines)
+        batch = collate(rows, pad_id=0, train_on="response", packs=lines)
         z = torch.full((3, *batch["input_ids"].shape), 9.0)
         for i, line in enumerate(lines or [[row] for row in range(5)]):
             laid = torch.cat([values[row] for row in line], 1)

@@ -5,8 +5,8 @@ import pytest
 from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.run_summary import RunSummary
+from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.datamodules.loss_mask_view import masked_text
-from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def tokenizer(tiny_backbone):
 
 def batch_of(tokenizer, *texts, train_on="response"):
     rows = [
-        AnsweredPrompt(
+        TokenSequence(
             tokenizer(prompt).input_ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id], example_id=i
         )
         for i, (prompt, answer) in enumerate(texts)
@@ -55,7 +55,7 @@ def test_several_stretches(tokenizer):
     """A dialogue in which two turns carry loss: the labels decide, not the answer's place."""
     pieces = [("user: hi", False), (" bot: hello", True), (" user: bye", False), (" bot: see you", True)]
     ids = [(token, loss) for text, loss in pieces for token in tokenizer(text).input_ids]
-    batch = collate([AnsweredPrompt([t for t, _ in ids], [], example_id=0)], pad_id=0, train_on="all")
+    batch = collate([TokenSequence([t for t, _ in ids], [], example_id=0)], pad_id=0, train_on="all")
     for i, (_, loss) in enumerate(ids):
         if not loss:
             batch["labels"][0, i] = -100

@@ -259,6 +259,6 @@ def tokenised(monkeypatch):
         seen.append(prompt)
         return original(tokenizer, prompt, *arguments, **options)
 
-    original = tables.tokenise
-    monkeypatch.setattr(tables, "tokenise", spy)
+    original = tables.tokenize_example
+    monkeypatch.setattr(tables, "tokenize_example", spy)
     return seen

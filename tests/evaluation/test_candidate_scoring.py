@@ -6,7 +6,7 @@ from tiny_backbone import tiny_module
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters
-from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
+from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.evaluation.candidate_scoring import candidate_log_likelihoods
 
 PAD = 17  # a token that prompts and answers hold too
@@ -20,7 +20,7 @@ def question(example, prompt, *answers):
     """The rows of a question: ``prompt`` tokens, and a candidate of each length in ``answers``."""
     candidates = [ids(length, 100 * example + number + 1) for number, length in enumerate(answers)]
     return [
-        AnsweredPrompt(ids(prompt, 9_000 + example), tokens, example, i)
+        TokenSequence(ids(prompt, 9_000 + example), tokens, example, i)
         for i, tokens in enumerate(candidates)
     ]
 
@@ -30,7 +30,7 @@ ONE = question(0, 7, 2)
 SHORT = question(8, 1, 3, 12)
 ONE_TOKEN = question(5, 23, 1, 1, 1)
 NO_PROMPT = question(6, 0, 4, 1, 2)
-FILLER = [AnsweredPrompt(ids(11, 1), ids(3, 2), -1)]
+FILLER = [TokenSequence(ids(11, 1), ids(3, 2), -1)]
 ROWS = MANY + ONE + SHORT + ONE_TOKEN
 
 
@@ -153,7 +153,7 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch(model):
 
 
 def test_equal_prompts_of_two_questions_are_two(model):
-    again = [AnsweredPrompt(row.prompt_ids, row.answer_ids[::-1], 77, row.answer) for row in MANY]
+    again = [TokenSequence(row.prompt_ids, row.answer_ids[::-1], 77, row.answer) for row in MANY]
     assert_same(together(model, MANY + again), row_by_row(model, MANY + again))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatera_lightning import BackboneConfig, adapter_parameters, load_adapter, save_adapter
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
+from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.evaluation.likelihood_ranking import (
     RankedQuestion,
     answer_log_likelihoods,
@@ -177,7 +177,7 @@ def test_log_likelihoods_go_to_their_rows():
     kept = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
     logits = torch.randn(1, 5, 11, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([3, 1, 4, 1, 5])
-    total, tokens = answer_log_likelihoods(logits, targets, kept, counted=kept)
+    total, tokens = answer_log_likelihoods(logits, targets, kept, answer_mask=kept)
     log_p = logits[0].float().log_softmax(-1)
     expected = [float(log_p[0, 3] + log_p[1, 1]), 0.0, float(log_p[2, 4] + log_p[3, 1] + log_p[4, 5])]
     assert total.tolist() == pytest.approx(expected, rel=1e-6)
@@ -213,7 +213,7 @@ def test_questions_of_a_batch():
     """Candidates stay with their question, in order; a row that stands for no example is none."""
     rows = [(7, 0, 4), (7, 1, 9), (-1, 0, 1), (2, 0, 3), (2, 1, 5), (2, 2, 6)]
     answered = [
-        AnsweredPrompt(
+        TokenSequence(
             [5], [6] * characters, example, answer, gold={7: 1, 2: 2, -1: 0}[example], characters=characters
         )
         for example, answer, characters in rows

@@ -14,8 +14,8 @@ from gatera_lightning.adapters.injection import adapted_linears
 from gatera_lightning.backbone.loading import BackboneConfig, load_tokenizer
 from gatera_lightning.cli.commands import gates as gates_command
 from gatera_lightning.gate_analysis.capture import GatedModule
-from gatera_lightning.gate_analysis.probing import GateReading, ProbeText
-from gatera_lightning.gate_analysis.report import ReadAdapter, report
+from gatera_lightning.gate_analysis.probing import GateProfile, ProbeText
+from gatera_lightning.gate_analysis.report import AdapterProfile, build_report
 
 
 @pytest.fixture
@@ -116,10 +116,10 @@ def test_what_is_generated_is_a_decoded_response(tuned, tmp_path):
 
 def test_responses_are_apart_by_whether_they_were_read_or_generated(tiny_backbone):
     tokenizer = load_tokenizer(BackboneConfig(id=str(tiny_backbone)))
-    texts = [ProbeText("read", [5, 6, 7], 2), ProbeText("generated", [5, 6, 7, 8], 1, decoded=True)]
+    texts = [ProbeText("read", [5, 6, 7], 2), ProbeText("generated", [5, 6, 7, 8], 1, generated=True)]
     values = [np.float32([[0.1, 0.2, 0.3]]), np.float32([[0.5, 0.6, 0.7, 0.95]])]
-    reading = GateReading([GatedModule("model.layers.0.q_proj")], texts, values)
-    (one,) = report([ReadAdapter({}, reading)], tokenizer, {})["adapters"]
+    reading = GateProfile([GatedModule("model.layers.0.q_proj")], texts, values)
+    (one,) = build_report([AdapterProfile({}, reading)], tokenizer, {})["adapters"]
     found = one["statistics"]
     assert one["phases"] == ["prompt", "response_read", "response_generated"]
     assert {phase: found[phase]["tokens"] for phase in (*one["phases"], "response")} == {
@@ -199,7 +199,7 @@ def test_what_cannot_work_is_said_before_weights_are_loaded(tuned, tmp_path, cap
 
 def test_a_text_without_tokens_is_refused(tuned, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        gates_command, "tokenise_prompt", lambda tokenizer, text: [5] if text == TEXTS[0] else []
+        gates_command, "tokenize_prompt", lambda tokenizer, text: [5] if text == TEXTS[0] else []
     )
     assert asked(tmp_path) == 2
     assert "--text: 'We ride $5 bikes.' has no tokens; accepted: a text in which" in capsys.readouterr().err

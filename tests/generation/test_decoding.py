@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters, load_adapter, save_adapter
 from gatera_lightning.adapters.merging import merge_adapter
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.datamodules.tokenization.tokenize import collate_prompts
+from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 
 PAD, EOS, OTHER_END = 2, 1, 9

@@ -25,12 +25,13 @@ from gatera_lightning.backbone.loading import (
 )
 from gatera_lightning.cli.commands.preview import PreviewedSplit
 from gatera_lightning.cli.lightning_cli import PROG, with_found_configs
-from gatera_lightning.datamodules.tokenization.tokenize import collate_prompts, tokenise_prompt
+from gatera_lightning.datamodules.batching.collate import collate_prompts
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap
-from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, read_gates
-from gatera_lightning.gate_analysis.report import ReadAdapter, page, report
-from gatera_lightning.gate_analysis.token_labels import token_texts
+from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, profile_gates
+from gatera_lightning.gate_analysis.report import AdapterProfile, build_report, render_page
+from gatera_lightning.gate_analysis.token_labels import token_labels
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 
 FORMATS = ("html", "png", "json")
@@ -51,14 +52,14 @@ def gates(argv: Sequence[str]) -> None:
     _refuse_long(texts, own.generate, context_length(load_config(backbone)))
     with device_here() as device:  # weights go there as they are read
         model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
-    adapters: list[ReadAdapter] = []
+    adapters: list[AdapterProfile] = []
     for folder, (config, origin) in zip(own.adapter, configs, strict=True):
         for name, layer in adapted_linears(model).items():  # of the adapter before
             replace_module(model, name, layer.base)
         load_adapter(model, folder)
         if own.generate and not adapters:
             texts = [_continued(model, tokenizer, text, own.generate) for text in texts]
-        adapters.append(ReadAdapter(_source(folder, config, origin), read_gates(model, texts)))
+        adapters.append(AdapterProfile(_source(folder, config, origin), profile_gates(model, texts)))
     computed_from = {
         "texts": chosen
         + (
@@ -75,27 +76,28 @@ def gates(argv: Sequence[str]) -> None:
 def _write(
     out: Path,
     kind: str,
-    adapters: list[ReadAdapter],
+    adapters: list[AdapterProfile],
     tokenizer: PreTrainedTokenizerBase,
     computed_from: dict[str, str],
 ) -> None:
     if kind == "png":
         several = len(adapters) > 1
         for (number, adapter), text in itertools.product(
-            enumerate(adapters, 1), range(len(adapters[0].reading.texts))
+            enumerate(adapters, 1), range(len(adapters[0].profile.texts))
         ):
-            probe = adapter.reading.texts[text]
+            probe = adapter.profile.texts[text]
             name = out.stem + (f"-{number}" if several else "") + f"-{text + 1}" + out.suffix
-            labels = token_texts(tokenizer, probe.ids)
+            labels = token_labels(tokenizer, probe.token_ids)
             title = f"{adapter.source['adapter']}: {probe.title}"
             draw_heatmap(
-                adapter.reading.modules, adapter.reading.gates[text], labels, probe.prompt, title
+                adapter.profile.modules, adapter.profile.gates[text], labels, probe.prompt_length, title
             ).savefig(out.with_name(name))
             print(out.with_name(name))
         return
-    found = report(adapters, tokenizer, computed_from)
+    found = build_report(adapters, tokenizer, computed_from)
     out.write_text(
-        page(found) if kind == "html" else json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8"
+        render_page(found) if kind == "html" else json.dumps(found, ensure_ascii=False) + "\n",
+        encoding="utf-8",
     )
     print(out)
 
@@ -194,7 +196,7 @@ def _texts(
     given = own.text or EXAMPLE_TEXTS
     texts = []
     for text in given:
-        ids = tokenise_prompt(tokenizer, text)
+        ids = tokenize_prompt(tokenizer, text)
         if not ids:
             raise ConfigError(
                 f"--text: {text!r:.60} has no tokens; accepted: a text in which this tokenizer sees some"
@@ -211,9 +213,9 @@ def _refuse_long(texts: list[ProbeText], generated: int, limit: int | None) -> N
         raise ConfigError(f"--generate: {generated:,}; accepted by this model: less than {limit:,}")
     accepted = "accepted by this model" + (f" with --generate {generated:,}" if generated else "")
     if long := [
-        f"--text: {text.title!r} has {len(text.ids):,} tokens; {accepted}: at most {limit - generated:,}"
+        f"--text: {text.title!r} has {len(text.token_ids):,} tokens; {accepted}: at most {limit - generated:,}"
         for text in texts
-        if len(text.ids) + generated > limit
+        if len(text.token_ids) + generated > limit
     ]:
         raise ConfigError(long)
 
@@ -222,12 +224,14 @@ def _continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: ProbeText, tokens: int
 ) -> ProbeText:
     """The text and what the model writes behind it."""
-    prompt = collate_prompts([text.ids], [0], pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id)
+    prompt = collate_prompts(
+        [text.token_ids], [0], pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
+    )
     prompt["input_ids"] = prompt["input_ids"].to(model.device)
     prompt["attention_mask"] = prompt["attention_mask"].to(model.device)
     model.eval()
     ids = generate(model, prompt, DecodingConfig(max_new_tokens=tokens))[0].tolist()
-    return ProbeText(text.title, text.ids + ids, len(text.ids), decoded=True)
+    return ProbeText(text.title, text.token_ids + ids, len(text.token_ids), generated=True)
 
 
 def _source(folder: str, config: AdapterConfig, origin: dict[str, Any]) -> dict[str, str]:

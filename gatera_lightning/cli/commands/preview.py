@@ -21,7 +21,7 @@ from gatera_lightning.datamodules.batching.statistics import (
 )
 from gatera_lightning.datamodules.batching.step_plan import plan_steps
 from gatera_lightning.datamodules.loss_mask_view import marked_text, masked_text
-from gatera_lightning.datamodules.tokenization.tokenize import TrainOn
+from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError
 
 _SPLITS = ("train", "validation", "test")
@@ -97,7 +97,7 @@ class PreviewedSplit(RecipeCLI):
         entry, batch = self.table.rows[row], self.table.batch([row], self.train_on, every_answer=False)
         targets = int((batch["labels"] != IGNORE_INDEX).sum())
         tokens = int(batch["attention_mask"].sum())
-        shortened = f", prompt shortened to max_length {data.max_length}" if entry["shortened"] else ""
+        shortened = f", prompt shortened to max_length {data.max_length}" if entry["truncated"] else ""
         text = Text(
             f"example {entry['example']}, {entry['task']}: {tokens:,} tokens, {targets:,} targets{shortened}\n"
         )

@@ -15,8 +15,8 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.datasets import TokenTable, TrainingBatches
 from gatera_lightning.datamodules.batching.step_plan import plan_steps
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.tokenization import cache as tables
-from gatera_lightning.datamodules.tokenization.tokenize import Example
 from gatera_lightning.errors import ConfigError
 
 LAYOUTS = {  # (ranks, accumulate): rows of the steps that 27 rows make, 6 a step
@@ -89,7 +89,7 @@ def test_an_epoch_over_all_ranks(ranks, accumulate, train_on, make_all):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_totals_count_shortened_prompts_as_they_are(accumulate, make_all):
     modules = make_all(11, accumulate=accumulate, batch_size=4, max_length=40)
-    assert any(modules[0].tables["train"]["shortened"])
+    assert any(modules[0].tables["train"]["truncated"])
     for step in range(2):
         batches = [batches[0] for batches in _epoch(modules)][step * accumulate : (step + 1) * accumulate]
         assert {batch["step_tokens"] for batch in batches} == {_tokens(batches)}
@@ -505,7 +505,7 @@ def test_candidates_of_one_question_share_the_prompt(make_all):
             strict=True,
         ):
             prompts.setdefault(int(example), set()).add(tuple(ids[real & ~answer].tolist()))
-    assert any(module.tables["test"]["shortened"])
+    assert any(module.tables["test"]["truncated"])
     assert {example: len(found) for example, found in prompts.items()} == {example: 1 for example in range(7)}
 
 
@@ -585,7 +585,7 @@ def test_what_changes_no_token_reads_the_cache(change, tokenised, make_all):
 
 
 def test_an_interrupted_tokenisation_leaves_nothing_behind(make_all, monkeypatch):
-    original, calls = tables.tokenise, []
+    original, calls = tables.tokenize_example, []
 
     def fail_at_the_fourth(*arguments, **options):
         calls.append(1)
@@ -593,7 +593,7 @@ def test_an_interrupted_tokenisation_leaves_nothing_behind(make_all, monkeypatch
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(tables, "tokenise", fail_at_the_fourth)
+    monkeypatch.setattr(tables, "tokenize_example", fail_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         make_all(5, stage="test")
     (module,) = make_all(5, stage="test")
@@ -624,7 +624,7 @@ def test_shortened_prompts_are_counted_in_the_log(make_all, caplog):
         make_all(5, stage="test", max_length=40)
         make_all(5, stage="test", max_length=512)
     assert [record.getMessage() for record in caplog.records] == [
-        "test: 5 of 5 prompts lost their beginning to max_length 40"
+        "test: 5 of 5 prompts were truncated to fit max_length 40"
     ]
 
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
+from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.datamodules.batching.datasets import TokenTable
 from gatera_lightning.datamodules.batching.packing import packed_lines
 from gatera_lightning.datamodules.batching.statistics import padding_share, planned_lengths, right_lengths
-from gatera_lightning.datamodules.tokenization.tokenize import AnsweredPrompt, collate
 
 # --- lines ---
 
@@ -108,11 +108,11 @@ def test_a_line_with_room_for_all_has_no_padding():
 
 def test_a_packed_batch_by_hand():
     rows = [
-        AnsweredPrompt([3, 4, 5], [6, 0], earlier=[(1, 2)], example_id=7, characters=9),
-        AnsweredPrompt([8], [0], example_id=4),
-        AnsweredPrompt([9, 9], [0], example_id=2, answer=1, gold=1),
+        TokenSequence([3, 4, 5], [6, 0], earlier_responses=[(1, 2)], example_id=7, characters=9),
+        TokenSequence([8], [0], example_id=4),
+        TokenSequence([9, 9], [0], example_id=2, answer=1, gold=1),
     ]
-    batch = collate(rows, pad_id=77, train_on="every_response", lines=[[2, 1], [0]])
+    batch = collate(rows, pad_id=77, train_on="every_response", packs=[[2, 1], [0]])
     x = IGNORE_INDEX
     assert batch["input_ids"].tolist() == [[9, 9, 0, 8, 0], [3, 4, 5, 6, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 5] * 2
@@ -124,7 +124,7 @@ def test_a_packed_batch_by_hand():
     assert batch["answer_characters"].tolist() == [9, 1, 1]
     assert (batch["step_supervised_tokens"], batch["step_tokens"]) == (5, 10)
 
-    batch = collate(rows, pad_id=77, train_on="response", lines=[[0, 2], [1]])
+    batch = collate(rows, pad_id=77, train_on="response", packs=[[0, 2], [1]])
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 9, 9, 0], [8, 0, *[77] * 6]]
     assert batch["attention_mask"].tolist() == [[1] * 8, [1, 1, *[0] * 6]]
     assert batch["position_ids"].tolist() == [
@@ -137,14 +137,14 @@ def test_a_packed_batch_by_hand():
 
 def test_no_row_learns_from_the_one_before():
     """Labels are shifted by one when the loss is computed: the first token of a row must have none."""
-    rows = [AnsweredPrompt([], [5, 0], example_id=0), AnsweredPrompt([6], [7, 0], example_id=1)]
+    rows = [TokenSequence([], [5, 0], example_id=0), TokenSequence([6], [7, 0], example_id=1)]
     for train_on in ("response", "all"):
-        batch = collate(rows, pad_id=0, train_on=train_on, lines=[[0, 1]])
+        batch = collate(rows, pad_id=0, train_on=train_on, packs=[[0, 1]])
         assert batch["labels"][0, [0, 2]].tolist() == [IGNORE_INDEX] * 2
 
 
 def test_an_unpacked_batch_has_no_positions():
-    assert "position_ids" not in collate([AnsweredPrompt([5], [6], example_id=0)], pad_id=0, train_on="all")
+    assert "position_ids" not in collate([TokenSequence([5], [6], example_id=0)], pad_id=0, train_on="all")
 
 
 # --- packed and unpacked batches ---

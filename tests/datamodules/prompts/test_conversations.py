@@ -485,7 +485,7 @@ def test_a_chat_without_earlier_turns_needs_no_places(chat_tokenizers, make_own,
     (example,) = make_own(
         train=source, template="chat", tokenizer=tokenizer, train_on="every_response"
     ).examples("train")
-    assert example.earlier == ()
+    assert example.earlier_responses == ()
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
@@ -517,7 +517,7 @@ def test_whole_turns_go_the_oldest_first_and_the_system_message_stays(
     shorter = [{"messages": [LONG[0], *LONG[1 + 2 * gone :]]} for gone in range(5)]
     settings = {"template": template, "tokenizer": tokenizer, "train_on": "every_response", "stage": "test"}
     whole = list(make_own(test=[write("shorter.json", shorter)], max_length=9999, **settings).tables["test"])
-    assert not any(row["shortened"] for row in whole)
+    assert not any(row["truncated"] for row in whole)
     needed = [row["lengths"][0] for row in whole]
     assert needed == sorted(needed, reverse=True)
     for room in {*needed, *(length - 1 for length in needed[:-1]), needed[0] + 1}:
@@ -525,7 +525,7 @@ def test_whole_turns_go_the_oldest_first_and_the_system_message_stays(
         gone = next(gone for gone in range(5) if needed[gone] <= room)
         for column in ("prompt", "earlier", "answers"):
             assert row[column] == whole[gone][column]
-        assert row["shortened"] == (gone > 0)
+        assert row["truncated"] == (gone > 0)
 
 
 @pytest.mark.parametrize(("kind", "template"), TEMPLATES)

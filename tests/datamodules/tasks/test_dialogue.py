@@ -228,7 +228,7 @@ def test_whole_turns_go_until_the_longest_reply_fits(
     longest, shortest = max(needed[8]), max(needed[0])
     for max_length in (longest, longest - 1, (shortest + longest) // 2, shortest):
         table = make_dialogue(**settings, max_length=max_length).tables["test"]
-        assert not any(table["shortened"])
+        assert not any(table["truncated"])
         for number, row in enumerate(table):
             shown = max(n for n in range(number + 1) if needed[n][number] <= max_length)
             assert row["prompt"] == by_turns[shown][number]["prompt"]
@@ -562,7 +562,7 @@ def test_real_rows_fit_with_their_personas(template, real_source, make_dialogue,
     }
     data = make_dialogue(**settings, stage="test")
     table = data.tables["test"]
-    assert not any(table["shortened"])
+    assert not any(table["truncated"])
     assert max(map(max, table["lengths"])) <= 144
     assert {len(labels) for labels in table["labels"]} == {20}
     path = os.path.expandvars(real_source)

@@ -176,7 +176,7 @@ def test_places_of_earlier_responses_are_asked_for_with_every_response_alone(sav
     for train_on, count in (("every_response", 2), ("response", 0), ("all", 0)):
         data = make_own(train=source, template="chat", tokenizer=chat_tokenizers["llama3"], train_on=train_on)
         (example,) = data.examples("train")
-        assert len(example.earlier) == count
+        assert len(example.earlier_responses) == count
 
 
 # --- files under data_dir ---
@@ -362,7 +362,7 @@ def test_the_sample(make_own):
         "test": 36,
     }
     assert [found.rows for found in data.leakage()] == [()] * 2
-    assert not any(any(table["shortened"]) for table in data.tables.values())
+    assert not any(any(table["truncated"]) for table in data.tables.values())
     assert {task for table in data.tables.values() for task in table["task"]} == {"calendar"}
 
 

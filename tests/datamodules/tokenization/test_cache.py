@@ -2,9 +2,9 @@
 
 import pytest
 
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.tokenization import cache as tables
-from gatera_lightning.datamodules.tokenization.cache import data_hash, token_table
-from gatera_lightning.datamodules.tokenization.tokenize import Example
+from gatera_lightning.datamodules.tokenization.cache import data_hash, tokenize_split
 from gatera_lightning.errors import ConfigError
 
 EOS = 0  # words by hand: 3 Question: · 4 cat? · 5 Answer: · 6 yes · 7 no · 8 never
@@ -21,7 +21,7 @@ def words(tokenizers_by_kind):
 
 
 def test_the_columns_by_hand(words):
-    assert list(token_table(EXAMPLES, words, 7, "test")) == [
+    assert list(tokenize_split(EXAMPLES, words, 7, "test")) == [
         {
             "prompt": [3, 4, 5],
             "earlier": [],
@@ -59,10 +59,10 @@ def test_special_tokens_of_a_chat_are_its_text(kind, prompt, tokenizers_by_kind)
     tokenizer = tokenizers_by_kind[kind]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     try:
-        (chat,) = token_table(
+        (chat,) = tokenize_split(
             [Example(f"<bos> {PROMPT}", [" yes"], 0, "t", chat=True)], tokenizer, 99, "test"
         )
-        (plain,) = token_table([Example(PROMPT, [" yes"], 0, "t")], tokenizer, 99, "test")
+        (plain,) = tokenize_split([Example(PROMPT, [" yes"], 0, "t")], tokenizer, 99, "test")
     finally:
         tokenizer.chat_template = None
     assert chat["prompt"] == prompt
@@ -71,15 +71,15 @@ def test_special_tokens_of_a_chat_are_its_text(kind, prompt, tokenizers_by_kind)
 
 def test_no_example():
     with pytest.raises(ConfigError, match=r"data\.train: the split is empty; give at least one row"):
-        token_table([], None, 99, "train")
+        tokenize_split([], None, 99, "train")
 
 
 # --- the cache ---
 
 
 def test_a_cached_table_is_the_one_that_was_written(words, tokenised, token_cache):
-    fresh = token_table(EXAMPLES, words, 7, "test")
-    cached = token_table(EXAMPLES, words, 7, "test")
+    fresh = tokenize_split(EXAMPLES, words, 7, "test")
+    cached = tokenize_split(EXAMPLES, words, 7, "test")
     assert len(tokenised) == 2
     assert len(list(token_cache.glob("*.arrow"))) == 1
     assert cached.features == fresh.features
@@ -90,10 +90,10 @@ def test_a_table_of_an_older_version_is_not_read(words, monkeypatch):
     with monkeypatch.context() as older:
         older.setattr(tables, "_CACHE_VERSION", tables._CACHE_VERSION - 1)
         older.setattr(
-            tables, "tokenise", lambda *_, **__: ([3], [[4], [5]], False)
+            tables, "tokenize_example", lambda *_, **__: ([3], [[4], [5]], False)
         )  # as it might once have been
-        assert token_table(EXAMPLES, words, 99, "test")["prompt"][:] == [[3], [3]]
-    assert token_table(EXAMPLES, words, 99, "test")["prompt"][:] == [[3, 4, 5], [4, 4, 3, 4, 5]]
+        assert tokenize_split(EXAMPLES, words, 99, "test")["prompt"][:] == [[3], [3]]
+    assert tokenize_split(EXAMPLES, words, 99, "test")["prompt"][:] == [[3, 4, 5], [4, 4, 3, 4, 5]]
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_table_of_an_older_version_is_not_read(words, monkeypatch):
     ids=repr,
 )
 def test_whatever_a_row_holds_is_read_anew(other, words):
-    token_table(EXAMPLES[:1], words, 99, "test")
-    (row,) = token_table([other], words, 99, "test")
+    tokenize_split(EXAMPLES[:1], words, 99, "test")
+    (row,) = tokenize_split([other], words, 99, "test")
     assert row["prompt"] == words(other.prompt).input_ids
     assert row["answers"] == [[*words(answer).input_ids, EOS] for answer in other.answers]
     assert (row["gold"], row["task"], row["key"], tuple(row["labels"])) == (
@@ -129,7 +129,7 @@ def test_another_end_of_a_turn_tokenises_again(chat_tokenizers):
     try:
         for end in ("<end_of_turn>", "<start_of_turn>", ""):
             tokenizer.chat_template = template.replace("<end_of_turn>", end)
-            ends.append(tokenizer.decode(token_table([example], tokenizer, 99, "test")[0]["answers"][0]))
+            ends.append(tokenizer.decode(tokenize_split([example], tokenizer, 99, "test")[0]["answers"][0]))
     finally:
         tokenizer.chat_template = template
     assert ends == ["here<end_of_turn><eos>", "here<start_of_turn><eos>", "here<eos>"]
@@ -139,7 +139,7 @@ def test_another_end_of_a_turn_tokenises_again(chat_tokenizers):
 
 
 def _hash(words, examples=EXAMPLES, max_length=99):
-    return data_hash(token_table(examples, words, max_length, "test"))
+    return data_hash(tokenize_split(examples, words, max_length, "test"))
 
 
 def test_a_hash_is_16_hex_digits_and_survives_the_cache(words, token_cache):
@@ -153,7 +153,7 @@ def test_a_hash_is_16_hex_digits_and_survives_the_cache(words, token_cache):
 
 
 def test_a_hash_is_that_of_the_rows_selected(words):
-    table = token_table(EXAMPLES, words, 99, "test")
+    table = tokenize_split(EXAMPLES, words, 99, "test")
     assert data_hash(table.select([0])) == _hash(words, EXAMPLES[:1])
     assert data_hash(table.select([1, 0])) == _hash(words, EXAMPLES[::-1])
 

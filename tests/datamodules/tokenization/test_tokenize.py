@@ -4,17 +4,12 @@ import pytest
 import torch
 
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
+from gatera_lightning.datamodules.batching.collate import TokenSequence, collate, collate_prompts
+from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
 from gatera_lightning.datamodules.tasks.commonsense import TASKS
-from gatera_lightning.datamodules.tokenization.tokenize import (
-    AnsweredPrompt,
-    Example,
-    collate,
-    collate_prompts,
-    target_ranges,
-    token_ranges,
-    tokenise,
-)
+from gatera_lightning.datamodules.tokenization.loss_mask import supervised_ranges
+from gatera_lightning.datamodules.tokenization.tokenize import token_ranges, tokenize_example
 
 EOS, BOS = 0, 1
 ROW = {
@@ -80,13 +75,13 @@ def test_targets_as_text(template, answer_format, train_on, kind, make_data, wri
 
 
 def test_label_ids_of_a_small_case(tokenizers_by_kind):
-    prompt, answers, shortened = tokenise(
+    prompt, answers, shortened = tokenize_example(
         tokenizers_by_kind["words"], "Question: cat?\nAnswer:", [" yes", " no never"], 99
     )
     assert (prompt, answers, shortened) == ([3, 4, 5], [[6, EOS], [7, 8, EOS]], False)
 
     rows = [
-        AnsweredPrompt(prompt, ids, example_id=9 + i, answer=i, gold=1, characters=3 + 5 * i)
+        TokenSequence(prompt, ids, example_id=9 + i, answer=i, gold=1, characters=3 + 5 * i)
         for i, ids in enumerate(answers)
     ]
     batch = collate(rows, pad_id=EOS, train_on="response")
@@ -112,9 +107,9 @@ def test_label_ids_of_a_small_case(tokenizers_by_kind):
 
 
 def test_label_ids_with_bos(tokenizers_by_kind):
-    prompt, answers, _ = tokenise(tokenizers_by_kind["words_bos"], "Question: cat?\nAnswer:", [" yes"], 99)
+    prompt, answers, _ = tokenize_example(tokenizers_by_kind["words_bos"], "Question: cat?\nAnswer:", [" yes"], 99)
     assert (prompt, answers) == ([BOS, 3, 4, 5], [[6, EOS]])
-    rows = [AnsweredPrompt(prompt, answers[0], example_id=0)]
+    rows = [TokenSequence(prompt, answers[0], example_id=0)]
     assert collate(rows, pad_id=EOS, train_on="response")["labels"].tolist() == [[X, X, X, X, 6, 0]]
     assert collate(rows, pad_id=EOS, train_on="all")["labels"].tolist() == [[X, 3, 4, 5, 6, 0]]
 
@@ -122,7 +117,7 @@ def test_label_ids_with_bos(tokenizers_by_kind):
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_the_first_token_of_a_row_is_never_a_target(train_on):
     """It has no predecessor: shifted labels would drop it, and the totals must know."""
-    batch = collate([AnsweredPrompt([], [6, 7, 0], example_id=0)], pad_id=0, train_on=train_on)
+    batch = collate([TokenSequence([], [6, 7, 0], example_id=0)], pad_id=0, train_on=train_on)
     assert batch["labels"].tolist() == [[X, 7, 0]]
     assert batch["response_mask"].tolist() == [[True, True, True]]
     assert batch["step_supervised_tokens"] == 2
@@ -130,7 +125,7 @@ def test_the_first_token_of_a_row_is_never_a_target(train_on):
 
 def test_pad_tokens_inside_a_text_are_targets():
     """The pad id may occur as a real token anywhere; masks go by length."""
-    rows = [AnsweredPrompt([5, 0], [0, 6, 0], example_id=0), AnsweredPrompt([5], [0], example_id=1)]
+    rows = [TokenSequence([5, 0], [0, 6, 0], example_id=0), TokenSequence([5], [0], example_id=1)]
     batch = collate(rows, pad_id=0, train_on="all")
     assert batch["labels"].tolist() == _padded([[X, 0, 0, 6, 0], [X, 0]], 5)
     assert batch["attention_mask"].sum(1).tolist() == [5, 2]
@@ -138,14 +133,14 @@ def test_pad_tokens_inside_a_text_are_targets():
 
 def test_rows_are_padded_on_the_right_with_the_pad_id():
     batch = collate(
-        [AnsweredPrompt([5], [6]), AnsweredPrompt([5, 5], [6, 6])], pad_id=77, train_on="response"
+        [TokenSequence([5], [6]), TokenSequence([5, 5], [6, 6])], pad_id=77, train_on="response"
     )
     assert batch["input_ids"].tolist() == [[5, 6, 77, 77], [5, 5, 6, 6]]
 
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_a_row_that_counts_for_nothing_has_no_targets(train_on):
-    rows = [AnsweredPrompt([3, 4], [6, 0], example_id=5), AnsweredPrompt([3, 4], [6, 0], example_id=-1)]
+    rows = [TokenSequence([3, 4], [6, 0], example_id=5), TokenSequence([3, 4], [6, 0], example_id=-1)]
     batch = collate(rows, pad_id=0, train_on=train_on)
     assert (batch["labels"][1] == X).all()
     assert (batch["labels"][0] != X).any()
@@ -156,7 +151,7 @@ def test_a_row_that_counts_for_nothing_has_no_targets(train_on):
 
 
 def test_counts_are_plain_integers():
-    batch = collate([AnsweredPrompt([3], [6, 0], example_id=0)], pad_id=0, train_on="all")
+    batch = collate([TokenSequence([3], [6, 0], example_id=0)], pad_id=0, train_on="all")
     assert type(batch["step_supervised_tokens"]) is type(batch["step_tokens"]) is int
 
 
@@ -175,7 +170,7 @@ def test_counts_are_plain_integers():
     ],
 )
 def test_ranges_of_targets(prompt, length, earlier, train_on, expected):
-    assert target_ranges(prompt, length, earlier, train_on) == expected
+    assert supervised_ranges(prompt, length, earlier, train_on) == expected
 
 
 @pytest.mark.parametrize(
@@ -187,8 +182,8 @@ def test_ranges_of_targets(prompt, length, earlier, train_on, expected):
     ],
 )
 def test_labels_of_earlier_responses(train_on, labels):
-    row = AnsweredPrompt([3, 4, 5, 8, 8, 7], [6, 0], earlier=[[0, 2], [3, 5]], example_id=0)
-    filler = AnsweredPrompt([3, 4, 5], [6, 0], earlier=[(0, 2)], example_id=-1)
+    row = TokenSequence([3, 4, 5, 8, 8, 7], [6, 0], earlier_responses=[[0, 2], [3, 5]], example_id=0)
+    filler = TokenSequence([3, 4, 5], [6, 0], earlier_responses=[(0, 2)], example_id=-1)
     batch = collate([row, filler], pad_id=0, train_on=train_on)
     assert batch["labels"].tolist() == [labels, [X] * 8]
     assert batch["response_mask"][0].int().tolist() == [
@@ -224,7 +219,7 @@ def test_labels_of_earlier_responses(train_on, labels):
 def test_token_ranges_by_hand(kind, ranges, expected, tokenizers_by_kind):
     text = "Question: cat? Answer: yes"
     tokenizer = tokenizers_by_kind[kind]
-    assert token_ranges(tokenizer, text, ranges, tokenise(tokenizer, text, [" no"], 99)[0]) == expected
+    assert token_ranges(tokenizer, text, ranges, tokenize_example(tokenizer, text, [" no"], 99)[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -243,7 +238,7 @@ def test_token_ranges_by_hand(kind, ranges, expected, tokenizers_by_kind):
 def test_ranges_move_with_what_was_cut_off(kind, kept, expected, tokenizers_by_kind):
     text = "Question: cat? Answer: yes"
     tokenizer = tokenizers_by_kind[kind]
-    assert tokenise(tokenizer, text, [" no"], len(kept) + 2)[0] == kept
+    assert tokenize_example(tokenizer, text, [" no"], len(kept) + 2)[0] == kept
     assert token_ranges(tokenizer, text, [(0, 14), (22, 26)], kept) == expected
 
 
@@ -256,7 +251,7 @@ def test_ranges_hold_the_characters_asked_for(kind, tokenizers_by_kind):
     text = "Antwort: über 👋 den Wolken 中文 the correct answer is answer1 ende"
     pieces = [" über 👋", " 中文", " the correct answer", " ende"]
     ranges = [(text.index(piece), text.index(piece) + len(piece)) for piece in pieces]
-    prompt = tokenise(tokenizer, text, [" no"], 999)[0]
+    prompt = tokenize_example(tokenizer, text, [" no"], 999)[0]
     found = token_ranges(tokenizer, text, ranges, prompt)
     assert [tokenizer.decode(prompt[start:end]) for start, end in found] == pieces
 
@@ -264,7 +259,7 @@ def test_ranges_hold_the_characters_asked_for(kind, tokenizers_by_kind):
 def test_special_tokens_that_are_text_are_in_ranges(chat_tokenizers):
     tokenizer = chat_tokenizers["gemma"]
     text = "<bos><start_of_turn>model\nyes<end_of_turn>\n"
-    prompt = tokenise(tokenizer, text, ["no"], 99, special_tokens=False)[0]
+    prompt = tokenize_example(tokenizer, text, ["no"], 99, special_tokens=False)[0]
     start = text.index("yes")
     ((begin, end),) = token_ranges(tokenizer, text, [(start, len(text) - 1)], prompt, special_tokens=False)
     assert tokenizer.decode(prompt[begin:end]) == "yes<end_of_turn>"
@@ -312,7 +307,7 @@ def _running_text(tokenizer, text):
 def test_the_answer_continues_the_prompt(kind, template, tokenizers_by_kind):
     tokenizer = tokenizers_by_kind[kind]
     prompt, answer = _texts(template)
-    prompt_ids, (answer_ids,), _ = tokenise(tokenizer, prompt, [answer], 9999)
+    prompt_ids, (answer_ids,), _ = tokenize_example(tokenizer, prompt, [answer], 9999)
     assert answer_ids[-1] == EOS
     assert EOS not in answer_ids[:-1]
     assert prompt_ids[-1] != EOS
@@ -327,7 +322,7 @@ def test_the_prompt_is_what_generation_will_see(kind, template, tokenizers_by_ki
     tokenizer = tokenizers_by_kind[kind]
     prompt, answer = _texts(template)
     seen = tokenizer(prompt).input_ids
-    assert tokenise(tokenizer, prompt, [answer], 9999)[0] == (seen[:-1] if kind == "closing" else seen)
+    assert tokenize_example(tokenizer, prompt, [answer], 9999)[0] == (seen[:-1] if kind == "closing" else seen)
 
 
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
@@ -336,7 +331,7 @@ def test_a_token_that_spans_the_boundary_leaves_the_prompt_alone(template, token
     tokenizer = tokenizers_by_kind["spanning"]
     prompt, answer = _texts(template)
     joint = tokenizer(prompt + answer).input_ids
-    prompt_ids, (answer_ids,), _ = tokenise(tokenizer, prompt, [answer], 9999)
+    prompt_ids, (answer_ids,), _ = tokenize_example(tokenizer, prompt, [answer], 9999)
     assert joint[: len(prompt_ids)] != prompt_ids  # the case is the one meant
     assert prompt_ids == tokenizer(prompt).input_ids
     assert tokenizer.decode(answer_ids) == answer + "<eos>"
@@ -345,29 +340,29 @@ def test_a_token_that_spans_the_boundary_leaves_the_prompt_alone(template, token
 @pytest.mark.parametrize("kind", ["bos", "closing", "pieces", "words_bos"])
 def test_bos_stands_once_and_first(kind, tokenizers_by_kind):
     prompt, answer = _texts("plain")
-    prompt_ids, (answer_ids,), _ = tokenise(tokenizers_by_kind[kind], prompt, [answer], 9999)
+    prompt_ids, (answer_ids,), _ = tokenize_example(tokenizers_by_kind[kind], prompt, [answer], 9999)
     assert [i for i, token in enumerate(prompt_ids + answer_ids) if token == BOS] == [0]
 
 
 @pytest.mark.parametrize("kind", ["plain", "closing_without_bos", "words"])
 def test_no_bos_where_the_tokenizer_adds_none(kind, tokenizers_by_kind):
     prompt, answer = _texts("plain")
-    prompt_ids, (answer_ids,), _ = tokenise(tokenizers_by_kind[kind], prompt, [answer], 9999)
+    prompt_ids, (answer_ids,), _ = tokenize_example(tokenizers_by_kind[kind], prompt, [answer], 9999)
     assert BOS not in prompt_ids + answer_ids
 
 
 def test_bos_that_is_also_eos_stays(tokenizers_by_kind):
     """OPT: one token opens every text and closes answers."""
-    prompt_ids, (answer_ids,), _ = tokenise(tokenizers_by_kind["bos_is_eos"], "Question:", [" milk"], 99)
+    prompt_ids, (answer_ids,), _ = tokenize_example(tokenizers_by_kind["bos_is_eos"], "Question:", [" milk"], 99)
     assert prompt_ids[0] == answer_ids[-1] == EOS
     assert (prompt_ids + answer_ids).count(EOS) == 2
-    assert tokenise(tokenizers_by_kind["bos_is_eos"], "", [" milk"], 99)[0] == [EOS]
+    assert tokenize_example(tokenizers_by_kind["bos_is_eos"], "", [" milk"], 99)[0] == [EOS]
 
 
 def test_a_closing_token_that_is_also_bos_is_no_part_of_the_prompt(tokenizers_by_kind):
     """One token opens and closes every text: the prompt keeps the first and loses the last."""
     tokenizer = tokenizers_by_kind["bos_is_eos_closing"]
-    prompt_ids, (answer_ids,), _ = tokenise(tokenizer, "Question:", [" milk"], 99)
+    prompt_ids, (answer_ids,), _ = tokenize_example(tokenizer, "Question:", [" milk"], 99)
     assert prompt_ids + answer_ids == tokenizer("Question: milk").input_ids
 
 
@@ -375,8 +370,8 @@ def test_every_candidate_shares_the_prompt(tokenizers_by_kind):
     tokenizer = tokenizers_by_kind["bos"]
     prompt, _ = _texts("plain")
     answers = [" a shed", " the fridge", " answer1", "\n"]
-    together = tokenise(tokenizer, prompt, answers, 9999)
-    apart = [tokenise(tokenizer, prompt, [answer], 9999) for answer in answers]
+    together = tokenize_example(tokenizer, prompt, answers, 9999)
+    apart = [tokenize_example(tokenizer, prompt, [answer], 9999) for answer in answers]
     assert together == (apart[0][0], [answer_ids for _, (answer_ids,), _ in apart], False)
 
 
@@ -384,7 +379,7 @@ def test_every_candidate_shares_the_prompt(tokenizers_by_kind):
 
 
 def _whole(tokenizer, answers):
-    return tokenise(tokenizer, "Question: " + "cat? " * 20 + "Answer:", answers, 9999)
+    return tokenize_example(tokenizer, "Question: " + "cat? " * 20 + "Answer:", answers, 9999)
 
 
 @pytest.mark.parametrize(
@@ -401,14 +396,14 @@ def _whole(tokenizer, answers):
 def test_truncation_by_hand(kind, max_length, prompt, shortened, tokenizers_by_kind):
     """The longest candidate has three tokens; what it leaves is the prompt's, BOS first and then the end of the text."""
     answers = [" yes", " no never"]
-    result = tokenise(tokenizers_by_kind[kind], "Question: cat?\nAnswer:", answers, max_length)
+    result = tokenize_example(tokenizers_by_kind[kind], "Question: cat?\nAnswer:", answers, max_length)
     assert result == (prompt, [[6, EOS], [7, 8, EOS]], shortened)
 
 
 @pytest.mark.parametrize(("kind", "max_length"), [("words", 3), ("words_bos", 4), ("words", 1)])
 def test_an_answer_too_long_for_any_prompt_raises(kind, max_length, tokenizers_by_kind):
     with pytest.raises(ValueError, match=f"an answer has 3 tokens.*max_length {max_length}$"):
-        tokenise(tokenizers_by_kind[kind], "Question: cat?\nAnswer:", [" yes", " no never"], max_length)
+        tokenize_example(tokenizers_by_kind[kind], "Question: cat?\nAnswer:", [" yes", " no never"], max_length)
 
 
 @pytest.mark.parametrize("kind", ["plain", "bos", "closing", "pieces", "bos_is_eos"])
@@ -419,7 +414,7 @@ def test_truncation_cuts_after_bos_and_never_the_answer(kind, tokenizers_by_kind
     longest = max(map(len, answers))
     bos = 0 if kind == "plain" else 1
     for max_length in range(longest + bos + 1, longest + len(prompt)):
-        cut, same, shortened = tokenise(
+        cut, same, shortened = tokenize_example(
             tokenizer, "Question: " + "cat? " * 20 + "Answer:", candidates, max_length
         )
         assert (same, shortened) == (answers, True)
@@ -429,9 +424,9 @@ def test_truncation_cuts_after_bos_and_never_the_answer(kind, tokenizers_by_kind
 
 
 def test_an_empty_prompt(tokenizers_by_kind):
-    assert tokenise(tokenizers_by_kind["words"], "", [" yes"], 2) == ([], [[6, EOS]], False)
+    assert tokenize_example(tokenizers_by_kind["words"], "", [" yes"], 2) == ([], [[6, EOS]], False)
     with pytest.raises(ValueError, match=r"an answer has 2 tokens.*max_length 1$"):
-        tokenise(tokenizers_by_kind["words"], "", [" yes"], 1)
+        tokenize_example(tokenizers_by_kind["words"], "", [" yes"], 1)
 
 
 # --- chat templates ---
@@ -518,7 +513,7 @@ def test_every_candidate_closes_its_turn(make_data, write, chat_tokenizers):
 def test_a_chat_answer_continues_the_prompt(kind, tokenizers_by_kind):
     """Alone, a text of ``pieces`` begins with a space that is not there."""
     tokenizer, prompt = tokenizers_by_kind[kind], "<bos>Question: Where? Answer:\n"
-    prompt_ids, (answer_ids,), _ = tokenise(
+    prompt_ids, (answer_ids,), _ = tokenize_example(
         tokenizer, prompt, ["fridge"], 99, special_tokens=False, turn_end="<unk>"
     )
     whole = tokenizer(f"{prompt}fridge<unk>", add_special_tokens=False).input_ids
@@ -530,7 +525,7 @@ def test_a_chat_prompt_is_shortened_behind_its_bos(make_data, write, chat_tokeni
     tokenizer, sources = chat_tokenizers["llama3"], [write("row.json", [ROW])]
     data = make_data(tokenizer=tokenizer, template="chat", test=sources, stage="test", max_length=40)
     (row,) = data.tables["test"]
-    assert row["shortened"]
+    assert row["truncated"]
     assert max(row["lengths"]) == 40
     assert row["prompt"][0] == BOS
     assert tokenizer.decode(row["prompt"]).endswith("<start_header>assistant<end_header>\n\n")
@@ -601,11 +596,11 @@ def test_smollm2_boundary_labels_and_eos(smollm2):
     assert smollm2.pad_token_id == smollm2.eos_token_id
     for template in ("alpaca", "plain"):
         prompt, answer = _texts(template)
-        prompt_ids, (answer_ids,), _ = tokenise(smollm2, prompt, [answer], 9999)
+        prompt_ids, (answer_ids,), _ = tokenize_example(smollm2, prompt, [answer], 9999)
         assert prompt_ids + answer_ids == [*smollm2(prompt + answer).input_ids, smollm2.eos_token_id]
         rows = [
-            AnsweredPrompt(prompt_ids, answer_ids, example_id=0),
-            AnsweredPrompt(prompt_ids, [7], example_id=1),
+            TokenSequence(prompt_ids, answer_ids, example_id=0),
+            TokenSequence(prompt_ids, [7], example_id=1),
         ]
         labels = collate(rows, pad_id=smollm2.pad_token_id, train_on="response")["labels"]
         assert smollm2.decode(labels[0][labels[0] != X]) == answer + smollm2.eos_token
@@ -663,7 +658,7 @@ def test_smollm2_continues_real_prompts(template, answer_format, smollm2, real_d
     examples = list(data.examples("test"))
     assert len(examples) == 80
     for example in examples:
-        prompt_ids, candidates, _ = tokenise(smollm2, example.prompt, example.answers, 9999)
+        prompt_ids, candidates, _ = tokenize_example(smollm2, example.prompt, example.answers, 9999)
         for answer, answer_ids in zip(example.answers, candidates, strict=True):
             assert prompt_ids + answer_ids == [
                 *smollm2(example.prompt + answer).input_ids,

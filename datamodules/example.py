@@ -1,0 +1,42 @@
+"""What a task makes of one record of its data: a prompt with candidate answers."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its candidate answers, of which ``answers[gold]`` is the correct one."""
+
+    prompt: str
+    answers: list[str]
+    gold: int
+
+    task: str
+    """Name under which results are reported."""
+
+    labels: Sequence[str] = ()
+    """Text by which each candidate is recognized in generated text; the answers themselves if empty."""
+
+    identity: str = ""
+    """Text of the question without its template, to recognize it in other splits; prompt and answers if empty."""
+
+    group: str = ""
+    """Examples of the same group are never divided between training and validation; if empty, a group of one."""
+
+    chat: bool = False
+    """True if the tokenizer's chat template rendered the prompt, so that it contains the special tokens as text."""
+
+    earlier_responses: Sequence[tuple[int, int]] = ()
+    """Earlier responses of a conversation, as character ranges ``(start, end)`` of the prompt."""
+
+    truncated: bool = False
+    """True if turns of a conversation were dropped from the prompt to fit ``max_length``."""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that identify the question; equal up to case and white space."""
+        parts = [self.identity] if self.identity else [self.prompt, *self.answers]
+        text = "\n".join(" ".join(part.casefold().split()) for part in parts)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
