@@ -16,7 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from gatera_lightning.cli.lightning_cli import CALLBACKS, GateRACLI, with_found_configs
+from gatera_lightning.cli.lightning_cli import GateRACLI
+from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
 
 STEPS, INTERVAL = 13, 4
 SETTING = "every_n_steps"
@@ -79,9 +80,9 @@ def main() -> None:
         "--validate-every", metavar="N", type=int, default=40, help="steps, for samples; 40 as in the config"
     )
     own, others = parser.parse_known_args()
-    intervals = {callback.__name__: default_interval(callback) for callback in CALLBACKS.values()}
+    intervals = {callback.__name__: default_interval(callback) for callback in RUN_CALLBACKS.values()}
     due = [
-        f"--{section}.{SETTING}={INTERVAL}" for section, kind in CALLBACKS.items() if intervals[kind.__name__]
+        f"--{section}.{SETTING}={INTERVAL}" for section, kind in RUN_CALLBACKS.items() if intervals[kind.__name__]
     ]
     flags = [
         f"--trainer.max_steps={STEPS}",
@@ -89,7 +90,7 @@ def main() -> None:
         "--trainer.limit_val_batches=1",
         *due,
     ]
-    run = _Timed(["fit", *with_found_configs(["--config", own.config, *flags, *others])])
+    run = _Timed(["fit", "--config", own.config, *flags, *others])
 
     watched = {step: sum(by_step[step] for by_step in run.hooks.values()) for step in range(2, STEPS)}
     steps = {step: run.ends[step - 1] - run.ends[step - 2] - watched[step] for step in watched}

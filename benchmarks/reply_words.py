@@ -11,7 +11,6 @@ import torch
 from gatera_lightning import load_adapter
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.cli.commands.preview import PreviewedSplit
-from gatera_lightning.cli.lightning_cli import with_found_configs
 
 
 def main() -> None:
@@ -20,7 +19,7 @@ def main() -> None:
     )
     parser.add_argument("--adapter", help="an adapter folder; default: the untrained model")
     own, rest = parser.parse_known_args()
-    recipe = PreviewedSplit(with_found_configs(["fit", *rest]), "test")
+    recipe = PreviewedSplit(["fit", *rest], "test")
     model = load_backbone(recipe.model.backbone, "cpu")
     if own.adapter is not None:
         load_adapter(model, own.adapter)

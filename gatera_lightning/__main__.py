@@ -1,4 +1,4 @@
-"""``python -m gatera_lightning``."""
+"""`python -m gatera_lightning`."""
 
 import sys
 

@@ -1,25 +1,66 @@
-"""The processes of a run that has not begun, for verbs that say what it would do."""
+"""A recipe without its run: its settings and data, for subcommands that only look at them."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+from gatera_lightning.cli.lightning_cli import GateRACLI
+from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
+from gatera_lightning.datamodules.base import SupervisedDataModule
+
+
+class RecipeCLI(GateRACLI):
+    """Parses what `fit` parses, and builds the model's settings and the data module; builds no Trainer, runs nothing."""
+
+    model: Any
+    datamodule: SupervisedDataModule
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse without checking: each subcommand checks the settings that matter to it."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Build model settings and data only: a strategy or a logger may need what this machine does not have."""
+        config = self.config.clone()
+        for section in ("trainer", *RUN_CALLBACKS):
+            config.fit.pop(section)
+        settings = self.parser.instantiate_classes(config).fit
+        self.model, self.datamodule = settings.model, settings.data
+
+    def after_instantiate_classes(self) -> None:
+        """Do nothing: the subcommand loads the tokenizer when it needs it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
 class PlannedTrainer:
-    """What a data module asks of a Trainer, for a run with any number of processes that are not here."""
+    """What a data module needs to know about a Trainer, for a run with ranks that do not exist here."""
 
     world_size: int
     accumulate_grad_batches: int
     limit_train_batches: float = 1.0
     global_rank: int = 0
-    is_global_zero: bool = False  # whose log lines stand among the figures
+    is_global_zero: bool = False  # the data module then logs nothing between the printed figures
 
 
-def processes_of(devices: int | str | list[int], nodes: int) -> tuple[int, str]:
-    """How many processes would train, and a remark where only the machine that trains could tell."""
-    if isinstance(devices, str) and "," in devices:  # as Lightning reads "0,1" and "0,"
+def planned_world_size(devices: int | str | list[int], nodes: int) -> tuple[int, str]:
+    """Count the ranks that a Trainer would train with.
+
+    Args:
+        devices: `trainer.devices`.
+        nodes: `trainer.num_nodes`.
+
+    Returns:
+        The number of ranks, and a remark if only the machine that trains could know it.
+    """
+    if isinstance(devices, str) and "," in devices:  # Lightning reads "0,1" and "0," as lists of indices
         return len([device for device in devices.split(",") if device.strip()]) * nodes, ""
     if isinstance(devices, list):
         return len(devices) * nodes, ""
-    if str(devices).isdecimal() and int(devices) > 0:  # a flag's 4 comes as text
+    if str(devices).isdecimal() and int(devices) > 0:  # a flag's value is text
         return int(devices) * nodes, ""
     return 1, f" (assumed: trainer.devices is {devices})"

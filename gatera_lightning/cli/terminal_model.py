@@ -19,13 +19,8 @@ from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gates import StaticGate
-from gatera_lightning.adapters.injection import adapted_linears
-from gatera_lightning.adapters.serialization import (
-    AdapterFileError,
-    load_adapter,
-    read_adapter_config,
-    trained_template,
-)
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config, trained_template
 from gatera_lightning.backbone.loading import (
     BackboneConfig,
     Dtype,
@@ -39,7 +34,7 @@ from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.prompts.conversations import Chat, ConversationPrompts, Instruction
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.colored_text import color_by_gate, color_scale
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
@@ -114,7 +109,7 @@ class Speaker:
                 backbone = BackboneConfig(id=origin["id"] or "", revision=origin["revision"], dtype=own.dtype)
                 if origin["id"] is None:
                     problems.append(f"--adapter: {own.adapter} does not say which backbone it belongs to")
-                if own.gates and self.adapter.gate == "none":
+                if own.gates and self.adapter.gate.kind == "none":
                     problems.append(
                         f"--gates: {own.adapter} has no gates (gate: none, update: {self.adapter.update}); "
                         "accepted: static, token"
@@ -174,7 +169,7 @@ class Speaker:
         own, model = self.settings, self.model
         who = f"{self.backbone.id} in {str(model.dtype).removeprefix('torch.')}"
         if self.adapter is not None:
-            who = f"{own.adapter} ({self.adapter.update} × {self.adapter.gate} gate, rank {self.adapter.rank}) on {who}"
+            who = f"{own.adapter} ({self.adapter.update} × {self.adapter.gate.kind} gate, rank {self.adapter.rank}) on {who}"
         self.remark(who)
         chosen = ""
         if self.trained_template is not None and self.trained_template != self.template:
@@ -202,7 +197,7 @@ class Speaker:
     @property
     def _watched(self) -> bool:
         """Whether each token has a gate of its own to show."""
-        return self.settings.gates and self.adapter is not None and self.adapter.gate == "token"
+        return self.settings.gates and self.adapter is not None and self.adapter.gate.kind == "token"
 
     @property
     def _colours(self) -> bool:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from gatera_lightning.cli.lightning_cli import PROG
+from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.terminal_model import Speaker, add_arguments, unusable
 from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction
 from gatera_lightning.datamodules.prompts.templates import Message
@@ -160,7 +160,7 @@ def _read_any_bytes() -> None:
 
 def _generate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} generate",
+        prog=f"{PROGRAM} generate",
         description="Let a tuned model answer prompts. Nothing but the answers goes to standard output.",
         allow_abbrev=False,
     )
@@ -177,7 +177,7 @@ def _generate_parser() -> argparse.ArgumentParser:
 
 def _chat_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} chat",
+        prog=f"{PROGRAM} chat",
         description="Talk to a tuned model, line by line; standard input may be a pipe.",
         epilog=_HELP,
         allow_abbrev=False,

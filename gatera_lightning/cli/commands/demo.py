@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.cli.lightning_cli import GateRACLI, with_found_configs
+from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.evaluation.results import EvaluationResult
 
 
@@ -34,7 +34,7 @@ class _Demo(GateRACLI):
 
 def demo(overrides: Sequence[str]) -> None:
     """Evaluate, fine-tune by ``quickstart.yaml`` (and any ``overrides``, as for ``fit``), evaluate again, and compare."""
-    run = _Demo(["fit", *with_found_configs(["--config", "quickstart.yaml", *overrides])])
+    run = _Demo(["fit", "--config", "quickstart.yaml", *overrides])
     table = Table("held-out questions", "before", "after", title="GateRA in a few minutes")
     table.add_row("nats per target token", f"{run.before.gold_loss:.3f}", f"{run.after.gold_loss:.3f}")
     for label, score in (

@@ -10,8 +10,9 @@ import torch
 
 from gatera_lightning.adapters.inference import prepared_bytes
 from gatera_lightning.backbone.loading import load_config, load_tokenizer, native_dtype
-from gatera_lightning.cli.dry_run import PlannedTrainer, processes_of
-from gatera_lightning.cli.lightning_cli import PROG, RecipeCLI, raise_problems, with_found_configs
+from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.dry_run import PlannedTrainer, RecipeCLI, planned_world_size
+from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.cost_model.step_costs import (
     MicroBatch,
     ModelSizes,
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 _GIB = 2**30
 
 
-def plan(argv: Sequence[str]) -> None:
+def estimate(argv: Sequence[str]) -> None:
     """Print what a step of a recipe costs each device; everything but ``--memory`` in ``argv`` is as for ``fit``.
 
     Raises ConfigError for settings that ``fit`` would refuse, and for a model that cannot be carried out without its weights.
@@ -37,10 +38,10 @@ def plan(argv: Sequence[str]) -> None:
     own, others = _parser().parse_known_args(argv)
     if own.memory is not None and not own.memory > 0:  # nan is neither
         raise ConfigError(f"--memory: {own.memory}; accepted: GiB of one device, above 0")
-    recipe = RecipeCLI(["fit", *with_found_configs(others)])
+    recipe = RecipeCLI(["fit", *others])
     settings, trainer = recipe.model, recipe.config.fit.trainer
-    raise_problems(recipe.parser, recipe.config)
-    processes, remark = processes_of(trainer.devices, trainer.num_nodes)
+    validate_config(recipe.parser, recipe.config)
+    processes, remark = planned_world_size(trainer.devices, trainer.num_nodes)
     layout = layout_of(trainer.strategy, processes)
     batch, source = _largest_micro_batch(recipe, processes, trainer.accumulate_grad_batches)
     here = torch.cuda.is_available()
@@ -56,7 +57,7 @@ def plan(argv: Sequence[str]) -> None:
     )
     memory = predict_memory(sizes, costs, layout)
     print(
-        f"{settings.backbone.id}, {settings.adapter.update} × {settings.adapter.gate}, rank {settings.adapter.rank}"
+        f"{settings.backbone.id}, {settings.adapter.update} × {settings.adapter.gate.kind}, rank {settings.adapter.rank}"
     )
     print(f"  devices        {layout}{remark}")
     masters = settings.adapter.adapter_dtype
@@ -80,12 +81,12 @@ def plan(argv: Sequence[str]) -> None:
         f"  compute        {flops / tokens / 1e9:.2f} GFLOP a token (forward {costs.forward_flops / tokens / 1e9:.2f}), "
         f"{steps * flops / 1e12:.2f} TFLOP a step and device"
     )
-    if settings.adapter.tells_tokens_apart:
+    if settings.adapter.gate.has_thresholds:
         print(
             "                 with every gate undecided; what skip_below and merge_above leave out depends on the gates"
         )
     decoding = settings.decoding
-    kept = prepared_bytes(model, fast=decoding.tells_tokens_apart)
+    kept = prepared_bytes(model, with_thresholds=decoding.tells_tokens_apart)
     if kept and layout.shards == 1 and decoding.prepared:
         print(
             f"  generating     {kept / _GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"
@@ -228,10 +229,10 @@ def _device_memory(device_type: str) -> float | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} plan",
+        prog=f"{PROGRAM} estimate",
         usage="%(prog)s [--memory GIB] [--config CONFIG ...] [any flag of fit]",
         description="Say what a recipe costs each device: memory by part, operations, communication. Loads no weights.",
-        epilog=f"Every other flag is as for fit: see {PROG} fit --help",
+        epilog=f"Every other flag is as for fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.serialization import write_adapter
-from gatera_lightning.checkpointing.checkpoint_io import WholeCheckpointIO, newest_sound_checkpoint
+from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
+from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.errors import ConfigError
 
 
@@ -23,17 +24,17 @@ def export(argv: Sequence[str]) -> None:
         )
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which need not exist")
-    found = path if path.suffix == ".ckpt" else newest_sound_checkpoint(path)
+    found = path if path.suffix == ".ckpt" else newest_valid_checkpoint(path)
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
-    checkpoint = WholeCheckpointIO().load_checkpoint(found, weights_only=True)
+    checkpoint = AtomicCheckpointIO().load_checkpoint(found, weights_only=True)
     wanted = ("state_dict", "adapter", "backbone", "global_step")
     missing = [name for name in wanted if not isinstance(checkpoint, dict) or name not in checkpoint]
     if missing:
         raise ConfigError(
             f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing)}"
         )
-    config = AdapterConfig(**checkpoint["adapter"])
+    config = AdapterConfig.from_dict(checkpoint["adapter"])
     tensors = {
         name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()
     }

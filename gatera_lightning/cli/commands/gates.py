@@ -12,8 +12,9 @@ from typing import Any, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.injection import adapted_linears, replace_module
-from gatera_lightning.adapters.serialization import AdapterFileError, load_adapter, read_adapter_config
+from gatera_lightning.adapters.injection import replace_module
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config
 from gatera_lightning.backbone.loading import (
     BackboneConfig,
     Dtype,
@@ -23,11 +24,11 @@ from gatera_lightning.backbone.loading import (
     load_config,
     load_tokenizer,
 )
+from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.commands.preview import PreviewedSplit
-from gatera_lightning.cli.lightning_cli import PROG, with_found_configs
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap
 from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, profile_gates
 from gatera_lightning.gate_analysis.report import AdapterProfile, build_report, render_page
@@ -112,7 +113,7 @@ def _checked(own: argparse.Namespace, others: Sequence[str]) -> list[tuple[Adapt
             problems.append(f"--adapter: {error}")
             continue
         config, origin = found[-1]
-        if config.gate == "none":
+        if config.gate.kind == "none":
             problems.append(
                 f"--adapter: {folder} has no gates (gate: none, update: {config.update}); accepted: static, token"
             )
@@ -167,7 +168,7 @@ def _texts(
 ) -> tuple[list[ProbeText], str]:
     """Texts as tokens, and what they are."""
     if others:
-        shown = PreviewedSplit(with_found_configs(["fit", *others]), own.split)
+        shown = PreviewedSplit(["fit", *others], own.split)
         other = shown.datamodule.tokenizer
         assert other is not None  # PreviewedSplit connects it
         if other.get_vocab() != tokenizer.get_vocab():
@@ -238,14 +239,14 @@ def _source(folder: str, config: AdapterConfig, origin: dict[str, Any]) -> dict[
     """What a reader of the page wants to know of an adapter."""
     return {
         "adapter": folder,
-        "method": f"{config.update} × {config.gate} gate, rank {config.rank}, scale {config.scale:g}",
+        "method": f"{config.update} × {config.gate.kind} gate, rank {config.rank}, scale {config.scale:g}",
         "fingerprint of the backbone": str(origin["fingerprint"])[:16],
     }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} gates",
+        prog=f"{PROGRAM} gates",
         usage="%(prog)s --adapter FOLDER [--adapter FOLDER] [--text TEXT ... | --config CONFIG [any flag of fit]] --out FILE",
         description="Show what gates do, token by token, as a page of HTML, a picture or numbers.",
         epilog="With --config, texts are rows of that recipe's data; every other flag is then as for fit.",

@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.cli import ArgsType
 from rich.console import Console
 from rich.text import Text
 
 from gatera_lightning.backbone.loading import load_tokenizer
-from gatera_lightning.cli.dry_run import PlannedTrainer, processes_of
-from gatera_lightning.cli.lightning_cli import PROG, RecipeCLI, with_found_configs
+from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.dry_run import PlannedTrainer, RecipeCLI, planned_world_size
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.datasets import PromptBatches, TokenTable
 from gatera_lightning.datamodules.batching.statistics import (
@@ -40,7 +39,7 @@ def preview(argv: Sequence[str]) -> None:
         problems.append(f"--split: {own.split!r} is unknown; accepted: {', '.join(_SPLITS)}")
     if problems:
         raise ConfigError(problems)
-    run = PreviewedSplit(with_found_configs(["fit", *others]), own.split)
+    run = PreviewedSplit(["fit", *others], own.split)
     figures = run.figures()  # before anything is printed: what fit would refuse is refused here
     console = Console(highlight=False, soft_wrap=True)
     for row in range(min(int(own.rows), len(run.table.rows))):
@@ -52,7 +51,7 @@ def preview(argv: Sequence[str]) -> None:
 class PreviewedSplit(RecipeCLI):
     """A split of ``fit``'s data and the backbone's tokenizer; what training alone needs is neither built nor checked."""
 
-    def __init__(self, args: ArgsType, split: str) -> None:
+    def __init__(self, args: list[str], split: str) -> None:
         self.split = split
         self.stage = "test" if split == "test" else "fit"
         super().__init__(args)
@@ -70,7 +69,7 @@ class PreviewedSplit(RecipeCLI):
         """Open the split, where ``fit`` would train."""
         trainer = self.config.fit.trainer
         self.accumulate: int = trainer.accumulate_grad_batches
-        self.processes, self.remark = processes_of(trainer.devices, trainer.num_nodes)
+        self.processes, self.remark = planned_world_size(trainer.devices, trainer.num_nodes)
         # Evaluation batches do not depend on the number of processes, which only share them out: one has them all.
         processes = self.processes if self.split == "train" else 1
         self.datamodule.trainer = PlannedTrainer(processes, self.accumulate)  # type: ignore[assignment]
@@ -172,10 +171,10 @@ def _percent(share: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} preview",
+        prog=f"{PROGRAM} preview",
         usage="%(prog)s [--rows N] [--split SPLIT] [--config CONFIG ...] [any flag of fit]",
         description="Show rows of a split as the model will see them, and the figures of all of it. Loads no weights.",
-        epilog=f"Every other flag is as for fit: see {PROG} fit --help",
+        epilog=f"Every other flag is as for fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
     parser.add_argument("--rows", metavar="N", default="3", help="how many rows to show; default: 3")

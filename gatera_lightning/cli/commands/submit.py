@@ -16,7 +16,9 @@ from huggingface_hub import snapshot_download
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from gatera_lightning.backbone.loading import hub_id, load_tokenizer
-from gatera_lightning.cli.lightning_cli import PROG, RecipeCLI, raise_problems, with_found_configs
+from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.dry_run import RecipeCLI
+from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.errors import ConfigError
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
@@ -34,7 +36,7 @@ def submit(argv: Sequence[str]) -> None:
     """
     own, others = _parser().parse_known_args(argv)
     job = Job.of(own)
-    config = _Resolved(["fit", *with_found_configs(others)], job)
+    config = _Resolved(["fit", *others], job)
     script = render(job, config.name, config.logger)
     syntax = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     if syntax.returncode:
@@ -187,7 +189,7 @@ class _Resolved(RecipeCLI):
         trainer = self.config.fit.trainer
         trainer.num_nodes, trainer.devices = self.job.nodes, self.job.processes_per_node
         trainer.accelerator = "gpu" if self.job.gpus_per_node else "cpu"
-        raise_problems(parser, self.config)
+        validate_config(parser, self.config)
         if self.config.fit.ckpt_path not in (None, "last"):
             raise ConfigError(
                 f"ckpt_path: {self.config.fit.ckpt_path!r}; accepted: null, since a job goes on from its own newest "
@@ -250,10 +252,10 @@ def _slurm(*command: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} submit",
+        prog=f"{PROGRAM} submit",
         usage="%(prog)s --config CONFIG ... --nodes N --gpus-per-node G [options] [any flag of fit]",
         description="Hand a recipe in as a SLURM job that requeues itself and goes on from its newest checkpoint.",
-        epilog=f"Every other flag is as for fit: see {PROG} fit --help",
+        epilog=f"Every other flag is as for fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1)

@@ -1,0 +1,220 @@
+"""Short and deprecated spellings of settings, translated into the ones that jsonargparse parses.
+
+jsonargparse selects the settings class of a gate by `class_path` and `init_args`. Configs and flags may name the kind of gate
+instead, and may still use the gate settings' places of version 0.1.
+"""
+
+import copy
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
+
+from gatera_lightning.adapters.gates import GATES, GateConfig, describe_gates
+from gatera_lightning.adapters.updates import describe_updates
+from gatera_lightning.cli.deprecation import announce_deprecation
+from gatera_lightning.errors import ConfigError
+
+LIGHTNING_SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+GATE = "model.adapter.gate"
+
+MOVED_SETTINGS = {
+    "model.adapter.gate_bias": "bias",
+    "model.adapter.skip_below": "skip_below",
+    "model.adapter.merge_above": "merge_above",
+    "model.optimizer.gate_lr_multiplier": "lr_multiplier",
+    "model.gate_entropy_weight": "entropy_weight",
+}
+"""Where a gate's setting was in version 0.1 -> its name below `model.adapter.gate`."""
+
+_PARSER_MODE = "gatera_settings"
+
+
+class SettingsParser(LightningArgumentParser):
+    """A parser of flags, config files and checkpoints' hyperparameters in any of these spellings."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_mode": _PARSER_MODE} | kwargs)
+
+    @override
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse a command line."""
+        return super().parse_args(args if args is None else translate_flags(args), *rest, **kwargs)
+
+    @override
+    def parse_object(self, cfg_obj: Any, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse settings that are loaded already, such as the hyperparameters of a checkpoint."""
+        return super().parse_object(translate_settings(cfg_obj), *rest, **kwargs)
+
+
+def describe_choices(parser: LightningArgumentParser) -> None:
+    """Append the registered updates and gates to the help of the settings that name one."""
+    descriptions = {"model.adapter.update": describe_updates(), GATE: describe_gates()}
+    for action in parser._actions:
+        if action.dest in descriptions:
+            action.help = f"{action.help} {descriptions[action.dest]}"
+
+
+def translate_settings(settings: Any) -> Any:
+    """Translate a config, or a file with one of its sections.
+
+    Args:
+        settings: What a YAML document holds: a whole config, its `model` section or its `model.adapter` section. Any
+            other value is returned as it is.
+
+    Raises:
+        ConfigError: The kind of gate is unknown.
+    """
+    match settings:
+        case {"model": dict(model)}:
+            return {**settings, "model": _translate_model(model)}
+        case {"adapter": dict()}:
+            return _translate_model(settings)
+        case {"gate": str() | {"kind": str()}}:
+            return {**settings, "gate": expand_gate(settings["gate"])}
+        case dict():
+            return {
+                key: translate_settings(value) if key in LIGHTNING_SUBCOMMANDS else value
+                for key, value in settings.items()
+            }
+    return settings
+
+
+def translate_flags(argv: Sequence[str]) -> list[str]:
+    """Translate the flags of a command line.
+
+    The kind of gate moves in front of the gate's settings, so that the order of these flags does not matter. A flag in a
+    deprecated place is dropped if the kind given beside it has no such setting; version 0.1 ignored it.
+
+    Raises:
+        ConfigError: The kind of gate is unknown.
+    """
+    kinds: list[str] = []
+    settings: list[tuple[str, str]] = []
+    others: list[str] = []
+    position: int | None = None
+    config: type[GateConfig] | None = None
+    rest = iter(argv)
+    for arg in rest:
+        flag, _, value = arg.partition("=")
+        name = flag.removeprefix("--")
+        if not flag.startswith("--") or name not in (GATE, f"{GATE}.kind", *MOVED_SETTINGS):
+            others.append(arg)
+            continue
+        position = len(others) if position is None else position
+        value = value if "=" in arg else next(rest, "")
+        if name in MOVED_SETTINGS:
+            new_name = MOVED_SETTINGS[name]
+            announce_deprecation(flag, f"--{GATE}.{new_name}")
+            settings.append((new_name, value))
+        else:
+            gate = expand_gate(get_loader("yaml")(value))
+            config = _config_class(gate)
+            kinds.append(f"--{GATE}={json.dumps(gate) if isinstance(gate, dict) else value}")
+    moved = [f"--{GATE}.{name}={value}" for name, value in settings if config is None or _accepts(config, name)]
+    return [*others[:position], *kinds, *moved, *others[position:]]
+
+
+def expand_gate(gate: Any) -> Any:
+    """Translate the value of `model.adapter.gate`.
+
+    Args:
+        gate: The name of a kind, `{"kind": NAME, SETTING: VALUE, ...}`, settings without a kind, or any spelling of
+            jsonargparse, which is returned as it is.
+
+    Returns:
+        A spelling of jsonargparse.
+
+    Raises:
+        ConfigError: The kind is unknown.
+    """
+    match gate:
+        case str() if "." not in gate and gate not in _class_names():
+            return {"class_path": _class_path(gate)}
+        case {"kind": kind, **settings}:
+            return {"class_path": _class_path(kind), "init_args": settings}
+        case {"class_path": _} | {"init_args": _}:
+            return gate
+        case dict():
+            return {"init_args": gate}
+    return gate
+
+
+def _translate_model(model: dict[str, Any]) -> dict[str, Any]:
+    """Translate a `model` section: expand its gate, and move settings in deprecated places there."""
+    model = copy.deepcopy(model)
+    adapter = model.get("adapter", {})
+    if not isinstance(adapter, dict):  # the path of a file
+        return model
+    gate = expand_gate(adapter["gate"]) if "gate" in adapter else {}
+    moved = dict(_pop_moved_settings(model))
+    if moved:
+        gate = {"class_path": gate} if isinstance(gate, str) else gate
+        config = _config_class(gate)
+        accepted = {name: value for name, value in moved.items() if config is None or _accepts(config, name)}
+        gate = {**gate, "init_args": accepted | gate.get("init_args", {})}
+    if gate:
+        model["adapter"] = {**adapter, "gate": gate}
+    return model
+
+
+def _pop_moved_settings(model: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for old, name in MOVED_SETTINGS.items():
+        *sections, key = old.split(".")[1:]
+        section = model
+        for part in sections:
+            section = section.get(part, {})
+        if isinstance(section, dict) and key in section:
+            announce_deprecation(old, f"{GATE}.{name}")
+            yield name, section.pop(key)
+
+
+def _load_settings(text: str) -> Any:
+    return translate_settings(get_loader("yaml")(text))
+
+
+def _dump_settings(settings: Any) -> str:
+    """Write YAML with the kind of gate in place of its class."""
+    gate = settings.get("model", {}).get("adapter", {}).get("gate")
+    config = _config_class(gate)
+    if config is not None:
+        settings = copy.deepcopy(settings)
+        settings["model"]["adapter"]["gate"] = {"kind": config.kind, **gate.get("init_args", {})}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def _class_names() -> list[str]:
+    return [config.__name__ for config in GATES.values()]
+
+
+def _class_path(kind: Any) -> str:
+    if kind not in GATES:
+        near = difflib.get_close_matches(str(kind), GATES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{GATE}: {kind!r} is unknown{hint}; accepted: {', '.join(GATES)}")
+    return f"{GATES[kind].__module__}.{GATES[kind].__qualname__}"
+
+
+def _config_class(gate: Any) -> type[GateConfig] | None:
+    """The registered class that a gate's `class_path` names; None for any other, and without one."""
+    path = gate if isinstance(gate, str) else gate.get("class_path", "") if isinstance(gate, dict) else ""
+    for kind, config in GATES.items():
+        if path in (config.__name__, _class_path(kind)):
+            return config
+    return None
+
+
+def _accepts(config: type[GateConfig], setting: str) -> bool:
+    return setting in {field.name for field in fields(config)}
+
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=[GateConfig])
+set_loader(_PARSER_MODE, _load_settings, (yaml.YAMLError,))
+set_dumper(_PARSER_MODE, _dump_settings)
