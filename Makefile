@@ -8,7 +8,7 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow stress lint format pictures clean
+.PHONY: demo test slow stress lint docs format pictures clean
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -35,11 +35,15 @@ stress: $(INSTALLED)  ## what takes longer than CI has: every test, then real ro
 	for recipe in smollm2_dialogue smollm2_math own_data; do \
 		$(BIN)/python benchmarks/recipe.py $$recipe.yaml --out results/$$recipe || exit; done
 
-lint: $(INSTALLED)  ## ruff and mypy; mypy reads the tree as it is installed
+lint: $(INSTALLED)  ## ruff, mypy, spelling, and the words in docs/words_to_avoid.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typecheck && $(BIN)/pip install --quiet --no-deps --target build/typecheck .
-	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p gatera_lightning
+	$(BIN)/mypy -p gatera_lightning
+	$(BIN)/codespell
+	! git grep -nEi -f docs/words_to_avoid.txt -- '*.py' '*.md' '*.yaml' '*.html'
+
+docs: $(INSTALLED)  ## the documentation site in site/, with strict links
+	$(BIN)/mkdocs build --quiet --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -58,4 +62,4 @@ pictures: $(INSTALLED)  ## every picture of README and docs, from one real run; 
 	GATERA_RUN=$(PICTURES) GATERA_PICTURES=docs $(BIN)/python -m pytest tests/callbacks/test_tensorboard_browser.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
