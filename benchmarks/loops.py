@@ -16,12 +16,15 @@ from torch import Tensor
 from watch import Watch
 
 from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.datamodules import Batch
 from gatera_lightning.objectives.next_token import summed_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DECIDED: dict[str, Any] = {"skip_below": 0.1, "merge_above": 0.9}  # overlays/fast_decided.yaml
+DECIDED: dict[str, Any] = {
+    "gate": TokenGateConfig(skip_below=0.1, merge_above=0.9)
+}  # overlays/fast_decided.yaml
 METHODS: dict[str, dict[str, Any]] = {
     "gatera": {},
     "gatera_decided": DECIDED,
@@ -29,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"gate": "none", "update": "lora"},
 }
 LEARNING_RATES = {"gatera": 1e-2, "gatera_decided": 1e-2, "hira": 1e-2, "lora": 2e-3}
-"""The best of those that docs/results.md tried."""
+"""The best of those that docs/results/quality.md tried."""
 
 
 @dataclass(frozen=True)

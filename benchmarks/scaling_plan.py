@@ -1,4 +1,4 @@
-"""What the plan predicts for Llama-3-8B and 70B on 1, 8 and 64 GPUs: the table of docs/scaling.md. Runs anywhere, in a minute.
+"""What the plan predicts for Llama-3-8B and 70B on 1, 8 and 64 GPUs: the table of docs/results/scaling.md. Runs anywhere, in a minute.
 
 python benchmarks/scaling_plan.py
 """

@@ -1,4 +1,4 @@
-"""``plan``: figures of the tiny recipe by hand and its real batches, and the formulas of docs/scaling.md in small numbers."""
+"""``plan``: figures of the tiny recipe by hand and its real batches, and the formulas of docs/results/scaling.md in small numbers."""
 
 import json
 import re
@@ -30,7 +30,7 @@ ROOT = 2 * 400 * 32 + 32
 FROZEN = 2 * LAYER + ROOT
 # Rank 4 on q, k, v, up, down: B and A, then a weight and a bias of the gate.
 TRAINABLE = 2 * (4 * (64 + 48 + 48 + 80 + 80) + (32 + 32 + 32 + 32 + 48) + 5)
-# Small enough to do in one's head; docs/scaling.md's F = 1000, A = 80, L = 800, R = 200.
+# Small enough to do in one's head; docs/results/scaling.md's F = 1000, A = 80, L = 800, R = 200.
 SIZES = ModelSizes(frozen=1000, adapter=80, layers=(300, 500))
 COSTS = StepCosts(activations=400, logits=50, peak=700, forward_flops=2, backward_flops=5)
 
@@ -154,7 +154,7 @@ def test_operations_of_a_step_are_those_of_all_its_micro_batches(show, monkeypat
 def test_operations_that_gates_may_leave_out_are_said_to_be_counted(show):
     said = "with every gate undecided; what skip_below and merge_above leave out depends on the gates"
     assert said not in show()
-    printed = show("--model.adapter.skip_below", "0.1")
+    printed = show("--model.adapter.gate.skip_below", "0.1")
     assert said in printed
     assert figure(printed, "compute") == figure(show(), "compute")
 
