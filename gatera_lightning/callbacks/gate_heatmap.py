@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from gatera_lightning.adapters.injection import has_token_gates
+from gatera_lightning.adapters.lookup import has_token_gates
 from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from gatera_lightning.adapters.injection import has_token_gates
+from gatera_lightning.adapters.lookup import has_token_gates
 from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
 from gatera_lightning.datamodules.batch import PromptBatch

@@ -1,1 +1,1 @@
-"""Gate values: capture, statistics, reports and plots."""
+"""Gate analysis: record gate values, summarize them, report them and plot them."""

@@ -1,4 +1,4 @@
-"""Gate values of any adapted model, tidy: one number a module and token, during ``generate`` too; no Lightning needed."""
+"""Record gates of every forward pass of an adapted model, ``generate`` included. Works without Lightning."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,131 +13,141 @@ from gatera_lightning.adapters.gate_recording import record_gates
 
 Phase = Literal["prefill", "decoding"]
 
+_COLUMNS = ("call", "phase", "row", "position", "token_id", "layer", "module", "gate")
+
 
 @dataclass(frozen=True)
 class GatedModule:
-    """Where a gate is: ``model.layers.3.self_attn.q_proj`` is layer 3, module ``q_proj``."""
+    """The place of a gate: ``model.layers.3.self_attn.q_proj`` is layer 3, projection type ``q_proj``."""
 
     path: str
 
     @property
     def layer(self) -> int:
-        """The number of the decoder layer, −1 where the path has none."""
+        """The index of the decoder layer; −1 if the path has none."""
         return next((int(part) for part in self.path.split(".") if part.isdecimal()), -1)
 
     @property
-    def name(self) -> str:
-        """The module within its layer."""
+    def projection(self) -> str:
+        """The projection type: the last part of the path."""
         return self.path.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class GateCall:
-    """One forward: everything by row and token of its input."""
+    """The gates of one forward pass."""
 
     phase: Phase
-    """``decoding`` when the forward went on from cached keys."""
+    """``decoding`` if the forward continued from cached keys, else ``prefill``."""
 
     input_ids: Tensor | None
-    """(rows, tokens), or None for a forward from embeddings."""
+    """(batch, tokens); None for a forward from embeddings."""
 
-    real: Tensor
-    """(rows, tokens): whether the token is none of the padding."""
+    non_padding: Tensor
+    """(batch, tokens), True at every token that is not padding."""
 
     positions: Tensor
-    """(rows, tokens): the place of a token among the row's real ones, from 0."""
+    """(batch, tokens): the index of each token among the non-padding tokens of its row."""
 
     gates: Tensor
-    """(modules, rows, tokens), ``g = σ(z)`` in fp32."""
+    """(modules, batch, tokens), ``g = σ(z)`` in fp32."""
 
 
 @dataclass
 class GateCapture:
-    """The gates of every forward inside :func:`capture_gates`, on the CPU."""
+    """The gates of all forward passes inside :func:`capture_gates`, on the CPU."""
 
     modules: list[GatedModule] = field(default_factory=list)
-    """In the order in which they ran."""
+    """In the order in which the modules ran."""
 
     calls: list[GateCall] = field(default_factory=list)
 
-    def row(self, row: int) -> tuple[list[int], np.ndarray]:
-        """Token ids of one row over all calls, padding left out, and their gates (modules, tokens).
+    def row(self, index: int) -> tuple[list[int], np.ndarray]:
+        """Join all forward passes of one row of the batch, without padding.
 
-        Raises ValueError after a forward from embeddings, which has no token ids.
+        Args:
+            index: The row of the batch.
+
+        Returns:
+            The token ids of the row, and their gates as an array (modules, tokens).
+
+        Raises:
+            ValueError: A forward was run from embeddings, which have no token ids.
         """
         ids: list[int] = []
         gates = []
         for call in self.calls:
             if call.input_ids is None:
-                raise ValueError("a forward was made from embeddings: its tokens are unknown")
-            ids += call.input_ids[row][call.real[row]].tolist()
-            gates.append(call.gates[:, row, call.real[row]])
+                raise ValueError("the token ids are unknown: a forward was run from embeddings")
+            ids += call.input_ids[index][call.non_padding[index]].tolist()
+            gates.append(call.gates[:, index, call.non_padding[index]])
         return ids, torch.cat(gates, 1).numpy()
 
     def columns(self) -> dict[str, np.ndarray]:
-        """A table as ``pandas.DataFrame`` and ``datasets.Dataset.from_dict`` take it, a line for each module and real token.
+        """Return a table with one line for each module and non-padding token.
 
-        ``call`` (number of the forward), ``phase``, ``row``, ``position``, ``token_id`` (−1 where unknown), ``layer``,
-        ``module`` and ``gate``.
+        Returns:
+            Columns for ``pandas.DataFrame`` or ``datasets.Dataset.from_dict``: ``call`` (index of the forward
+            pass), ``phase``, ``row``, ``position``, ``token_id`` (−1 if unknown), ``layer``, ``module``
+            (projection type) and ``gate``.
         """
         parts: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
         layers = np.array([module.layer for module in self.modules])
-        names = np.array([module.name for module in self.modules])
+        projections = np.array([module.projection for module in self.modules])
         for number, call in enumerate(self.calls):
-            rows, tokens = (index.numpy() for index in call.real.nonzero(as_tuple=True))  # (n,) each
+            rows, tokens = (index.numpy() for index in call.non_padding.nonzero(as_tuple=True))  # (n,) each
             ids = np.full(len(rows), -1) if call.input_ids is None else call.input_ids.numpy()[rows, tokens]
             modules, count = len(self.modules), len(rows)
-            of_token = {"row": rows, "position": call.positions.numpy()[rows, tokens], "token_id": ids}
+            per_token = {"row": rows, "position": call.positions.numpy()[rows, tokens], "token_id": ids}
             parts["call"].append(np.full(modules * count, number))
             parts["phase"].append(np.full(modules * count, call.phase))
-            for name, values in of_token.items():
+            for name, values in per_token.items():
                 parts[name].append(np.tile(values, modules))
             parts["layer"].append(np.repeat(layers, count))
-            parts["module"].append(np.repeat(names, count))
+            parts["module"].append(np.repeat(projections, count))
             parts["gate"].append(call.gates.numpy()[:, rows, tokens].ravel())
         return {name: np.concatenate(values) if values else np.array([]) for name, values in parts.items()}
 
 
-def _tokens_before(cache: Any, mask: Tensor | None, tokens: int) -> int:
-    """How many tokens a forward of ``tokens`` went on from: by its cache, which holds its own now, or by its mask."""
-    try:
-        return max(0, int(cache.get_seq_length()) - tokens)
-    except (
-        AttributeError,
-        NotImplementedError,
-        ValueError,
-    ):  # no cache, or one that keeps a state and counts nothing
-        return 0 if mask is None or mask.ndim != 2 else mask.shape[1] - tokens
-
-
-_COLUMNS = ("call", "phase", "row", "position", "token_id", "layer", "module", "gate")
-
-
 @contextmanager
 def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
-    """Keep the gates of every forward of a Transformers model inside the ``with`` block, ``generate`` included.
+    """Capture the gates of every forward pass inside the ``with`` block, ``generate`` included.
 
-    Values are copied to the CPU after each forward. A model without gates leaves an empty capture. Raises RuntimeError when
-    gates are being recorded already, and ValueError where a layer saw other tokens than the batch's.
+    Gates are copied to the CPU after each forward pass. A model without gates yields an empty capture.
+
+    Args:
+        model: An adapted Transformers model.
+
+    Yields:
+        The capture, which grows with every forward pass.
+
+    Raises:
+        RuntimeError: Another recording of the model's gates is active.
+        ValueError: A layer saw other tokens than those of the batch (for example in a mixture of experts).
+
+    Example:
+        >>> with capture_gates(model) as captured:
+        ...     model.generate(**inputs, max_new_tokens=40)
+        >>> table = pandas.DataFrame(captured.columns())
     """
     captured = GateCapture()
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def store(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        shape = (ids if ids is not None else kwargs["inputs_embeds"][..., 0]).shape  # (rows, tokens)
+        shape = (ids if ids is not None else kwargs["inputs_embeds"][..., 0]).shape  # (batch, tokens)
         mask = kwargs.get("attention_mask")
-        before = _tokens_before(kwargs.get("past_key_values"), mask, shape[1])
+        cached = _cached_tokens(kwargs.get("past_key_values"), mask, shape[1])
         if mask is None or mask.ndim != 2:
-            mask = torch.ones(shape[0], before + shape[1], dtype=torch.long)
+            mask = torch.ones(shape[0], cached + shape[1], dtype=torch.long)
         mask = mask.cpu().long()
         z = record.stacked(torch.ones(shape))
         if z is not None:
             captured.modules = [GatedModule(name) for name in record.names]
             captured.calls.append(
                 GateCall(
-                    phase="decoding" if before > 0 else "prefill",
+                    phase="decoding" if cached > 0 else "prefill",
                     input_ids=None if ids is None else ids.detach().cpu(),
-                    real=mask[:, -shape[1] :].bool(),
+                    non_padding=mask[:, -shape[1] :].bool(),
                     positions=(mask.cumsum(1) - 1)[:, -shape[1] :].clamp_(min=0),
                     gates=torch.sigmoid(z.detach().float()).cpu(),
                 )
@@ -146,8 +156,18 @@ def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
         record.logits.clear()
 
     with record_gates(model) as record:
-        handle = model.register_forward_hook(keep, with_kwargs=True)
+        handle = model.register_forward_hook(store, with_kwargs=True)
         try:
             yield captured
         finally:
             handle.remove()
+
+
+def _cached_tokens(cache: Any, mask: Tensor | None, tokens: int) -> int:
+    """The number of tokens that precede a forward of ``tokens``, by its cache or else by its mask."""
+    try:
+        # After the forward, the cache also holds the keys of the forward's own tokens.
+        return max(0, int(cache.get_seq_length()) - tokens)
+    except (AttributeError, NotImplementedError, ValueError):
+        # There is no cache, or it holds a recurrent state and does not count tokens.
+        return 0 if mask is None or mask.ndim != 2 else mask.shape[1] - tokens

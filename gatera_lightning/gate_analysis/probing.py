@@ -1,4 +1,4 @@
-"""What the gates of one adapter do on some texts: the numbers behind every picture of them."""
+"""Gate profiles: the gates of one adapter on a few texts, which all reports and heatmaps are made from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from gatera_lightning.gate_analysis.capture import GatedModule, capture_gates
 from gatera_lightning.gate_analysis.statistics import PHASES
 
-ReadingPhase = Literal["prompt", "response", "response_read", "response_generated"]
+ProfilePhase = Literal["prompt", "response", "response_read", "response_generated"]
 
 EXAMPLE_TEXTS = (
     "Question: What do bees make?\nAnswer: honey",
@@ -22,27 +22,32 @@ EXAMPLE_TEXTS = (
 
 @dataclass(frozen=True)
 class ProbeText:
-    """A text to look at, as tokens; those from ``prompt`` on are the response."""
+    """A tokenized text whose gates are profiled."""
 
     title: str
-    ids: list[int]
-    prompt: int
-    decoded: bool = False
-    """Whether the response was generated, token by token, rather than read."""
+    token_ids: list[int]
+    """The prompt and the response."""
+
+    prompt_length: int
+    """The number of prompt tokens; all later tokens are the response."""
+
+    generated: bool = False
+    """Whether the model generated the response; else the response was given."""
 
 
 @dataclass(frozen=True)
-class GateReading:
-    """Gates (modules, tokens) of every text, by one adapter."""
+class GateProfile:
+    """The gates of one adapter on several texts."""
 
     modules: list[GatedModule]
     texts: list[ProbeText]
     gates: list[np.ndarray]
+    """One array (modules, tokens) for each text."""
 
     @property
-    def phases(self) -> tuple[ReadingPhase, ...]:
-        """What its tokens fall into: those of responses apart, by whether they were read or generated, where any were."""
-        generated = {text.decoded for text in self.texts}
+    def phases(self) -> tuple[ProfilePhase, ...]:
+        """The phases of the tokens; given and generated responses are separate if any were generated."""
+        generated = {text.generated for text in self.texts}
         if True not in generated:
             return PHASES
         return (
@@ -51,31 +56,46 @@ class GateReading:
             else ("prompt", "response_generated")
         )
 
-    def of(self, phase: ReadingPhase) -> np.ndarray:
-        """Gates (modules, tokens) of all texts' tokens of one phase; ``response`` is every response."""
+    def of_phase(self, phase: ProfilePhase) -> np.ndarray:
+        """Return the gates (modules, tokens) of all tokens of one phase, over all texts.
+
+        Args:
+            phase: ``response`` means all responses, given or generated.
+        """
         parts = []
         for text, gates in zip(self.texts, self.gates, strict=True):
-            response = ("response", "response_generated" if text.decoded else "response_read")
-            parts += [gates[:, : text.prompt]] if phase == "prompt" else []
-            parts += [gates[:, text.prompt :]] if phase in response else []
+            response_phases = ("response", "response_generated" if text.generated else "response_read")
+            parts += [gates[:, : text.prompt_length]] if phase == "prompt" else []
+            parts += [gates[:, text.prompt_length :]] if phase in response_phases else []
         return np.concatenate([np.empty((len(self.modules), 0), np.float32), *parts], 1)
 
 
-def read_gates(model: PreTrainedModel, texts: Sequence[ProbeText]) -> GateReading:
-    """One forward a text, without padding. Raises ValueError when the model has no gates."""
+def profile_gates(model: PreTrainedModel, texts: Sequence[ProbeText]) -> GateProfile:
+    """Compute the gates of a model on texts, with one unpadded forward pass in eval mode for each text.
+
+    Args:
+        model: An adapted model; its training mode is restored afterwards.
+        texts: The texts to profile.
+
+    Returns:
+        The gates of all texts.
+
+    Raises:
+        ValueError: The model has no gates.
+    """
     modules: list[GatedModule] = []
     gates = []
     training = model.training
-    model.eval()  # gates stand before dropout, but what they see comes behind it
+    model.eval()  # a gate reads its layer's input before dropout, but dropout in earlier layers changes it
     device = next(model.parameters()).device
     try:
         for text in texts:
             with torch.no_grad(), capture_gates(model) as captured:
-                model(input_ids=torch.tensor([text.ids], device=device))
+                model(input_ids=torch.tensor([text.token_ids], device=device))
             if not captured.calls:
                 raise ValueError("the model has no gates")
             modules = captured.modules
             gates.append(captured.calls[0].gates[:, 0].numpy())
     finally:
         model.train(training)
-    return GateReading(modules, list(texts), gates)
+    return GateProfile(modules, list(texts), gates)

@@ -1,4 +1,4 @@
-"""The gate report: readings of one adapter or two as JSON, as a page of HTML without a network, or as a picture."""
+"""The gate report: gate profiles of one or two adapters, as JSON data or as a self-contained HTML page."""
 
 import json
 from collections.abc import Sequence
@@ -9,44 +9,56 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.gate_analysis.probing import GateReading
-from gatera_lightning.gate_analysis.statistics import CLOSED, OPEN, PHASES, statistics_of
-from gatera_lightning.gate_analysis.token_labels import token_texts
+from gatera_lightning.gate_analysis.probing import GateProfile
+from gatera_lightning.gate_analysis.statistics import (
+    CLOSED_BELOW,
+    OPEN_FROM,
+    PHASES,
+    statistics_from_gates,
+)
+from gatera_lightning.gate_analysis.token_labels import token_labels
 
 FORMAT_VERSION = 1
-_EXTREMES = 12
+_NUM_EXTREMES = 12
 _CONTEXT = 6  # tokens on either side
 
 
 @dataclass(frozen=True)
-class ReadAdapter:
-    """An adapter's reading, and where it comes from."""
+class AdapterProfile:
+    """The gate profile of an adapter, and a description of the adapter."""
 
     source: dict[str, str]
-    reading: GateReading
+    profile: GateProfile
 
 
-def report(
-    adapters: Sequence[ReadAdapter], tokenizer: PreTrainedTokenizerBase, computed_from: dict[str, str]
+def build_report(
+    adapters: Sequence[AdapterProfile], tokenizer: PreTrainedTokenizerBase, computed_from: dict[str, str]
 ) -> dict[str, Any]:
-    """Everything the page shows, as what ``json`` can write; readings share their texts.
+    """Collect everything the page shows.
 
-    ``gates[adapter][text]`` is (modules, tokens); statistics are of all texts together.
+    Args:
+        adapters: Profiles of one or more adapters on the same texts.
+        tokenizer: The tokenizer of the texts.
+        computed_from: What the report was computed from, shown in its header.
+
+    Returns:
+        Data that ``json`` can write. ``gates[text]`` of an adapter is (modules, tokens); its ``statistics``
+        cover all texts together.
     """
-    texts = adapters[0].reading.texts
-    labels = [token_texts(tokenizer, text.ids) for text in texts]
+    texts = adapters[0].profile.texts
+    labels = [token_labels(tokenizer, text.token_ids) for text in texts]
     return {
         "format_version": FORMAT_VERSION,
         "computed_from": computed_from,
-        "closed_below": CLOSED,
-        "open_from": OPEN,
+        "closed_below": CLOSED_BELOW,
+        "open_from": OPEN_FROM,
         "texts": [
             {
                 "title": text.title,
                 "tokens": label,
-                "ids": text.ids,
-                "prompt": text.prompt,
-                "decoded": text.decoded,
+                "ids": text.token_ids,
+                "prompt": text.prompt_length,
+                "decoded": text.generated,
             }
             for text, label in zip(texts, labels, strict=True)
         ],
@@ -54,40 +66,56 @@ def report(
             {
                 "source": adapter.source,
                 "modules": [
-                    {"path": module.path, "layer": module.layer, "name": module.name}
-                    for module in adapter.reading.modules
+                    {"path": module.path, "layer": module.layer, "name": module.projection}
+                    for module in adapter.profile.modules
                 ],
                 "gates": [
                     [[round(float(g), 7) for g in module] for module in gates]
-                    for gates in adapter.reading.gates
+                    for gates in adapter.profile.gates
                 ],
-                "phases": list(adapter.reading.phases),
-                "statistics": _statistics(adapter.reading),
-                "extremes": _extremes(adapter.reading, labels),
+                "phases": list(adapter.profile.phases),
+                "statistics": _statistics(adapter.profile),
+                "extremes": _extremes(adapter.profile, labels),
             }
             for adapter in adapters
         ],
     }
 
 
-def _statistics(reading: GateReading) -> dict[str, Any]:
-    """By phase: of everything, of every layer in every module family, and of the first tokens' positions."""
+def render_page(report: dict[str, Any]) -> str:
+    """Render a report as one self-contained HTML page.
+
+    The page receives all texts as JSON data and shows them as text: nothing in them is interpreted as HTML
+    or script.
+    """
+    folder = resources.files("gatera_lightning.gate_analysis").joinpath("report_page")
+    data = json.dumps(report, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    page = folder.joinpath("page.html").read_text(encoding="utf-8")
+    for name in ("style.css", "charts.js", "sections.js"):
+        page = page.replace(f"{{{{{name}}}}}", folder.joinpath(name).read_text(encoding="utf-8"))
+    return page.replace("{{report}}", data)
+
+
+def _statistics(profile: GateProfile) -> dict[str, Any]:
+    """Statistics of each phase, of each projection type by layer, and of each token position."""
     found: dict[str, Any] = {}
-    families = list(dict.fromkeys(module.name for module in reading.modules))
-    layers = sorted({module.layer for module in reading.modules})
-    for phase in dict.fromkeys((*PHASES, *reading.phases)):  # response is every response, read or generated
-        gates = reading.of(phase)
-        found[phase] = statistics_of(gates) | {"layers": layers}
+    projections = list(dict.fromkeys(module.projection for module in profile.modules))
+    layers = sorted({module.layer for module in profile.modules})
+    for phase in dict.fromkeys((*PHASES, *profile.phases)):  # always with "response", given or generated
+        gates = profile.of_phase(phase)
+        found[phase] = statistics_from_gates(gates) | {"layers": layers}
         found[phase]["mean_by_layer"] = {
-            family: [
-                _mean(gates[[m.name == family and m.layer == layer for m in reading.modules]])
+            projection: [
+                _mean(gates[[m.projection == projection and m.layer == layer for m in profile.modules]])
                 for layer in layers
             ]
-            for family in families
+            for projection in projections
         }
-    # Columns of a position: tokens of all texts that reach so far.
-    means = [gates.mean(0, dtype=float) for gates in reading.gates]  # (tokens,) each
+    means = [gates.mean(0, dtype=float) for gates in profile.gates]  # (tokens,) each
     longest = max(map(len, means))
+    # At each position, the mean over the texts that are long enough.
     found["mean_by_position"] = [_mean(np.array([m[p] for m in means if p < len(m)])) for p in range(longest)]
     return found
 
@@ -96,12 +124,12 @@ def _mean(gates: np.ndarray) -> float | None:
     return float(gates.mean(dtype=float)) if gates.size else None
 
 
-def _extremes(reading: GateReading, labels: list[list[str]]) -> dict[str, list[dict[str, Any]]]:
-    """The tokens whose mean gate over all modules is lowest and highest, between their neighbours."""
+def _extremes(profile: GateProfile, labels: list[list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """The tokens with the lowest and the highest mean gate over all modules, with their context."""
     means = [
-        (float(mean), text, p)
-        for text, g in enumerate(reading.gates)
-        for p, mean in enumerate(g.mean(0, dtype=float))
+        (float(mean), text, position)
+        for text, gates in enumerate(profile.gates)
+        for position, mean in enumerate(gates.mean(0, dtype=float))
     ]
     means.sort()
 
@@ -117,19 +145,6 @@ def _extremes(reading: GateReading, labels: list[list[str]]) -> dict[str, list[d
         }
 
     return {
-        "closed": [entry(*found) for found in means[:_EXTREMES]],
-        "open": [entry(*found) for found in reversed(means[-_EXTREMES:])],
+        "closed": [entry(*found) for found in means[:_NUM_EXTREMES]],
+        "open": [entry(*found) for found in reversed(means[-_NUM_EXTREMES:])],
     }
-
-
-def page(found: dict[str, Any]) -> str:
-    """One self-contained page. Texts reach it as data and are shown as text: nothing in them is read as HTML or script."""
-    template = (
-        resources.files("gatera_lightning.gate_analysis")
-        .joinpath("report_page.html")
-        .read_text(encoding="utf-8")
-    )
-    data = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    return template.replace("{{report}}", data)

@@ -1,4 +1,4 @@
-"""Tokens as people can read them: white space and bytes that are no text by themselves made visible."""
+"""Readable labels for tokens: makes white space and partial characters visible."""
 
 from collections.abc import Sequence
 
@@ -7,24 +7,27 @@ from transformers import PreTrainedTokenizerBase
 _MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """One label a token.
+def token_labels(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """Return one readable label for each token.
 
-    A space stays a space, line breaks and tabs become ``↵`` and ``⇥``, other unprintable characters ``\\x07``. A token that is
-    a part of a character, which cannot be decoded alone, becomes the tokenizer's name for it between ``⟨`` and ``⟩``.
+    Spaces are unchanged, line breaks and tabs become ``↵`` and ``⇥``, and other unprintable characters are
+    escaped (``\\x07``). A token that is only part of a character cannot be decoded alone; its label is the
+    tokenizer's name for it between ``⟨`` and ``⟩``.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        token_ids: The tokens to label.
     """
-    return [_label(tokenizer, number) for number in ids]
+    return [_label(tokenizer, token_id) for token_id in token_ids]
 
 
-def _label(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    text = str(tokenizer.decode([number], clean_up_tokenization_spaces=False))
-    name = str(tokenizer.convert_ids_to_tokens(number))
+def _label(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    text = str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+    name = str(tokenizer.convert_ids_to_tokens(token_id))
     if "\N{REPLACEMENT CHARACTER}" in text or not text:
         return f"⟨{name}⟩"
-    if name.startswith(("▁", "Ġ")) and not text.startswith(
-        " "
-    ):  # SentencePiece drops the space of a first word
-        text = " " + text
+    if name.startswith(("▁", "Ġ")) and not text.startswith(" "):
+        text = " " + text  # SentencePiece drops the space before the first word of a text
     return "".join(
         _MARKS.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text
     )

@@ -10,6 +10,7 @@ from tiny_backbone import sample_rows, tiny_args, tiny_data, tiny_module, tiny_t
 import gatera_lightning.cli.lightning_cli
 import gatera_lightning.training.module
 from gatera_lightning import adapter_parameters
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
@@ -21,7 +22,7 @@ SCORES = ("sum", "per_token", "per_character")
 @pytest.fixture(scope="module")
 def moved(tiny_backbone):
     """A module whose adapter has learned something."""
-    module = tiny_module(tiny_backbone, gate_bias=1.0)
+    module = tiny_module(tiny_backbone, gate=TokenGateConfig(bias=1.0))
     module.configure_model()
     with torch.no_grad():
         for parameter in adapter_parameters(module.model).values():

@@ -15,7 +15,7 @@ from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.commands.compare import compare
 from gatera_lightning.datamodules import DialogueDataModule, MathDataModule
 from gatera_lightning.evaluation.results import EvaluationResult
-from gatera_lightning.evaluation.results_table import print_table
+from gatera_lightning.evaluation.results_table import print_results
 
 BOTH = ["likelihood", "generation"]
 
@@ -64,7 +64,7 @@ def test_the_table_holds_tasks_numbers_and_the_average(module, tiny_backbone, tw
         assert rows[task] == [str(n), *(str(result.accuracy(measure, task)) for measure in result.measures)]
     assert rows["average"] == ["8", *(str(result.average(measure)) for measure in result.measures)]
     assert list(rows).index("average") == len(rows) - 1
-    assert f"right answers: {result.gold_loss:.4f} nats per target token" in out
+    assert f"cross-entropy loss of the correct answers: {result.gold_loss:.4f} nats per token" in out
     assert f"generated texts without an answer (counted as wrong): {result.unanswered()}" in out
     assert f"every prediction: {tmp_path / 'predictions.jsonl'}" in out.replace("\n", "")
     assert "only" not in out
@@ -107,17 +107,17 @@ def test_eight_tasks_and_every_measure_break_no_interval(capsys, monkeypatch, co
         }
         for i, task in enumerate(tasks)
     ]
-    result = EvaluationResult(rows, expected=10_000)
-    print_table(result)
+    result = EvaluationResult(rows, split_size=10_000)
+    print_results(result)
     out = capsys.readouterr().out
     found = cells(out)
     for task in tasks:
         assert found[task] == ["1", *(str(result.accuracy(measure, task)) for measure in result.measures)]
     assert found["average"] == ["8", *(str(result.average(measure)) for measure in result.measures)]
-    assert "generation: only 8 of 10000 rows; a limit on the batches left out the others" in out
+    assert "generation: only 8 of 10000 examples, because the number of batches is limited" in out
     assert "generated texts without an answer (counted as wrong): 8" in out
     monkeypatch.setenv("FORCE_COLOR", "1")
-    print_table(result)
+    print_results(result)
     on_terminal = Text.from_ansi(capsys.readouterr().out).plain
     assert "…" not in on_terminal
     assert max(map(len, on_terminal.splitlines())) <= columns
@@ -140,18 +140,18 @@ def test_predict_writes_the_lines_of_test(module, tiny_backbone, two_tasks, tmp_
 def test_a_limit_leaves_out_whole_questions(module, tiny_backbone, two_tasks, tmp_path, capsys, verb):
     data = tiny_data(tiny_backbone, test=two_tasks, evaluate_by=BOTH, eval_batch_size=4)
     report = run(module, tmp_path, verb, data=data, **{f"limit_{verb}_batches": 1})
-    likelihoods = {row["example"]: row["likelihood"] for row in report.result.rows if "likelihood" in row}
+    likelihoods = {row["example"]: row["likelihood"] for row in report.result.examples if "likelihood" in row}
     assert len(likelihoods) == 1
     for example, found in likelihoods.items():
         assert [len(found[name]) for name in ("log_likelihoods", "tokens", "characters")] == [
             len(data.tables["test"]["answers"][example])
         ] * 3
-    assert sum("generation" in row for row in report.result.rows) == 4
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == len(report.result.rows) < 8
+    assert sum("generation" in row for row in report.result.examples) == 4
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == len(report.result.examples) < 8
     out = capsys.readouterr().out
     for kind in ("likelihood", "generation"):
-        count = sum(kind in row for row in report.result.rows)
-        assert (f"{kind}: only {count} of 8 rows; a limit on the batches left out the others" in out) == (
+        count = sum(kind in row for row in report.result.examples)
+        assert (f"{kind}: only {count} of 8 examples, because the number of batches is limited" in out) == (
             verb == "test"
         )
 
@@ -159,9 +159,9 @@ def test_a_limit_leaves_out_whole_questions(module, tiny_backbone, two_tasks, tm
 def test_a_limit_is_said_and_the_rest_computed_without_it(module, tiny_backbone, tmp_path, capsys):
     for limit, said in ((2, True), (None, False)):
         report = run(module, tmp_path, data=tiny_data(tiny_backbone), limit_test_batches=limit)
-        assert ("a limit on the batches left out the others" in capsys.readouterr().out) == said
+        assert ("because the number of batches is limited" in capsys.readouterr().out) == said
     summary = json.loads((tmp_path / "test_results.json").read_text())
-    assert (summary["rows"], summary["rows_of_split"], len(report.result.rows)) == (6, 6, 6)
+    assert (summary["rows"], summary["rows_of_split"], len(report.result.examples)) == (6, 6, 6)
     assert 0 < summary["resumed_predictions"] < 6
     assert summary["resumed_predictions"] + summary["computed_predictions"] == 6
 
@@ -205,7 +205,7 @@ def test_a_second_evaluation_forgets_the_first(module, tiny_backbone, tmp_path):
     trainer = tiny_trainer(tmp_path, report)
     for rows in (6, 2):
         trainer.test(module, datamodule=tiny_data(tiny_backbone, test=[f"everyday[:{rows}]"]), verbose=False)
-        assert len(report.result.rows) == rows
+        assert len(report.result.examples) == rows
 
 
 def test_a_trainer_without_a_report_gets_one(module, tiny_backbone, tmp_path):
@@ -264,7 +264,7 @@ def summary_of(folder):
 def test_replies_that_are_ranked_have_hits_at_1_and_a_perplexity(module, dialogue, tmp_path, capsys):
     report = run(module, tmp_path, data=dialogue)
     out = capsys.readouterr().out
-    summary, likelihoods = summary_of(tmp_path), [row["likelihood"] for row in report.result.rows]
+    summary, likelihoods = summary_of(tmp_path), [row["likelihood"] for row in report.result.examples]
     assert "hits@1 [95 % interval]" in out
     assert "accuracy" not in out
     assert cells(out)["smalltalk"] == [
@@ -275,7 +275,8 @@ def test_replies_that_are_ranked_have_hits_at_1_and_a_perplexity(module, dialogu
     nats = -sum(found["log_likelihoods"][19] for found in likelihoods) / sum(
         found["tokens"][19] for found in likelihoods
     )
-    assert f"right answers: {nats:.4f} nats per target token (perplexity {math.exp(nats):.2f}), 8 rows" in out
+    loss = f"{nats:.4f} nats per token (perplexity {math.exp(nats):.2f}), 8 examples"
+    assert f"cross-entropy loss of the correct answers: {loss}" in out
     assert (summary["nats_per_target_token"], summary["perplexity"]) == pytest.approx((nats, math.exp(nats)))
     assert (summary["text"], summary["text_skipped"]) == ({}, {})
     assert "skipped" not in out
@@ -287,7 +288,7 @@ def test_a_solution_alone_has_no_accuracy(module, arithmetic, tmp_path, capsys):
     summary = summary_of(tmp_path)
     assert (cells(out), report.result.measures) == ({}, [])
     assert "accuracy" not in out
-    assert f"right answers: {report.result.gold_loss:.4f} nats per target token (perplexity " in out
+    assert f"loss of the correct answers: {report.result.gold_loss:.4f} nats per token (perplexity " in out
     assert (summary["rows"], summary["average"], summary["tasks"]) == (6, {}, {"arithmetic": {}})
     assert summary["perplexity"] == pytest.approx(math.exp(summary["nats_per_target_token"]))
 
@@ -321,7 +322,7 @@ def test_generated_solutions_are_judged_all_the_same(module, arithmetic, tmp_pat
     assert "accuracy [95 % interval]" in out
     assert cells(out)["arithmetic"] == ["6", "0.000 [0.000, 0.390]"]
     assert f"generated texts without an answer (counted as wrong): {report.result.unanswered()}" in out
-    assert all(list(row["generation"]) == ["text", "answer", "choice"] for row in report.result.rows)
+    assert all(list(row["generation"]) == ["text", "answer", "choice"] for row in report.result.examples)
     assert (summary_of(tmp_path)["text"], summary_of(tmp_path)["text_skipped"]) == ({}, {})
 
 
@@ -343,9 +344,9 @@ def test_the_table_of_texts(capsys, monkeypatch):
         text_row("[work]", 2, "i have the dog", "i work", token_f1=0.0, meteor=0.0),
     ]
     result = EvaluationResult(rows, 3, {"bert_score": "there is [no] model"})
-    print_table(result, ranking="hits@1")
+    print_results(result, ranking="hits@1")
     out = capsys.readouterr().out
-    assert "generated texts against their references" in out
+    assert "generated texts compared with their references" in out
     assert "hits@1" not in out
     found = cells(out)
     bleu = {task: f"{result.text_metrics(task)['bleu']:.3f}" for task in ("pets", "[work]", None)}
@@ -355,8 +356,8 @@ def test_the_table_of_texts(capsys, monkeypatch):
         "[work]": ["1", "0.000", "0.000", bleu["[work]"], "1.000", "1.000"],
         "all": ["3", "0.500", "0.300", bleu[None], "0.571", "0.500"],
     }
-    assert "skipped: bert_score, since there is [no] model" in out
-    print_table(EvaluationResult(rows[:2], 2), ranking="hits@1")
+    assert "skipped bert_score: there is [no] model" in out
+    print_results(EvaluationResult(rows[:2], 2), ranking="hits@1")
     assert set(cells(capsys.readouterr().out)) == {"task", "pets"}  # one task needs no line for all
 
 
@@ -366,7 +367,7 @@ def test_a_task_without_texts_has_dashes(capsys):
         text_row("pets", 0, "yes", "yes", token_f1=1.0),
         {"task": "work", "example": 1, "gold": 0, "likelihood": likelihood},
     ]
-    print_table(EvaluationResult(rows, 2))
+    print_results(EvaluationResult(rows, 2))
     assert cells(capsys.readouterr().out)["work"] == ["0", "–", "–", "–", "–"]
 
 

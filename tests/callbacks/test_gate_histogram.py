@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.gates import GATES, TokenGateConfig
+from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.gate_analysis.statistics import BINS, PHASES, GateStatistics, counted_tokens
@@ -166,7 +167,7 @@ def groups_of(paths):
 @pytest.mark.parametrize(("gate", "accumulate"), [("token", 1), ("token", 2), ("static", 1)])
 def test_tensorboard_has_a_histogram_of_every_group_and_phase(tiny_backbone, tmp_path, gate, accumulate):
     logger = TensorBoardLogger(tmp_path, name="run")
-    module, tape = fit(tiny_backbone, tmp_path, logger, accumulate, gate=gate, gate_bias=1.3)
+    module, tape = fit(tiny_backbone, tmp_path, logger, accumulate, gate=GATES[gate](bias=1.3))
     accumulator = events(logger.log_dir)
     groups = groups_of(module.report.layers)
     assert set(accumulator.Tags()["histograms"]) == {
@@ -211,7 +212,7 @@ def test_shares_of_closed_and_open_gates(tiny_backbone, tmp_path):
     """Gates that start at 0.007 and at 0.993 are counted as what they are."""
     for bias, share in ((-5.0, "share_closed"), (5.0, "share_open")):
         logger = TensorBoardLogger(tmp_path, name=share)
-        fit(tiny_backbone, tmp_path, logger, gate_bias=bias)
+        fit(tiny_backbone, tmp_path, logger, gate=TokenGateConfig(bias=bias))
         assert [e.value for e in events(logger.log_dir).Scalars(f"gates/prompt/{share}")] == [1.0, 1.0]
 
 
@@ -328,7 +329,9 @@ def test_a_run_has_the_gates_of_the_equation(tiny_backbone, tmp_path):
     """``g = σ(w·x + b)``, in float64 from what the layers saw, at tokens whose label or id says what they are."""
     seen, logger = Seen(), TensorBoardLogger(tmp_path, name="run")
     trainer = tiny_trainer(tmp_path, seen, GateHistogram(2), logger=logger)
-    trainer.fit(tiny_module(tiny_backbone, gate_bias=0.4), datamodule=tiny_data(tiny_backbone))
+    trainer.fit(
+        tiny_module(tiny_backbone, gate=TokenGateConfig(bias=0.4)), datamodule=tiny_data(tiny_backbone)
+    )
     accumulator = events(logger.log_dir)
     for step in (2, 4):
         found = {phase: {} for phase in PHASES}
@@ -357,7 +360,9 @@ def test_a_run_has_the_gates_of_the_equation(tiny_backbone, tmp_path):
 def test_a_picture_of_the_shares_at_every_histogram(tiny_backbone, tmp_path):
     logger, callback = TensorBoardLogger(tmp_path, name="run"), GateHistogram(2)
     trainer = tiny_trainer(tmp_path, callback, logger=logger)
-    trainer.fit(tiny_module(tiny_backbone, gate_bias=-2.0), datamodule=tiny_data(tiny_backbone))
+    trainer.fit(
+        tiny_module(tiny_backbone, gate=TokenGateConfig(bias=-2.0)), datamodule=tiny_data(tiny_backbone)
+    )
     accumulator = events(logger.log_dir)
     assert accumulator.Tags()["images"] == ["gate_shares/layers"]
     pictures = accumulator.Images("gate_shares/layers")

@@ -19,9 +19,9 @@ from gatera_lightning import adapter_parameters
 from gatera_lightning.callbacks import generated_samples
 from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
 from gatera_lightning.callbacks.generated_samples import GeneratedSamples, Sample, markup
-from gatera_lightning.gate_analysis.plots.colored_text import draw_text
-from gatera_lightning.gate_analysis.plots.heatmap import pixels
-from gatera_lightning.gate_analysis.probing import ProbeText, read_gates
+from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
+from gatera_lightning.gate_analysis.plots.colored_text import draw_colored_text
+from gatera_lightning.gate_analysis.probing import ProbeText, profile_gates
 
 
 class Read(GeneratedSamples):
@@ -34,7 +34,7 @@ class Read(GeneratedSamples):
         model = pl_module.model
         texts = [ProbeText("", sample.ids, sample.prompt) for sample in self.found]
         self.read = (
-            [gates.mean(0) for gates in read_gates(model, texts).gates]
+            [gates.mean(0) for gates in profile_gates(model, texts).gates]
             if self.found[0].gates is not None
             else None
         )
@@ -226,7 +226,7 @@ def test_what_tensorboard_shows_is_what_was_written():
 
 def test_every_token_stands_on_its_colour():
     gates = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
-    picture = pixels(draw_text([" a", " b↵", " $c", " d", " e"], gates, 2, "step 1"))
+    picture = draw_pixels(draw_colored_text([" a", " b↵", " $c", " d", " e"], gates, 2, "step 1"))
     colours, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
     areas = dict(zip(map(tuple, colours.tolist()), counts.tolist(), strict=True))
     for gate in gates:

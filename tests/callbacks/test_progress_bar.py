@@ -20,8 +20,9 @@ from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_t
 
 from gatera_lightning.callbacks.progress_bar import StepProgressBar
 from gatera_lightning.callbacks.throughput import Throughput
-from gatera_lightning.cli.lightning_cli import GateRACLI, with_found_configs
-from gatera_lightning.cli.main import _show_own_log, main
+from gatera_lightning.cli.lightning_cli import GateRACLI
+from gatera_lightning.cli.console import set_up_console
+from gatera_lightning.cli.main import main
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")  # escape, carriage return and their like
 BAR = "[━╸╺]+"
@@ -158,7 +159,7 @@ def test_what_is_logged_stands_above_the_bar(tiny_backbone, tmp_path, monkeypatc
         monkeypatch.setattr(logging.getLogger(name), "propagate", False)
     monkeypatch.setattr(logging.getLogger("gatera_lightning"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [logging.StreamHandler()])
-    _show_own_log()
+    set_up_console()
     fit(tiny_backbone, tmp_path, Warns())
     seen = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", terminal.getvalue()).replace("\r", "\n")).plain
     for warning in ("a warning of ours", "a warning of Lightning's"):
@@ -170,7 +171,7 @@ def test_a_stderr_that_was_closed_is_left_behind(monkeypatch):
     own = logging.getLogger("gatera_lightning")
     monkeypatch.setattr(own, "propagate", False)
     monkeypatch.setattr(own, "handlers", [])
-    _show_own_log()
+    set_up_console()
     for text in ("first", "second"):
         with io.StringIO() as stream:
             monkeypatch.setattr(sys, "stderr", stream)
@@ -240,11 +241,11 @@ def test_quiet_is_neither_bar_nor_lines(tiny_backbone, tmp_path, monkeypatch, ca
 def test_a_bar_of_ones_own_takes_its_place(tiny_backbone, monkeypatch):
     monkeypatch.setattr(GateRACLI, "_run_subcommand", lambda *_: None)
     own = GateRACLI(
-        with_found_configs(program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar"))
+        program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar")
     ).trainer
     assert type(own.progress_bar_callback) is TQDMProgressBar
     assert (
-        type(GateRACLI(with_found_configs(program(tiny_backbone))).trainer.progress_bar_callback)
+        type(GateRACLI(program(tiny_backbone)).trainer.progress_bar_callback)
         is StepProgressBar
     )
 

@@ -6,7 +6,7 @@ from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_t
 
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
-from gatera_lightning.datamodules.loss_mask_view import masked_text
+from gatera_lightning.datamodules.loss_mask_view import highlight_supervised
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,15 @@ def test_the_answer_is_marked_and_padding_left_out(tokenizer):
         ("Question: why?\nAnswer:", " so"),
         ("Question: what on earth?\nAnswer:", " a very long one"),
     )
-    assert str(masked_text(tokenizer, batch, 0, colour=False)) == "  Question: why?\n  Answer:⟦ so<|eos|>⟧"
+    assert str(highlight_supervised(tokenizer, batch, 0, color=False)) == "  Question: why?\n  Answer:⟦ so<|eos|>⟧"
     assert (
-        str(masked_text(tokenizer, batch, 1, colour=False))
+        str(highlight_supervised(tokenizer, batch, 1, color=False))
         == "  Question: what on earth?\n  Answer:⟦ a very long one<|eos|>⟧"
     )
 
 
 def test_with_colour_the_answer_is_green_and_has_no_brackets(tokenizer):
-    text = masked_text(tokenizer, batch_of(tokenizer, ("Why? Answer:", " so")), 0, colour=True)
+    text = highlight_supervised(tokenizer, batch_of(tokenizer, ("Why? Answer:", " so")), 0, color=True)
     assert text.plain == "  Why? Answer: so<|eos|>"
     styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
     assert styles == {"Why? Answer:": "dim", " so<|eos|>": "bold green"}
@@ -46,7 +46,7 @@ def test_with_colour_the_answer_is_green_and_has_no_brackets(tokenizer):
 
 def test_training_on_all_tokens_marks_all_but_the_first(tokenizer):
     batch = batch_of(tokenizer, ("Why? Answer:", " so"), train_on="all")
-    text = str(masked_text(tokenizer, batch, 0, colour=False))
+    text = str(highlight_supervised(tokenizer, batch, 0, color=False))
     first = tokenizer.decode(batch["input_ids"][0, :1])
     assert text == f"  {first}⟦{'Why? Answer: so<|eos|>'.removeprefix(first)}⟧"
 
@@ -60,7 +60,7 @@ def test_several_stretches(tokenizer):
         if not loss:
             batch["labels"][0, i] = -100
     assert (
-        str(masked_text(tokenizer, batch, 0, colour=False))
+        str(highlight_supervised(tokenizer, batch, 0, color=False))
         == "  user: hi⟦ bot: hello⟧ user: bye⟦ bot: see you⟧"
     )
 
@@ -69,7 +69,7 @@ def test_brackets_in_a_question_are_printed_as_they_are(tokenizer, capsys):
     from rich.console import Console
 
     batch = batch_of(tokenizer, ("Is [bold]x[/bold] [1]? Answer:", " [red]"))
-    Console().print(masked_text(tokenizer, batch, 0, colour=False))
+    Console().print(highlight_supervised(tokenizer, batch, 0, color=False))
     assert "Is [bold]x[/bold] [1]? Answer:⟦ [red]<|eos|>⟧" in capsys.readouterr().out
 
 
@@ -90,7 +90,7 @@ def test_what_a_run_prints(tiny_backbone, tmp_path, capsys, gate, trainable):
     assert lines[2].split() == ["frozen", "float32", "41,120"]
     assert lines[-1] == f"logs and checkpoints: {tmp_path}"
     example = "\n".join(lines[4:-1])
-    assert example == str(masked_text(data.tokenizer, trainer.train_dataloader.dataset[0], 0, colour=False))
+    assert example == str(highlight_supervised(data.tokenizer, trainer.train_dataloader.dataset[0], 0, color=False))
     assert example.count("⟦") == example.count("⟧") == 1
     assert example.endswith("<|eos|>⟧")
 

@@ -15,6 +15,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
 
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 from gatera_lightning.cli.main import main
@@ -102,7 +103,7 @@ def test_charts_of_what_is_logged(tiny_backbone, tmp_path, gate, parts):
 
 def test_settings_and_results_of_a_run(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run")
-    trainer = fit(tiny_backbone, tmp_path, logger, gate_bias=-1.5, rank=2)
+    trainer = fit(tiny_backbone, tmp_path, logger, gate=TokenGateConfig(bias=-1.5), rank=2)
     trainer.test(trainer.lightning_module, datamodule=trainer.datamodule, verbose=False)
     names, results, sessions = hparams_tab(tmp_path)
     assert {"train/task_loss", "val/loss", "test/loss"} <= set(results)

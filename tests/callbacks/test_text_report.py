@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from gatera_lightning import BackboneConfig
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.datamodules import DialogueDataModule, OwnDataModule
+from gatera_lightning.datamodules import DialogueDataModule, InstructionDataModule
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation import text_metrics
 
@@ -189,7 +189,7 @@ def test_the_results_are_those_of_the_libraries(module, asked, tmp_path, capsys)
     assert logged == pytest.approx({f"test/{name}": value for name, value in expected.items()}, rel=1e-6)
     assert summary["text_skipped"] == SKIPPED
     for metric, reason in SKIPPED.items():
-        assert f"skipped: {metric}, since {reason}" in out
+        assert f"skipped {metric}: {reason}" in out
     (values,) = (line for line in out.splitlines() if "smalltalk" in line and "│" in line)
     shown = [cell.strip() for cell in values.split("│")[1:-1]]
     assert shown == ["smalltalk", "8", *(f"{expected[name]:.3f}" for name in expected)]
@@ -203,7 +203,7 @@ def test_ranked_and_generated_replies_are_reported_together(module, asked, tmp_p
     _, logged = evaluate(module, tmp_path, evaluate_by=("likelihood", "generation"), batch=40)
     out, summary = capsys.readouterr().out, summary_of(tmp_path)
     assert "hits@1 [95 % interval]" in out
-    assert "generated texts against their references" in out
+    assert "generated texts compared with their references" in out
     assert set(summary["tasks"]["smalltalk"]) == {"sum", "per_token", "per_character", "text"}
     assert summary["text"] == pytest.approx(expected_metrics())
     accuracies = {f"test/accuracy_{name}" for name in ("sum", "per_token", "per_character")}
@@ -216,7 +216,7 @@ def test_a_metric_whose_data_have_come_is_added_without_generating_again(
 ):
     evaluate(module, tmp_path)
     before, wrote = summary_of(tmp_path), lines(tmp_path)
-    assert "skipped: meteor" in capsys.readouterr().out
+    assert "skipped meteor" in capsys.readouterr().out
     del asked[:]
     wordnet()
     _, logged = evaluate(module, tmp_path)
@@ -233,7 +233,7 @@ def test_a_metric_whose_data_have_come_is_added_without_generating_again(
     assert logged["test/meteor"] == pytest.approx(mean(each))
     out = capsys.readouterr().out
     assert "METEOR" in out
-    assert "skipped: meteor" not in out
+    assert "skipped meteor" not in out
     for row, old in zip(lines(tmp_path), wrote, strict=True):
         del row["generation"]["scores"]["meteor"]
         assert row == old
@@ -298,14 +298,14 @@ def test_a_limit_scores_the_texts_that_there_are(module, asked, tmp_path, capsys
     assert summary_of(tmp_path)["text"]["token_f1"] == pytest.approx(
         mean([expected_scores()[i]["token_f1"] for i in sorted(asked)])
     )
-    assert "generation: only 3 of 8 rows" in capsys.readouterr().out
+    assert "generation: only 3 of 8 examples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_score_a_share_each(monkeypatch, rank):
     """Eight texts, four on each; one process lacks a package, so nobody's text has its score, and the report says why."""
-    other = text_metrics.row_scores(TEXTS[1 - rank :: 2], REFERENCES[1 - rank :: 2])
-    other = text_metrics.RowScores(
+    other = text_metrics.example_scores(TEXTS[1 - rank :: 2], REFERENCES[1 - rank :: 2])
+    other = text_metrics.ExampleScores(
         {"token_f1": other.values["token_f1"]}, other.skipped | {"rouge_l": "no package here"}
     )
     gathered = []
@@ -348,7 +348,7 @@ def test_bert_score_takes_the_model_and_layer_that_are_set(module, asked, tmp_pa
 def test_what_the_model_really_writes_is_compared(module, tiny_backbone, tmp_path, monkeypatch):
     """Own data, nothing faked: three tokens of a model that knows nothing, against the response of its row."""
     monkeypatch.setattr(module.decoding, "max_new_tokens", 3)
-    data = OwnDataModule(
+    data = InstructionDataModule(
         template="plain",
         train_on="response",
         max_length=400,

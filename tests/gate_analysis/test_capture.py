@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gatera_lightning import AdapterConfig, inject_adapters
-from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.gate_analysis.capture import GatedModule, capture_gates
 
 PROMPTS = torch.tensor([[7, 3, 9, 4], [0, 0, 5, 6]])
@@ -60,7 +60,7 @@ def test_one_forward_by_hand(model):
     ]
     assert (call.gates - expected).abs().max() < 1e-6
     assert call.phase == "prefill"
-    assert torch.equal(call.real, MASK.bool())
+    assert torch.equal(call.non_padding, MASK.bool())
     assert call.positions[1, 2:].tolist() == [0, 1]
 
 
@@ -170,4 +170,4 @@ def test_without_gates_nothing_is_captured(tiny_llama):
 )
 def test_a_module_by_its_path(path, layer, name):
     module = GatedModule(path)
-    assert (module.layer, module.name) == (layer, name)
+    assert (module.layer, module.projection) == (layer, name)

@@ -10,8 +10,9 @@ import torch
 from gate_reports import TEXTS, adapter, asked
 from transformers import AutoTokenizer
 
-from gatera_lightning.adapters.injection import adapted_linears
-from gatera_lightning.backbone.loading import BackboneConfig, load_tokenizer
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.cli.commands import gates as gates_command
 from gatera_lightning.gate_analysis.capture import GatedModule
 from gatera_lightning.gate_analysis.probing import GateProfile, ProbeText

@@ -3,7 +3,7 @@
 import pytest
 from tiny_backbone import tiny_tokenizer
 
-from gatera_lightning.gate_analysis.token_labels import token_texts
+from gatera_lightning.gate_analysis.token_labels import token_labels
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ def test_a_text_token_by_token(text, expected):
         if text not in ("a b",)
         else tokenizer(text).input_ids
     )
-    assert token_texts(tokenizer, ids) == expected
+    assert token_labels(tokenizer, ids) == expected
 
 
 def test_special_tokens_keep_their_names():
     tokenizer = tiny_tokenizer()
-    assert token_texts(tokenizer, [tokenizer.bos_token_id, tokenizer.eos_token_id]) == ["<|bos|>", "<|eos|>"]
+    assert token_labels(tokenizer, [tokenizer.bos_token_id, tokenizer.eos_token_id]) == ["<|bos|>", "<|eos|>"]

@@ -1,1 +1,1 @@
-"""Pictures of gate values."""
+"""Plots of gate values."""

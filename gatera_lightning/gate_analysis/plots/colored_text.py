@@ -1,4 +1,4 @@
-"""Text on the colours of its tokens' gates: for a terminal, and as a picture."""
+"""Text with each token on the color of its gate, for a terminal or as a picture."""
 
 from collections.abc import Sequence
 
@@ -12,24 +12,30 @@ from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
-from gatera_lightning.gate_analysis.plots.heatmap import COLOURS
+from gatera_lightning.gate_analysis.plots.canvas import COLORMAP
 
-_COLUMNS = 100
-_CELL = (0.0756, 0.19)  # inches that a character of DejaVu Sans Mono takes at 9 points, and a line
+_LINE_CELLS = 100
+_CELL_INCHES = (0.0756, 0.19)  # width of a 9-point DejaVu Sans Mono character, and height of a line
 
 
-def colours(gate: float) -> tuple[str, str]:
-    """The colour of a gate in [0, 1], and black or white, whichever can be read on it."""
-    red, green, blue, _ = colormaps[COLOURS](gate)
+def gate_colors(gate: float) -> tuple[str, str]:
+    """Return the background color of a gate in [0, 1], and black or white for the text on it."""
+    red, green, blue, _ = colormaps[COLORMAP](gate)
     luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-    return to_hex(
-        (red, green, blue)
-    ), "#000000" if luminance > 0.18 else "#ffffff"  # equal contrast with both (WCAG)
+    foreground = "#000000" if luminance > 0.18 else "#ffffff"  # at 0.18, both have equal contrast (WCAG)
+    return to_hex((red, green, blue)), foreground
 
 
-def coloured(piece: str, gate: float) -> Text:
-    """A piece of text for a terminal; a line break shows as ``↵``, and no colour runs to the end of its line."""
-    background, foreground = colours(gate)
+def color_by_gate(piece: str, gate: float) -> Text:
+    """Color a piece of text for a terminal.
+
+    A line break is shown as ``↵``, and no color extends beyond the text to the end of the line.
+
+    Args:
+        piece: The text.
+        gate: Its gate in [0, 1].
+    """
+    background, foreground = gate_colors(gate)
     style = Style(color=foreground, bgcolor=background)
     text = Text()
     for number, line in enumerate(piece.split("\n")):
@@ -37,51 +43,60 @@ def coloured(piece: str, gate: float) -> Text:
     return text
 
 
-def legend() -> Text:
-    """The scale from 0 to 1, for a terminal."""
-    return Text(" ").join(coloured(f" {gate / 10:.1f} ", gate / 10) for gate in range(11))
+def color_scale() -> Text:
+    """Return the color scale from 0 to 1, for a terminal."""
+    return Text(" ").join(color_by_gate(f" {gate / 10:.1f} ", gate / 10) for gate in range(11))
 
 
-def draw_text(tokens: Sequence[str], gates: np.ndarray, prompt: int, title: str) -> Figure:
-    """A label a token on the colour of its gate, gates (tokens,), in lines; the response, from ``prompt`` on, below a rule."""
-    places: list[tuple[int, float, int]] = []  # column, line, cells
-    column, line, rule = 0, 0.0, None
-    for number, token in enumerate(tokens):
-        cells = cell_len(token)
-        if number == prompt and number:
-            column, rule, line = 0, line + 1.25, line + 1.5
-        elif column + cells > _COLUMNS and column:
+def draw_colored_text(labels: Sequence[str], gates: np.ndarray, prompt_length: int, title: str) -> Figure:
+    """Draw a text with each token on the color of its gate; a dotted line separates prompt and response.
+
+    Args:
+        labels: A label for each token.
+        gates: (tokens,)
+        prompt_length: The number of prompt tokens.
+        title: The title of the picture.
+    """
+    places: list[tuple[int, float, int]] = []  # (column, line, cells) of each token
+    column, line, separator = 0, 0.0, None
+    for number, label in enumerate(labels):
+        cells = cell_len(label)
+        if number == prompt_length and number:
+            column, separator, line = 0, line + 1.25, line + 1.5
+        elif column + cells > _LINE_CELLS and column:
             column, line = 0, line + 1
         places.append((column, line, cells))
         column += cells
-        if token.endswith("↵"):
+        if label.endswith("↵"):
             column, line = 0, line + 1
     width = max(column + cells for column, _, cells in places)
     height = places[-1][1] + 1
-    across, down = width * _CELL[0], height * _CELL[1]
-    size = max(across, 4) + 0.2, down + 1.05
+    text_width, text_height = width * _CELL_INCHES[0], height * _CELL_INCHES[1]
+    size = max(text_width, 4) + 0.2, text_height + 1.05
     figure = Figure(figsize=size, dpi=110)
-    axes = figure.add_axes((0.1 / size[0], 0.7 / size[1], across / size[0], down / size[1]))
+    axes = figure.add_axes((0.1 / size[0], 0.7 / size[1], text_width / size[0], text_height / size[1]))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    for token, gate, (column, line, cells) in zip(tokens, gates, places, strict=True):
-        background, foreground = colours(float(gate))
+    for label, gate, (column, line, cells) in zip(labels, gates, places, strict=True):
+        background, foreground = gate_colors(float(gate))
         axes.add_patch(Rectangle((column, line + 0.04), cells, 0.92, facecolor=background, linewidth=0))
         axes.text(
             column,
             line + 0.5,
-            token,
+            label,
             color=foreground,
             family="DejaVu Sans Mono",
             size=9,
             va="center",
             parse_math=False,
         )
-    if rule is not None:
-        axes.plot([0, width], [rule, rule], color="black", linewidth=0.7, linestyle=":", clip_on=False)
+    if separator is not None:
+        axes.plot(
+            [0, width], [separator, separator], color="black", linewidth=0.7, linestyle=":", clip_on=False
+        )
     figure.text(0.1 / size[0], 1 - 0.22 / size[1], title, size=9)
     scale = figure.add_axes((0.1 / size[0], 0.42 / size[1], 2 / size[0], 0.12 / size[1]))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURS), cax=scale, orientation="horizontal")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORMAP), cax=scale, orientation="horizontal")
     bar.set_label("mean gate", size=8, labelpad=1)
     bar.ax.tick_params(labelsize=7)
     return figure

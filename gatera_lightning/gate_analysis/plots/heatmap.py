@@ -1,52 +1,48 @@
-"""Layer × token heatmaps: the mean gate of a layer's modules at each token (as figure 1 of GateRA, AAAI 2026)."""
+"""Layer × token heatmaps: the mean gate of each layer at each token (as figure 1 of GateRA, AAAI 2026)."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gatera_lightning.gate_analysis.capture import GatedModule
-
-COLOURS = "cividis"  # even to the colour-blind, and in grey
-
-
-def by_layer(modules: Sequence[GatedModule], gates: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Mean over the modules of each layer, gates (modules, tokens) -> layers, (layers, tokens)."""
-    numbers = np.array([module.layer for module in modules])
-    layers = sorted(set(numbers.tolist()))
-    return layers, np.stack([gates[numbers == layer].mean(0, dtype=float) for layer in layers])
+from gatera_lightning.gate_analysis.plots.canvas import COLORMAP
+from gatera_lightning.gate_analysis.statistics import mean_by_layer
 
 
 def draw_heatmap(
-    modules: Sequence[GatedModule], gates: np.ndarray, tokens: Sequence[str], prompt: int, title: str
+    modules: Sequence[GatedModule], gates: np.ndarray, labels: Sequence[str], prompt_length: int, title: str
 ) -> Figure:
-    """One text: gates (modules, tokens), a label a token, a line where the response begins."""
-    layers, means = by_layer(modules, gates)
+    """Draw the gates of one text.
+
+    Args:
+        modules: The gated modules; the plot averages the modules of a layer.
+        gates: (modules, tokens)
+        labels: A label for each token.
+        prompt_length: The number of prompt tokens; a line marks where the response begins.
+        title: The title of the plot.
+
+    Returns:
+        A figure with one row for each layer (the first at the bottom) and one column for each token.
+    """
+    layers, means = mean_by_layer(modules, gates)
     figure = Figure(
-        figsize=(2.2 + 0.19 * len(tokens), 1.8 + 0.13 * len(layers)), layout="constrained", dpi=110
+        figsize=(2.2 + 0.19 * len(labels), 1.8 + 0.13 * len(layers)), layout="constrained", dpi=110
     )
     axes = figure.subplots()
     image = axes.imshow(
-        means, aspect="auto", cmap=COLOURS, vmin=0, vmax=1, origin="lower", interpolation="nearest"
+        means, aspect="auto", cmap=COLORMAP, vmin=0, vmax=1, origin="lower", interpolation="nearest"
     )
-    axes.set_xticks(range(len(tokens)), list(tokens), rotation=90)
+    axes.set_xticks(range(len(labels)), list(labels), rotation=90)
     for label in axes.get_xticklabels():
         label.set_parse_math(False)  # a token may be a dollar sign
     axes.tick_params(labelsize=7)
     step = max(1, len(layers) // 10)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_ylabel("layer")
-    if 0 < prompt < len(tokens):
-        axes.axvline(prompt - 0.5, color="white", linewidth=1.5)
-        axes.axvline(prompt - 0.5, color="black", linewidth=0.7, linestyle=":")
+    if 0 < prompt_length < len(labels):
+        axes.axvline(prompt_length - 0.5, color="white", linewidth=1.5)
+        axes.axvline(prompt_length - 0.5, color="black", linewidth=0.7, linestyle=":")
     axes.set_title(title, fontsize=9, loc="left")
     figure.colorbar(image, ax=axes, label="mean gate", pad=0.01)
     return figure
-
-
-def pixels(figure: Figure) -> np.ndarray:
-    """The figure as (height, width, 3) bytes."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
