@@ -25,7 +25,7 @@ from gate_study import STEPS, figures, read_held_out, trained
 from torch import Tensor
 
 from gatera_lightning import GateRAModule
-from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.datamodules.batching.collate import collate_prompts
@@ -37,7 +37,7 @@ BATCHES, PROMPTS = 4, 32
 
 def set_thresholds(module: GateRAModule, gate: float) -> None:
     for layer in adapted_linears(module.model).values():
-        layer.config.skip_below, layer.config.merge_above = gate, 1 - gate
+        layer.gate.set_thresholds(gate, 1 - gate)
 
 
 def gradient(module: GateRAModule, batch: Batch) -> tuple[float, dict[str, Tensor]]:

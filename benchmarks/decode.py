@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from gatera_lightning import inject_adapters
 from gatera_lightning.adapters.inference import prepared_for_inference
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears
 
 PROMPT = 64
 CONTENDERS = ("backbone", "peft_lora", "peft_hira", "gatera_plain", "gatera", "gatera_fast")
@@ -84,10 +84,10 @@ def decided(model: nn.Module, generate: Callable[[], float]) -> float:
     layers = adapted_linears(model).values()
     seen: list[Tensor] = []
     for layer in layers:
-        layer.on_gate = seen.append
+        layer.set_gate_listener(seen.append)
     generate()
     for layer in layers:
-        layer.on_gate = None
+        layer.set_gate_listener(None)
     gates = torch.cat(
         [torch.sigmoid(z).flatten() for z in seen if z.shape[-1] == 1] or [torch.full((1,), 0.5)]
     )

@@ -27,12 +27,17 @@ import lightning as L
 import torch
 
 from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
+from gatera_lightning.adapters.gates import NoGateConfig, TokenGateConfig
 from gatera_lightning.backbone.loading import load_tokenizer
-from gatera_lightning.callbacks.gate_histogram import counted_tokens
 from gatera_lightning.datamodules import CommonsenseDataModule, DialogueDataModule
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.gate_analysis.capture import GatedModule
-from gatera_lightning.gate_analysis.statistics import PHASES, GateStatistics, statistics_of_counts
+from gatera_lightning.gate_analysis.statistics import (
+    PHASES,
+    GateStatistics,
+    counted_tokens,
+    statistics_from_counts,
+)
 from gatera_lightning.objectives.next_token import summed_cross_entropy
 
 CONVAI2 = "$GATERA_DATA/dialogue/convai2/valid_self_original.shared.txt"
@@ -70,9 +75,9 @@ def rows(task: str, seed: int) -> SupervisedDataModule:
 
 
 def trained(
-    task: str, setting: str, seed: int, **adapter: float
+    task: str, setting: str, seed: int, **thresholds: float
 ) -> tuple[GateRAModule, SupervisedDataModule, float]:
-    """A module after its steps, its data, and the CPU seconds of fitting; ``adapter`` are further settings of the adapter."""
+    """A module after its steps, its data, and the CPU seconds of fitting; ``thresholds`` are the gate's."""
     L.seed_everything(seed, verbose=False)
     gated = setting != "hira"
     weight, bias, multiplier = map(float, setting.split(":")) if gated else (0.0, 0.0, 1.0)
@@ -80,7 +85,9 @@ def trained(
     module = GateRAModule(
         backbone=backbone,
         adapter=AdapterConfig(
-            update="hira", gate="token" if gated else "none", rank=16, gate_bias=bias, **adapter
+            update="hira",
+            gate=TokenGateConfig(bias=bias, **thresholds) if gated else NoGateConfig(),
+            rank=16,
         ),
         optimizer=OptimizerConfig(lr=1e-2, gate_lr_multiplier=multiplier, warmup_steps=10),
         gate_entropy_weight=weight,
@@ -143,9 +150,9 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
         torch.tensor(found["bins"]).double(),
         torch.tensor(found["sums"]),
     )  # (phases, modules, 50), (3, …)
-    _, closed, opened, _ = statistics_of_counts(bins.sum((0, 1)), sums.sum((1, 2))).tolist()
+    _, closed, opened, _ = statistics_from_counts(bins.sum((0, 1)), sums.sum((1, 2))).tolist()
     told = {"closed": closed, "open": opened, "decided": closed + opened}
-    told |= dict(zip(PHASES, statistics_of_counts(bins.sum(1), sums.sum(2))[:, 0].tolist(), strict=True))
+    told |= dict(zip(PHASES, statistics_from_counts(bins.sum(1), sums.sum(2))[:, 0].tolist(), strict=True))
     tokens = bins.sum((0, 2))  # (modules,), all alike
     means, squares = sums[0].sum(0) / tokens, sums[2].sum(0) / tokens
     told["between modules"] = float(means.var(unbiased=False) / (squares.mean() - means.mean() ** 2))
@@ -167,9 +174,12 @@ def families(found: dict[str, Any]) -> str:
     depth = 1 + max(module.layer for module in modules)
 
     def mean(chosen: list[int]) -> str:
-        return f"{statistics_of_counts(bins[:, chosen].sum((0, 1)), sums[:, :, chosen].sum((1, 2)))[0]:.2f}"
+        return f"{statistics_from_counts(bins[:, chosen].sum((0, 1)), sums[:, :, chosen].sum((1, 2)))[0]:.2f}"
 
-    by_name = {m.name: [i for i, other in enumerate(modules) if other.name == m.name] for m in modules}
+    by_name = {
+        m.projection: [i for i, other in enumerate(modules) if other.projection == m.projection]
+        for m in modules
+    }
     told = [f"{name.removesuffix('_proj')} {mean(chosen)}" for name, chosen in by_name.items()]
     for part in ("self_attn", "mlp"):
         of_part = [i for i, m in enumerate(modules) if f".{part}." in m.path]

@@ -29,25 +29,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.gate_recording import record_gates
-from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.backbone.compilation import compile_layers
-from gatera_lightning.backbone.recomputation import elementwise_recomputed
+from gatera_lightning.backbone.probes import returns_head_output
+from gatera_lightning.backbone.recomputation import recompute_elementwise
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
-from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
+from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head
 from gatera_lightning.objectives.next_token import (
-    next_token_labels,
+    head_only_at,
+    shift_labels,
     summed_cross_entropy,
     summed_gate_entropy,
-    target_positions_only,
 )
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 OURS = {
     "gatera": AdapterConfig(),
     "gatera_kept": AdapterConfig(),
-    "gatera_70_closed": AdapterConfig(skip_below=0.1),
-    "gatera_decided": AdapterConfig(skip_below=0.1, merge_above=0.9),
+    "gatera_70_closed": AdapterConfig(gate=TokenGateConfig(skip_below=0.1)),
+    "gatera_decided": AdapterConfig(gate=TokenGateConfig(skip_below=0.1, merge_above=0.9)),
     "hira": AdapterConfig(gate="none"),
     "lora": AdapterConfig(update="lora", gate="none"),
     "dora": AdapterConfig(update="dora", gate="none"),
@@ -120,7 +122,7 @@ def built(
     else:
         config = (OURS | COMPILED)[method]
         loss_of = with_gatera(model, config, rank, ids, labels, less_kept=method != "gatera_kept")
-        if config.tells_tokens_apart:
+        if config.gate.has_thresholds:
             set_gates(model, ids, sharpness=1.0 if method == "gatera_70_closed" else 1e3)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
@@ -144,15 +146,15 @@ def with_gatera(
         for name, parameter in adapter_parameters(model).items():
             if name.endswith("update.b"):
                 parameter.normal_(std=1e-3)  # zero as at the beginning would leave A without gradients
-    shifted, mask = next_token_labels(labels), torch.ones_like(ids)
+    shifted, mask = shift_labels(labels), torch.ones_like(ids)
     keep = shifted != IGNORE_INDEX
     targets = shifted[keep]
-    assert returns_what_its_head_does(model)
+    assert returns_head_output(model)
 
     def loss_of() -> Tensor:
         with (
-            elementwise_recomputed() if less_kept else nullcontext(),
-            target_positions_only(model, keep),
+            recompute_elementwise() if less_kept else nullcontext(),
+            head_only_at(model, keep),
             record_gates(model) as gates,
             cross_entropy_in_head(model, targets),
         ):
@@ -188,11 +190,11 @@ def with_peft(model: nn.Module, method: str, rank: int, ids: Tensor, labels: Ten
     wrapped = get_peft_model(model, chosen)  # in place
     mask = torch.ones_like(ids)
     if method == "peft_lora_targets":
-        shifted = next_token_labels(labels)
+        shifted = shift_labels(labels)
         keep = shifted != IGNORE_INDEX
 
         def loss_of() -> Tensor:
-            with target_positions_only(model, keep):
+            with head_only_at(model, keep):
                 return (
                     summed_cross_entropy(wrapped(input_ids=ids, attention_mask=mask).logits, shifted[keep])
                     / keep.sum()
@@ -204,15 +206,15 @@ def with_peft(model: nn.Module, method: str, rank: int, ids: Tensor, labels: Ten
 
 def without_adapter(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     model.requires_grad_(False)
-    shifted, mask = next_token_labels(labels), torch.ones_like(ids)
+    shifted, mask = shift_labels(labels), torch.ones_like(ids)
     keep = shifted != IGNORE_INDEX
     targets = shifted[keep]
 
     def loss_of() -> Tensor:
         embedded = model.get_input_embeddings()(ids).requires_grad_(True)
         with (
-            elementwise_recomputed(),
-            target_positions_only(model, keep),
+            recompute_elementwise(),
+            head_only_at(model, keep),
             cross_entropy_in_head(model, targets),
         ):
             return model(inputs_embeds=embedded, attention_mask=mask).logits.squeeze() / len(targets)

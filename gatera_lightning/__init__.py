@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from gatera_lightning.adapters.gate_recording import record_gates as record_gates
     from gatera_lightning.adapters.inference import prepared_for_inference as prepared_for_inference
     from gatera_lightning.adapters.injection import InjectionReport as InjectionReport
-    from gatera_lightning.adapters.injection import adapter_parameters as adapter_parameters
     from gatera_lightning.adapters.injection import inject_adapters as inject_adapters
+    from gatera_lightning.adapters.lookup import adapter_parameters as adapter_parameters
     from gatera_lightning.adapters.merging import merge_adapter as merge_adapter
-    from gatera_lightning.adapters.serialization import AdapterFileError as AdapterFileError
     from gatera_lightning.adapters.serialization import load_adapter as load_adapter
     from gatera_lightning.adapters.serialization import save_adapter as save_adapter
-    from gatera_lightning.backbone.loading import BackboneConfig as BackboneConfig
+    from gatera_lightning.backbone.config import BackboneConfig as BackboneConfig
+    from gatera_lightning.errors import AdapterFileError as AdapterFileError
     from gatera_lightning.errors import CheckpointError as CheckpointError
     from gatera_lightning.errors import ConfigError as ConfigError
     from gatera_lightning.errors import NonFiniteLossError as NonFiniteLossError
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AdapterConfig": "adapters.config",
-    "AdapterFileError": "adapters.serialization",
+    "AdapterFileError": "errors",
     "BackboneConfig": "backbone.loading",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -43,7 +43,7 @@ _MODULES = {
     "InjectionReport": "adapters.injection",
     "NonFiniteLossError": "errors",
     "OptimizerConfig": "training.optimizer",
-    "adapter_parameters": "adapters.injection",
+    "adapter_parameters": "adapters.lookup",
     "capture_gates": "gate_analysis.capture",
     "inject_adapters": "adapters.injection",
     "load_adapter": "adapters.serialization",

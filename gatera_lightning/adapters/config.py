@@ -1,24 +1,71 @@
-"""What to adapt and how: two independent choices, the update ``u`` and the gate ``g``, make a method."""
+"""Settings of an adapter: which layers to adapt, with which update ``u`` and which gate ``g``."""
 
-import math
+import difflib
+import functools
 import re
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast, get_args
 
-UpdateName = Literal["lora", "dora", "hira"]
-GateName = Literal["none", "static", "token"]
+from gatera_lightning.adapters.gates import (
+    GATES,
+    GateConfig,
+    TokenGateConfig,
+    gate_from_dict,
+    is_finite_number,
+)
+from gatera_lightning.adapters.updates import UPDATES
+from gatera_lightning.errors import ConfigError
+
 AdapterDtype = Literal["float32", "float64"]
 
+FLAT_GATE_SETTINGS = {
+    "gate_bias": "bias",
+    "gate_entropy_weight": "entropy_weight",
+    "gate_lr_multiplier": "lr_multiplier",
+    "skip_below": "skip_below",
+    "merge_above": "merge_above",
+}
+"""Old flat name of a gate's setting -> its name in the gate's config. Old adapter folders and result files use flat names."""
 
+_DEPRECATED_ARGUMENTS = ("gate_bias", "skip_below", "merge_above")
+
+
+def _accept_deprecated_arguments(config: type["AdapterConfig"]) -> type["AdapterConfig"]:
+    """Let the constructor accept the old flat gate settings without listing them in its signature."""
+    init = cast(Callable[..., None], config.__init__)
+
+    @functools.wraps(init)  # inspect.signature, and therefore --help, shows the wrapped signature
+    def __init__(self: "AdapterConfig", *args: Any, **settings: Any) -> None:
+        flat = {name: settings.pop(name) for name in _DEPRECATED_ARGUMENTS if name in settings}
+        init(self, *args, **settings)
+        if flat:
+            old, new = (", ".join(f"{name}=…" for name in names) for names in (flat, map(FLAT_GATE_SETTINGS.get, flat)))
+            warnings.warn(
+                f"AdapterConfig({old}) is deprecated; use gate={type(self.gate).__name__}({new})",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            self.gate = _with_flat_settings(self.gate, flat)
+
+    config.__init__ = __init__  # type: ignore[method-assign]
+    return config
+
+
+@_accept_deprecated_arguments
 @dataclass
 class AdapterConfig:
-    """An adapted layer computes ``y = W0 x + b + g(x) · u(x)``; the defaults are GateRA's (AAAI 2026, arXiv 2511.17582)."""
+    """Settings of an adapter; an adapted layer computes ``y = W0 x + b + g(x) · u(x)``.
 
-    update: UpdateName = "hira"
-    """The update u(x): lora = (alpha/rank)·B A x, dora = magnitude and direction, hira = (W0 ⊙ BA) x."""
+    The defaults are GateRA's (Ou et al., AAAI 2026, arXiv 2511.17582).
+    """
 
-    gate: GateName = "token"
-    """The gate g: none = 1, static = one learned scalar per layer, token = sigmoid(w·x + b) for every token."""
+    update: str = "hira"
+    """Name of the update u(x)."""
+
+    gate: GateConfig = field(default_factory=TokenGateConfig)
+    """The gate g(x) and its settings; in Python, the name of a kind is enough."""
 
     rank: int = 32
     """Rank r of B A; at most the smaller side of every adapted weight."""
@@ -27,63 +74,48 @@ class AdapterConfig:
     """Scale alpha/rank of lora and dora; null means alpha = rank. An error with hira, which has no scale."""
 
     dropout: float = 0.0
-    """Dropout probability on the update's input; the frozen path and the gate see the undropped input."""
+    """Dropout probability on the update's input; the frozen layer and the gate always see the input without dropout."""
 
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     )
-    """Linear layers to adapt: the last segment of a module's name, or a regular expression for its whole name."""
+    """Linear layers to adapt: the last segment of a module's name, or a regular expression for its full name."""
 
     layers: list[int] | None = None
     """Indices of the decoder layers to adapt; null adapts all of them."""
 
-    gate_bias: float = 0.0
-    """Initial gate logit b: 0 starts every gate half open (g = 0.5), -2 nearly closed (g = 0.12)."""
-
-    skip_below: float = 0.0
-    """In training, tokens with a gate below this take the frozen path alone: 2 large products in place of 5; 0 skips none."""
-
-    merge_above: float = 1.0
-    """In training, tokens with a gate above this take the merged weight: 3 large products in place of 5; 1 merges none.
-    The merged weight has the backbone's dtype: in bfloat16, changes below about 0.4 % of a weight are lost to open tokens."""
-
     adapter_dtype: AdapterDtype = "float32"
-    """Dtype of the trainable master weights; the backbone keeps its own."""
+    """Dtype of the trainable parameters; the backbone has its own."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gate, str) and self.gate in GATES:  # problems() reports an unknown name
+            self.gate = GATES[self.gate]()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied config; checkpoints of version 0.1 hold one with flat gate settings."""
+        values = dict(state)
+        if isinstance(values.get("gate"), str):
+            values = vars(type(self).from_dict(values))
+        self.__dict__.update(values)
 
     def problems(self) -> list[str]:
-        """Everything about these values that cannot work, whatever the model; empty when all is well."""
+        """Return one message for every value that cannot work with any model; empty if all are valid."""
         found = []
-        for name, accepted in (("update", UpdateName), ("gate", GateName), ("adapter_dtype", AdapterDtype)):
-            value, choices = getattr(self, name), get_args(accepted)
-            if value not in choices:
-                found.append(f"adapter.{name}: {value!r} is unknown; accepted: {', '.join(choices)}")
+        if self.update not in UPDATES:
+            found.append(_unknown("adapter.update", self.update, UPDATES))
+        if self.adapter_dtype not in get_args(AdapterDtype):
+            found.append(_unknown("adapter.adapter_dtype", self.adapter_dtype, get_args(AdapterDtype)))
         if not _is_int(self.rank) or self.rank < 1:
             found.append(f"adapter.rank: {self.rank!r} is not a rank; accepted: an integer of at least 1")
-        if self.update == "hira" and self.alpha is not None:
-            found.append(
-                f"adapter.alpha: {self.alpha!r}, but update 'hira' has no scale; accepted: null, or update lora or dora"
-            )
-        elif self.alpha is not None and not (_is_finite(self.alpha) and self.alpha > 0):
-            found.append(
-                f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank"
-            )
-        if not (_is_finite(self.dropout) and 0 <= self.dropout < 1):
+        found += self._alpha_problems()
+        if not (is_finite_number(self.dropout) and 0 <= self.dropout < 1):
             found.append(
                 f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1"
             )
-        if not _is_finite(self.gate_bias):
-            found.append(f"adapter.gate_bias: {self.gate_bias!r}; accepted: a finite number")
-        of_thresholds = threshold_problems(self.skip_below, self.merge_above)
-        found += [f"adapter.{problem}" for problem in of_thresholds]
-        if (
-            not of_thresholds
-            and self.tells_tokens_apart
-            and (self.update, self.gate, self.dropout) != ("hira", "token", 0.0)
-        ):
-            found.append(
-                f"adapter.skip_below: {self.skip_below!r}, merge_above: {self.merge_above!r}, with update {self.update!r}, "
-                f"gate {self.gate!r}, dropout {self.dropout!r}; accepted: 0 and 1, or update 'hira', gate 'token' and dropout 0"
-            )
+        if isinstance(self.gate, GateConfig):
+            found += self.gate.problems() or self._threshold_problems()
+        else:
+            found.append(_unknown("adapter.gate", self.gate, GATES))
         if not isinstance(self.target_modules, list) or not self.target_modules:
             found.append(
                 f"adapter.target_modules: {self.target_modules!r}; accepted: a list of at least one name or regex"
@@ -96,44 +128,104 @@ class AdapterConfig:
             isinstance(self.layers, list) and self.layers and all(_is_int(i) and i >= 0 for i in self.layers)
         ):
             found.append(
-                f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices from 0 on"
+                f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices of at least 0"
             )
         return found
 
-    @property
-    def tells_tokens_apart(self) -> bool:
-        """Whether training leaves out products of tokens whose gates are decided."""
-        return (self.skip_below, self.merge_above) != (0.0, 1.0)
+    def _alpha_problems(self) -> list[str]:
+        if self.alpha is None:
+            return []
+        if self.update in UPDATES and not UPDATES[self.update].has_scale:
+            scaled = [name for name, update in UPDATES.items() if update.has_scale]
+            return [
+                f"adapter.alpha: {self.alpha!r}, but update {self.update!r} has no scale; "
+                f"accepted: null, or update {' or '.join(scaled)}"
+            ]
+        if is_finite_number(self.alpha) and self.alpha > 0:
+            return []
+        return [f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank"]
+
+    def _threshold_problems(self) -> list[str]:
+        able = [name for name, update in UPDATES.items() if update.uses_gate_thresholds]
+        if not self.gate.has_thresholds or (self.update in able and self.dropout == 0):
+            return []
+        skip_below, merge_above = self.gate.thresholds
+        return [
+            f"adapter.gate.skip_below: {skip_below!r}, merge_above: {merge_above!r}, with update {self.update!r} "
+            f"and dropout {self.dropout!r}; accepted: 0 and 1, or update {' or '.join(able)} and dropout 0"
+        ]
 
     @property
     def scale(self) -> float:
-        """``alpha / rank`` of lora and dora; 1 when alpha is not set."""
+        """The scale of updates that have one: ``alpha / rank``, or 1 if alpha is not set."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as plain values for JSON; the gate's are a table of their own with its ``kind``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"gate": self.gate.to_dict()}
 
-def threshold_problems(skip_below: Any, merge_above: Any) -> list[str]:
-    """What is wrong with the gates from which a token counts as closed and as open; without the section's name."""
-    found = []
-    if not (_is_finite(skip_below) and 0 <= skip_below <= 0.5):
-        found.append(f"skip_below: {skip_below!r}; accepted: a gate from 0 (skips none) up to 0.5")
-    if not (_is_finite(merge_above) and 0.5 <= merge_above <= 1):
-        found.append(f"merge_above: {merge_above!r}; accepted: a gate from 0.5 up to 1 (merges none)")
-    return found
+    def to_flat_dict(self) -> dict[str, Any]:
+        """Return all settings as plain values under the flat names that result files use (``gate``, ``gate_bias``, …)."""
+        flat_names = {name: flat for flat, name in FLAT_GATE_SETTINGS.items()}
+        values = self.to_dict()
+        gate = values["gate"]
+        values["gate"] = gate.pop("kind")
+        return values | {flat_names.get(name, f"gate_{name}"): value for name, value in gate.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "AdapterConfig":
+        """Create a config from plain values.
+
+        Args:
+            values: What :meth:`to_dict` returns, or the flat form of version 0.1 and of :meth:`to_flat_dict`.
+
+        Raises:
+            ConfigError: If a setting or the kind of gate is unknown. :meth:`problems` checks the values.
+        """
+        settings = dict(values)
+        flat = {name: settings.pop(name) for name in FLAT_GATE_SETTINGS if name in settings}
+        accepted = [f.name for f in fields(cls)]
+        if unknown := sorted(set(settings) - set(accepted)):
+            raise ConfigError(f"adapter: unknown settings {unknown}; accepted: {', '.join(accepted)}")
+        if isinstance(settings.get("gate"), Mapping):
+            settings["gate"] = gate_from_dict(settings["gate"])
+        config = cls(**settings)
+        config.gate = _with_flat_settings(config.gate, flat)
+        return config
+
+
+def _with_flat_settings(gate: GateConfig, flat: Mapping[str, Any]) -> GateConfig:
+    """Return the gate with old flat settings applied; those that its kind lacks must have no effect."""
+    if not isinstance(gate, GateConfig):  # an unknown name, which problems() reports
+        return gate
+    values = gate.to_dict()
+    for name, value in flat.items():
+        if FLAT_GATE_SETTINGS[name] in values:
+            values[FLAT_GATE_SETTINGS[name]] = value
+        elif value != {"skip_below": 0, "merge_above": 1}.get(name, value):
+            raise ConfigError(
+                f"adapter.gate.{name}: {value!r}, with a {gate.kind!r} gate; accepted: gate 'token'"
+            )
+    return gate_from_dict(values)
+
+
+def _unknown(setting: str, value: Any, accepted: Iterable[str]) -> str:
+    """Describe a value that is not one of the accepted names, with the closest of them."""
+    close = difflib.get_close_matches(value, list(accepted), n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{setting}: {value!r} is unknown; accepted: {', '.join(accepted)}{hint}"
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _regex_problem(pattern: Any) -> str | None:
     if not isinstance(pattern, str):
-        return f"{pattern!r} is no text"
+        return f"{pattern!r} is not a string"
     try:
         re.compile(pattern)
     except re.error as error:
-        return f"{pattern!r} is no regular expression ({error})"
+        return f"{pattern!r} is not a regular expression ({error})"
     return None

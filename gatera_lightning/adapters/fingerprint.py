@@ -1,4 +1,4 @@
-"""A short identity of frozen weights: HiRA multiplies ``W0``, so an adapter belongs to one backbone."""
+"""Fingerprints of frozen weights: an adapter fits only the backbone it was trained on, most of all HiRA, which multiplies W0."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,11 +10,16 @@ _SAMPLES = 4096
 
 
 def weight_fingerprint(weight: Tensor) -> str:
-    """SHA-256 of the shape and of at least 4,096 evenly strided elements, as bfloat16.
+    """Return the SHA-256 of a weight's shape and of at least 4,096 evenly strided elements, as bfloat16.
 
-    A base model and its instruct version differ nearly everywhere, so a sample tells them apart at no cost, while
-    the same checkpoint loaded in bf16 and in fp32 keeps one identity. A weight without memory (on the meta device) has
-    none yet.
+    A base model and its instruct version differ nearly everywhere, so a sample distinguishes them cheaply. One checkpoint has
+    the same fingerprint whether it is loaded in bfloat16 or float32.
+
+    Args:
+        weight: A weight, (out, in).
+
+    Returns:
+        The hexadecimal digest; empty for a weight on the meta device, which has no values.
     """
     if weight.is_meta:
         return ""
@@ -26,6 +31,6 @@ def weight_fingerprint(weight: Tensor) -> str:
 
 
 def backbone_fingerprint(layers: Mapping[str, str]) -> str:
-    """One SHA-256 over the fingerprints of the adapted layers, by name."""
+    """Return one SHA-256 over the fingerprints of the adapted layers, given by layer name."""
     lines = "\n".join(f"{name} {layers[name]}" for name in sorted(layers))
     return hashlib.sha256(lines.encode()).hexdigest()

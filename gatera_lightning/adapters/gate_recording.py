@@ -1,13 +1,14 @@
-"""Reading the gates of one forward: live logits for the entropy term, detached ones for pictures."""
+"""Record the gate logits of a forward pass: for the entropy term, statistics and plots."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears
 
 
 @dataclass
@@ -15,57 +16,74 @@ class GateRecord:
     """Gate logits in the order in which the layers ran."""
 
     names: list[str] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
+    """Names of the adapted layers."""
 
-    def add(self, name: str, z: Tensor) -> None:
-        """Keep the logits of layer ``name``."""
+    logits: list[Tensor] = field(default_factory=list)
+    """The logits of each, (batch, tokens) or as the model flattened them."""
+
+    def add(self, name: str, logit: Tensor) -> None:
+        """Append the logits of the layer ``name``."""
         self.names.append(name)
-        self.logits.append(z)
+        self.logits.append(logit)
 
     def stacked(self, mask: Tensor) -> Tensor | None:
-        """All logits as one tensor (layers, batch, tokens); None without gates.
+        """Return all logits as one tensor.
 
-        ``mask`` (batch, tokens) gives the shape: some models flatten tokens before a linear layer. Raises
-        ValueError where a layer saw other tokens than the batch's (a mixture of experts, say).
+        Args:
+            mask: Mask of the batch, (batch, tokens). It gives the shape, because some models flatten the tokens before a
+                linear layer.
+
+        Returns:
+            The logits, (layers, batch, tokens); None if no layer has a gate.
+
+        Raises:
+            ValueError: If a layer saw another number of tokens than the batch has, as in a mixture of experts.
         """
         if not self.logits:
             return None
-        for name, z in zip(self.names, self.logits, strict=True):
-            if z.numel() != mask.numel():
+        for name, logit in zip(self.names, self.logits, strict=True):
+            if logit.numel() != mask.numel():
                 raise ValueError(
-                    f"the gate of {name} saw {z.numel()} tokens of a batch of {tuple(mask.shape)}: which of them are "
-                    "padding is unknown. Use gate 'none' for this layer, or leave it out of adapter.target_modules."
+                    f"the gate of {name} saw {logit.numel()} tokens of a batch of {tuple(mask.shape)}, so it is unknown "
+                    "which of them are padding. Use gate 'none', or remove this layer from adapter.target_modules."
                 )
-        return torch.stack([z.reshape(mask.shape) for z in self.logits])
+        return torch.stack([logit.reshape(mask.shape) for logit in self.logits])
 
 
 @contextmanager
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
-    """Collect the gate logits of every forward inside the ``with`` block.
+    """Record the gate logits of every forward pass inside the ``with`` block.
 
-    The logits are part of the autograd graph: add their entropy to the loss before backward. The recomputation of
-    gradient checkpointing happens in backward, after the block, and is therefore never recorded twice.
+    The logits are part of the autograd graph, so their entropy can be added to the loss. Gradient checkpointing recomputes
+    layers in the backward pass, after the block, so nothing is recorded twice.
 
-    Raises RuntimeError when the block ends if gates that can learn were recorded without a graph: reentrant
-    checkpointing does that, and the entropy term would be lost without a word.
+    Args:
+        model: A model with an adapter.
+
+    Yields:
+        The record, to which every forward pass appends.
+
+    Raises:
+        RuntimeError: If recordings are nested, or, at the end of the block, if trainable gates ran outside the autograd
+            graph. Reentrant gradient checkpointing does that, and the entropy term would silently have no gradient.
     """
     record = GateRecord()
     gated = {name: layer for name, layer in adapted_linears(model).items() if layer.gate is not None}
     for name, layer in gated.items():
-        if layer.on_gate is not None:
+        if layer.gate_listener is not None:
             raise RuntimeError("record_gates is already active on this model; recordings cannot be nested")
-        layer.on_gate = lambda z, name=name: record.add(name, z)
+        layer.set_gate_listener(partial(record.add, name))
     try:
         yield record
     finally:
         for layer in gated.values():
-            layer.on_gate = None
+            layer.set_gate_listener(None)
     if torch.is_grad_enabled() and model.training:
-        # no grad_fn: a static gate's expanded bias "requires grad" even where no graph was built
+        # grad_fn, not requires_grad: a static gate's expanded bias requires a gradient even outside the graph.
         lost = [
             name
-            for name, z in zip(record.names, record.logits, strict=True)
-            if z.grad_fn is None and any(p.requires_grad for p in gated[name].gate.parameters())  # type: ignore[union-attr]
+            for name, logit in zip(record.names, record.logits, strict=True)
+            if logit.grad_fn is None and any(p.requires_grad for p in gated[name].gate.parameters())  # type: ignore[union-attr]
         ]
         if lost:
             raise RuntimeError(

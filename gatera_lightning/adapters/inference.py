@@ -1,7 +1,7 @@
-"""What does not change while nothing is trained, computed once: a token of decoding then needs no ``B A``.
+"""Compute once, before generation, what does not change while no parameter is trained.
 
-Exact or fast. Exact keeps HiRA's ``W0 ⊙ BA`` and DoRA's row norms. Fast keeps the merged weight ``W1 = W0 + ΔW``: decoding one
-token is reading weights, and a token whose gate is decided reads one of the two.
+The exact mode caches what each update can reuse, such as HiRA's ``W0 ⊙ BA``. The fast mode caches the merged weight
+``W1 = W0 + ΔW``: decoding one token takes the time to read the weights, and a token with a saturated gate reads only one.
 """
 
 import math
@@ -13,136 +13,181 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gatera_lightning.adapters.gates import TokenGate
-from gatera_lightning.adapters.injection import adapted_linears
-from gatera_lightning.adapters.kernels.hadamard import in_own_dtypes, without_gradients
+from gatera_lightning.adapters.gates import Gate
+from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 from gatera_lightning.adapters.kernels.saturated_gates import hard_gates, tokens_by_gate
-from gatera_lightning.adapters.layer import AdaptedLinear
-from gatera_lightning.adapters.updates.hira import HiRA
-from gatera_lightning.adapters.updates.lora import LoRA
+from gatera_lightning.adapters.layer import AdaptedLinear, GateListener
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.updates.base import require_no_grad
 
-FEW = 32
-"""Tokens up to which sorting them costs more than it saves: reading a weight takes longer than multiplying by it."""
+FEW_TOKENS = 32
+"""Up to this many tokens, sorting them costs more than it saves: reading a weight takes longer than multiplying by it."""
 
 
 @contextmanager
 def prepared_for_inference(
     model: nn.Module, *, skip_below: float = 0.0, merge_above: float = 1.0
 ) -> Iterator[None]:
-    """Inside the ``with`` block, forwards reuse what updates make of their factors: the same numbers, bit for bit.
+    """Inside the ``with`` block, forward passes reuse cached products.
 
-    With thresholds of a gate (0 and 1 leave it exact), a token with ``g < skip_below`` takes ``W0``, one with
-    ``g > merge_above`` takes ``W1``, others ``W0 x + g (W1 x − W0 x)``; without a gate of its own, every token takes the merged
-    weight. The output is off by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` and what merging rounds.
+    Without thresholds the output is bit-identical. With thresholds, a token with ``g < skip_below`` reads only ``W0``, one
+    with ``g > merge_above`` reads only the merged weight ``W1``, and others compute ``W0 x + g (W1 x − W0 x)``; a layer whose
+    gate does not depend on the token reads only the merged weight. The output is then off by at most
+    ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the rounding of the merged weight.
 
-    Costs the memory of the adapted weights once more (exact: HiRA's only). Layers whose weights are sharded are left as they
-    are, since what is kept of them would not be. Factors must not change inside; a forward with gradients raises RuntimeError.
+    The cache takes as much memory as the adapted weights (without thresholds, HiRA's weights only). Layers with sharded
+    weights are left as they are. The adapter's parameters must not change inside the block.
+
+    Args:
+        model: A model with an adapter.
+        skip_below: Gate values below this count as 0; 0 is exact.
+        merge_above: Gate values above this count as 1; 1 is exact.
+
+    Raises:
+        RuntimeError: If a forward pass inside the block runs with gradients.
     """
-    fast = skip_below > 0 or merge_above < 1
     layers = [
-        layer for layer in adapted_linears(model).values() if not isinstance(layer.base.weight, DTensor)
-    ]
-    prepared = [
         layer
-        for layer in layers
-        if layer.routed is None and (isinstance(layer.update, LoRA) or layer.update.kept is None)
+        for layer in adapted_linears(model).values()
+        if not isinstance(layer.base.weight, DTensor)
+        and layer.inference_path is None
+        and not layer.update.is_prepared
     ]
     try:
-        for layer in prepared:
-            if fast:
-                layer.routed = RoutedLinear(layer, skip_below, merge_above)
-            elif not isinstance(layer.update, LoRA):
-                layer.update.kept = layer.update.constant(layer.base.weight)
+        for layer in layers:
+            if skip_below > 0 or merge_above < 1:
+                layer.set_inference_path(TwoWeightPath(layer, skip_below, merge_above))
+            else:
+                layer.update.prepare(layer.base.weight)
         yield
     finally:
-        for layer in prepared:
-            layer.routed = None
-            if not isinstance(layer.update, LoRA):
-                layer.update.kept = None
+        for layer in layers:
+            layer.set_inference_path(None)
+            layer.update.release()
 
 
-def prepared_bytes(model: nn.Module, *, fast: bool) -> int:
-    """What :func:`prepared_for_inference` keeps of a model that is not sharded, DoRA's row norms left out."""
-    layers = adapted_linears(model).values()
-    return sum(layer.base.weight.nbytes for layer in layers if fast or isinstance(layer.update, HiRA))
+def prepared_bytes(model: nn.Module, *, with_thresholds: bool) -> int:
+    """Return the size in bytes of what :func:`prepared_for_inference` caches for an unsharded model.
+
+    Args:
+        model: A model with an adapter; it may be on the meta device.
+        with_thresholds: Whether the gate has thresholds.
+    """
+    return sum(
+        layer.base.weight.nbytes
+        if with_thresholds
+        else layer.update.inference_constant_bytes(layer.base.weight)
+        for layer in adapted_linears(model).values()
+    )
 
 
-class RoutedLinear:
-    """An adapted layer as two weights, of which a token with a decided gate reads one."""
+class TwoWeightPath:
+    """Computes an adapted layer's output from two weights; a token with a saturated gate reads only one of them.
+
+    Args:
+        layer: The adapted layer.
+        skip_below: Gate values below this count as 0, and the token reads ``W0``.
+        merge_above: Gate values above this count as 1, and the token reads ``W1 = W0 + ΔW``.
+    """
 
     @torch.no_grad()
     def __init__(self, layer: AdaptedLinear, skip_below: float, merge_above: float) -> None:
-        self.weight, self.bias = layer.base.weight, layer.base.bias
+        self.frozen_weight, self.bias = layer.base.weight, layer.base.bias
         self.skip_below, self.merge_above = skip_below, merge_above
-        self.closed_below, self.open_above = _logit(skip_below), _logit(merge_above)
-        delta = layer.update.delta_weight(self.weight)  # (out, in)
-        self.gate = layer.gate if layer.gate is not None and layer.gate.depends_on_token else None
-        if layer.gate is not None and self.gate is None:
-            delta = delta * torch.sigmoid(layer.gate.bias)
-        self.linear_gate: tuple[Tensor, float] | None = None
-        if type(self.gate) is TokenGate:  # a kind derived from it may compute otherwise
-            self.linear_gate = self.gate.weight.detach(), float(self.gate.bias)
-        self.merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        self.skip_below_logit, self.merge_above_logit = _logit(skip_below), _logit(merge_above)
+        self.gate = layer.gate
+        self.linear_logit = None if layer.gate is None else layer.gate.linear_logit()
+        self.one_weight = layer.gate is None or not layer.gate.depends_on_token
+        delta = layer.update.delta_weight(self.frozen_weight)  # (out, in)
+        if layer.gate is not None and self.one_weight:
+            delta = delta * layer.gate.constant_value()
+        self.merged_weight = (self.frozen_weight.to(delta.dtype) + delta).to(self.frozen_weight.dtype)
 
-    def __call__(self, x: Tensor, z: Tensor | None) -> Tensor:
-        """x (..., in), z (...) the gates' logits if they were computed already -> (..., out).
+    def __call__(self, x: Tensor, listener: GateListener | None) -> Tensor:
+        """Compute the layer's output; synchronizes with the device once to read the gates.
 
-        Waits for the device once, to learn the gates.
+        Args:
+            x: Input, (..., in).
+            listener: Receives the gate's logits (...).
+
+        Returns:
+            The output, (..., out), in the backbone's dtype.
         """
-        without_gradients(self.merged)
-        if torch.is_autocast_enabled(self.weight.device.type):
-            with in_own_dtypes(x):
-                return self(x, z)
-        rows = (
-            x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
-        )  # a call for nothing is 2 us of every layer
-        if self.gate is None:
-            return self._opened(rows)
-        if z is None and self.linear_gate is not None and x.numel() == x.shape[-1]:
-            weight, bias = self.linear_gate  # calling the gate would take a twentieth of decoding a token
+        require_no_grad()
+        if torch.is_autocast_enabled(self.frozen_weight.device.type):
+            with autocast_disabled(x):
+                return self(x, listener)
+        # A call without effect costs 2 us in every layer.
+        rows = x if x.dtype == self.frozen_weight.dtype else x.to(self.frozen_weight.dtype)
+        if self.one_weight:
+            if listener is not None and self.gate is not None:
+                listener(self.gate(x))
+            return self._merged(rows)
+        if listener is None and self.linear_logit is not None and x.numel() == x.shape[-1]:
+            weight, bias = (
+                self.linear_logit
+            )  # calling the gate would take a twentieth of the time to decode a token
             row = x if x.dtype == weight.dtype else x.to(weight.dtype)
-            return self._of_few(rows, torch.dot(row.reshape(-1), weight).item() + bias)
-        z = self.gate(x) if z is None else z
-        if z.numel() <= FEW:
-            return self._of_few(rows, *z.flatten().tolist())
-        hard = hard_gates(torch.sigmoid(z), self.skip_below, self.merge_above)
-        return self._by_gate(rows.flatten(0, -2), hard.flatten()).unflatten(0, z.shape)
+            return self._few_tokens(rows, torch.dot(row.reshape(-1), weight).item() + bias)
+        assert self.gate is not None
+        if self.gate.needs_update:
+            return self._update_first(x, rows, self.gate, listener)
+        logit = self.gate(x)
+        if listener is not None:
+            listener(logit)
+        if self.linear_logit is not None and logit.numel() <= FEW_TOKENS:
+            return self._few_tokens(rows, *logit.flatten().tolist())
+        hard = hard_gates(self.gate.values(logit).values, self.skip_below, self.merge_above)
+        return self._sorted_by_gate(rows.flatten(0, -2), hard.flatten()).unflatten(0, logit.shape)
 
-    def _of_few(self, x: Tensor, *logits: float) -> Tensor:
-        """Decided without a kernel: decoding has one token or a few, and starting a kernel takes as long as they do."""
-        if all(z < self.closed_below for z in logits):
-            return self._closed(x)
-        if all(z > self.open_above for z in logits):
-            return self._opened(x)
+    def _few_tokens(self, x: Tensor, *logits: float) -> Tensor:
+        """Compare the gates in Python: for one token or a few, launching a kernel takes as long as it runs."""
+        if all(z < self.skip_below_logit for z in logits):
+            return self._frozen(x)
+        if all(z > self.merge_above_logit for z in logits):
+            return self._merged(x)
         hard = [
-            0.0 if z < self.closed_below else 1.0 if z > self.open_above else 0.5 + 0.5 * math.tanh(z / 2)
+            0.0
+            if z < self.skip_below_logit
+            else 1.0
+            if z > self.merge_above_logit
+            else 0.5 + 0.5 * math.tanh(z / 2)
             for z in logits
         ]
-        return self._between(x, x.new_tensor(hard).view(x.shape[:-1]))
+        return self._mixed(x, x.new_tensor(hard).view(x.shape[:-1]))
 
-    def _by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
-        """x (tokens, in), hard gates (tokens,) -> (tokens, out)."""
+    def _sorted_by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
+        """Use one weight for each group of saturated tokens: x (tokens, in), hard gates (tokens,) -> (tokens, out)."""
         tokens = tokens_by_gate(hard)
         if tokens is None:
-            return self._between(x, hard)
+            return self._mixed(x, hard)
         order, back, closed, frozen = tokens
         rows, g = x.index_select(0, order), hard.index_select(0, order)
-        between = self._between(rows[closed:frozen], g[closed:frozen])
-        return torch.cat([self._closed(rows[:closed]), between, self._opened(rows[frozen:])]).index_select(
+        between = self._mixed(rows[closed:frozen], g[closed:frozen])
+        return torch.cat([self._frozen(rows[:closed]), between, self._merged(rows[frozen:])]).index_select(
             0, back
         )
 
-    def _between(self, x: Tensor, g: Tensor) -> Tensor:
-        """x (..., in), g (...) -> (..., out)."""
-        return torch.lerp(self._closed(x), self._opened(x), g.unsqueeze(-1).to(x.dtype))
+    def _update_first(self, x: Tensor, rows: Tensor, gate: Gate, listener: GateListener | None) -> Tensor:
+        """Compute both outputs, from which the gate is computed: nothing can be skipped."""
+        frozen, merged = self._frozen(rows), self._merged(rows)
+        logit = gate(x, frozen if self.bias is None else frozen - self.bias, merged - frozen)
+        if listener is not None:
+            listener(logit)
+        hard = hard_gates(gate.values(logit).values, self.skip_below, self.merge_above)
+        return torch.lerp(frozen, merged, hard.unsqueeze(-1).to(frozen.dtype))
 
-    def _closed(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def _mixed(self, x: Tensor, g: Tensor) -> Tensor:
+        """Interpolate between both outputs: x (..., in), g (...) -> (..., out)."""
+        return torch.lerp(self._frozen(x), self._merged(x), g.unsqueeze(-1).to(x.dtype))
 
-    def _opened(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.merged, self.bias)
+    def _frozen(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.frozen_weight, self.bias)
+
+    def _merged(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.merged_weight, self.bias)
 
 
 def _logit(gate: float) -> float:
-    """``z`` of ``σ(z) = gate``, at 0 and 1 too."""
+    """Return z with ``σ(z) = gate``, which is infinite at 0 and 1."""
     return math.copysign(math.inf, gate - 0.5) if gate in (0, 1) else math.log(gate / (1 - gate))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.errors import ConfigError
 
 _WHOLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,27 +36,6 @@ class InjectionReport:
         share = 100 * self.trainable / (self.trainable + self.frozen)
         text = f"{len(self.layers)} adapted layers ({patterns}); {self.trainable:,} trainable parameters ({share:.2f} %)"
         return f"{text}; not adapted: the experts' {', '.join(self.experts)}" if self.experts else text
-
-
-def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers of a model by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-
-
-def has_token_gates(model: nn.Module) -> bool:
-    """Whether any adapted layer has a gate of its own for every token."""
-    return any(
-        layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(model).values()
-    )
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by full name. Freezing, optimizer, checkpoints, counts and export all ask this."""
-    return {
-        f"{layer_name}.{name}" if layer_name else name: parameter
-        for layer_name, layer in adapted_linears(model).items()
-        for name, parameter in layer.adapter_params().items()
-    }
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""An adapted layer: a frozen linear layer, an update and a gate, composed."""
+"""An adapted layer: a frozen linear layer, an update and a gate."""
 
 from collections.abc import Callable
 from typing import cast
@@ -9,24 +9,29 @@ from torch import Tensor, nn
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import weight_fingerprint
-from gatera_lightning.adapters.gates import GATES, Gate
-from gatera_lightning.adapters.kernels.hadamard import merged_hadamard
-from gatera_lightning.adapters.kernels.saturated_gates import partitioned_hadamard
-from gatera_lightning.adapters.updates.dora import DoRA
-from gatera_lightning.adapters.updates.hira import HiRA
-from gatera_lightning.adapters.updates.lora import LoRA
+from gatera_lightning.adapters.gates import Gate
+from gatera_lightning.adapters.updates import UPDATES, Update
+from gatera_lightning.adapters.updates.base import add_gated
 
-Update = LoRA | DoRA | HiRA
-UPDATES: dict[str, type[LoRA] | type[DoRA] | type[HiRA]] = {"lora": LoRA, "dora": DoRA, "hira": HiRA}
+GateListener = Callable[[Tensor], None]
+"""Receives the gate's logits (...) of a forward pass."""
+
+InferencePath = Callable[[Tensor, GateListener | None], Tensor]
+"""Computes a layer's output (..., out) from its input (..., in), and passes the gate's logits to the listener."""
 
 
 class AdaptedLinear(nn.Module):
-    """``y = W0 x + b + g(x) · u(x)`` with ``W0`` and ``b`` frozen.
+    """Computes ``y = W0 x + b + g(x) · u(x)`` with ``W0`` and ``b`` frozen.
 
-    ``update(y, x, base_out, weight, g)`` returns ``y + g · u(x)``: each update knows where the gate's product is cheapest.
-    ``base_out`` is ``W0 x`` for an update that ``reads_base_out``; others must not look at it.
-    ``gate`` is None for the ungated method. ``on_gate`` is called with the gate's logits in every forward while
-    :func:`~gatera_lightning.adapters.gate_recording.record_gates` listens.
+    Args:
+        base: The layer to adapt; its parameters are frozen.
+        config: The adapter's settings.
+        generator: CPU generator that draws the update's initial values.
+
+    Attributes:
+        base: The frozen layer.
+        update: The update ``u``.
+        gate: The gate; None for ``g = 1``.
     """
 
     def __init__(
@@ -36,70 +41,75 @@ class AdaptedLinear(nn.Module):
         dtype = getattr(torch, config.adapter_dtype)
         self.config = config
         self.base = base.requires_grad_(False)
-        self.base_fingerprint = weight_fingerprint(base.weight)
         self.update: Update = UPDATES[config.update](
             base, rank=config.rank, scale=config.scale, dtype=dtype, generator=generator
         )
-        gate_class = GATES[config.gate]
-        self.gate: Gate | None = None
-        if gate_class is not None:
-            self.gate = gate_class(
-                base.in_features, bias=config.gate_bias, dtype=dtype, device=base.weight.device
-            )
+        self.gate: Gate | None = config.gate.build(base.in_features, dtype=dtype, device=base.weight.device)
         self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        self.on_gate: Callable[[Tensor], None] | None = None
-        self.routed: Callable[[Tensor, Tensor | None], Tensor] | None = None
-        """What computes the output from x, and z if somebody listens, inside of a fast ``prepared_for_inference``."""
+        self._base_fingerprint = weight_fingerprint(base.weight)
+        self._gate_listener: GateListener | None = None
+        self._inference_path: InferencePath | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the adapted layer's output: (..., in) -> (..., out)."""
+        if x.ndim == 1:
+            return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
+        if self._inference_path is not None:  # first, because Python's overhead shows when decoding one token
+            return self._inference_path(x, self._gate_listener)
+        if self.gate is None:
+            return cast(Tensor, self.update(x, self.base, None, self.dropout))
+        if self.gate.needs_update:
+            return self._forward_update_first(x, self.gate)
+        logit = self.gate(x)  # (...)
+        if self._gate_listener is not None:
+            self._gate_listener(logit)
+        return cast(Tensor, self.update(x, self.base, self.gate.values(logit), self.dropout))
+
+    def _forward_update_first(self, x: Tensor, gate: Gate) -> Tensor:
+        """Compute the output with a gate that reads the update's output."""
+        y = self.base(x)
+        base_out = y if self.base.bias is None else F.linear(x, self.base.weight)  # (..., out)
+        update_out = self.update.delta_with_dropout(x, self.base, self.dropout)  # (..., out)
+        logit = gate(x, base_out, update_out)  # (...)
+        if self._gate_listener is not None:
+            self._gate_listener(logit)
+        return add_gated(y, update_out, gate.values(logit))
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
-        """The parameters that belong to the adapter, by their names within this layer: everything but the base."""
+        """Return the adapter's parameters by their names in this layer: all but the base's."""
         own = {f"update.{name}": p for name, p in self.update.named_parameters()}
         if self.gate is not None:
             own |= {f"gate.{name}": p for name, p in self.gate.named_parameters()}
         return own
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out)."""
-        if x.ndim == 1:
-            return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
-        if (
-            self.routed is not None and self.on_gate is None
-        ):  # first: decoding a token, Python between products shows
-            return self.routed(x, None)
-        z = g = None
-        if self.gate is not None:
-            z = self.gate(x)  # (...)
-            if self.on_gate is not None:
-                self.on_gate(z)
-        if self.routed is not None:
-            return self.routed(x, z)
-        if z is not None:
-            g = torch.sigmoid(z)
-        if (
-            isinstance(self.update, HiRA)
-            and self.update.kept is None
-            and self.training
-            and torch.is_grad_enabled()
-        ):
-            frozen = x, self.base.weight, self.base.bias
-            if self.config.tells_tokens_apart and g is not None and not x.is_meta:
-                thresholds = self.config.skip_below, self.config.merge_above
-                return partitioned_hadamard(*frozen, self.update.a, self.update.b, g, *thresholds)
-            if g is None and self._forgives_merging(x):
-                return merged_hadamard(*frozen, self.update.a, self.update.b)
-        if self.update.reads_base_out and self.base.bias is not None:
-            base_out = F.linear(x, self.base.weight)  # (..., out): DoRA rescales this part, not the bias
-            y = base_out + self.base.bias
-        else:
-            y = base_out = self.base(x)  # as the frozen model rounds it
-        return cast(Tensor, self.update(y, self.dropout(x), base_out, self.base.weight, g))
+    @property
+    def gate_listener(self) -> GateListener | None:
+        """What receives the gate's logits of every forward pass, if anything."""
+        return self._gate_listener
 
-    def _forgives_merging(self, x: Tensor) -> bool:
-        """Whether ``W0 + W0 ⊙ BA`` may stand for its parts: no dropout between them, and not in bf16, which rounds it to W0."""
-        autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
-        return isinstance(self.dropout, nn.Identity) and self.base.weight.dtype.itemsize >= 4 and not autocast
+    def set_gate_listener(self, listener: GateListener | None) -> None:
+        """Call ``listener`` with the gate's logits in every forward pass; None stops it."""
+        self._gate_listener = listener
 
-    # Model code asks a linear layer for these (dtype probes, tied heads); the answer is the frozen layer's.
+    @property
+    def inference_path(self) -> InferencePath | None:
+        """What computes the output in place of the update and the gate, if anything."""
+        return self._inference_path
+
+    def set_inference_path(self, path: InferencePath | None) -> None:
+        """Let ``path`` compute the output; None returns to the update and the gate."""
+        self._inference_path = path
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the frozen weight; empty if it had no memory when the layer was built."""
+        return self._base_fingerprint
+
+    def set_base_fingerprint(self, fingerprint: str) -> None:
+        """Set the fingerprint of a frozen weight that is loaded or sharded after the layer was built."""
+        self._base_fingerprint = fingerprint
+
+    # Model code reads these from a linear layer (dtype checks, tied heads): return the frozen layer's.
     @property
     def weight(self) -> Tensor:
         """The frozen weight (out, in)."""
@@ -112,14 +122,14 @@ class AdaptedLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Width of the input."""
+        """Size of the input."""
         return self.base.in_features
 
     @property
     def out_features(self) -> int:
-        """Width of the output."""
+        """Size of the output."""
         return self.base.out_features
 
     def extra_repr(self) -> str:
-        """The method in ``print(model)``."""
-        return f"update={self.config.update}, gate={self.config.gate}, rank={self.config.rank}"
+        """Return the method, for ``print(model)``."""
+        return f"update={self.config.update}, gate={self.config.gate.kind}, rank={self.config.rank}"

@@ -1,20 +1,29 @@
-"""Folding an adapter into its backbone, where the gate allows it."""
+"""Merge an adapter into its backbone, if the gate allows it."""
 
 import warnings
 
 import torch
 from torch import nn
 
-from gatera_lightning.adapters.injection import adapted_linears, replace_module
+from gatera_lightning.adapters.injection import replace_module
+from gatera_lightning.adapters.lookup import adapted_linears
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> nn.Module:
-    """Replace every adapted layer by a plain ``nn.Linear`` with ``W = W0 + g·ΔW``, in place; returns ``model``.
+    """Replace every adapted layer by an ``nn.Linear`` with the weight ``W = W0 + g·ΔW``, in place.
 
-    Only a gate that is the same for every token can be folded: ``none`` (g = 1) and ``static``. Computed in the
-    adapter's dtype and rounded once to the backbone's; in bf16 a change below about 0.4 % of a weight vanishes, and
-    a warning says so. Raises ValueError for a token gate or a model without adapter.
+    Computed in the adapter's dtype and rounded once to the backbone's. In bfloat16, changes below about 0.4 % of a weight are
+    lost, and a warning says so.
+
+    Args:
+        model: A model with an adapter whose gates do not depend on the token, such as ``none`` or ``static``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If a gate depends on the token, or the model has no adapter.
     """
     layers = adapted_linears(model)
     if not layers:
@@ -22,8 +31,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if layer.gate is not None and layer.gate.depends_on_token:
             raise ValueError(
-                f"merge_adapter: {name} has a {layer.config.gate!r} gate, whose weight differs from token to token: no "
-                "single matrix equals it. Only the gates 'none' and 'static' merge; keep the adapter folder instead."
+                f"merge_adapter: {name} has a {layer.config.gate.kind!r} gate, whose weight differs between tokens, so no "
+                "single matrix equals it. Only gates that do not depend on the token merge ('none', 'static'); "
+                "keep the adapter folder instead."
             )
     dtypes = {layer.base.weight.dtype for layer in layers.values()}
     if dtypes & {torch.bfloat16, torch.float16}:
@@ -35,7 +45,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         delta = layer.update.delta_weight(layer.base.weight)  # (out, in)
         if layer.gate is not None:
-            delta = delta * torch.sigmoid(layer.gate.bias)
+            delta = delta * layer.gate.constant_value()
         merged = layer.base.weight.to(delta.dtype) + delta
         layer.base.weight.copy_(merged.to(layer.base.weight.dtype))
         replace_module(model, name, layer.base)

@@ -1,9 +1,7 @@
-"""Adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, loadable without Lightning or pickle."""
+"""Save and load adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, without Lightning or pickle."""
 
-import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +9,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.fingerprint import backbone_fingerprint
-from gatera_lightning.adapters.injection import (
-    adapted_linears,
-    adapter_parameters,
-    inject_adapters,
-    replace_module,
-)
+from gatera_lightning.adapters.identity import backbone_identity, check_fit, full_cpu_tensor
+from gatera_lightning.adapters.injection import inject_adapters, replace_module
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.errors import AdapterFileError, ConfigError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
-
-
-class AdapterFileError(ValueError):
-    """An adapter folder is incomplete, damaged, or belongs to another backbone or shape."""
+FORMAT_VERSION = 2
+"""Version of ``adapter_config.json``. Version 1 had the gate's settings beside the others; it is still read."""
 
 
 def save_adapter(
@@ -39,18 +30,28 @@ def save_adapter(
     revision: str | None = None,
     template: str | None = None,
 ) -> Path:
-    """Write the adapter of ``model`` to ``folder``; each file appears whole or not at all.
+    """Save the adapter of a model to a folder; each file is replaced atomically.
 
-    ``backbone`` and ``revision`` say where the frozen weights came from (default: what the Hugging Face config
-    knows); the fingerprint of the adapted weights is what loading checks. ``template`` is how the prompts of the training
-    were written, which ``chat`` and ``generate`` take up. In a sharded model every rank must call
-    this (parameters are gathered one by one, the backbone never), and rank 0 writes.
-    Raises ValueError when the model has no adapter.
+    Every rank of a sharded model must call this: the adapter's parameters are gathered one by one, and rank 0 writes. The
+    backbone is not saved; loading checks its fingerprint.
+
+    Args:
+        model: A model with an adapter.
+        folder: The folder to write.
+        backbone: Where the frozen weights came from; None takes it from the model's Hugging Face config.
+        revision: Their revision; None takes it from the model's Hugging Face config.
+        template: The prompt template of the training data, which ``chat`` and ``generate`` use.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model has no adapter.
     """
     layers = adapted_linears(model)
     if not layers:
         raise ValueError("save_adapter: the model has no adapted layers")
-    tensors = {name: _whole(parameter) for name, parameter in adapter_parameters(model).items()}
+    tensors = {name: full_cpu_tensor(parameter) for name, parameter in adapter_parameters(model).items()}
     folder = Path(folder)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return folder
@@ -70,30 +71,45 @@ def write_adapter(
     origin: dict[str, Any],
     template: str | None,
 ) -> Path:
-    """Write an adapter folder of whole CPU tensors; each file appears whole or not at all.
+    """Write an adapter folder; each file is replaced atomically.
 
-    ``origin`` says of the backbone its id, revision and fingerprint.
+    Args:
+        folder: The folder to write.
+        tensors: Unsharded CPU tensors, by parameter name.
+        config: The adapter's settings.
+        origin: The ``id``, ``revision`` and ``fingerprint`` of the backbone.
+        template: The prompt template of the training data, if known.
+
+    Returns:
+        The folder.
     """
-    description = {"format_version": FORMAT_VERSION, "adapter": asdict(config), "backbone": origin}
+    description = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "backbone": origin}
     if template is not None:
         description["template"] = template
     folder.mkdir(parents=True, exist_ok=True)
-    weights_draft, config_draft = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
-    save_file(tensors, weights_draft, metadata={"format": "pt"})
-    config_draft.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(weights_draft, folder / WEIGHTS_FILE)
-    os.replace(config_draft, folder / CONFIG_FILE)
+    temporary_weights, temporary_config = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
+    save_file(tensors, temporary_weights, metadata={"format": "pt"})
+    temporary_config.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary_weights, folder / WEIGHTS_FILE)
+    os.replace(temporary_config, folder / CONFIG_FILE)
     return folder
 
 
 def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, Any]]:
-    """The AdapterConfig of a folder and what it says of its backbone (id, revision, fingerprint).
+    """Read ``adapter_config.json``.
 
-    Raises AdapterFileError when the file is missing, malformed or from a newer version.
+    Args:
+        folder: An adapter folder.
+
+    Returns:
+        The adapter's settings, and the ``id``, ``revision`` and ``fingerprint`` of its backbone.
+
+    Raises:
+        AdapterFileError: If the file is missing, malformed or from a newer version.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise AdapterFileError(f"{folder}: no adapter here ({CONFIG_FILE} is missing)")
+        raise AdapterFileError(f"{folder}: not an adapter folder ({CONFIG_FILE} is missing)")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -101,39 +117,47 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
     if not isinstance(description, dict) or "format_version" not in description:
         raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
     version = description["format_version"]
-    if version != FORMAT_VERSION:
-        raise AdapterFileError(f"{path}: format_version {version!r}; this version reads {FORMAT_VERSION}")
-    values, origin = description.get("adapter"), description.get("backbone")
-    known = AdapterConfig.__dataclass_fields__
-    if not isinstance(values, dict):
+    if version not in range(1, FORMAT_VERSION + 1):
         raise AdapterFileError(
-            f"{path}: malformed: 'adapter' is {values!r}; accepted: a table of {', '.join(known)}"
+            f"{path}: format_version {version!r}; this version reads 1 to {FORMAT_VERSION}"
         )
-    if set(values) - set(known):
-        unknown = sorted(set(values) - set(known))
-        raise AdapterFileError(f"{path}: unknown adapter settings {unknown}; accepted: {', '.join(known)}")
+    values, origin = description.get("adapter"), description.get("backbone")
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{path}: malformed: 'adapter' is {values!r}; accepted: a table of settings")
     if not isinstance(origin, dict) or {"id", "revision", "fingerprint"} - set(origin):
         raise AdapterFileError(
-            f"{path}: malformed: 'backbone' is {origin!r}; it must hold id, revision, fingerprint"
+            f"{path}: malformed: 'backbone' is {origin!r}; accepted: a table with id, revision and fingerprint"
         )
-    config = AdapterConfig(**values)
-    if config.problems():
-        raise AdapterFileError(f"{path}: {'; '.join(config.problems())}")
+    try:
+        config = AdapterConfig.from_dict(values)
+    except ConfigError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    if problems := config.problems():
+        raise AdapterFileError(f"{path}: {'; '.join(problems)}")
     return config, origin
 
 
 def trained_template(folder: str | Path) -> str | None:
-    """How the prompts were written that an adapter was trained on; None where its folder does not say."""
+    """Return the prompt template an adapter was trained with; None if its folder does not say."""
     template = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")).get("template")
     return template if isinstance(template, str) else None
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
-    """Load an adapter folder into ``model``, injecting the adapter first if the model has none; returns its config.
+    """Load an adapter folder into a model, after injecting the adapter if the model has none.
 
-    Nothing is unpickled. Raises AdapterFileError when a file is missing or damaged, the backbone's fingerprint differs,
-    or names, shapes or dtypes do not match, and ConfigError when the adapter cannot be injected; the model is as it was
-    before then.
+    Nothing is unpickled. If this raises, the model is unchanged.
+
+    Args:
+        model: The backbone that the adapter was trained on, or this backbone with an adapter of the same kind.
+        folder: An adapter folder.
+
+    Returns:
+        The adapter's settings.
+
+    Raises:
+        AdapterFileError: If a file is missing or corrupt, the backbone differs, or names, shapes or dtypes do not match.
+        ConfigError: If the adapter cannot be injected.
     """
     config, origin = read_adapter_config(folder)
     tensors = _read_tensors(Path(folder) / WEIGHTS_FILE)
@@ -156,81 +180,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     return config
 
 
-def check_fit(
-    model: nn.Module,
-    config: AdapterConfig,
-    origin: dict[str, Any],
-    tensors: dict[str, Tensor],
-    folder: str | Path,
-) -> None:
-    """Raise AdapterFileError, which begins with ``folder``, unless method, names, shapes, dtypes and backbone agree."""
-    layers = adapted_linears(model)
-    own = next(iter(layers.values())).config
-    if (own.update, own.gate, own.rank, own.scale) != (config.update, config.gate, config.rank, config.scale):
-        raise AdapterFileError(
-            f"{folder}: holds update={config.update} gate={config.gate} rank={config.rank} scale={config.scale:g}, but the "
-            f"model was adapted with update={own.update} gate={own.gate} rank={own.rank} scale={own.scale:g}"
-        )
-    problems = _mismatches(adapter_parameters(model), tensors)
-    if problems:
-        raise AdapterFileError(f"{folder}: does not fit this model: {'; '.join(problems)}")
-    fingerprint = backbone_identity(model)
-    if fingerprint != origin["fingerprint"]:
-        raise AdapterFileError(
-            f"{folder}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the adapted "
-            f"weights differ (fingerprint {str(origin['fingerprint'])[:12]}… there, {fingerprint[:12]}… here). "
-            "A base model and its instruct version are different backbones."
-        )
-
-
-def backbone_identity(model: nn.Module) -> str:
-    """The fingerprint of the frozen weights under the adapter of ``model``."""
-    return backbone_fingerprint(
-        {name: layer.base_fingerprint for name, layer in adapted_linears(model).items()}
-    )
-
-
-def adapter_identity(model: nn.Module) -> str:
-    """SHA-256 over the names and values of the adapter's parameters; in a sharded model every rank must call this."""
-    digest = hashlib.sha256()
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # a sharded parameter cannot be detached in Lightning's inference mode
-        for name, parameter in sorted(adapter_parameters(model).items()):
-            digest.update(name.encode())
-            digest.update(_whole(parameter).flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _whole(parameter: nn.Parameter) -> Tensor:
-    """A parameter as one CPU tensor; a collective when it is sharded."""
-    value = parameter.detach()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise AdapterFileError(f"{path.parent}: incomplete ({WEIGHTS_FILE} is missing)")
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
-        raise AdapterFileError(f"{path}: damaged, not a readable safetensors file ({error})") from error
-
-
-def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> list[str]:
-    """What keeps ``tensors`` from fitting ``parameters``: at most one example of each kind, with the count."""
-    problems = []
-    missing, surplus = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
-    if missing:
-        problems.append(f"{len(missing)} parameters are not in the file ({missing[0]}, …)")
-    if surplus:
-        problems.append(f"{len(surplus)} tensors have no place in the model ({surplus[0]}, …)")
-    for name in sorted(set(parameters) & set(tensors)):
-        here, there = parameters[name], tensors[name]
-        if here.shape != there.shape or here.dtype != there.dtype:
-            problems.append(
-                f"{name} is {tuple(there.shape)} {there.dtype} there, {tuple(here.shape)} {here.dtype} here"
-            )
-            break
-    return problems
+        raise AdapterFileError(f"{path}: corrupt, not a readable safetensors file ({error})") from error

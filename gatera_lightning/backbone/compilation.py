@@ -1,7 +1,7 @@
-"""Decoder layers through ``torch.compile``: one graph serves all layers and all lengths of rows, and returns its gates.
+"""Run decoder layers through ``torch.compile``: one graph for all layers and all sequence lengths.
 
-Recorders append to lists of Python's, in which a compiler would see something new with every layer. So each layer's gate logits
-leave its graph beside its output, and the recorders are told outside.
+Gate recorders append to Python lists, which would be different for every layer and would force a graph for each. Therefore
+the gates' logits leave the graph together with the layer's output, and the recorders are called outside of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,78 +12,77 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gatera_lightning.adapters.injection import adapted_linears
 from gatera_lightning.adapters.layer import AdaptedLinear
-from gatera_lightning.distributed.sharding import decoder_layers
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.backbone.decoder_layers import decoder_layers
 from gatera_lightning.errors import ConfigError
 
-GRAPHS = 64
-"""At most, in one process. A model has two, of its first layer, whose input needs no gradient, and of the others; each again
-with and without padding, and for a single row."""
+MAX_GRAPHS = 64
+"""The most graphs in one process. A model has two, one of the first layer, whose input needs no gradient, and one of all
+others; each of them again with and without padding, and for a batch of one sequence."""
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Let every decoder layer of an adapted model run compiled where it trains, in place; all names stay as they are.
+    """Compile every decoder layer of an adapted model for training, in place; no parameter changes its name.
 
-    A sharded model is sharded before: its hooks stay outside of the graphs, as gradient checkpointing does. The first forward
-    raises ConfigError where a layer cannot be compiled whole. Sets four options of the compiler for the whole process; the
-    model can then not be pickled whole, but its adapter is saved as ever.
+    Shard a sharded model first: its hooks, like gradient checkpointing, stay outside of the graphs. The compiled model
+    cannot be pickled, but its adapter is saved as usual. Four options of the compiler are set for the whole process.
+
+    Raises:
+        ConfigError: In the first forward pass, if a layer cannot be compiled into a single graph.
     """
-    torch.fx.experimental._config.use_duck_shape = (
-        False  # or sizes that happen to be equal make a graph of their own
-    )
-    torch._dynamo.config.specialize_float = (
-        True  # or every constant of a layer is an input, and everything compiled twice
-    )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    torch._dynamo.config.optimize_ddp = (
-        False  # or DDP cuts a graph by its buckets of gradients: each layer is one already
-    )
-    compiled = torch.compile(_with_logits, fullgraph=True, dynamic=True)
+    # Otherwise sizes that happen to be equal get a graph of their own.
+    torch.fx.experimental._config.use_duck_shape = False
+    # Otherwise every constant of a layer is an input, and everything is compiled twice.
+    torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    # Otherwise DDP splits a graph at its gradient buckets; every layer is a graph already.
+    torch._dynamo.config.optimize_ddp = False
+    compiled = torch.compile(_forward_with_logits, fullgraph=True, dynamic=True)
     for layer in decoder_layers(model):
         layer.forward = _CompiledForward(layer, compiled)
 
 
-def _with_logits(
+def _forward_with_logits(
     forward: Callable[..., Any], gated: Sequence[AdaptedLinear], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Any, list[tuple[int, Tensor]]]:
-    """What a decoder layer returns, and the gates' logits in the order in which they ran, each with its place in ``gated``."""
-    ran: list[tuple[int, Tensor]] = []
-    for place, linear in enumerate(gated):
-        linear.on_gate = lambda z, place=place: ran.append((place, z))
-    returned = forward(*args, **kwargs)
+    """Run a decoder layer; return its output and, in the order of the gates, (index in ``gated``, gate logits)."""
+    logits: list[tuple[int, Tensor]] = []
+    for index, linear in enumerate(gated):
+        linear.set_gate_listener(lambda z, index=index: logits.append((index, z)))
+    output = forward(*args, **kwargs)
     for linear in gated:
-        linear.on_gate = None
-    return returned, ran
+        linear.set_gate_listener(None)
+    return output, logits
 
 
 class _CompiledForward:
-    """The forward of one decoder layer: compiled while it trains, its own otherwise."""
+    """The forward pass of one decoder layer: compiled in training mode, the original one otherwise."""
 
     def __init__(self, layer: nn.Module, compiled: Callable[..., Any]) -> None:
         self.layer = layer
-        self.own = layer.forward
+        self.original = layer.forward
         self.gated = [linear for linear in adapted_linears(layer).values() if linear.gate is not None]
         self.compiled = compiled
-        if getattr(layer, "gradient_checkpointing", False):  # recomputing the graph, not within it
+        if getattr(layer, "gradient_checkpointing", False):  # checkpoint the graph instead of tracing checkpointing
             layer.gradient_checkpointing = False  # type: ignore[assignment]
             self.compiled = partial(checkpoint, compiled, use_reentrant=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.layer.training and torch.is_grad_enabled()):
-            return self.own(*args, **kwargs)
-        listening = [linear.on_gate for linear in self.gated]
+            return self.original(*args, **kwargs)
+        listeners = [linear.gate_listener for linear in self.gated]
         try:
-            returned, ran = self.compiled(self.own, self.gated, args, kwargs)
+            output, logits = self.compiled(self.original, self.gated, args, kwargs)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             raise ConfigError(
                 f"model.backbone.compile: true, and {type(self.layer).__name__} cannot be compiled "
                 f"({' '.join(str(error).split())[:300]}); accepted: false"
             ) from error
         finally:
-            for linear, listener in zip(self.gated, listening, strict=True):
-                linear.on_gate = listener
-        for place, z in ran:
-            if (listener := listening[place]) is not None:
+            for linear, listener in zip(self.gated, listeners, strict=True):
+                linear.set_gate_listener(listener)
+        for index, z in logits:
+            if (listener := listeners[index]) is not None:
                 listener(z)
-        return returned
+        return output

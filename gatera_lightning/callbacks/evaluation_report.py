@@ -19,35 +19,35 @@ from rich.text import Text
 from torch import Tensor
 from typing_extensions import override
 
-from gatera_lightning.adapters.serialization import adapter_identity, backbone_identity
-from gatera_lightning.backbone.loading import expanded
+from gatera_lightning.adapters.identity import adapter_identity, backbone_identity
+from gatera_lightning.backbone.source import expand_path
+from gatera_lightning.checkpointing.atomic_files import write_text
 from gatera_lightning.datamodules.tokenization.cache import data_hash
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.evaluation.identity import FORMAT_VERSION, IDENTITY_FILE, check_identity
 from gatera_lightning.evaluation.likelihood_ranking import ranked_questions
-from gatera_lightning.evaluation.predictions import (
-    FORMAT,
-    IDENTITY,
-    MERGED,
-    Compared,
-    Generated,
+from gatera_lightning.evaluation.prediction_files import (
+    PREDICTIONS_FILE,
     PartFile,
+    delete_predictions,
+    read_records,
+    write_predictions,
+)
+from gatera_lightning.evaluation.predictions import (
+    GeneratedAnswer,
     Records,
-    check_identity,
-    discard,
+    TextWithReference,
     generation_record,
     likelihood_record,
-    read_records,
-    write_merged,
-    write_whole,
 )
-from gatera_lightning.evaluation.results import SUMMARY, EvaluationResult
-from gatera_lightning.evaluation.results_table import print_table
+from gatera_lightning.evaluation.results import SUMMARY_FILE, EvaluationResult
+from gatera_lightning.evaluation.results_table import print_results
 from gatera_lightning.evaluation.text_metrics import (
-    ROW_METRICS,
-    RowScores,
-    bert_problem,
+    EXAMPLE_METRICS,
+    ExampleScores,
+    bert_layer_problem,
     corpus_metrics,
-    row_scores,
+    example_scores,
 )
 
 log = logging.getLogger(__name__)
@@ -86,27 +86,27 @@ class EvaluationReport(L.Callback):
         if stage not in ("test", "predict"):
             return
         log_folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a broadcast: every rank asks
-        self._path = Path(log_folder if self.folder is None else expanded(self.folder))
+        self._path = Path(log_folder if self.folder is None else expand_path(self.folder))
         if trainer.is_global_zero:
             self._path.mkdir(parents=True, exist_ok=True)
             if (
-                self.folder is None and (self._path / IDENTITY).is_file()
+                self.folder is None and (self._path / IDENTITY_FILE).is_file()
             ):  # else the files are not ours to drop
-                discard(self._path)
+                delete_predictions(self._path)
         trainer.strategy.barrier()
         self._records: Records = {}
         for records in _from_every_rank(read_records(self._path)):
             self._records |= records
         self._resumed = frozenset(self._records)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.answered = {kind: {row for k, row in self._records if k == kind} for kind in data.answered}
+        data.skip_answered({kind: {row for k, row in self._records if k == kind} for kind in data.answered})
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to mix evaluations; before the first forward."""
         module, data = _parts(trainer, pl_module)
         self._identity = {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "backbone": backbone_identity(module.model),
             "adapter": adapter_identity(module.model),
             "method": {
@@ -120,16 +120,16 @@ class EvaluationReport(L.Callback):
             "decoding": asdict(module.decoding),
         }
         if "generation" in data.evaluate_by and data.free_text:
-            if problem := bert_problem(self.bert_model, self.bert_layer):
+            if problem := bert_layer_problem(self.bert_model, self.bert_layer):
                 raise ConfigError(f"evaluation.bert_layer: {problem}")
             self._identity["bert_score"] = f"{self.bert_model}, layer {self.bert_layer}"
-        path = self._path / IDENTITY
+        path = self._path / IDENTITY_FILE
         stored = json.loads(path.read_text()) if path.is_file() and trainer.is_global_zero else None
         stored = trainer.strategy.broadcast(stored)
         if self._records or stored is not None:
             check_identity(self._path, stored, self._identity)
         elif trainer.is_global_zero:
-            write_whole(path, json.dumps(self._identity, indent=2) + "\n")
+            write_text(path, json.dumps(self._identity, indent=2) + "\n")
         if "generation" in data.evaluate_by and trainer.is_global_zero:
             _warn_of_long_answers(data.tables["test"], module.decoding.max_new_tokens)
         trainer.strategy.barrier()
@@ -156,9 +156,9 @@ class EvaluationReport(L.Callback):
                 if example >= 0:
                     text = data.tokenizer.decode(ids, skip_special_tokens=True)
                     found = (
-                        Compared(text.strip(), labels[example][golds[example]])
+                        TextWithReference(text.strip(), labels[example][golds[example]])
                         if data.free_text
-                        else Generated(text, *data.read_answer(text, labels[example]))
+                        else GeneratedAnswer(text, *data.parse_answer(text, labels[example]))
                     )
                     records["generation", example] = generation_record(found)
         else:
@@ -182,9 +182,9 @@ class EvaluationReport(L.Callback):
             pl_module.log(f"test/{metric}", value, rank_zero_only=True)
         if trainer.is_global_zero:
             _, data = _parts(trainer, pl_module)
-            print_table(result, ranking=data.ranking)
+            print_results(result, ranking=data.ranking)
             stored = (
-                json.loads((self._path / SUMMARY).read_text()) if (self._path / SUMMARY).is_file() else {}
+                json.loads((self._path / SUMMARY_FILE).read_text()) if (self._path / SUMMARY_FILE).is_file() else {}
             )
             computed = len(self._records) - len(self._resumed)
             about = (
@@ -196,17 +196,19 @@ class EvaluationReport(L.Callback):
                     "wall_seconds": seconds,
                 }
                 about |= {"resumed_predictions": len(self._resumed), "computed_predictions": computed}
-            write_whole(
-                self._path / SUMMARY, json.dumps(about | result.summary(), indent=2, default=str) + "\n"
+            write_text(
+                self._path / SUMMARY_FILE, json.dumps(about | result.summary(), indent=2, default=str) + "\n"
             )
-            Console(soft_wrap=True).print(Text(f"every prediction: {self._path / MERGED}"))
+            Console(soft_wrap=True).print(Text(f"every prediction: {self._path / PREDICTIONS_FILE}"))
 
     @override
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge what every process found."""
         result = self._merge(trainer, pl_module)
         if trainer.is_global_zero:
-            Console(soft_wrap=True).print(Text(f"{len(result.rows)} predictions: {self._path / MERGED}"))
+            Console(soft_wrap=True).print(
+                Text(f"{len(result.examples)} predictions: {self._path / PREDICTIONS_FILE}")
+            )
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
@@ -237,7 +239,7 @@ class EvaluationReport(L.Callback):
         rows.sort(key=lambda row: (row["task"], row["example"]))
         skipped = self._compare_texts(trainer, [row["generation"] for row in rows if "generation" in row])
         if trainer.is_global_zero:
-            write_merged(self._path, rows)
+            write_predictions(self._path, rows)
         trainer.strategy.barrier()
         self.result = EvaluationResult(rows, len(table), skipped)
         return self.result
@@ -251,17 +253,17 @@ class EvaluationReport(L.Callback):
         texts = [generation for generation in generations if "reference" in generation]
         if not texts:
             return {}
-        known = [name for name in ROW_METRICS if all(name in text.get("scores", ()) for text in texts)]
+        known = [name for name in EXAMPLE_METRICS if all(name in text.get("scores", ()) for text in texts)]
         share = texts[trainer.global_rank :: trainer.world_size]
-        own = row_scores(
+        own = example_scores(
             [text["text"] for text in share],
             [text["reference"] for text in share],
             known=known,
             bert_model=self.bert_model,
             bert_layer=self.bert_layer,
         )
-        parts: list[RowScores] = _from_every_rank(own)
-        names = [name for name in ROW_METRICS if name in known or all(name in part.values for part in parts)]
+        parts: list[ExampleScores] = _from_every_rank(own)
+        names = [name for name in EXAMPLE_METRICS if name in known or all(name in part.values for part in parts)]
         for rank, part in enumerate(parts):
             for number, text in enumerate(texts[rank :: len(parts)]):
                 text["scores"] = {
@@ -290,7 +292,7 @@ def _about(trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
     return {
         "model": {
             "backbone": asdict(module.backbone),
-            "adapter": asdict(module.adapter),
+            "adapter": module.adapter.to_flat_dict(),
             "decoding": asdict(module.decoding),
             "adapter_from": _origin(trainer, module),
         },

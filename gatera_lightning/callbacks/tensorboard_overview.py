@@ -178,7 +178,7 @@ def settings_of(trainer: L.Trainer, module: Any) -> dict[str, Any]:
     found = {
         "backbone": module.backbone.id,
         "update": adapter.update,
-        "gate": adapter.gate,
+        "gate": adapter.gate.kind,
         "rank": adapter.rank,
         "alpha": adapter.alpha,
         "dropout": adapter.dropout,
@@ -191,8 +191,8 @@ def settings_of(trainer: L.Trainer, module: Any) -> dict[str, Any]:
         "max_steps": trainer.max_steps if trainer.max_steps > 0 else None,
         "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")),
     }
-    if adapter.gate != "none":
-        found["gate_bias"] = adapter.gate_bias
+    if adapter.gate.kind != "none":
+        found["gate_bias"] = adapter.gate.bias
         found["gate_entropy_weight"] = module.gate_entropy_weight
         found["gate_lr_multiplier"] = optimizer.gate_lr_multiplier
     if data is not None:

@@ -19,12 +19,15 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gate_recording import record_gates
-from gatera_lightning.adapters.injection import adapter_parameters, inject_adapters
-from gatera_lightning.backbone.loading import BackboneConfig, ready_for_training
-from gatera_lightning.backbone.recomputation import elementwise_recomputed
-from gatera_lightning.distributed.sharding import decoder_layers
+from gatera_lightning.adapters.injection import inject_adapters
+from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.decoder_layers import decoder_layers
+from gatera_lightning.backbone.loading import prepare_for_training
+from gatera_lightning.backbone.probes import returns_head_output
+from gatera_lightning.backbone.recomputation import recompute_elementwise
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head, returns_what_its_head_does
+from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head
 from gatera_lightning.objectives.next_token import summed_cross_entropy, summed_gate_entropy
 
 
@@ -80,7 +83,7 @@ def build_on_meta(
             config, dtype=dtype, attn_implementation=_FUSED, trust_remote_code=backbone.trust_remote_code
         )
     inject_adapters(model, adapter)
-    ready_for_training(model, backbone)
+    prepare_for_training(model, backbone)
     return model.train()
 
 
@@ -108,7 +111,7 @@ def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = 
         live.recent = live.now
 
     with _said_of(type(model).__name__):
-        in_head = returns_what_its_head_does(model)
+        in_head = returns_head_output(model)
         with live:
             loss = _loss(model, batch, at_head, in_head)
             marks["loss"] = live.recent
@@ -134,7 +137,7 @@ def step_flops(model: PreTrainedModel, batch: MicroBatch) -> tuple[int, int]:
     """
     forward, backward = (FlopCounterMode(display=False, custom_mapping=_GROUPED) for _ in range(2))
     with _said_of(type(model).__name__):
-        in_head = returns_what_its_head_does(model)
+        in_head = returns_head_output(model)
         with forward:
             loss = _loss(model, batch, lambda: None, in_head)
         with backward:
@@ -174,7 +177,7 @@ def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None]
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         with (
-            elementwise_recomputed(),
+            recompute_elementwise(),
             record_gates(model) as gates,
             cross_entropy_in_head(model, targets) if in_head else nullcontext(),
         ):

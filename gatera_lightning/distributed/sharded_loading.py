@@ -1,6 +1,7 @@
-"""A backbone that only the first process ever holds whole: built on the meta device, sharded, and filled from there."""
+"""Load a sharded model so that only rank 0 ever holds it unsharded."""
 
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,11 +9,36 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.injection import InjectionReport, adapted_linears, inject_adapters
+from gatera_lightning.adapters.injection import InjectionReport, inject_adapters
+from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.serialization import load_adapter
-from gatera_lightning.backbone.loading import BackboneConfig, load_backbone, ready_for_training
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.loading import load_backbone, prepare_for_training
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _ModelDescription:
+    """What the other ranks need to know of rank 0's model to build the same one without weights."""
+
+    config: Any
+    generation_config: Any  # it may name more tokens that end a text
+    report: InjectionReport
+    fingerprints: dict[str, str]
+    dtypes: dict[str, torch.dtype]  # some models keep layers in fp32
+    buffers: dict[str, torch.Tensor]  # also those that no state dict holds, such as rotary frequencies
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, report: InjectionReport) -> "_ModelDescription":
+        return cls(
+            config=model.config,
+            generation_config=model.generation_config,
+            report=report,
+            fingerprints={name: layer.base_fingerprint for name, layer in adapted_linears(model).items()},
+            dtypes={name: parameter.dtype for name, parameter in model.named_parameters()},
+            buffers=dict(model.named_buffers()),
+        )
 
 
 def load_sharded(
@@ -23,72 +49,79 @@ def load_sharded(
     seed: int,
     warm_start: str | None,
 ) -> tuple[PreTrainedModel, InjectionReport]:
-    """The adapted model, sharded over the strategy's processes; a collective.
+    """Load a backbone, inject the adapter, and shard the model over all ranks. Collective.
 
-    The first process loads the backbone into the CPU's memory and puts the adapter into it; every process builds the same
-    modules without memory, shards them, and receives its part of one tensor after another. What the first one raises, all
-    raise.
+    Rank 0 loads the backbone into CPU memory and injects the adapter. Every rank builds the same modules on the meta
+    device, shards them, and receives its shard of one tensor after the other.
+
+    Args:
+        backbone: Settings of the frozen model.
+        adapter: Settings of the adapter.
+        strategy: The strategy that shards the model.
+        seed: Seed of the adapter's initial values.
+        warm_start: An adapter folder to load the initial values from, if any.
+
+    Returns:
+        The sharded model, and which layers were adapted.
+
+    Raises:
+        ConfigError: As in ``load_backbone`` and ``inject_adapters``. Whatever rank 0 raises, all ranks raise.
     """
-    first = strategy.global_rank == 0
-    whole: PreTrainedModel | None = None
-    told: dict[str, Any] = {}
-    if first:
+    full_model: PreTrainedModel | None = None
+    message: _ModelDescription | Exception | None = None
+    if strategy.global_rank == 0:
         try:
-            whole = load_backbone(backbone, strategy.root_device.type)
-            report = inject_adapters(whole, adapter, torch.Generator().manual_seed(seed))
+            full_model = load_backbone(backbone, strategy.root_device.type)
+            report = inject_adapters(full_model, adapter, torch.Generator().manual_seed(seed))
             if warm_start is not None:
-                load_adapter(whole, warm_start)
-            told = {
-                "config": whole.config,
-                "generation_config": whole.generation_config,  # which may name further tokens that end a text
-                "report": report,
-                "fingerprints": {
-                    name: layer.base_fingerprint for name, layer in adapted_linears(whole).items()
-                },
-                "dtypes": {name: parameter.dtype for name, parameter in whole.named_parameters()},
-                "buffers": dict(
-                    whole.named_buffers()
-                ),  # those that no state dict has, such as rotary frequencies, included
-            }
-        except Exception as error:  # whatever it is: the others wait, and have to hear of it
-            told = {"error": _that_travels(error)}
-    told = strategy.broadcast(told)
-    if "error" in told:
-        raise told["error"]
+                load_adapter(full_model, warm_start)
+            message = _ModelDescription.of(full_model, report)
+        except Exception as error:  # of any kind: the other ranks wait for the message
+            message = _picklable(error)
+    message = strategy.broadcast(message)
+    if isinstance(message, Exception):
+        raise message
+    assert message is not None  # rank 0 sent something
 
+    model = _build_without_weights(message, backbone, adapter)
+    strategy.shard(model)
+    model.to_empty(device=torch.device("cpu") if strategy.cpu_offload else strategy.root_device)
+    model.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(model, full_model.state_dict() if full_model is not None else {}, options=options)
+    for name, buffer in message.buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        # Not register_buffer, which would turn a non-persistent buffer into a persistent one.
+        setattr(model.get_submodule(parent), leaf, buffer.to(strategy.root_device))
+    return model, message.report
+
+
+def _build_without_weights(
+    description: _ModelDescription, backbone: BackboneConfig, adapter: AdapterConfig
+) -> PreTrainedModel:
+    """Build rank 0's model on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            told["config"],
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            description.config,
             attn_implementation=backbone.attn_implementation,
             trust_remote_code=backbone.trust_remote_code,
         )
-    model.generation_config = told["generation_config"]
+    model.generation_config = description.generation_config
     inject_adapters(model, adapter)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(told["dtypes"][name])  # models keep some layers in fp32
+        parameter.data = parameter.data.to(description.dtypes[name])
     for name, layer in adapted_linears(model).items():
-        layer.base_fingerprint = told["fingerprints"][name]
-    ready_for_training(model, backbone)
-    strategy.shard(model)
-    device = torch.device("cpu") if strategy.cpu_offload else strategy.root_device
-    model.to_empty(device=device)
-    model.tie_weights()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
-    for name, buffer in told[
-        "buffers"
-    ].items():  # register_buffer would forget which of them a state dict leaves out
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = buffer.to(strategy.root_device)
-    return model, told["report"]
+        layer.set_base_fingerprint(description.fingerprints[name])
+    prepare_for_training(model, backbone)
+    return model
 
 
-def _that_travels(error: Exception) -> Exception:
-    """An error that all processes raise: itself, or its text where pickle cannot carry it."""
+def _picklable(error: Exception) -> Exception:
+    """Return an error to raise on all ranks: the error itself, or its text if it cannot be pickled."""
     if isinstance(error, ConfigError):
         error.on_every_process = True
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # objects choose themselves how they fail to be pickled; the text is what is told then
+    except Exception:  # an object's own code decides how pickling it fails
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,13 +1,13 @@
-"""Sharding a frozen backbone with trainable adapters: PyTorch FSDP2 (``fully_shard``) under Lightning's Trainer."""
+"""Shard a frozen backbone and its trainable adapters: PyTorch FSDP2 (``fully_shard``) under Lightning's Trainer."""
 
 import logging
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -18,26 +18,32 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
-from gatera_lightning.checkpointing.checkpoint_io import (
-    DRAFT,
-    WholeCheckpointIO,
-    mapped,
-    new_folder,
-    replace_folder,
-    write_sharded,
-)
+from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.backbone.decoder_layers import decoder_layers
+from gatera_lightning.checkpointing.atomic_files import make_empty_folder, remove, replace, temporary_path
+from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
+from gatera_lightning.checkpointing.sharded_format import map_tensors, write_sharded
+from gatera_lightning.compatibility.lightning_internals import set_data_parallel_size, set_module_device
+from gatera_lightning.distributed.gather import run_on_every_rank
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
 def shard_layers(model: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy | None = None) -> None:
-    """Shard every decoder layer as one group, then the rest of the model as another, in place.
+    """Shard every decoder layer as one group and the rest of the model as another, in place.
 
-    ``W0`` is whole inside its layer's forward, which is what HiRA's product with it needs; sharding single linears
-    would leave it in pieces there. A mesh of one dimension shards over all its processes (FSDP), one of two shards over the
-    second and replicates over the first (HSDP). Raises ValueError when the decoder layers cannot be told.
+    Inside a decoder layer's forward pass ``W0`` is then a full tensor, which HiRA's product with it needs. Sharding each
+    linear layer on its own would leave it sharded there.
+
+    Args:
+        model: An adapted model.
+        mesh: Of one dimension to shard over all its ranks (FSDP), or of two to shard over the second dimension and
+            replicate over the first (HSDP).
+        offload: Whether shards stay on the CPU.
+
+    Raises:
+        ValueError: The decoder layers cannot be found.
     """
     offload = offload or OffloadPolicy()
     for layer in decoder_layers(model):
@@ -45,20 +51,11 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy | No
     fully_shard(model, mesh=mesh, offload_policy=offload)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the outermost ModuleList that holds adapted linears."""
-    inside = set(adapted_linears(model))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(path.startswith(f"{name}.") for path in inside):
-            return module
-    raise ValueError("cannot tell the decoder layers: no adapted linear lies in an nn.ModuleList")
-
-
 class AdapterShardingStrategy(ModelParallelStrategy):
-    """FSDP2, or HSDP, over all processes; checkpoints hold the adapter and its optimizer, the backbone is never gathered.
+    """FSDP2 or HSDP over all ranks, with checkpoints that hold the adapter and its optimizer only.
 
-    A checkpoint of this strategy is that of any other: names and shapes are whole, whatever the number of processes was, so a
-    run goes on with other devices, sharded or not.
+    Checkpoints do not depend on the parallelism strategy: tensors have their full names and shapes, so a run saved with
+    this strategy can resume on one process, with DDP, or on another number of ranks. The backbone is never gathered.
     """
 
     def __init__(
@@ -70,19 +67,20 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        """Shard over ``shard_size`` processes, and hold ``replicate_size`` copies.
+        """Shard over ``shard_size`` ranks and keep ``replicate_size`` copies of the model.
 
         Args:
-            shard_size: Processes over which one copy of the model is sharded; auto means all that replicate_size leaves.
-            replicate_size: Copies of the model (HSDP): shard within a node, replicate over nodes, and parameters travel fast
-                links only. The product of the two is the number of processes.
-            cpu_offload: Keep shards on the CPU and copy a layer to the accelerator for its turn.
-            sharded_checkpoints: One file a process, written at once, instead of one file. An adapter usually fits one.
-            process_group_backend: As torch.distributed names it; default: what suits the device.
-            timeout: How long a process waits for the others.
+            shard_size: Ranks over which one copy of the model is sharded; auto divides all ranks by replicate_size.
+            replicate_size: Copies of the model (HSDP). Shard within a node and replicate over nodes, so that parameters
+                travel over fast links only. The product of the two sizes is the number of ranks.
+            cpu_offload: Keep shards on the CPU and copy each layer to the accelerator when it runs.
+            sharded_checkpoints: Let every rank write its own file, all at the same time, instead of one file in total. An
+                adapter is usually small enough for one file.
+            process_group_backend: Name in torch.distributed; the default fits the device.
+            timeout: How long a rank waits for the others.
         """
         if cpu_offload and process_group_backend is None and torch.cuda.is_available():
-            process_group_backend = "cpu:gloo,cuda:nccl"  # gradients are clipped where they are kept
+            process_group_backend = "cpu:gloo,cuda:nccl"  # gradients are clipped on the CPU, where their shards are
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=sharded_checkpoints,
@@ -92,10 +90,18 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         self.shard_size = shard_size
         self.replicate_size = replicate_size
         self.cpu_offload = cpu_offload
+        self.sharded_checkpoints = sharded_checkpoints
         self.mesh: DeviceMesh | None = None
 
-    def problems(self, processes: int) -> list[str]:
-        """Everything about these sizes that cannot work with so many processes; empty when all is well."""
+    def problems(self, ranks: int) -> list[str]:
+        """Return every problem with the sizes for this number of ranks.
+
+        Args:
+            ranks: Nodes × devices.
+
+        Returns:
+            Messages that name the setting, its value and what is accepted; empty if there is no problem.
+        """
         sizes = {"shard_size": self.shard_size, "replicate_size": self.replicate_size}
         found = [
             f"trainer.strategy.{name}: {size}; accepted: an integer of at least 1"
@@ -104,39 +110,37 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         ]
         if found:
             return found
-        if self.shard_size == "auto" and processes % self.replicate_size:
-            found.append(
-                f"trainer.strategy.replicate_size: {self.replicate_size} does not divide the {processes} processes "
-                "(nodes × devices); accepted: a divisor of that"
-            )
-        elif self.shard_size != "auto" and self.shard_size * self.replicate_size != processes:
-            found.append(
+        if self.shard_size == "auto":
+            if ranks % self.replicate_size:
+                return [
+                    f"trainer.strategy.replicate_size: {self.replicate_size} does not divide the {ranks} ranks "
+                    "(nodes × devices); accepted: a divisor of that number"
+                ]
+        elif self.shard_size * self.replicate_size != ranks:
+            return [
                 f"trainer.strategy: replicate_size {self.replicate_size} × shard_size {self.shard_size} is "
-                f"{self.replicate_size * self.shard_size}, and there are {processes} processes (nodes × devices); "
-                "accepted: sizes whose product that is, or shard_size auto"
-            )
-        return found
+                f"{self.replicate_size * self.shard_size}, but there are {ranks} ranks (nodes × devices); accepted: sizes "
+                "with that product, or shard_size auto"
+            ]
+        return []
 
     @override
     def setup_environment(self) -> None:
-        processes = self.num_nodes * self.num_processes
-        if problems := self.problems(processes):
+        ranks = self.num_nodes * self.num_processes
+        if problems := self.problems(ranks):
             raise ConfigError(problems, on_every_process=True)
-        self._data_parallel_size = processes  # to Lightning, every process has other rows
+        set_data_parallel_size(self, ranks)  # every rank has its own examples, also within a shard group
         super().setup_environment()
-        shard = processes // self.replicate_size
         if self.replicate_size == 1:
             self.mesh = self.device_mesh["data_parallel"]
         else:
-            shape, names = (self.replicate_size, shard), ("replicate", "shard")
+            shape, names = (self.replicate_size, ranks // self.replicate_size), ("replicate", "shard")
             self.mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def shard(self, model: nn.Module) -> None:
-        """Shard a model over this strategy's processes, in place."""
-        assert self.mesh is not None  # set_up, before any model is built
-        pinned = (
-            self.root_device.type != "cpu"
-        )  # without an accelerator nothing can be, and nothing is copied
+        """Shard a model over this strategy's ranks, in place."""
+        assert self.mesh is not None  # Lightning sets the environment up before it builds the model
+        pinned = self.root_device.type != "cpu"  # pinning needs an accelerator, and a CPU run copies nothing to one
         shard_layers(model, self.mesh, CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else None)
 
     @override
@@ -146,15 +150,12 @@ class AdapterShardingStrategy(ModelParallelStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        for (
-            name,
-            own,
-        ) in module.named_children():  # metrics meet what the model computes; its weights come by themselves
-            if name != "model":
-                own.to(self.root_device)
-        module._device = self.root_device  # what Lightning says of it, which .to would have told
+        for name, child in module.named_children():
+            if name != "model":  # metrics go where the model computes; its weights are copied layer by layer
+                child.to(self.root_device)
+        set_module_device(module, self.root_device)
 
-    # --- checkpoints: the adapter alone ---
+    # --- checkpoints: the adapter only ---
 
     @property
     @override
@@ -164,52 +165,52 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._portable(self.lightning_module.state_dict())
+        state: dict[str, Any] = self._for_checkpoint(self.lightning_module.state_dict())
+        return state
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return self._portable(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = self._for_checkpoint(own.state_dict())
+        return state
 
-    def _portable(self, state: Any) -> Any:
-        """Nested state without shards: whole CPU tensors on rank 0, nothing elsewhere; as it is for a sharded checkpoint."""
-        if self._save_distributed_checkpoint:
+    def _for_checkpoint(self, state: Any) -> Any:
+        """Return nested state with unsharded CPU tensors on rank 0 and nothing elsewhere; unchanged if checkpoints are
+        sharded. Collective."""
+        if self.sharded_checkpoints:
             return state
-        whole = mapped(
+        unsharded = map_tensors(
             state, lambda _, tensor: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
         )
-        return whole if self.is_global_zero else {}
+        return unsharded if self.is_global_zero else {}
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
         path = Path(self.broadcast(filepath))
-        if not self._save_distributed_checkpoint:
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
-            return
-        draft, first = path.with_name(path.name + DRAFT), self.is_global_zero
-        failure = self._failure(lambda: new_folder(draft) if first else None)
-        failure = failure or self._failure(lambda: write_sharded(checkpoint, draft, rank=self.global_rank))
-        failure = failure or self._failure(lambda: replace_folder(draft, path) if first else None)
-        assert isinstance(self.checkpoint_io, WholeCheckpointIO)  # GateRAModule.setup
-        self.checkpoint_io.failure = (
-            failure and f"cannot write the checkpoint {path} ({failure}); what was there is untouched"
-        )
-        if failure and first:
-            log.error(self.checkpoint_io.failure)
-            shutil.rmtree(draft, ignore_errors=True)
+        if self.sharded_checkpoints:
+            self._save_sharded(checkpoint, path)
+        elif self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
-    def _failure(self, work: Callable[[], None]) -> str | None:
-        """Do this process's part; what kept any of them from it, as all are told. A disk may be full for one alone."""
+    def _save_sharded(self, checkpoint: dict[str, Any], path: Path) -> None:
+        temporary, is_first = temporary_path(path), self.is_global_zero
+        steps = (
+            lambda: make_empty_folder(temporary) if is_first else None,
+            lambda: write_sharded(checkpoint, temporary, rank=self.global_rank),
+            lambda: replace(temporary, path) if is_first else None,
+        )
         failure = None
-        try:
-            work()
-        except (OSError, RuntimeError, CheckpointException) as error:
-            failure = " ".join(str(error).split())
-        everyone: list[str | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(everyone, failure)
-        return next(filter(None, everyone), None)
+        for step in steps:
+            failure = failure or run_on_every_rank(step, catch=(OSError, RuntimeError, CheckpointException))
+        assert isinstance(self.checkpoint_io, AtomicCheckpointIO)  # set by GateRAModule.setup
+        self.checkpoint_io.failure = (
+            failure and f"cannot write the checkpoint {path} ({failure}); the previous checkpoint is unchanged"
+        )
+        if failure and is_first:
+            log.error(self.checkpoint_io.failure)
+            remove(temporary)
 
     @override
     def load_checkpoint(
@@ -220,25 +221,24 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        own = adapter_parameters(self.lightning_module)
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(_like(checkpoint["state_dict"][name], parameter))
+            for name, parameter in adapter_parameters(self.lightning_module).items():
+                parameter.copy_(_shard_like(checkpoint["state_dict"][name], parameter))
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            placed = {
-                number: {name: _like(value, parameters[number]) for name, value in of_one.items()}
-                for number, of_one in state["state"].items()
+            sharded = {
+                index: {name: _shard_like(value, parameters[index]) for name, value in moments.items()}
+                for index, moments in state["state"].items()
             }
-            optimizer.load_state_dict({**state, "state": placed})
+            optimizer.load_state_dict({**state, "state": sharded})
 
 
-def _like(value: Any, parameter: nn.Parameter) -> Any:
-    """A whole tensor of a parameter's shape as that parameter lies: sharded if it is. Anything else as it is."""
+def _shard_like(value: Any, parameter: nn.Parameter) -> Any:
+    """Shard a full tensor of the parameter's shape as the parameter is sharded; return anything else unchanged."""
     if isinstance(value, Tensor) and value.shape == parameter.shape and isinstance(parameter, DTensor):
-        own = value.to(device=parameter.device, dtype=parameter.dtype)
-        return distribute_tensor(own, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        full = value.to(device=parameter.device, dtype=parameter.dtype)
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value

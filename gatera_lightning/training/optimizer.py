@@ -1,9 +1,11 @@
-"""AdamW on the adapter's fp32 masters, and learning-rate schedules counted in optimizer steps."""
+"""AdamW on the adapter's fp32 parameters, and learning-rate schedules counted in optimizer steps."""
 
+import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +13,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears
 
 Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """Settings of AdamW and its schedule."""
 
     lr: float = 1e-3
-    """Peak learning rate of the update's parameters. HiRA and GateRA want about ten times LoRA's."""
-
-    gate_lr_multiplier: float = 1.0
-    """The gate's learning rate as a multiple of lr."""
+    """Peak learning rate of the update's parameters. HiRA and GateRA need about ten times LoRA's."""
 
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
@@ -36,10 +35,13 @@ class OptimizerConfig:
     """Optimizer steps over which lr rises linearly from 0."""
 
     max_skipped_steps: int = 0
-    """Optimizer steps with a loss or gradient that is not finite that are left out, and counted, before the run stops."""
+    """How many optimizer steps with a non-finite loss or gradient are skipped before the run stops."""
+
+    gate_lr_multiplier: ClassVar[float | None] = None
+    """Deprecated: ``adapter.gate.lr_multiplier`` took its place; not None if the constructor still received it."""
 
     def problems(self) -> list[str]:
-        """Everything about these values that cannot work; empty when all is well."""
+        """Return one message for every value that cannot work; empty if all are valid."""
         found = []
         if self.schedule not in get_args(Schedule):
             found.append(
@@ -47,19 +49,45 @@ class OptimizerConfig:
             )
         if not 0 < self.lr < math.inf:
             found.append(f"optimizer.lr: {self.lr}; accepted: a number above 0")
-        for name in ("gate_lr_multiplier", "weight_decay", "warmup_steps", "max_skipped_steps"):
+        for name in ("weight_decay", "warmup_steps", "max_skipped_steps"):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0")
         return found
 
 
+def _accept_gate_lr_multiplier(init: Callable[..., None]) -> Callable[..., None]:
+    """Let the constructor accept the deprecated setting without listing it in its signature."""
+
+    @functools.wraps(init)  # inspect.signature, and therefore --help, shows the wrapped signature
+    def __init__(self: OptimizerConfig, *args: Any, **settings: Any) -> None:
+        if "gate_lr_multiplier" in settings:
+            vars(self)["gate_lr_multiplier"] = settings.pop("gate_lr_multiplier")
+            warnings.warn(
+                "OptimizerConfig(gate_lr_multiplier) is deprecated; use adapter.gate.lr_multiplier",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        init(self, *args, **settings)
+
+    return __init__
+
+
+OptimizerConfig.__init__ = _accept_gate_lr_multiplier(OptimizerConfig.__init__)  # type: ignore[method-assign]
+
+
 def lr_factor(
     schedule: Schedule, warmup_steps: int, total_steps: Callable[[], float]
 ) -> Callable[[int], float]:
-    """The multiple of lr at optimizer step s = 0, 1, …: (s + 1)/(warmup + 1) rising, then falling to 0 at the end.
+    """Create the function from an optimizer step ``s = 0, 1, …`` to its multiple of the learning rate.
 
-    ``total_steps`` is asked only after the warm-up, when training runs. Asking Lightning's Trainer earlier makes it build
-    the training loader before a checkpoint is restored, and it then never restores the loader's position.
+    ``(s + 1)/(warmup_steps + 1)`` while it rises, then a decay that reaches 0 at the end.
+
+    Args:
+        schedule: Name of the decay.
+        warmup_steps: Steps before the factor is 1.
+        total_steps: Returns the number of optimizer steps of the run. Called only after the warm-up, when training runs:
+            Lightning's Trainer answers it by building the training loader, and a loader built before a checkpoint is
+            restored never receives its position.
     """
 
     def factor(step: int) -> float:
@@ -76,32 +104,52 @@ def lr_factor(
 def build_optimizer(
     config: OptimizerConfig, model: nn.Module, total_steps: Callable[[], float]
 ) -> tuple[AdamW, LambdaLR]:
-    """AdamW over the adapter of ``model``, its gates as a group of their own, with the configured schedule."""
+    """Create AdamW and its schedule for the adapter of a model.
+
+    Args:
+        config: Learning rate, weight decay and schedule.
+        model: A model with an adapter. Its gates form a parameter group of their own, whose learning rate is multiplied by
+            ``adapter.gate.lr_multiplier``.
+        total_steps: As for :func:`lr_factor`.
+
+    Returns:
+        The optimizer, and a scheduler to step after every optimizer step.
+    """
     layers = adapted_linears(model).values()
     updates = [p for layer in layers for p in layer.update.parameters()]
     gates = [p for layer in layers if layer.gate is not None for p in layer.gate.parameters()]
     groups = [{"params": updates, "lr": config.lr, "name": "update"}]
     if gates:
-        groups.append({"params": gates, "lr": config.lr * config.gate_lr_multiplier, "name": "gate"})
+        multiplier = config.gate_lr_multiplier
+        if multiplier is None:
+            multiplier = next(iter(layers)).config.gate.lr_multiplier
+        groups.append({"params": gates, "lr": config.lr * multiplier, "name": "gate"})
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
-    # Sharded parameters are stepped in few calls, as AdamW by itself steps whole ones on a GPU: the same numbers, a tenth of
-    # the time. The flag stands for the step only, so that every strategy writes the same checkpoint.
+    # AdamW steps ordinary GPU parameters with few kernels, but sharded ones one by one unless told: the same numbers in ten
+    # times the time. The flag is set only during a step, so that every strategy writes the same checkpoint.
     optimizer.register_step_pre_hook(lambda optimizer, *_: _set_foreach(optimizer, True))
     optimizer.register_step_post_hook(lambda optimizer, *_: _set_foreach(optimizer, None))
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
 
 
-def _set_foreach(optimizer: Optimizer, together: bool | None) -> None:
+def _set_foreach(optimizer: Optimizer, foreach: bool | None) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["params"][0], DTensor):
-            group["foreach"] = together
+            group["foreach"] = foreach
 
 
-def squared_gradient_norms(optimizer: Optimizer, processes: int) -> Tensor:
-    """This process's part of the squared L2 norm of each parameter group's gradients, (groups,): over processes they add up.
+def squared_gradient_norms(optimizer: Optimizer, ranks: int) -> Tensor:
+    """Compute this rank's part of the squared L2 norm of each parameter group's gradients; summed over ranks, they are whole.
 
-    Of a shard that is its own square; what several processes hold alike, as all of them do without sharding, is divided by
-    their number. Needs no communication and no look at a number. 0 without gradients.
+    A shard contributes its own squared norm. A gradient that several ranks hold, as all of them do without sharding, is
+    divided by their number. Needs no communication and no synchronization with the device.
+
+    Args:
+        optimizer: The optimizer after backward.
+        ranks: Number of ranks.
+
+    Returns:
+        (groups,); 0 for a group without gradients.
     """
     parts = []
     for group in optimizer.param_groups:
@@ -111,16 +159,16 @@ def squared_gradient_norms(optimizer: Optimizer, processes: int) -> Tensor:
             continue
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         norms = torch._foreach_mul(
-            torch._foreach_norm(local), [_copies(g, processes) ** -0.5 for g in gradients]
+            torch._foreach_norm(local), [_replicas(g, ranks) ** -0.5 for g in gradients]
         )
         parts.append(torch.stack(norms).square().sum())
     return torch.stack(parts)
 
 
-def _copies(tensor: Tensor, processes: int) -> int:
-    """How many processes hold the same part of a tensor."""
+def _replicas(tensor: Tensor, ranks: int) -> int:
+    """How many ranks hold the same part of a tensor."""
     if not isinstance(tensor, DTensor):
-        return processes
+        return ranks
     mesh = tensor.device_mesh
     return math.prod(
         mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters, record_gates
 from gatera_lightning.adapters.gate_recording import GateRecord
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears
 
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]
 

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.gates import TokenGate
 from gatera_lightning.adapters.inference import prepared_for_inference
-from gatera_lightning.adapters.injection import adapted_linears
 from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.lookup import adapted_linears
 
 IDS = torch.arange(12).reshape(2, 6)
 

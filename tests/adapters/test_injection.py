@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from gatera_lightning import AdapterConfig, ConfigError, adapter_parameters, inject_adapters
-from gatera_lightning.adapters.config import GateName, UpdateName
 from gatera_lightning.adapters.gates import GATES
-from gatera_lightning.adapters.injection import adapted_linears
-from gatera_lightning.adapters.layer import UPDATES, AdaptedLinear
-from gatera_lightning.distributed.sharding import decoder_layers
+from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.updates import UPDATES
+from gatera_lightning.backbone.decoder_layers import decoder_layers
 
 
 def _config(targets=("q_proj",), **settings):

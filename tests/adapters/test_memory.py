@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gatera_lightning import AdapterConfig
-from gatera_lightning.adapters.kernels.hadamard import token_logit, with_gated_hadamard
+from gatera_lightning.adapters.kernels.gate_logit import token_logit
+from gatera_lightning.adapters.kernels.hadamard import add_gated_hadamard
 from gatera_lightning.adapters.layer import AdaptedLinear
 
 IN, OUT, RANK, BATCH, TOKENS = 37, 41, 3, 2, 5  # no product of the others is a multiple of OUT * IN
@@ -124,5 +125,5 @@ def test_the_hadamard_update_saves_its_arguments_alone(dtype):
     weight, g = torch.randn(OUT, IN).to(dtype), torch.rand(BATCH, TOKENS, requires_grad=True)
     a, b = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
     y = torch.zeros(BATCH, TOKENS, OUT, dtype=dtype)
-    _, saved = _saved_by(lambda: with_gated_hadamard(y, x, weight, a, b, g))
+    _, saved = _saved_by(lambda: add_gated_hadamard(y, x, weight, a, b, g))
     assert {_storage(tensor) for tensor in saved} == {_storage(tensor) for tensor in (x, weight, a, b, g)}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gatera_lightning import AdapterConfig, inject_adapters, merge_adapter
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears
 
 UPDATES = ["lora", "dora", "hira"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gatera_lightning import AdapterConfig, inject_adapters, merge_adapter
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 4, 6.0

@@ -20,7 +20,7 @@ from gatera_lightning import (
     save_adapter,
 )
 from gatera_lightning.adapters.fingerprint import backbone_fingerprint, weight_fingerprint
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears
 
 METHODS = list(itertools.product(("lora", "dora", "hira"), ("none", "static", "token")))
 TARGETS = ["q_proj", "down_proj"]

@@ -13,10 +13,11 @@ from tiny_backbone import tiny_args, tiny_module
 from torch._dynamo.utils import counters
 
 from gatera_lightning import AdapterConfig, ConfigError, adapter_parameters, inject_adapters, record_gates
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.backbone.compilation import compile_layers
+from gatera_lightning.backbone.decoder_layers import decoder_layers
 from gatera_lightning.cli.main import main
-from gatera_lightning.distributed.sharding import decoder_layers
 
 
 @pytest.fixture(autouse=True)
@@ -167,12 +168,12 @@ def test_a_layer_that_cannot_be_compiled_is_named(tiny_llama, backend):
 
 
 def test_thresholds_of_gates_are_refused(tiny_backbone):
-    module = tiny_module(tiny_backbone, skip_below=0.1)
+    module = tiny_module(tiny_backbone, gate=TokenGateConfig(skip_below=0.1))
     assert not module.problems()
     module.backbone.compile = True
     (problem,) = module.problems()
     assert problem.startswith(
-        "model.backbone.compile: true, with adapter.skip_below 0.1 and merge_above 1.0, "
+        "model.backbone.compile: true, with adapter.gate.skip_below 0.1 and merge_above 1.0, "
     )
     assert problem.endswith("; accepted: false, or 0 and 1")
 

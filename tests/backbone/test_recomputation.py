@@ -20,7 +20,8 @@ from gatera_lightning import (
     adapter_parameters,
     inject_adapters,
 )
-from gatera_lightning.backbone.recomputation import LONGEST, elementwise_recomputed
+from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.backbone.recomputation import MAX_OPERATIONS, recompute_elementwise
 from gatera_lightning.cost_model.step_costs import LiveBytes
 from gatera_lightning.training import module as module_file
 
@@ -55,7 +56,7 @@ def step(model, around):
 
 def assert_same_with_less(model, share):
     """The very bits, and at most ``share`` of the bytes."""
-    (usual, all_kept), (ours, kept) = step(model, nullcontext()), step(model, elementwise_recomputed())
+    (usual, all_kept), (ours, kept) = step(model, nullcontext()), step(model, recompute_elementwise())
     for one, other in zip(ours, usual, strict=True):
         assert (one is None and other is None) or (one.dtype == other.dtype and torch.equal(one, other))
     assert kept <= share * all_kept
@@ -79,7 +80,9 @@ def test_methods(update, gate, dropout):
 @pytest.mark.parametrize("thresholds", [(0.45, 1.0), (0.0, 0.55), (0.5, 0.5)], ids=str)
 def test_tokens_told_apart(thresholds):
     skip, merge = thresholds
-    assert_same_with_less(of_family("llama", torch.float32, skip_below=skip, merge_above=merge), 0.8)
+    assert_same_with_less(
+        of_family("llama", torch.float32, gate=TokenGateConfig(skip_below=skip, merge_above=merge)), 0.8
+    )
 
 
 def test_adapters_elsewhere():
@@ -94,7 +97,7 @@ def test_autocast():
 
     @contextmanager
     def cast_and_recomputed():
-        with cast, elementwise_recomputed():
+        with cast, recompute_elementwise():
             yield
 
     usual, all_kept = step(model, cast)
@@ -108,7 +111,7 @@ def test_a_checkpointed_layer_keeps_nothing_and_still_does():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_with_less(model, 1.0)
     plain = of_family("llama", torch.float32)
-    assert step(model, elementwise_recomputed())[1] < 0.5 * step(plain, elementwise_recomputed())[1]
+    assert step(model, recompute_elementwise())[1] < 0.5 * step(plain, recompute_elementwise())[1]
 
 
 # --- one gated MLP, one norm ---
@@ -128,7 +131,7 @@ def mlp(between=lambda gate, up: F.silu(gate) * up):
     )
 
 
-def kept_by(function, tensors, around=elementwise_recomputed):
+def kept_by(function, tensors, around=recompute_elementwise):
     """Result, gradients and bytes alive in between."""
     with LiveBytes(list(tensors)) as live:
         with around():
@@ -148,7 +151,7 @@ def same(function, tensors):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_of_a_gated_mlp_gate_and_up_are_kept(gate_and_up, device):
     tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in gate_and_up]
-    kept = [kept_by(mlp(), tensors, around)[1] for around in (nullcontext, elementwise_recomputed)]
+    kept = [kept_by(mlp(), tensors, around)[1] for around in (nullcontext, recompute_elementwise)]
     of_width = 4 * TOKENS * WIDE
     rest = 4 * (TOKENS + 1)  # the output, and its sum
     assert kept == [4 * of_width + rest, 2 * of_width + rest]
@@ -194,7 +197,7 @@ def test_each_is_computed_once_however_many_ask(gate_and_up):
         lambda gate, up: (product := F.silu(gate) * up) + product.exp() * product.view(-1, WIDE).sin()[None]
     )
     counts = []
-    for around in (nullcontext, elementwise_recomputed):
+    for around in (nullcontext, recompute_elementwise):
         with around():
             out = many(*gate_and_up)
         with Operations() as operations:
@@ -211,7 +214,7 @@ def test_each_is_computed_once_however_many_ask(gate_and_up):
 def test_nothing_stays_behind(gate_and_up):
     """A graph that is asked twice gives the same twice and keeps as much as before; without it, all is given back."""
     with LiveBytes(list(gate_and_up)) as live:
-        with elementwise_recomputed():
+        with recompute_elementwise():
             out = mlp(lambda gate, up: (F.silu(gate) * up).exp())(*gate_and_up)  # which keeps its own output
         kept = live.now
         first = torch.autograd.grad(out, gate_and_up[0], retain_graph=True)[0].clone()
@@ -287,14 +290,14 @@ def test_of_a_long_chain_a_part_is_kept(gate_and_up):
         return gate
 
     all_kept, kept = same(mlp(chain), gate_and_up)
-    assert kept / all_kept == pytest.approx(1 / (LONGEST + 1), rel=0.02)
+    assert kept / all_kept == pytest.approx(1 / (MAX_OPERATIONS + 1), rel=0.02)
 
 
 def test_what_is_kept_may_not_be_written_to(gate_and_up):
     """As without hooks, where autograd sees to it."""
     x, gate, up, down = gate_and_up
     for change in (lambda g: g.add_(1), lambda g: gate.add_(1)):
-        with elementwise_recomputed():
+        with recompute_elementwise():
             g = F.linear(x, gate)
             out = F.linear(F.silu(g) * F.linear(x, up), down[None])
         with torch.no_grad():
@@ -321,7 +324,7 @@ def test_hooks_of_somebody_else_inside_win(gate_and_up):
 def test_nothing_is_done_without_a_graph_or_while_compiling(gate_and_up, monkeypatch, off):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: off == "compiling")
     monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", None)  # calling it would fail
-    with torch.set_grad_enabled(off != "no_grad"), elementwise_recomputed():
+    with torch.set_grad_enabled(off != "no_grad"), recompute_elementwise():
         mlp()(*gate_and_up)
 
 
@@ -335,8 +338,8 @@ def test_the_modules_step_keeps_less_and_has_the_same_bits(tiny_backbone, monkey
     ids = torch.arange(2 * 16).view(2, 16) + 3
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     found = []
-    for around in (elementwise_recomputed, nullcontext):
-        monkeypatch.setattr(module_file, "elementwise_recomputed", around)
+    for around in (recompute_elementwise, nullcontext):
+        monkeypatch.setattr(module_file, "recompute_elementwise", around)
         with LiveBytes([*module.model.parameters(), *module.model.buffers()]) as live:
             loss, _ = module.summed_task_loss(batch)
             kept = live.now
@@ -364,7 +367,7 @@ def test_what_a_checkpointed_layer_hands_out_is_kept_by_whoever_needs_it(last):
             loss = (h * h).sum()
         return torch.autograd.grad(loss, weights)
 
-    for again, plain in zip(gradients(elementwise_recomputed()), gradients(nullcontext()), strict=True):
+    for again, plain in zip(gradients(recompute_elementwise()), gradients(nullcontext()), strict=True):
         assert torch.equal(again, plain)
 
 
@@ -378,14 +381,14 @@ def test_a_view_of_a_copy_that_was_laid_out_otherwise(format):
             loss = h.reshape(-1).sin().sum() + h.flatten()[3:9].view(2, 3).cos().sum()
         return torch.autograd.grad(loss, x)[0]
 
-    assert torch.equal(gradient(elementwise_recomputed()), gradient(nullcontext()))
+    assert torch.equal(gradient(recompute_elementwise()), gradient(nullcontext()))
 
 
 def test_under_hooks_of_somebody_else_nothing_is_changed():
     x, packed = torch.randn(4, requires_grad=True), []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t),
-        elementwise_recomputed(),
+        recompute_elementwise(),
     ):
         F.silu(x).sin()
     assert len(packed) == 2
@@ -393,7 +396,7 @@ def test_under_hooks_of_somebody_else_nothing_is_changed():
 
 def test_a_chain_longer_than_the_stack_of_python():
     h = torch.ones(2, requires_grad=True)
-    with elementwise_recomputed():
+    with recompute_elementwise():
         for _ in range(3000):
             h = h * 1.0
         h.sin().sum().backward()

@@ -11,6 +11,7 @@ from fits import assert_same, fit, read
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gatera_lightning import AdapterConfig, BackboneConfig, adapter_parameters, inject_adapters
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.backbone.loading import load_backbone
 
 pytestmark = pytest.mark.slow
@@ -99,7 +100,7 @@ def test_a_sharded_model_is_loaded_as_it_is_without_shards(sharded, deep):
     """Backbone, initial adapter and buffers that no file has, bit for bit."""
     loaded = torch.load(sharded[0] / "loaded.pt", weights_only=True)
     model = load_backbone(BackboneConfig(id=str(deep), dtype="float64"))
-    adapter = AdapterConfig(rank=4, gate_bias=0.3, adapter_dtype="float64")
+    adapter = AdapterConfig(rank=4, gate=TokenGateConfig(bias=0.3), adapter_dtype="float64")
     inject_adapters(model, adapter, torch.Generator().manual_seed(3))
     for kind, expected in (("parameters", model.named_parameters()), ("buffers", model.named_buffers())):
         expected = dict(expected)

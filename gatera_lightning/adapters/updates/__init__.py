@@ -1,1 +1,30 @@
-"""Updates of a frozen linear layer: LoRA, DoRA, HiRA."""
+"""The available updates, by name.
+
+To add an update, write a subclass of :class:`Update` in a file of its own and pass it to :func:`register_update`.
+"""
+
+from gatera_lightning.adapters.updates.base import Update
+from gatera_lightning.adapters.updates.dora import DoRA
+from gatera_lightning.adapters.updates.hira import HiRA
+from gatera_lightning.adapters.updates.lora import LoRA
+
+UPDATES: dict[str, type[Update]] = {update.name: update for update in (LoRA, DoRA, HiRA)}
+"""The available updates, by name."""
+
+
+def register_update(update: type[Update]) -> type[Update]:
+    """Make an update available under its ``name``; usable as a class decorator.
+
+    Raises:
+        ValueError: If another class has this name.
+    """
+    if UPDATES.setdefault(update.name, update) is not update:
+        raise ValueError(
+            f"an update named {update.name!r} is already registered: {UPDATES[update.name].__name__}"
+        )
+    return update
+
+
+def describe_updates() -> str:
+    """Return one line that lists every available update with its formula, for ``--help``."""
+    return "; ".join(f"{name} = {update.formula}" for name, update in UPDATES.items())

@@ -1,48 +1,62 @@
 """HiRA: a high-rank update from low-rank factors by the Hadamard product (Huang et al., ICLR 2025, TwJrTz9cRS)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gatera_lightning.adapters.gates import GateValues
 from gatera_lightning.adapters.kernels.hadamard import (
+    add_gated_hadamard,
+    add_gated_product,
     hadamard_weight,
-    with_gated,
-    with_gated_hadamard,
-    without_gradients,
+    merged_hadamard,
 )
-from gatera_lightning.adapters.updates.lora import low_rank_factors
+from gatera_lightning.adapters.kernels.saturated_gates import partitioned_hadamard
+from gatera_lightning.adapters.updates.base import Update
 
 
-class HiRA(nn.Module):
-    """``u(x) = (W0 ⊙ BA) x``, of rank up to ``r · rank(W0)``; A (r, in), B (out, r). It has no scale."""
+class HiRA(Update):
+    """``u(x) = (W0 ⊙ BA) x``, whose rank can reach ``r · rank(W0)`` (Huang et al., ICLR 2025)."""
 
-    reads_base_out = False
+    name = "hira"
+    formula = "(W0 ⊙ B A) x"
+    has_scale = False
+    uses_gate_thresholds = True
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        *,
-        rank: int,
-        scale: float,
-        dtype: torch.dtype,
-        generator: torch.Generator | None,
-    ) -> None:
-        super().__init__()
-        self.a, self.b = low_rank_factors(base, rank, dtype, generator)
-        self.kept: Tensor | None = None
-        """:meth:`constant`, inside ``prepared_for_inference``."""
+    def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
+        """Compute ``(W0 ⊙ BA) x``: (..., in) -> (..., out)."""
+        cached = self.cached()
+        weight = hadamard_weight(base.weight, self.a, self.b) if cached is None else cached
+        return F.linear(x.to(weight.dtype), weight)
 
-    def forward(self, y: Tensor, x: Tensor, base_out: Tensor, weight: Tensor, g: Tensor | None) -> Tensor:
-        """``y + g · u(x)``; y (..., out), x (..., in), weight W0 (out, in), g (...) or None -> (..., out)."""
-        if self.kept is not None:
-            return with_gated(y, x, without_gradients(self.kept), g)
-        return with_gated_hadamard(y, x, weight, self.a, self.b, g)
+    def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
+        """Compute the output of the adapted layer, in training by the cheapest exact form or by the gate's thresholds."""
+        g = None if gate is None else gate.values
+        cached = self.cached()
+        if cached is not None:
+            return add_gated_product(base(x), dropout(x), cached, g)
+        if self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity):
+            if gate is None and _merging_is_accurate(x, base.weight):
+                return merged_hadamard(x, base.weight, base.bias, self.a, self.b)
+            if gate is not None and gate.has_thresholds and not x.is_meta:
+                return partitioned_hadamard(x, base.weight, base.bias, self.a, self.b, *gate)
+        return add_gated_hadamard(base(x), dropout(x), base.weight, self.a, self.b, g)
 
-    @torch.no_grad()
-    def constant(self, weight: Tensor) -> Tensor:
-        """``W0 ⊙ BA`` in W0's dtype, (out, in), as the forward computes it."""
+    def inference_constant(self, weight: Tensor) -> Tensor:
+        """Return ``W0 ⊙ BA`` in W0's dtype, (out, in), as the forward computes it."""
         return hadamard_weight(weight, self.a, self.b)
+
+    def inference_constant_bytes(self, weight: Tensor) -> int:
+        """Return the size of the adapted weight in bytes."""
+        return weight.nbytes
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """``W0 ⊙ BA`` in the adapter's dtype, (out, in)."""
+        """Return ``W0 ⊙ BA`` in the adapter's dtype, (out, in)."""
         return weight.to(self.a.dtype) * (self.b @ self.a)
+
+
+def _merging_is_accurate(x: Tensor, weight: Tensor) -> bool:
+    """Return whether ``W0 + W0 ⊙ BA`` can replace its two terms: 16-bit dtypes would round small updates away."""
+    autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
+    return weight.dtype.itemsize >= 4 and not autocast

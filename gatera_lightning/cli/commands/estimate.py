@@ -21,7 +21,11 @@ from gatera_lightning.cost_model.step_costs import (
     model_sizes,
     step_costs,
 )
-from gatera_lightning.datamodules.batching.statistics import planned_lengths, right_lengths, target_counts
+from gatera_lightning.datamodules.batching.statistics import (
+    gold_lengths,
+    scheduled_lengths,
+    supervised_token_counts,
+)
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 
@@ -86,7 +90,7 @@ def estimate(argv: Sequence[str]) -> None:
             "                 with every gate undecided; what skip_below and merge_above leave out depends on the gates"
         )
     decoding = settings.decoding
-    kept = prepared_bytes(model, with_thresholds=decoding.tells_tokens_apart)
+    kept = prepared_bytes(model, with_thresholds=decoding.uses_gate_thresholds)
     if kept and layout.shards == 1 and decoding.prepared:
         print(
             f"  generating     {kept / _GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"
@@ -215,10 +219,10 @@ def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> 
             rows, data.max_length, targets
         ), "no rows to be had here: all of max_length, half of it with loss"
     batches = data.train_dataloader().dataset
-    lengths = planned_lengths(batches.steps, right_lengths(batches.table.rows), batches.line)
+    lengths = scheduled_lengths(batches.steps, gold_lengths(batches.table.examples), batches.pack_length)
     rows_of = [rows for step in batches.steps for rows in step.micro_batches]
     lines, most = max(zip(lengths, rows_of, strict=True), key=lambda both: len(both[0]) * max(both[0]))
-    counts = target_counts(batches.table.rows.select(most), data.train_on)
+    counts = supervised_token_counts(batches.table.examples.select(most), data.train_on)
     return MicroBatch(len(lines), max(lines), sum(counts)), "the largest of the plan"
 
 

@@ -15,11 +15,10 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import replace_module
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config
+from gatera_lightning.backbone.config import BackboneConfig, Dtype
 from gatera_lightning.backbone.loading import (
-    BackboneConfig,
-    Dtype,
     context_length,
-    device_here,
+    default_device,
     load_backbone,
     load_config,
     load_tokenizer,
@@ -51,7 +50,7 @@ def gates(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(backbone)
     texts, chosen = _texts(own, others, tokenizer)
     _refuse_long(texts, own.generate, context_length(load_config(backbone)))
-    with device_here() as device:  # weights go there as they are read
+    with default_device() as device:  # weights go there as they are read
         model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
     adapters: list[AdapterProfile] = []
     for folder, (config, origin) in zip(own.adapter, configs, strict=True):
@@ -176,13 +175,13 @@ def _texts(
                 f"model.backbone.id: {shown.model.backbone.id!r} has other tokens than the adapter's backbone "
                 f"{tokenizer.name_or_path!r}; accepted: a recipe for the adapter's backbone, or --model.backbone.id"
             )
-        rows = range(min(own.rows, len(shown.table.rows)))
+        rows = range(min(own.rows, len(shown.table.examples)))
         texts = []
         for row in rows:
-            batch = shown.table.batch([row], shown.train_on, every_answer=False)
+            batch = shown.table.batch([row], shown.train_on, all_candidates=False)
             length = int(batch["attention_mask"][0].sum())
             entry, prompt = (
-                shown.table.rows[row],
+                shown.table.examples[row],
                 int((~batch["response_mask"][0, :length]).long().cumprod(0).sum()),
             )
             ids = batch["input_ids"][0, :length].tolist()

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning import AdapterConfig, inject_adapters
-from gatera_lightning.adapters.injection import adapter_parameters
 from gatera_lightning.adapters.kernels.saturated_gates import hard_gates, partitioned_hadamard, tokens_by_gate
 from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.lookup import adapter_parameters
 
 IN, OUT, RANK = 12, 10, 3
 LOGITS = {

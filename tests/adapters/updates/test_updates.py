@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning import AdapterConfig
-from gatera_lightning.adapters.kernels.hadamard import with_gated_hadamard
+from gatera_lightning.adapters.kernels.hadamard import add_gated_hadamard
 from gatera_lightning.adapters.layer import AdaptedLinear
 
 UPDATES, GATES = ("lora", "dora", "hira"), ("none", "static", "token")
@@ -61,7 +61,7 @@ def _reference_gate(gate, x, p):
 
 def _reference(layer, x, dy, mask=None):
     """Output and gradients by name in float64, from the very values that ``layer`` holds."""
-    update, gate = layer.config.update, layer.config.gate
+    update, gate = layer.config.update, layer.config.gate.kind
     p = {n: v.detach().double().requires_grad_() for n, v in layer.adapter_params().items()}
     w0, x = layer.base.weight.double(), x.detach().double().requires_grad_()
     dropped = x if mask is None else x * mask
@@ -125,7 +125,7 @@ def test_forward_and_every_gradient_equal_the_dense_formula(randomise, update, g
 @pytest.mark.parametrize(("update", "gate"), METHODS)
 def test_step_zero_is_the_frozen_layer(update, gate, bias, kind):
     dtype, adapter_dtype, _ = DTYPES[kind]
-    layer = _layer(update, gate, bias=bias, dtype=dtype, adapter_dtype=adapter_dtype, gate_bias=-2.0)
+    layer = _layer(update, gate, bias=bias, dtype=dtype, adapter_dtype=adapter_dtype, **({} if gate == "none" else {"gate": GATES_BY_KIND}))
     x, _ = _inputs(layer)
     y, frozen = layer(x), layer.base(x)
     if update != "dora" or not bias:
@@ -137,7 +137,7 @@ def test_step_zero_is_the_frozen_layer(update, gate, bias, kind):
 
 @pytest.mark.parametrize(("update", "gate"), METHODS)
 def test_initial_values(update, gate):
-    layer = _layer(update, gate, (64, 48, 8), gate_bias=-2.0)
+    layer = _layer(update, gate, (64, 48, 8), **({} if gate == "none" else {"gate": GATES_BY_KIND}))
     bound = 1 / 64**0.5  # Kaiming-uniform with a = sqrt(5)
     assert 0.9 * bound < layer.update.a.abs().max() <= bound
     assert not layer.update.b.any()
@@ -265,7 +265,7 @@ def test_autocast_leaves_the_hadamard_update_in_the_dtype_of_the_frozen_weight(r
     layer = randomise(_layer("hira", "none"))
     x, dy = _inputs(layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        u = with_gated_hadamard(torch.zeros_like(dy), x, layer.weight, layer.update.a, layer.update.b)
+        u = add_gated_hadamard(torch.zeros_like(dy), x, layer.weight, layer.update.a, layer.update.b)
     u.backward(dy)
     dense = layer.weight.double() * (layer.update.b.double() @ layer.update.a.double())
     _assert_close("u", u.detach(), x.detach().double() @ dense.t(), 1e-5)

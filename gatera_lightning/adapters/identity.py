@@ -1,0 +1,97 @@
+"""Identify a backbone and an adapter by their values, and check whether a stored adapter fits a model."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.fingerprint import backbone_fingerprint
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.errors import AdapterFileError
+
+
+def backbone_identity(model: nn.Module) -> str:
+    """Return the fingerprint of the frozen weights of the adapted layers."""
+    return backbone_fingerprint(
+        {name: layer.base_fingerprint for name, layer in adapted_linears(model).items()}
+    )
+
+
+def adapter_identity(model: nn.Module) -> str:
+    """Return the SHA-256 over the names and values of the adapter's parameters; every rank of a sharded model must call it."""
+    digest = hashlib.sha256()
+    # A sharded parameter cannot be detached in the inference mode that Lightning turns on.
+    with torch.inference_mode(False), torch.no_grad():
+        for name, parameter in sorted(adapter_parameters(model).items()):
+            digest.update(name.encode())
+            digest.update(full_cpu_tensor(parameter).flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_fit(
+    model: nn.Module,
+    config: AdapterConfig,
+    origin: dict[str, Any],
+    tensors: dict[str, Tensor],
+    source: str | Path,
+) -> None:
+    """Check that a stored adapter fits an adapted model.
+
+    Args:
+        model: A model with an adapter.
+        config: The stored adapter's settings.
+        origin: The stored ``id``, ``revision`` and ``fingerprint`` of its backbone.
+        tensors: The stored tensors, by parameter name.
+        source: Where the adapter is stored, for the error message.
+
+    Raises:
+        AdapterFileError: If the method, the names, shapes or dtypes of the tensors, or the backbone differ.
+    """
+    own = next(iter(adapted_linears(model).values())).config
+    if _method(own) != _method(config):
+        raise AdapterFileError(
+            f"{source}: holds {_method(config)}, but the model was adapted with {_method(own)}"
+        )
+    problems = _mismatches(adapter_parameters(model), tensors)
+    if problems:
+        raise AdapterFileError(f"{source}: does not fit this model: {'; '.join(problems)}")
+    fingerprint = backbone_identity(model)
+    if fingerprint != origin["fingerprint"]:
+        raise AdapterFileError(
+            f"{source}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the adapted "
+            f"weights differ (stored fingerprint {str(origin['fingerprint'])[:12]}…, this model's {fingerprint[:12]}…). "
+            "A base model and its instruct version are different backbones."
+        )
+
+
+def full_cpu_tensor(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's values as one contiguous CPU tensor; every rank must call it if the parameter is sharded."""
+    value = parameter.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
+
+
+def _method(config: AdapterConfig) -> str:
+    return f"update={config.update} gate={config.gate.kind} rank={config.rank} scale={config.scale!r}"
+
+
+def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> list[str]:
+    """Return how names, shapes and dtypes differ: one example and the count for each kind of difference."""
+    problems = []
+    missing, unexpected = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
+    if missing:
+        problems.append(f"{len(missing)} missing tensors ({missing[0]}, …)")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected tensors ({unexpected[0]}, …)")
+    for name in sorted(set(parameters) & set(tensors)):
+        own, stored = parameters[name], tensors[name]
+        if own.shape != stored.shape or own.dtype != stored.dtype:
+            problems.append(
+                f"{name} is stored as {tuple(stored.shape)} {stored.dtype}, this model needs "
+                f"{tuple(own.shape)} {own.dtype}"
+            )
+            break
+    return problems

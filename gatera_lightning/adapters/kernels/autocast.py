@@ -1,0 +1,16 @@
+"""Run a block of code without autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_disabled(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast leaves operations on ``x``'s device alone.
+
+    Autocast does not exist on the meta device, where costs are estimated; the context is then the CPU's.
+    """
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,0 +1,47 @@
+"""The token gate's logit as an autograd function that saves no float32 copy of a bfloat16 input."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gatera_lightning.adapters.kernels.autocast import autocast_disabled
+
+
+class _TokenLogit(torch.autograd.Function):
+    """``x·w + b`` in w's dtype; saves x in its own dtype, where autograd would save a float32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _logit(x, w, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        dx = (dz.unsqueeze(-1) * w).to(x.dtype) if ctx.needs_input_grad[0] else None
+        flat = dz.flatten()  # (tokens,)
+        dw = torch.mv(x.to(w.dtype).flatten(0, -2).t(), flat)
+        return dx, dw, flat.sum().unsqueeze(0)
+
+
+def token_logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """Compute ``z = w·x + b`` for every token, in w's dtype.
+
+    Args:
+        x: Inputs, (..., in).
+        w: Gate weight, (in,).
+        b: Gate bias, (1,).
+
+    Returns:
+        The logits, (...).
+    """
+    # Calling an autograd function takes a twentieth of the time to decode one token.
+    return cast(Tensor, _TokenLogit.apply(x, w, b)) if torch.is_grad_enabled() else _logit(x, w, b)
+
+
+def _logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    with autocast_disabled(x):
+        return torch.matmul(x.to(w.dtype), w) + b

@@ -1,0 +1,26 @@
+"""Find the adapted layers of a model and the adapter's parameters."""
+
+from torch import nn
+
+from gatera_lightning.adapters.layer import AdaptedLinear
+
+
+def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Return the adapted layers by name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def has_token_gates(model: nn.Module) -> bool:
+    """Return whether any adapted layer has a gate that depends on the token."""
+    return any(
+        layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(model).values()
+    )
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters by full name; everything that trains, saves or counts them uses this."""
+    return {
+        f"{layer_name}.{name}" if layer_name else name: parameter
+        for layer_name, layer in adapted_linears(model).items()
+        for name, parameter in layer.adapter_params().items()
+    }
