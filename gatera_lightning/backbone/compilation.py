@@ -1,7 +1,8 @@
 """Run decoder layers through ``torch.compile``: one graph for all layers and all sequence lengths.
 
-Gate recorders append to Python lists, which would be different for every layer and would force a graph for each. Therefore
-the gates' logits leave the graph together with the layer's output, and the recorders are called outside of it.
+Gate recorders append to Python lists, which would be different for every layer and would force a graph for
+each. Therefore the gates' logits leave the graph together with the layer's output, and the recorders are
+called outside of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +19,16 @@ from gatera_lightning.backbone.decoder_layers import decoder_layers
 from gatera_lightning.errors import ConfigError
 
 MAX_GRAPHS = 64
-"""The most graphs in one process. A model has two, one of the first layer, whose input needs no gradient, and one of all
-others; each of them again with and without padding, and for a batch of one sequence."""
+"""The most graphs in one process. A model has two, of its first layer, whose input needs no gradient, and of
+the others; each of them again with and without padding, and for a batch of one sequence."""
 
 
 def compile_layers(model: nn.Module) -> None:
     """Compile every decoder layer of an adapted model for training, in place; no parameter changes its name.
 
-    Shard a sharded model first: its hooks, like gradient checkpointing, stay outside of the graphs. The compiled model
-    cannot be pickled, but its adapter is saved as usual. Four options of the compiler are set for the whole process.
+    Shard a sharded model first: its hooks, like gradient checkpointing, stay outside of the graphs. The
+    compiled model cannot be pickled, but its adapter is saved as usual. Four options of the compiler are set
+    for the whole process.
 
     Raises:
         ConfigError: In the first forward pass, if a layer cannot be compiled into a single graph.
@@ -46,7 +48,7 @@ def compile_layers(model: nn.Module) -> None:
 def _forward_with_logits(
     forward: Callable[..., Any], gated: Sequence[AdaptedLinear], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Any, list[tuple[int, Tensor]]]:
-    """Run a decoder layer; return its output and, in the order of the gates, (index in ``gated``, gate logits)."""
+    """Run a decoder layer; return its output and the gates' logits, each with its index in ``gated``."""
     logits: list[tuple[int, Tensor]] = []
     for index, linear in enumerate(gated):
         linear.set_gate_listener(lambda z, index=index: logits.append((index, z)))
@@ -64,7 +66,7 @@ class _CompiledForward:
         self.original = layer.forward
         self.gated = [linear for linear in adapted_linears(layer).values() if linear.gate is not None]
         self.compiled = compiled
-        if getattr(layer, "gradient_checkpointing", False):  # checkpoint the graph instead of tracing checkpointing
+        if getattr(layer, "gradient_checkpointing", False):  # recompute the graph as a whole, do not trace it
             layer.gradient_checkpointing = False  # type: ignore[assignment]
             self.compiled = partial(checkpoint, compiled, use_reentrant=False)
 

@@ -1,7 +1,4 @@
-"""Reading a GGUF file once: Transformers parses it for the tokenizer, twice for the model, and maps names for every module.
-
-Its header holds the vocabulary, which the gguf package reads in pure Python: four seconds each time for 49,000 tokens.
-"""
+"""GGUF files: parse each file once, and repair what the format loses of a tokenizer."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +7,26 @@ from functools import cache, lru_cache
 from typing import Any
 from unittest.mock import patch
 
+from transformers import PreTrainedTokenizerBase
+
 
 @contextmanager
-def read_once(*, keep: bool) -> Iterator[None]:
-    """Inside, a file that was parsed before is not parsed again; ``keep`` says that more will be asked of it."""
+def parse_once(*, keep: bool) -> Iterator[None]:
+    """Let Transformers parse a GGUF file only once, although it asks for it several times.
+
+    Transformers parses a file once for the tokenizer and twice for the model, and rebuilds the map of tensor
+    names for every module. The gguf package reads the vocabulary in pure Python, which takes four seconds for
+    49,000 tokens.
+
+    Args:
+        keep: Whether to keep the parsed file, about a hundred megabytes, for the next block.
+    """
     import gguf
 
     original = gguf.GGUFReader
 
     def reader(path: Any, *args: Any, **kwargs: Any) -> Any:
-        return _parsed(original, path, os.stat(path).st_mtime_ns, *args, **kwargs)
+        return _parse(original, path, os.stat(path).st_mtime_ns, *args, **kwargs)
 
     try:
         with (
@@ -29,9 +36,24 @@ def read_once(*, keep: bool) -> Iterator[None]:
             yield
     finally:
         if not keep:
-            _parsed.cache_clear()  # a hundred megabytes
+            _parse.cache_clear()
 
 
 @lru_cache(maxsize=1)
-def _parsed(reader: Any, path: Any, changed: int, *args: Any, **kwargs: Any) -> Any:
+def _parse(reader: Any, path: Any, modified: int, *args: Any, **kwargs: Any) -> Any:
     return reader(path, *args, **kwargs)
+
+
+def restore_digit_split(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Restore the split into single digits that the GGUF conversion of SmolLM tokenizers loses, in place.
+
+    GGUF stores only the name of the pre-tokenizer, and Transformers rebuilds plain byte-level BPE from it.
+    Numbers would become tokens that the model has never seen in training.
+    """
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        )

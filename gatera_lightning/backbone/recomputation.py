@@ -1,9 +1,10 @@
-"""Keeping less for backward: what elementwise operations made of kept tensors is computed again when backward asks for it.
+"""Recompute cheap elementwise outputs in the backward pass instead of saving them.
 
-Of a gated MLP, ``down(act(gate) * up)``, autograd keeps four tensors of its width, and gate and up are enough; the output of
-an RMS norm follows from its input, and a wider copy of a tensor from a narrow one. All of it is read off the graph that
-autograd builds, not off the model's modules: whatever a model's code does, the same operation has the same numbers, and so
-makes the same bits.
+Autograd saves four wide tensors of a gated MLP, ``down(act(gate) * up)``, although gate and up are enough; it
+saves the output of an RMS norm, which follows from the norm's input; and it saves the fp32 copy of a bf16
+tensor. What can be recomputed is read from the graph that autograd builds, not from the model's modules. So
+it works for any model's code, and because the same operation runs on the same numbers, gradients are
+bit-identical.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,126 +16,131 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-RECOMPUTED = {"MulBackward0", "SiluBackward0", "GeluBackward0", "ToCopyBackward0"}
-"""Names of autograd's nodes: a product, two activations, a change of dtype."""
+RECOMPUTED_NODES = {"MulBackward0", "SiluBackward0", "GeluBackward0", "ToCopyBackward0"}
+"""Names of the autograd nodes whose output is recomputed: products, two activations, casts."""
 
-LONGEST = 4
-"""Operations at most that one tensor takes: a gated MLP has two, a norm four. Of a loop's long chain, every fifth is kept."""
+MAX_OPERATIONS = 4
+"""The most operations that recomputing one tensor may take. A gated MLP needs two, a norm four. In a longer
+chain, such as a loop's, every fifth output is saved."""
 
 
 @contextmanager
-def elementwise_recomputed() -> Iterator[None]:
-    """In the ``with`` block, let autograd keep no output of a cheap elementwise operation; numbers are the same bit for bit.
+def recompute_elementwise() -> Iterator[None]:
+    """Inside the block, autograd saves no outputs of cheap elementwise operations; results are bit-identical.
 
-    Changes nothing where no graph is built, inside a checkpointed layer, which keeps nothing, while torch.compile traces, and
-    where somebody else's hooks are at work already (``save_on_cpu``). A graph must be gone through whole: after a backward that
-    freed an operation, another that needs its output raises RuntimeError, where autograd might have kept that output.
+    The block does nothing where no graph is built, inside a layer with gradient checkpointing (which saves
+    nothing), while torch.compile traces, and where other saved-tensor hooks are active (such as
+    ``save_on_cpu``).
+
+    The backward pass must go through the whole graph at once: if one backward pass has freed an operation, a
+    later one that needs its output raises RuntimeError, where autograd on its own might have saved that
+    output.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or hooked:
+    other_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or other_hooks:
         yield
         return
-    keeping = _Keeping()
+    hooks = _SavedTensorHooks()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keeping.pack, lambda kept: kept()):
+        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, lambda packed: packed()):
             yield
     finally:
-        keeping.forget()
+        hooks.clear()
 
 
-class _Keeping:
-    """What stands in one forward's graph for every tensor that is saved for backward: something that returns it."""
+class _SavedTensorHooks:
+    """Replaces each tensor that one forward pass saves by something that returns it when called."""
 
     def __init__(self) -> None:
-        self._found: dict[Node, _Again | None] = {}
-        self._narrow: dict[Node, _Kept] = {}
-        # By its number, what a node has saved through this hook, told by what made that. Inside a checkpoint nodes save
-        # elsewhere, and what they saved there can be asked for once only.
-        self._saved: dict[int, set[Node | None]] = {}
+        self._found: dict[Node, _Recomputed | None] = {}
+        self._narrow: dict[Node, _Saved] = {}
+        # Sequence number of a node -> the nodes that made what it saved through these hooks. Nodes inside a
+        # checkpointed layer save elsewhere, and what they saved can be unpacked only once.
+        self._saved_from: dict[int, set[Node | None]] = {}
 
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Autograd's hook."""
-        number = torch.autograd._get_sequence_nr() - 1  # of the node that has just been made, and saves
-        self._saved.setdefault(number, set()).add(tensor.grad_fn)
-        whole = tensor if tensor._base is None else tensor._base
-        node = whole.grad_fn
-        if node is None or whole._version > 0:  # once written to, it may not be what its node made
-            return _Kept(tensor)
-        again = self._again(node)
-        if again is not None:
-            again.is_used(whole.stride())
-            return again if whole is tensor else _View(again, tensor)
-        if whole is tensor and (dtype := _narrower(node, tensor)) is not None:
+        number = torch.autograd._get_sequence_nr() - 1  # of the node that was just created and saves this
+        self._saved_from.setdefault(number, set()).add(tensor.grad_fn)
+        base = tensor if tensor._base is None else tensor._base
+        node = base.grad_fn
+        if node is None or base._version > 0:  # after an in-place write it may not be the node's output
+            return _Saved(tensor)
+        recomputed = self._recomputed(node)
+        if recomputed is not None:
+            recomputed.add_use(base.stride())
+            return recomputed if base is tensor else _RecomputedView(recomputed, tensor)
+        if base is tensor and (dtype := _narrower_dtype(node, tensor)) is not None:
             if node not in self._narrow:
-                self._narrow[node] = _Kept(tensor.detach().to(dtype))
-            return _Wide(self._narrow[node], tensor.dtype)
-        return _Kept(tensor)
+                self._narrow[node] = _Saved(tensor.detach().to(dtype))
+            return _Widened(self._narrow[node], tensor.dtype)
+        return _Saved(tensor)
 
-    def forget(self) -> None:
-        """After forward: the graph holds its hooks, which would hold the graph."""
+    def clear(self) -> None:
+        """Drop the references to the graph after the forward pass; the graph refers to its hooks."""
         self._found.clear()
         self._narrow.clear()
-        self._saved.clear()
+        self._saved_from.clear()
 
-    def _again(self, node: Node, depth: int = 1) -> "_Again | None":
-        """How a node's output is computed again; None where an input is missing or it takes too many operations."""
+    def _recomputed(self, node: Node, depth: int = 1) -> "_Recomputed | None":
+        """Return how to recompute a node's output; None if an input is missing or it takes too long."""
         if node not in self._found:
-            self._found[node] = (
-                self._search(node, depth) if node.name() in RECOMPUTED and depth <= LONGEST else None
-            )
+            candidate = node.name() in RECOMPUTED_NODES and depth <= MAX_OPERATIONS
+            self._found[node] = self._search(node, depth) if candidate else None
         return self._found[node]
 
-    def _search(self, node: Node, depth: int) -> "_Again | None":
+    def _search(self, node: Node, depth: int) -> "_Recomputed | None":
         sources = [source for source, _ in node.next_functions if source is not None]
         saves_nothing = node.name() == "ToCopyBackward0"
-        saved = self._saved.get(node._sequence_nr())
-        if not saves_nothing and (saved is None or not saved <= {*sources, None}):
+        saved_from = self._saved_from.get(node._sequence_nr())
+        if not saves_nothing and (saved_from is None or not saved_from <= {*sources, None}):
             return None
-        # A product keeps a factor for the other one's gradient, and does not if that is a frozen weight or a number.
+        # A product saves a factor for the gradient of the other one, and does not if that is a frozen weight
+        # or a number.
         if saves_nothing or (node.name() == "MulBackward0" and len(sources) == 1):
-            missing = self._again(sources[0], depth + 1)
-            again = None if missing is None else _Again(node, [missing], missing)
+            missing = self._recomputed(sources[0], depth + 1)
+            recomputed = None if missing is None else _Recomputed(node, [missing], missing)
         else:
-            again = _Again(
-                node, [found for source in sources if (found := self._found.get(source)) is not None]
-            )
-        return again if again is not None and again.operations <= LONGEST else None
+            inputs = [found for source in sources if (found := self._found.get(source)) is not None]
+            recomputed = _Recomputed(node, inputs)
+        return recomputed if recomputed is not None and recomputed.operations <= MAX_OPERATIONS else None
 
 
-class _Again:
-    """A node's output, computed from what the node has kept; once for all that ask for it in a backward."""
+class _Recomputed:
+    """A node's output, computed from what the node saved, once per backward pass for all its uses."""
 
-    def __init__(self, node: Node, inputs: list["_Again"], missing: "_Again | None" = None) -> None:
+    def __init__(
+        self, node: Node, inputs: list["_Recomputed"], missing_input: "_Recomputed | None" = None
+    ) -> None:
         self.operations: int = 1 + sum(each.operations for each in inputs)
-        self._node: Any = node  # of the graph's own, further back: holding it is no cycle, and no tensor more
+        self._node: Any = node  # earlier in the same graph: this makes no cycle and keeps nothing alive
         self._inputs = inputs
-        self._missing = missing
-        self._uses = self._asked = 0
+        self._missing_input = missing_input
+        self._uses = self._calls = 0
         self._stride: tuple[int, ...] | None = None
         self._value: Tensor | None = None
 
-    def is_used(self, stride: tuple[int, ...] | None = None) -> None:
-        """By one more operation, which will ask for it in backward; ``stride`` is how the output lay."""
+    def add_use(self, stride: tuple[int, ...] | None = None) -> None:
+        """Count one more use of the output; ``stride`` is that of the original output."""
         self._stride = self._stride or stride
         if not self._uses:
             for each in self._inputs:
-                each.is_used()
+                each.add_use()
         self._uses += 1
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        value = self._laid_out(self._output()) if self._value is None else self._value
-        self._asked += 1
-        self._value = value if self._asked % self._uses else None
+        value = self._with_original_stride(self._output()) if self._value is None else self._value
+        self._calls += 1
+        self._value = value if self._calls % self._uses else None
         return value
 
-    def _laid_out(self, value: Tensor) -> Tensor:
-        """As the output lay, which an operation may have been told (``memory_format``): views of it count on that."""
+    def _with_original_stride(self, value: Tensor) -> Tensor:
+        """Copy to the memory layout of the original output, which views rely on."""
         if self._stride is None or value.stride() == self._stride:
             return value
-        return torch.empty_strided(value.shape, self._stride, dtype=value.dtype, device=value.device).copy_(
-            value
-        )
+        laid_out = torch.empty_strided(value.shape, self._stride, dtype=value.dtype, device=value.device)
+        return laid_out.copy_(value)
 
     def _output(self) -> Tensor:
         node = self._node
@@ -144,24 +150,24 @@ class _Again:
             case "GeluBackward0":
                 return F.gelu(node._saved_self, approximate=node._saved_approximate)
             case "ToCopyBackward0":
-                of = node._input_metadata[0]
-                return self._absent().to(of.device, of.dtype)
-        one, other = node._saved_self, node._saved_other
-        return (self._absent() if one is None else one) * (self._absent() if other is None else other)
+                target = node._input_metadata[0]
+                return self._missing().to(target.device, target.dtype)
+        left, right = node._saved_self, node._saved_other
+        return (self._missing() if left is None else left) * (self._missing() if right is None else right)
 
-    def _absent(self) -> Tensor:
-        """The one input that the node has not kept."""
-        assert self._missing is not None
-        return self._missing()
+    def _missing(self) -> Tensor:
+        """Recompute the one input that the node did not save."""
+        assert self._missing_input is not None
+        return self._missing_input()
 
 
-class _Kept:
-    """A tensor as it is, which may not be written to before backward: under hooks, autograd does not look after that."""
+class _Saved:
+    """A saved tensor that must not be written to; autograd does not check that for tensors saved by hooks."""
 
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.detach()  # the graph of an operation's own output would hold itself
+        self._tensor = tensor.detach()  # an operation's own output would keep its graph alive in a cycle
         self._version = tensor._version
 
     def __call__(self) -> Tensor:
@@ -173,21 +179,21 @@ class _Kept:
         return self._tensor
 
 
-class _View:
-    """A view of a tensor that is computed again."""
+class _RecomputedView:
+    """A view of a recomputed tensor."""
 
-    def __init__(self, whole: _Again, view: Tensor) -> None:
-        self._whole = whole
+    def __init__(self, base: _Recomputed, view: Tensor) -> None:
+        self._base = base
         self._layout = view.size(), view.stride(), view.storage_offset()
 
     def __call__(self) -> Tensor:
-        return self._whole().as_strided(*self._layout)
+        return self._base().as_strided(*self._layout)
 
 
-class _Wide:
-    """A wide copy of a kept narrow tensor."""
+class _Widened:
+    """A cast to a wider dtype of a saved narrow tensor."""
 
-    def __init__(self, narrow: _Kept, dtype: torch.dtype) -> None:
+    def __init__(self, narrow: _Saved, dtype: torch.dtype) -> None:
         self._narrow = narrow
         self._dtype = dtype
 
@@ -195,12 +201,12 @@ class _Wide:
         return self._narrow().to(self._dtype)
 
 
-def _narrower(node: Node, copy: Tensor) -> torch.dtype | None:
-    """The narrower floating dtype that a node widened to make ``copy`` of, if it did: every number is there in it exactly."""
+def _narrower_dtype(node: Node, copy: Tensor) -> torch.dtype | None:
+    """Return the dtype of the input if a node cast it to the wider dtype of ``copy``, else None."""
     if node.name() != "ToCopyBackward0":
         return None
     source, number = node.next_functions[0]
-    of: Any = source
-    metadata = of._input_metadata[number]
-    narrower = metadata.dtype.is_floating_point and metadata.dtype.itemsize < copy.dtype.itemsize
-    return metadata.dtype if narrower and metadata.device == copy.device else None
+    source_node: Any = source
+    metadata = source_node._input_metadata[number]
+    is_narrower = metadata.dtype.is_floating_point and metadata.dtype.itemsize < copy.dtype.itemsize
+    return metadata.dtype if is_narrower and metadata.device == copy.device else None

@@ -1,13 +1,17 @@
-"""Going on from a checkpoint whose steps were cut into other micro-batches, or that was written at an epoch's end."""
+"""Adjust a checkpoint's position in the data before Lightning's loops restore it."""
 
 from typing import Any
 
 
 def recount_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Let the loops of a checkpoint count as many micro-batches to a step as this run has, in place.
+    """Let a run resume from a checkpoint that used a different number of micro-batches per step.
 
-    Lightning keeps the position in an epoch in micro-batches of one process; another number of processes or micro-batches makes
-    the same optimizer step another count.
+    Lightning stores the position in an epoch as a number of micro-batches per rank. With another number of
+    ranks or of micro-batches per step, the same optimizer step is at another position.
+
+    Args:
+        checkpoint: The checkpoint; its loop counters are changed in place.
+        accumulate: Micro-batches per optimizer step and rank in this run.
     """
     states = (state for state in checkpoint.values() if isinstance(state, dict))
     positions = [state["train_position"] for state in states if "train_position" in state]
@@ -17,21 +21,24 @@ def recount_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         ready = counts["ready"] // before * accumulate
-        counts |= {
-            name: ready - (counts["ready"] - count) for name, count in counts.items()
-        }  # open ones stay open
+        # A batch that was started and not completed stays so.
+        counts |= {name: ready - (counts["ready"] - count) for name, count in counts.items()}
 
 
 def begin_next_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let a checkpoint written at the end of an epoch be one of the start of the next, in place.
+    """Turn a checkpoint written at the end of an epoch into one at the start of the next epoch.
 
-    Under max_steps, Lightning otherwise takes that epoch for one that is still to be ended, counts it twice, and, where there
-    are max_epochs as well, ends the run an epoch early.
+    Under ``max_steps``, Lightning would otherwise run the end of that epoch again and count it twice. With
+    ``max_epochs`` as well, the run would end one epoch early.
+
+    Args:
+        checkpoint: The checkpoint; its loop counters are changed in place. One from the middle of an epoch is
+            left as it is.
     """
     loops = checkpoint["loops"]["fit_loop"]
     epochs = loops["epoch_progress"]
     if epochs["total"]["completed"] == epochs["total"]["processed"]:
-        return  # in the middle of an epoch
+        return
     for counts in (epochs["total"], epochs["current"]):
         counts["completed"] = counts["processed"]
     batches = loops["epoch_loop.batch_progress"]

@@ -51,8 +51,8 @@ def load_sharded(
 ) -> tuple[PreTrainedModel, InjectionReport]:
     """Load a backbone, inject the adapter, and shard the model over all ranks. Collective.
 
-    Rank 0 loads the backbone into CPU memory and injects the adapter. Every rank builds the same modules on the meta
-    device, shards them, and receives its shard of one tensor after the other.
+    Rank 0 loads the backbone into CPU memory and injects the adapter. Every rank builds the same modules on
+    the meta device, shards them, and receives its shard of one tensor after the other.
 
     Args:
         backbone: Settings of the frozen model.

@@ -1,4 +1,4 @@
-"""Shard a frozen backbone and its trainable adapters: PyTorch FSDP2 (``fully_shard``) under Lightning's Trainer."""
+"""Shard a frozen backbone and its trainable adapters with PyTorch FSDP2 under Lightning's Trainer."""
 
 import logging
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 def shard_layers(model: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy | None = None) -> None:
     """Shard every decoder layer as one group and the rest of the model as another, in place.
 
-    Inside a decoder layer's forward pass ``W0`` is then a full tensor, which HiRA's product with it needs. Sharding each
-    linear layer on its own would leave it sharded there.
+    Inside a decoder layer's forward pass ``W0`` is then a full tensor, which HiRA's product with it needs.
+    Sharding each linear layer on its own would leave it sharded there.
 
     Args:
         model: An adapted model.
-        mesh: Of one dimension to shard over all its ranks (FSDP), or of two to shard over the second dimension and
-            replicate over the first (HSDP).
+        mesh: Of one dimension to shard over all its ranks (FSDP), or of two to shard over the second
+            dimension and replicate over the first (HSDP).
         offload: Whether shards stay on the CPU.
 
     Raises:
@@ -54,8 +54,9 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy | No
 class AdapterShardingStrategy(ModelParallelStrategy):
     """FSDP2 or HSDP over all ranks, with checkpoints that hold the adapter and its optimizer only.
 
-    Checkpoints do not depend on the parallelism strategy: tensors have their full names and shapes, so a run saved with
-    this strategy can resume on one process, with DDP, or on another number of ranks. The backbone is never gathered.
+    Checkpoints do not depend on the parallelism strategy: tensors have their full names and shapes, so a run
+    saved with this strategy can resume on one process, with DDP, or on another number of ranks. The backbone
+    is never gathered.
     """
 
     def __init__(
@@ -70,17 +71,18 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         """Shard over ``shard_size`` ranks and keep ``replicate_size`` copies of the model.
 
         Args:
-            shard_size: Ranks over which one copy of the model is sharded; auto divides all ranks by replicate_size.
-            replicate_size: Copies of the model (HSDP). Shard within a node and replicate over nodes, so that parameters
-                travel over fast links only. The product of the two sizes is the number of ranks.
+            shard_size: Ranks over which one copy of the model is sharded; auto divides all ranks by
+                replicate_size.
+            replicate_size: Copies of the model (HSDP). Shard within a node and replicate over nodes, so that
+                parameters travel over fast links only. The product of the two sizes is the number of ranks.
             cpu_offload: Keep shards on the CPU and copy each layer to the accelerator when it runs.
-            sharded_checkpoints: Let every rank write its own file, all at the same time, instead of one file in total. An
-                adapter is usually small enough for one file.
+            sharded_checkpoints: Let every rank write its own file, all at the same time, instead of one file
+                in total. An adapter is usually small enough for one file.
             process_group_backend: Name in torch.distributed; the default fits the device.
             timeout: How long a rank waits for the others.
         """
         if cpu_offload and process_group_backend is None and torch.cuda.is_available():
-            process_group_backend = "cpu:gloo,cuda:nccl"  # gradients are clipped on the CPU, where their shards are
+            process_group_backend = "cpu:gloo,cuda:nccl"  # gradients are clipped on the CPU
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=sharded_checkpoints,
@@ -113,14 +115,14 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         if self.shard_size == "auto":
             if ranks % self.replicate_size:
                 return [
-                    f"trainer.strategy.replicate_size: {self.replicate_size} does not divide the {ranks} ranks "
-                    "(nodes × devices); accepted: a divisor of that number"
+                    f"trainer.strategy.replicate_size: {self.replicate_size} does not divide the {ranks} "
+                    "ranks (nodes × devices); accepted: a divisor of that number"
                 ]
         elif self.shard_size * self.replicate_size != ranks:
             return [
                 f"trainer.strategy: replicate_size {self.replicate_size} × shard_size {self.shard_size} is "
-                f"{self.replicate_size * self.shard_size}, but there are {ranks} ranks (nodes × devices); accepted: sizes "
-                "with that product, or shard_size auto"
+                f"{self.replicate_size * self.shard_size}, but there are {ranks} ranks (nodes × devices); "
+                "accepted: sizes with that product, or shard_size auto"
             ]
         return []
 
@@ -140,7 +142,7 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     def shard(self, model: nn.Module) -> None:
         """Shard a model over this strategy's ranks, in place."""
         assert self.mesh is not None  # Lightning sets the environment up before it builds the model
-        pinned = self.root_device.type != "cpu"  # pinning needs an accelerator, and a CPU run copies nothing to one
+        pinned = self.root_device.type != "cpu"  # pinning memory needs an accelerator
         shard_layers(model, self.mesh, CPUOffloadPolicy(pin_memory=pinned) if self.cpu_offload else None)
 
     @override
@@ -175,8 +177,7 @@ class AdapterShardingStrategy(ModelParallelStrategy):
         return state
 
     def _for_checkpoint(self, state: Any) -> Any:
-        """Return nested state with unsharded CPU tensors on rank 0 and nothing elsewhere; unchanged if checkpoints are
-        sharded. Collective."""
+        """Return full CPU tensors on rank 0 and nothing elsewhere, unless checkpoints are sharded."""
         if self.sharded_checkpoints:
             return state
         unsharded = map_tensors(
@@ -206,7 +207,8 @@ class AdapterShardingStrategy(ModelParallelStrategy):
             failure = failure or run_on_every_rank(step, catch=(OSError, RuntimeError, CheckpointException))
         assert isinstance(self.checkpoint_io, AtomicCheckpointIO)  # set by GateRAModule.setup
         self.checkpoint_io.failure = (
-            failure and f"cannot write the checkpoint {path} ({failure}); the previous checkpoint is unchanged"
+            failure
+            and f"cannot write the checkpoint {path} ({failure}); the previous checkpoint is unchanged"
         )
         if failure and is_first:
             log.error(self.checkpoint_io.failure)
@@ -237,7 +239,7 @@ class AdapterShardingStrategy(ModelParallelStrategy):
 
 
 def _shard_like(value: Any, parameter: nn.Parameter) -> Any:
-    """Shard a full tensor of the parameter's shape as the parameter is sharded; return anything else unchanged."""
+    """Shard a full tensor of the parameter's shape like the parameter; return anything else unchanged."""
     if isinstance(value, Tensor) and value.shape == parameter.shape and isinstance(parameter, DTensor):
         full = value.to(device=parameter.device, dtype=parameter.dtype)
         return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

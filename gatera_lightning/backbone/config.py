@@ -1,0 +1,51 @@
+"""Settings of the frozen model."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from gatera_lightning.backbone.source import source_problems
+
+Dtype = Literal["auto", "bfloat16", "float32", "float64"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+@dataclass
+class BackboneConfig:
+    """The frozen model, and how it is loaded and run."""
+
+    id: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub id, local folder, .gguf file, or package:NAME for a GGUF file inside a Python package."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    dtype: Dtype = "auto"
+    """Dtype of the frozen weights and of the large matmuls. auto is bfloat16 if the processor multiplies it
+    natively, else float32, because emulated bfloat16 is ten times slower. float16 is not accepted, because it
+    overflows without a loss scaler."""
+
+    attn_implementation: Attention = "sdpa"
+    """Attention kernel, under its name in Transformers."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
+
+    compile: bool = False
+    """Train with ``torch.compile``, one decoder layer at a time; evaluation and decoding are not compiled.
+    The first steps take a minute longer. On a CPU this needs a C++ compiler."""
+
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights. Only for publishers you trust."""
+
+    def problems(self) -> list[str]:
+        """Return every problem with these settings; reads no weights and does not ask the hub.
+
+        Returns:
+            Messages that name the setting, its value and what is accepted; empty if there is no problem.
+        """
+        found = []
+        for name, accepted in (("dtype", Dtype), ("attn_implementation", Attention)):
+            value, choices = getattr(self, name), get_args(accepted)
+            if value not in choices:
+                found.append(f"backbone.{name}: {value!r} is unknown; accepted: {', '.join(choices)}")
+        return found + source_problems(self.id)

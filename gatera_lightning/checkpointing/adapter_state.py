@@ -1,0 +1,87 @@
+"""What a checkpoint holds of the model: the adapter's tensors and where they belong, never the backbone."""
+
+from typing import Any
+
+from torch import nn
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.identity import backbone_identity, check_fit
+from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.errors import AdapterFileError, CheckpointError
+
+_MODEL = "model."  # the prefix of the model's tensors in the state of a LightningModule
+
+
+def keep_adapter_tensors(state: dict[str, Any], model: nn.Module | None, prefix: str = "") -> None:
+    """Remove everything but the adapter's tensors from a LightningModule's state dict, in place.
+
+    Args:
+        state: The state dict.
+        model: The adapted model, the module's attribute ``model``; None before it is built.
+        prefix: The prefix with which the state dict was requested.
+    """
+    names = [] if model is None else adapter_parameters(model)
+    own = {f"{prefix}{_MODEL}{name}" for name in names}
+    for name in list(state):
+        if name not in own:
+            del state[name]
+
+
+def adapter_key_problems(
+    model: nn.Module, missing: list[str], unexpected: list[str], *, strict: bool
+) -> tuple[list[str], list[str]]:
+    """Return which keys of a loaded state dict are missing or unexpected; frozen tensors are expected to be missing.
+
+    Raises:
+        RuntimeError: If ``strict`` and there is any.
+    """
+    own = {f"{_MODEL}{name}" for name in adapter_parameters(model)}
+    missing = [name for name in missing if name in own]
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"missing adapter tensors: {missing}; unexpected tensors: {unexpected}")
+    return missing, unexpected
+
+
+def describe_adapter(
+    model: nn.Module, adapter: AdapterConfig, *, backbone_id: str, revision: str | None
+) -> dict[str, Any]:
+    """Return the entries ``adapter`` and ``backbone`` of a checkpoint.
+
+    Args:
+        model: The adapted model.
+        adapter: Its adapter's settings.
+        backbone_id: Where the frozen weights came from.
+        revision: Their revision; default: the one that the Hugging Face config knows.
+    """
+    return {
+        "adapter": adapter.to_dict(),
+        "backbone": {
+            "id": backbone_id,
+            "revision": revision or getattr(model.config, "_commit_hash", None),
+            "fingerprint": backbone_identity(model),
+        },
+    }
+
+
+def check_is_adapter_checkpoint(checkpoint: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the checkpoint holds an adapter and says where it belongs."""
+    if missing := [name for name in ("state_dict", "adapter", "backbone") if name not in checkpoint]:
+        raise CheckpointError(f"this is not a checkpoint of an adapter; it lacks {', '.join(missing)}")
+
+
+def check_checkpoint_fits(checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Check that a checkpoint belongs to the adapter and the backbone of a model.
+
+    Args:
+        checkpoint: A checkpoint of an adapter.
+        model: The adapted model.
+
+    Raises:
+        CheckpointError: If the method, the names, shapes or dtypes of the tensors, or the backbone differ.
+    """
+    tensors = {name.removeprefix(_MODEL): tensor for name, tensor in checkpoint["state_dict"].items()}
+    adapter = AdapterConfig.from_dict(checkpoint["adapter"])
+    try:
+        check_fit(model, adapter, checkpoint["backbone"], tensors, "the checkpoint")
+    except AdapterFileError as error:
+        raise CheckpointError(str(error)) from error

@@ -1,0 +1,89 @@
+"""Write files and folders so that a reader, or a killed process, never leaves or finds a half-written one.
+
+Content goes to a temporary path beside the target, is flushed to the disk, and is then renamed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+"""Suffix of files and folders that are still being written, or that a killed process left behind."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Write a file that appears under its name only once it is complete.
+
+    When the block ends, the temporary file is flushed to the disk and replaces ``path``. When the block
+    raises, the temporary file is removed and ``path`` stays as it was.
+
+    Args:
+        path: The file to write. Its folder must exist.
+
+    Yields:
+        The temporary file to write to.
+    """
+    temporary = temporary_path(path)
+    remove(temporary)  # what a killed process left, which may be a folder
+    try:
+        yield temporary
+        flush(temporary)
+        replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def temporary_path(path: Path) -> Path:
+    """Return where the content of ``path`` is written before it is complete."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Rename a complete and flushed file or folder to ``path``, and replace a file or folder of that name.
+
+    A file replaces a file in one step. Folders cannot be exchanged in one step: between two renames neither
+    of them is called ``path``. Callers that cannot afford this gap give the old folder a second name first,
+    as :func:`~gatera_lightning.checkpointing.rotation.hold_current` does.
+    """
+    if path.is_dir() or (temporary.is_dir() and path.exists()):
+        old = path.with_name(path.name + TEMPORARY + "-old")
+        remove(old)
+        os.replace(path, old)
+        os.replace(temporary, path)
+        flush(path.parent)
+        remove(old)
+    else:
+        os.replace(temporary, path)
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_empty_folder(path: Path) -> None:
+    """Create a folder, and remove the file or folder that has its name."""
+    remove(path)
+    path.mkdir(parents=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with its content; do nothing if it does not exist."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
