@@ -1,7 +1,6 @@
-"""Save and load adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, without Lightning or pickle."""
+"""Save and load adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``) without pickle."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import backbone_identity, check_fit, full_cpu_tensor
 from gatera_lightning.adapters.injection import inject_adapters, replace_module
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.checkpointing.atomic_files import atomic_file
 from gatera_lightning.errors import AdapterFileError, ConfigError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 2
-"""Version of ``adapter_config.json``. Version 1 had the gate's settings beside the others; it is still read."""
+"""Version of ``adapter_config.json``. Version 1, with flat names for the gate's settings, is still read."""
 
 
 def save_adapter(
@@ -32,8 +32,8 @@ def save_adapter(
 ) -> Path:
     """Save the adapter of a model to a folder; each file is replaced atomically.
 
-    Every rank of a sharded model must call this: the adapter's parameters are gathered one by one, and rank 0 writes. The
-    backbone is not saved; loading checks its fingerprint.
+    Every rank of a sharded model must call this: the adapter's parameters are gathered one by one, and rank 0
+    writes. The backbone is not saved; loading checks its fingerprint.
 
     Args:
         model: A model with an adapter.
@@ -87,11 +87,9 @@ def write_adapter(
     if template is not None:
         description["template"] = template
     folder.mkdir(parents=True, exist_ok=True)
-    temporary_weights, temporary_config = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
-    save_file(tensors, temporary_weights, metadata={"format": "pt"})
-    temporary_config.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary_weights, folder / WEIGHTS_FILE)
-    os.replace(temporary_config, folder / CONFIG_FILE)
+    with atomic_file(folder / CONFIG_FILE) as config_file, atomic_file(folder / WEIGHTS_FILE) as weights_file:
+        save_file(tensors, weights_file, metadata={"format": "pt"})
+        config_file.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -126,7 +124,7 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
         raise AdapterFileError(f"{path}: malformed: 'adapter' is {values!r}; accepted: a table of settings")
     if not isinstance(origin, dict) or {"id", "revision", "fingerprint"} - set(origin):
         raise AdapterFileError(
-            f"{path}: malformed: 'backbone' is {origin!r}; accepted: a table with id, revision and fingerprint"
+            f"{path}: malformed: 'backbone' is {origin!r}; accepted: a table of id, revision and fingerprint"
         )
     try:
         config = AdapterConfig.from_dict(values)
@@ -149,14 +147,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     Nothing is unpickled. If this raises, the model is unchanged.
 
     Args:
-        model: The backbone that the adapter was trained on, or this backbone with an adapter of the same kind.
+        model: The backbone that the adapter was trained on, or this backbone with an adapter of the same
+            kind.
         folder: An adapter folder.
 
     Returns:
         The adapter's settings.
 
     Raises:
-        AdapterFileError: If a file is missing or corrupt, the backbone differs, or names, shapes or dtypes do not match.
+        AdapterFileError: If a file is missing or corrupt, the backbone differs, or names, shapes or dtypes do
+            not match.
         ConfigError: If the adapter cannot be injected.
     """
     config, origin = read_adapter_config(folder)

@@ -23,6 +23,7 @@ from gatera_lightning.adapters.identity import adapter_identity, backbone_identi
 from gatera_lightning.backbone.source import expand_path
 from gatera_lightning.checkpointing.atomic_files import write_text
 from gatera_lightning.datamodules.tokenization.cache import data_hash
+from gatera_lightning.distributed.gather import gather_objects
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.identity import FORMAT_VERSION, IDENTITY_FILE, check_identity
 from gatera_lightning.evaluation.likelihood_ranking import ranked_questions
@@ -95,7 +96,7 @@ class EvaluationReport(L.Callback):
                 delete_predictions(self._path)
         trainer.strategy.barrier()
         self._records: Records = {}
-        for records in _from_every_rank(read_records(self._path)):
+        for records in gather_objects(read_records(self._path)):
             self._records |= records
         self._resumed = frozenset(self._records)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -221,7 +222,7 @@ class EvaluationReport(L.Callback):
         self._part.close()
         own = {key: record for key, record in self._records.items() if key not in self._resumed}
         found: Records = {}
-        for records in _from_every_rank(own):  # the same on every rank, so that all raise or none
+        for records in gather_objects(own):  # the same on every rank, so that all raise or none
             if twice := found.keys() & records.keys():
                 raise RuntimeError(
                     f"{len(twice)} rows were predicted by two processes, {min(twice)} among them"
@@ -262,7 +263,7 @@ class EvaluationReport(L.Callback):
             bert_model=self.bert_model,
             bert_layer=self.bert_layer,
         )
-        parts: list[ExampleScores] = _from_every_rank(own)
+        parts: list[ExampleScores] = gather_objects(own)
         names = [name for name in EXAMPLE_METRICS if name in known or all(name in part.values for part in parts)]
         for rank, part in enumerate(parts):
             for number, text in enumerate(texts[rank :: len(parts)]):
@@ -272,15 +273,6 @@ class EvaluationReport(L.Callback):
                 }
         skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
         return skipped | corpus_metrics([], [])[1]
-
-
-def _from_every_rank(value: Any) -> list[Any]:
-    """Each process's value, by rank; a collective."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
 
 
 def _parts(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, Any]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
+from gatera_lightning.compatibility.lightning_internals import write_gate_summaries
 from gatera_lightning.gate_analysis.history import GateShareHistory
 from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
 from gatera_lightning.gate_analysis.plots.gate_shares import draw_gate_shares
@@ -152,39 +152,35 @@ class GateHistogram(L.Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
                 logger.log_metrics(scalars, step=trainer.global_step)
-        writers = [logger.experiment for logger in tensorboard_loggers(trainer)]
-        for writer in writers:  # one event for all values: thousands of events take ten times as long
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-            values += _histogram_values(tags, bins.flatten(0, 1), sums.flatten(1))
-            writer._get_file_writer().add_summary(Summary(value=values), trainer.global_step)
+        histograms = _histograms(tags, bins.flatten(0, 1), sums.flatten(1))
+        loggers = tensorboard_loggers(trainer)
+        for logger in loggers:
+            write_gate_summaries(logger, scalars, histograms, trainer.global_step)
         layers = [index for index, group in enumerate(groups) if group.startswith("gate_layers/")]
-        if not writers or not layers:
+        if not loggers or not layers:
             return
         if self.history is None:
             self.history = GateShareHistory(gated_layers(self.names))
         shares = statistics[:, layers, 1:3].transpose(1, 2)  # (phases, closed and open, layers)
         if self.history.add(trainer.global_step, shares):
             picture = draw_pixels(draw_gate_shares(self.history))
-            for writer in writers:
-                writer.add_image("gate_shares/layers", picture, trainer.global_step, dataformats="HWC")
+            for logger in loggers:
+                logger.experiment.add_image("gate_shares/layers", picture, trainer.global_step, dataformats="HWC")
 
 
-def _histogram_values(tags: list[str], bins: Tensor, sums: Tensor) -> list[Summary.Value]:
-    """One TensorBoard histogram for each tag that has tokens, from bins (tags, 50) and sums (3, tags)."""
+def _histograms(tags: list[str], bins: Tensor, sums: Tensor) -> dict[str, dict[str, Any]]:
+    """Histograms by tag, for the tags that have tokens, from bins (tags, 50) and sums (3, tags)."""
     total, _, squares = sums.tolist()
-    return [
-        Summary.Value(
-            tag=tag,
-            histo=HistogramProto(
-                min=0,
-                max=1,
-                num=sum(counts),
-                sum=sum_of_gates,
-                sum_squares=sum_of_squares,
-                bucket_limit=_BUCKET_LIMITS,
-                bucket=counts,
-            ),
-        )
+    return {
+        tag: {
+            "min": 0,
+            "max": 1,
+            "num": sum(counts),
+            "sum": sum_of_gates,
+            "sum_squares": sum_of_squares,
+            "bucket_limit": _BUCKET_LIMITS,
+            "bucket": counts,
+        }
         for tag, counts, sum_of_gates, sum_of_squares in zip(tags, bins.tolist(), total, squares, strict=True)
         if any(counts)
-    ]
+    }

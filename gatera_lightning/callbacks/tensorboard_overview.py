@@ -1,61 +1,47 @@
-"""A run at a glance in TensorBoard: the charts that matter under Custom Scalars, settings and results under HParams."""
+"""An overview of each run in TensorBoard: charts under Custom Scalars, settings and results under HParams."""
 
 import os
-import time
 from typing import Any, get_args
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.api_pb2 import (
-    DATA_TYPE_FLOAT64,
-    DATA_TYPE_STRING,
-    STATUS_SUCCESS,
-    Experiment,
-    HParamInfo,
-    MetricInfo,
-    MetricName,
-)
-from tensorboard.plugins.hparams.metadata import (
-    EXPERIMENT_TAG,
-    NULL_TENSOR,
-    SESSION_END_INFO_TAG,
-    SESSION_START_INFO_TAG,
-    create_summary_metadata,
-)
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from typing_extensions import override
 
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
+from gatera_lightning.compatibility.lightning_internals import (
+    disable_hp_metric,
+    write_hparams_start,
+    write_hparams_success,
+)
 from gatera_lightning.evaluation.likelihood_ranking import Score
 
-_CHARTS = {  # a tag is a regular expression that has to match from the start
+# Section -> title of a chart -> the tags it shows, as regular expressions that match from the start of a tag.
+_CHARTS: dict[str, dict[str, list[str]]] = {
     "loss": {
-        "task loss, nats per target token": ["train/task_loss$", "val/loss$"],
-        "loss with the entropy term": ["train/loss$"],
+        "task loss, nats per supervised token": ["train/task_loss$", "val/loss$"],
+        "total loss, with the entropy term": ["train/loss$"],
     },
     "gates": {
         "entropy, nats": ["train/gate_entropy$", "gates/(prompt|response)/entropy$"],
         "mean": ["train/gate_mean$", "gates/(prompt|response)/mean$"],
         "share closed (g < 0.1)": ["gates/(prompt|response)/share_closed$"],
         "share open (g ≥ 0.9)": ["gates/(prompt|response)/share_open$"],
-        "mean of each family, prompt": ["gate_families/.*/prompt/mean$"],
-        "mean of each family, response": ["gate_families/.*/response/mean$"],
+        "mean by projection type, prompt": ["gate_families/.*/prompt/mean$"],
+        "mean by projection type, response": ["gate_families/.*/response/mean$"],
     },
     "optimizer": {
         "learning rate": ["lr/update$", "lr/gate$"],
         "gradient norm": ["grad_norm/update$", "grad_norm/gate$"],
     },
     "speed": {
-        "tokens a second": ["throughput/tokens_per_second$", "throughput/target_tokens_per_second$"],
-        "seconds a step": ["throughput/step_seconds$", "throughput/data_wait_seconds$"],
+        "tokens per second": ["throughput/tokens_per_second$", "throughput/target_tokens_per_second$"],
+        "seconds per step": ["throughput/step_seconds$", "throughput/data_wait_seconds$"],
         "model TFLOP/s": ["throughput/model_tflops$"],
         "model FLOPs utilization": ["throughput/model_flops_utilization$"],
         "memory, GiB": ["throughput/memory_gib$"],
     },
 }
 
-# TensorBoard takes the columns of its table from whichever run it reads first: every run has to name the same ones.
+# TensorBoard takes the columns of its table from one run, whichever it reads first, so all runs declare the same.
 _SETTINGS: dict[str, type] = {
     "backbone": str,
     "update": str,
@@ -89,10 +75,15 @@ _RESULTS = (
 
 
 class TensorBoardOverview(L.Callback):
-    """Writes, when training or a test starts, which scalars to show together, and the settings beside which results stand.
+    """Give each run an overview in TensorBoard.
 
-    A result is the last value of its scalar, so a run that fails has its own too. Nothing is written twice into one folder,
-    where a run goes on; nothing without a TensorBoard logger.
+    When training or a test starts, writes the layout of the Custom Scalars tab, and the run's row in the table of the
+    HParams tab: its settings beside its results. A result is the last value of a scalar, so a run that fails has
+    results too. A resumed run that logs to the same folder writes nothing twice. Without a TensorBoard logger the
+    callback does nothing.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[TensorBoardOverview()])
     """
 
     def __init__(self) -> None:
@@ -101,7 +92,7 @@ class TensorBoardOverview(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The folders in which it stands."""
+        """Return the log folders that already have their overview."""
         return {"written": self._written}
 
     @override
@@ -110,23 +101,29 @@ class TensorBoardOverview(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep Lightning from inventing a result (``hp_metric`` −1), which TensorBoard would show instead of the real ones."""
         for logger in tensorboard_loggers(trainer):
-            logger._default_hp_metric = False
+            disable_hp_metric(logger)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        self._write_start(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A test by itself has a folder of its own."""
-        self._begin(trainer, pl_module)
+        self._write_start(trainer, pl_module)  # a test that follows no training has a log folder of its own
 
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write_success(trainer)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write_success(trainer)
+
+    def _write_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        settings = settings_of(trainer, pl_module)
+        settings = run_settings(trainer, pl_module)
         for logger in tensorboard_loggers(trainer):
             folder = os.path.abspath(logger.log_dir)
             if folder in self._written:
@@ -134,56 +131,40 @@ class TensorBoardOverview(L.Callback):
             self._written = [*self._written, folder]
             logger.experiment.add_custom_scalars(
                 {
-                    part: {chart: ["Multiline", tags] for chart, tags in charts.items()}
-                    for part, charts in _CHARTS.items()
-                    if part != "gates" or settings["gate"] != "none"
+                    section: {chart: ["Multiline", tags] for chart, tags in charts.items()}
+                    for section, charts in _CHARTS.items()
+                    if section != "gates" or settings["gate"] != "none"
                 }
             )
-            types = {str: DATA_TYPE_STRING, float: DATA_TYPE_FLOAT64}
-            columns = [HParamInfo(name=name, type=types[kind]) for name, kind in _SETTINGS.items()]
-            results = [MetricInfo(name=MetricName(tag=tag)) for tag in _RESULTS]
-            experiment = Experiment(hparam_infos=columns, metric_infos=results, time_created_secs=time.time())
-            start = SessionStartInfo(start_time_secs=time.time())
-            for name, value in settings.items():
-                if isinstance(value, str):
-                    start.hparams[name].string_value = value
-                else:
-                    start.hparams[name].number_value = value
-            _write(logger, EXPERIMENT_TAG, HParamsPluginData(experiment=experiment))
-            _write(logger, SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
+            write_hparams_start(logger, settings, _SETTINGS, _RESULTS)
 
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say that all went well. Of a failure nothing is said: TensorBoard believes the first end, and a run may yet go on."""
-        self._end(trainer)
-
-    @override
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end(trainer)
-
-    def _end(self, trainer: L.Trainer) -> None:
+    def _write_success(self, trainer: L.Trainer) -> None:
+        """Mark the run as successful. A failure is not recorded: TensorBoard shows the first end of a run for good,
+        but a failed run may be resumed.
+        """
         if not trainer.is_global_zero:
             return
-        end = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
         for logger in tensorboard_loggers(trainer):
             if logger.log_dir not in self._ended:
                 self._ended.add(logger.log_dir)
-                _write(logger, SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))
+                write_hparams_success(logger)
 
 
-def settings_of(trainer: L.Trainer, module: Any) -> dict[str, Any]:
-    """What tells one run from another, flat; what is not set, or means nothing without gates, is left out."""
+def run_settings(trainer: L.Trainer, module: Any) -> dict[str, Any]:
+    """Return the settings that distinguish runs; settings that are null, or have no meaning without gates, are omitted.
+
+    Args:
+        trainer: The trainer of the run.
+        module: The GateRAModule.
+    """
     data: Any = getattr(trainer, "datamodule", None)
-    adapter, optimizer = module.adapter, module.optimizer
-    found = {
+    adapter, optimizer = module.adapter.to_flat_dict(), module.optimizer
+    if adapter["gate"] == "none":
+        adapter = {name: value for name, value in adapter.items() if not name.startswith("gate_")}
+    found = adapter | {
         "backbone": module.backbone.id,
-        "update": adapter.update,
-        "gate": adapter.gate.kind,
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "dropout": adapter.dropout,
-        "target_modules": ", ".join(adapter.target_modules),
-        "layers": None if adapter.layers is None else ", ".join(map(str, adapter.layers)),
+        "target_modules": ", ".join(adapter["target_modules"]),
+        "layers": None if adapter["layers"] is None else ", ".join(map(str, adapter["layers"])),
         "lr": optimizer.lr,
         "schedule": optimizer.schedule,
         "warmup_steps": optimizer.warmup_steps,
@@ -191,19 +172,9 @@ def settings_of(trainer: L.Trainer, module: Any) -> dict[str, Any]:
         "max_steps": trainer.max_steps if trainer.max_steps > 0 else None,
         "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")),
     }
-    if adapter.gate.kind != "none":
-        found["gate_bias"] = adapter.gate.bias
-        found["gate_entropy_weight"] = module.gate_entropy_weight
-        found["gate_lr_multiplier"] = optimizer.gate_lr_multiplier
     if data is not None:
         found["data"] = ", ".join(data.hparams.get("train") or [type(data).__name__])
         found["batch_size"] = data.batch_size
-        found["template"] = getattr(data, "template", None)  # not every source of tokens has one
+        found["template"] = getattr(data, "template", None)  # some data modules have no prompt template
         found["train_on"] = data.train_on
     return {name: found[name] for name in _SETTINGS if found.get(name) is not None}
-
-
-def _write(logger: TensorBoardLogger, tag: str, data: HParamsPluginData) -> None:
-    """What the HParams plugin reads lies in the metadata of a value that is nothing."""
-    value = Summary.Value(tag=tag, tensor=NULL_TENSOR, metadata=create_summary_metadata(data))
-    logger.experiment._get_file_writer().add_summary(Summary(value=[value]))

@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -28,6 +27,7 @@ from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS, default_trainer_ca
 from gatera_lightning.cli.settings_syntax import SettingsParser, describe_choices
 from gatera_lightning.cli.shipped_configs import with_found_configs
 from gatera_lightning.cli.validation import holds_checkpoints, validate_config
+from gatera_lightning.compatibility.lightning_internals import release_started_processes
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.distributed.launch import check_rank_count, check_started_by_srun, started_by_slurm
 from gatera_lightning.errors import ConfigError
@@ -154,7 +154,7 @@ class GateRACLI(LightningCLI):
             settings.ckpt_path = newest_valid_checkpoint(Path(path))
         for callback in callbacks:
             if isinstance(callback, SafePreempt) and path != "last":
-                callback.requeue = False  # a requeued job would start from the beginning every time
+                callback.disable_requeue()  # a requeued job would start from the beginning every time
 
 
 def end_started_ranks(trainer: Trainer, seconds: float = 10) -> None:
@@ -167,15 +167,11 @@ def end_started_ranks(trainer: Trainer, seconds: float = 10) -> None:
         trainer: The Trainer that started them.
         seconds: How long to wait for each.
     """
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        started = list(launcher.procs)
-        launcher.procs.clear()  # the list that the observer watches
-        for process in started:
-            try:
-                process.wait(timeout=seconds)
-            except TimeoutExpired:
-                process.kill()
+    for process in release_started_processes(trainer):
+        try:
+            process.wait(timeout=seconds)
+        except TimeoutExpired:
+            process.kill()
 
 
 def _slurm_environment() -> SLURMEnvironment:
