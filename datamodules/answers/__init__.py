@@ -1,1 +1,1 @@
-"""How an answer is read from generated text."""
+"""Answers: how the answer is parsed from generated text."""

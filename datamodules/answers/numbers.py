@@ -1,58 +1,76 @@
-r"""Reading the answer out of a worked solution: a number as exact fraction, or an option's letter.
+r"""Parse the final answer from a worked solution: a number, as an exact fraction, or an option's letter.
 
-Solutions end in ``The answer is: 72`` (MetaMath), in ``#### 72`` (GSM8K), or in a sentence. Everything here is text in,
-text or :class:`~fractions.Fraction` out; what a number is called (``$3.50``, ``72 clips``, ``50%``) is not part of its value.
+Solutions end in ``The answer is: 72`` (MetaMath), ``#### 72`` (GSM8K) or a sentence. Currencies, units and
+percent signs (``$3.50``, ``72 clips``, ``50%``) do not count as part of a number's value.
 """
 
 import re
 import unicodedata
 from fractions import Fraction
 
-_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+)"
+_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+)"
 _RATIO = rf"{_DECIMAL} ?/ ?{_DECIMAL}"
-_POWER = r"(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])| ?(?:\\times|\\cdot|[×x*]) ?10\^\{?(?P<ten>[-+]?[0-9]{1,3})(?![0-9])\}?)"
+_POWER = (
+    r"(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])"
+    r"| ?(?:\\times|\\cdot|[×x*]) ?10\^\{?(?P<ten>[-+]?[0-9]{1,3})(?![0-9])\}?)"
+)
 _NUMBER = re.compile(
     r"(?<![\w{^\\√])(?P<sign>(?<![)\]}%])[-+])?(?:[$£€¥₹] ?)?(?P<inner_sign>(?<=[$£€¥₹])[-+])?"
     rf"(?:(?P<mixed>[0-9]+ )?(?P<ratio>{_RATIO})|(?P<decimal>{_DECIMAL})(?:{_POWER})?)"
 )
-_EXPRESSION = re.compile(  # follows a number that is part of something else
-    r" ?(?:\\sqrt|√|\\pi|π|\^)|[xyzn](?![A-Za-z0-9])|[eE][-+]?[0-9]"
-)
-_UNIT = re.compile(  # two letters or more, since a lone one is a variable; a multiplier is not a unit
+# What follows a number that is part of an expression.
+_EXPRESSION = re.compile(r" ?(?:\\sqrt|√|\\pi|π|\^)|[xyzn](?![A-Za-z0-9])|[eE][-+]?[0-9]")
+# A unit has at least two letters, because a single letter is a variable. "million" is not a unit.
+_UNIT = re.compile(
     r" ?[%$£€¥₹°]?(?: ?/?(?! ?(?:hundred|thousand|(?:m|b|tr)illion|dozen)|[abcxyz]{2,3}(?![A-Za-z])) ?"
     r"[A-Za-z][A-Za-z²³/](?:[A-Za-z²³/.' -]|\^\{?[23]\}?)*)?[ .!$*]*"
 )
-_MARKS = (  # where a conclusion begins, and which of several counts
+# Texts that introduce a final answer, and which occurrence counts. The order matters: solutions that end in
+# "####" may contain "the answer is" in an earlier sentence.
+_MARKERS = (
     (re.compile(r"\banswer\s+is\s*:", re.IGNORECASE), -1),  # MetaMath
     (re.compile("####"), 0),  # GSM8K
-    (re.compile(r"\banswer\s+is\b", re.IGNORECASE), -1),  # LLM-Adapters; prose may say it before ####
+    (re.compile(r"\banswer\s+is\b", re.IGNORECASE), -1),  # LLM-Adapters
 )
 
 
-def number(text: str) -> Fraction | None:
-    r"""The value of a text that is one number and, at most, what it counts; else None.
+def parse_number(text: str) -> Fraction | None:
+    r"""Parse a text that consists of one number and, at most, its unit.
 
-    Read are thousands' commas, decimals, ``3/4``, ``1 1/2``, ``½``, ``\frac{3}{4}``, ``1.5e3``, ``3 \times 10^{4}``, any minus
-    sign, ``$``, ``\$`` and other currencies, a unit of two letters or more, ``**`` and ``\boxed``. ``50%`` is 50, not 1/2: the
-    evaluations of MetaMath and GSM8K read the digits alone. None are two numbers, an expression (``2\sqrt{3}``, ``2x``,
-    ``(3, 4)``), ``3 million`` and a number in words.
+    Accepts thousands separators, decimals, ``3/4``, ``1 1/2``, ``½``, ``\frac{3}{4}``, ``1.5e3``, ``3 \times
+    10^{4}``, any minus sign, currencies (``$``, ``\$``, …), units of at least two letters, ``**`` and
+    ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations of MetaMath and GSM8K, which look at the digits
+    alone.
 
-    >>> number("$1,234.50"), number("3/4 cups."), number("3 or 4")
+    >>> parse_number("$1,234.50"), parse_number("3/4 cups."), parse_number("3 or 4")
     (Fraction(2469, 2), Fraction(3, 4), None)
+
+    Returns:
+        The value; None for several numbers, expressions (``2\sqrt{3}``, ``2x``, ``(3, 4)``), ``3 million``
+        and numbers written as words.
     """
-    found = _NUMBER.match(_stripped(_plain(text)))
+    found = _NUMBER.match(_strip(_normalize(text)))
     return None if found is None or not _UNIT.fullmatch(found.string[found.end() :]) else _value(found)
 
 
-def final_answer(text: str) -> str | None:
-    """The number, as written, that a solution ends in; None without one.
+def find_final_number(text: str) -> str | None:
+    """Find the number that a solution gives as its final answer.
 
-    In this order: the first number after the last ``The answer is:``, as MetaMath reads it; the first after the first
-    ``####``, as GSM8K does; the first after the last ``The answer is``; the last number of all, as LLM-Adapters does. A mark
-    holds for its line; where no number follows it, or an expression, there is no answer: an earlier number is not one.
+    The number is, in order of precedence:
+
+    1. the first after the last ``The answer is:``, as in MetaMath's evaluation;
+    2. the first after the first ``####``, as in GSM8K's;
+    3. the first after the last ``The answer is``;
+    4. the last number in the text, as in LLM-Adapters' evaluation.
+
+    A marker applies to the rest of its line, or to the next line with text. If no number follows it there, or
+    an expression, the solution has no final number; numbers in front of the marker are not considered.
+
+    Returns:
+        The number as it is written in the normalized text; None if there is none.
     """
-    text = _plain(text)
+    text = _normalize(text)
     conclusion = _conclusion(text)
     numbers = list(_NUMBER.finditer(text if conclusion is None else conclusion))
     if not numbers:
@@ -61,12 +79,21 @@ def final_answer(text: str) -> str | None:
     return None if _EXPRESSION.match(found.string, found.end()) else found[0].strip()
 
 
-def option_letter(text: str, letters: str = "ABCDE") -> str | None:
-    """The option that a text chooses, one of ``letters`` in capitals; None when it chooses none.
+def find_option_letter(text: str, letters: str = "ABCDE") -> str | None:
+    """Find the option letter that a solution chooses.
 
-    In this order: the first letter that stands alone on the line of a conclusion (``The answer is:``, ``####``,
-    ``The answer is``), and no other; the first of ``option B`` or ``choice (B)``; of ``(B)``; of ``B)``; of ``B.``, ``B:`` or
-    ``B`` at the beginning of a line; of a letter alone, save the article in ``A train``.
+    If the text has a marker (``The answer is:``, ``####``, ``The answer is``), the letter is the first that
+    stands alone after it on its line; letters elsewhere are not considered. Otherwise it is, in order of
+    precedence, the first letter in ``option B`` or ``choice (B)``; in ``(B)``; in ``B)``; in ``B.``, ``B:``
+    or ``B`` at the beginning of a line; or any letter that stands alone, except for the article in ``A
+    train``.
+
+    Args:
+        text: A solution.
+        letters: The accepted letters, in capitals.
+
+    Returns:
+        One of ``letters``; None if the text chooses none of them.
     """
     one = f"[{re.escape(letters)}]"
     alone = rf"(?<![\w'])({one})(?![\w'])"
@@ -85,11 +112,11 @@ def option_letter(text: str, letters: str = "ABCDE") -> str | None:
     return next((found[1] for pattern in patterns if (found := re.search(pattern, text))), None)
 
 
-def same_number(first: Fraction, second: Fraction) -> bool:
-    """Whether two numbers are equal: exactly, or as nearly as a float is to the fraction that it stands for.
+def numbers_equal(first: Fraction, second: Fraction) -> bool:
+    """Compare two numbers, with a tolerance of 1e-12 of the larger one unless both are integers.
 
-    The sets of LLM-Adapters hold ``0.6666666666666666`` for 2/3 and ``1.8333333333333335`` for 11/6, so numbers that are not
-    both whole may differ by 1e-12 of the larger. ``0.67`` is not 2/3.
+    The data sets of LLM-Adapters contain rounded floats, ``0.6666666666666666`` for 2/3 and even
+    ``1.8333333333333335`` for 11/6. ``0.67`` is not equal to 2/3.
     """
     if first == second or first.denominator == second.denominator == 1:
         return first == second
@@ -97,57 +124,57 @@ def same_number(first: Fraction, second: Fraction) -> bool:
 
 
 def _conclusion(text: str) -> str | None:
-    """The first line with text after the first of ``_MARKS`` that a text has; None without any."""
-    for mark, which in _MARKS:
-        ends = [found.end() for found in mark.finditer(text)]
+    """The first non-empty line after the marker of highest precedence; None if the text has no marker."""
+    for marker, occurrence in _MARKERS:
+        ends = [found.end() for found in marker.finditer(text)]
         if ends:
-            return next((_stripped(line) for line in text[ends[which] :].splitlines() if line.strip()), "")
+            return next((_strip(line) for line in text[ends[occurrence] :].splitlines() if line.strip()), "")
     return None
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    """What a match of ``_NUMBER`` is worth; None for a division by zero, ``1 3/2``, and numbers of thousands of digits."""
+    """The value of a match of ``_NUMBER``; None for a division by zero, ``1 3/2``, or thousands of digits."""
     try:
         if found["ratio"]:
-            above, below = (
+            numerator, denominator = (
                 Fraction(part.replace(",", "")) for part in found["ratio"].replace(" ", "").split("/")
             )
-            value = above / below
+            value = numerator / denominator
             if found["mixed"]:
                 if value >= 1:
                     return None
                 value += int(found["mixed"])
         else:
-            value = Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** int(
-                found["e"] or found["ten"] or 0
-            )
+            exponent = int(found["e"] or found["ten"] or 0)
+            value = Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** exponent
     except (ValueError, ZeroDivisionError):
         return None
     return -value if "-" in (found["sign"], found["inner_sign"]) else value
 
 
-def _stripped(text: str) -> str:
-    """``" **- 5"`` -> ``"-5"``: without white space, emphasis, and the space after a sign."""
+def _strip(text: str) -> str:
+    """``" **- 5"`` -> ``"-5"``: remove white space, emphasis, and the space after a sign."""
     return re.sub(r"^([-+]) +", r"\1", text.strip().strip("*= ").strip())
 
 
-def _plain(text: str) -> str:
-    r"""One way of writing: ``1\tfrac{1}{2}`` and ``1½`` become ``1 1/2``, ``\$1,\!000`` becomes ``$1,000``, ``−`` a hyphen."""
+def _normalize(text: str) -> str:
+    r"""Reduce LaTeX and Unicode to ASCII: ``1\tfrac{1}{2}`` -> ``1 1/2``, ``\$1,\!000`` -> ``$1,000``."""
     text = re.sub(r"[−–‐‑﹣－]", "-", text).replace("⁄", "/").replace("\u00a0", " ").replace("\u202f", " ")
     text = re.sub(r"\\[!,;: ]|\{(?=,\})|(?<=\{,)\}", "", text).replace("{,", ",")
     text = re.sub(r"\\([$%])", r"\1", text)
     text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1", text)
     part = r"\s*(?:\{\s*(-?[0-9.,]+)\s*\}|([0-9]))"
-    text = re.sub(rf"(?:([0-9])\s*)?\\[dtc]?frac{part}{part}", _ratio, text)
-    text = re.sub(r"([0-9])?([¼-¾⅐-⅞])", lambda m: f"{m[1] or ''}{' ' if m[1] else ''}{_vulgar(m[2])}", text)
+    text = re.sub(rf"(?:([0-9])\s*)?\\[dtc]?frac{part}{part}", _latex_fraction, text)
+    text = re.sub(r"([0-9])?([¼-¾⅐-⅞])", _unicode_fraction, text)
     return re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text))
 
 
-def _ratio(found: re.Match[str]) -> str:
-    whole, *parts = found.groups()
-    above, below = (part for part in parts if part is not None)
-    return f"{whole} {above}/{below}" if whole else f"{above}/{below}"
+def _latex_fraction(found: re.Match[str]) -> str:
+    integer, *parts = found.groups()
+    numerator, denominator = (part for part in parts if part is not None)
+    return f"{integer} {numerator}/{denominator}" if integer else f"{numerator}/{denominator}"
 
 
-def _vulgar(sign: str) -> str:
-    return unicodedata.normalize("NFKC", sign).replace("⁄", "/")
+def _unicode_fraction(found: re.Match[str]) -> str:
+    fraction = unicodedata.normalize("NFKC", found[2]).replace("⁄", "/")
+    return f"{found[1]} {fraction}" if found[1] else fraction

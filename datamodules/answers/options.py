@@ -1,18 +1,18 @@
-"""Reading the answer out of generated text: by the published keywords, or by an option's own words."""
+"""Parse the chosen option from generated text: by published keywords, or by the option's own text."""
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Reading(NamedTuple):
-    """What a generated text answers, and which of the candidates that is."""
+class ParsedAnswer(NamedTuple):
+    """The answer found in a generated text, and the candidate that it stands for."""
 
     answer: str | None
-    """The answer as it was read; None where the text holds none."""
+    """The answer; None if the text contains none."""
 
     choice: int | None
-    """The candidate's number; None where the answer is none of them, or there is no answer."""
+    """Index of the candidate; None if there is no answer, or if it is none of the candidates."""
 
 
 _ANSWERS = tuple(f"answer{n}" for n in range(1, 6))
@@ -27,40 +27,54 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "hellaswag": tuple(f"ending{n}" for n in range(1, 5)),
     "winogrande": ("option1", "option2"),
 }
-"""What answers a task, whatever a question's own number of options (LLM-Adapters, Hu et al., EMNLP 2023)."""
+"""Answer keywords of each task in LLM-Adapters (Hu et al., EMNLP 2023); a question may have fewer options."""
 
 
-def first_keyword(text: str, labels: Sequence[str]) -> int | None:
-    """Index in ``labels`` of the first keyword in ``text``; None without one, or when it is none of the ``labels``.
+def find_keyword(text: str, labels: Sequence[str]) -> int | None:
+    """Find the first answer keyword in a generated text, as LLM-Adapters' evaluation does.
 
-    The keywords are those of the published family that holds all the labels, else the labels themselves. As published,
-    case counts and a keyword may stand inside a word: "answer12" reads as answer1, and on a question of four options
-    "answer5 or answer2" is a wrong answer, not answer2.
+    The keywords are those of the published task that uses all of ``labels``, otherwise the labels themselves.
+    Matching is case-sensitive and ignores word boundaries: "answer12" is parsed as "answer1". A keyword that
+    is not among the labels is a wrong answer: on a question with four options, "answer5 or answer2" yields
+    None.
 
-    Raises ValueError for an empty label, which every text would contain.
+    Args:
+        text: Generated text.
+        labels: Labels of the question's options.
+
+    Returns:
+        Index of the keyword in ``labels``; None if the text has no keyword, or if the first one is not a
+        label.
+
+    Raises:
+        ValueError: A label is empty, and would be found in every text.
     """
     if not all(labels):
-        raise ValueError(
-            f"labels: {list(labels)} has an empty one; accepted: texts of at least one character"
-        )
+        raise ValueError(f"labels: {list(labels)} contains an empty one; accepted: non-empty texts")
     published = next((keywords for keywords in KEYWORDS.values() if set(labels) <= set(keywords)), None)
-    keywords = published or sorted(
-        labels, key=len, reverse=True
-    )  # a regex takes the first that fits: choice10 before choice1
+    # A regular expression takes the first alternative that matches: "choice10" has to precede "choice1".
+    keywords = published or sorted(labels, key=len, reverse=True)
     found = re.search("|".join(map(re.escape, keywords)), text)
     return labels.index(found[0]) if found and found[0] in labels else None
 
 
-def matching_option(text: str, options: Sequence[str]) -> int | None:
-    """Index of the one option that the first non-empty line of ``text`` states, up to case, white space and a full stop.
+def find_option(text: str, options: Sequence[str]) -> int | None:
+    """Find the option whose text is the first non-empty line of a generated text.
 
-    None when it states no option, or one that reads the same as another.
+    Case, white space and a final period are ignored.
+
+    Args:
+        text: Generated text.
+        options: Texts of the options.
+
+    Returns:
+        Index of the option; None if no option matches, or if several do.
     """
     line = next((line for line in text.splitlines() if line.strip()), "")
-    same = [index for index, option in enumerate(options) if _plain(option) == _plain(line)]
-    return same[0] if len(same) == 1 else None
+    matches = [index for index, option in enumerate(options) if _normalize(option) == _normalize(line)]
+    return matches[0] if len(matches) == 1 else None
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     """``" In  the Fridge. "`` -> ``"in the fridge"``."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()

@@ -1,1 +1,1 @@
-"""Where rows come from: sample data, files, the hub."""
+"""Sources of data: what a source string means, and how rows are read from files, URLs and the hub."""

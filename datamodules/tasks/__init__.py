@@ -1,1 +1,1 @@
-"""Tasks: how a row becomes an example."""
+"""Tasks: data modules that know the format of their rows and build examples from them."""

@@ -1,4 +1,4 @@
-"""A task family: rows of named tasks, files, web addresses or hub data sets, each of which becomes an example."""
+"""The base class of all tasks: rows from files, URLs or the hub, each of which becomes one example."""
 
 import logging
 from abc import abstractmethod
@@ -10,48 +10,53 @@ from typing import Any, ClassVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.base import SupervisedDataModule, unknown
+from gatera_lightning.datamodules.base import SupervisedDataModule, unknown_choice
 from gatera_lightning.datamodules.batching.mixture import weight_problems
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import Template
-from gatera_lightning.datamodules.sources.files import (
+from gatera_lightning.datamodules.sources.files import read_rows
+from gatera_lightning.datamodules.sources.hub import read_hub_rows
+from gatera_lightning.datamodules.sources.spec import (
+    DATA_SUFFIXES,
     ROW_SUFFIXES,
-    SUFFIXES,
-    file_rows,
-    hub_rows,
-    is_address,
-    local_path,
-    same_names,
-    source_name,
-    split_slice,
+    Source,
+    duplicate_names,
+    expand_path,
+    is_url,
 )
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_LISTED = 5  # of the rows that are left out
+_MAX_LISTED_ROWS = 5
 
 
 class UnusableRow(ValueError):
-    """A row without an answer to judge by, which is left out, counted and listed, where any other bad row stops the run."""
+    """A row without a correct answer to compare with: skipped with a warning, unlike other bad rows."""
 
-    def __init__(self, reason: str, trains: Example | None = None) -> None:
-        """``trains`` is the example that the row is for training, where nothing is judged; None leaves it out there too."""
+    def __init__(self, reason: str, training_example: Example | None = None) -> None:
+        """Describe the row.
+
+        Args:
+            reason: What is wrong with the row.
+            training_example: The row as an example for training, which needs no parseable answer; None skips
+                the row there too.
+        """
         super().__init__(reason)
-        self.trains = trains
+        self.training_example = training_example
 
 
-class TaskFamily(SupervisedDataModule):
-    """Rows from anywhere, one prompt template, one example a row; a family implements :meth:`example`."""
+class TaskDataModule(SupervisedDataModule):
+    """Examples from rows, with one prompt template. Subclasses implement :meth:`example`."""
 
     tasks: ClassVar[tuple[str, ...]]
-    """Names that stand for a file under ``data_dir``."""
+    """Task names: sources that are files in ``data_dir``."""
 
     suffixes: ClassVar[tuple[str, ...]] = ROW_SUFFIXES
-    """What the names of this family's files end in."""
+    """Accepted file name endings."""
 
     sample_tasks: ClassVar[tuple[str, ...]] = ()
-    """Those that are embedded: what ``data_dir: samples`` trains and tests on by default."""
+    """Tasks that are part of the package; the default sources of ``data_dir: samples``."""
 
     def __init__(
         self,
@@ -63,26 +68,32 @@ class TaskFamily(SupervisedDataModule):
         data_dir: str = "samples",
         **common: Any,
     ) -> None:
-        """A source is a task name (the file ``data_dir/NAME/<split>.json``), a path or web address, or a hub id.
+        """Set the sources of each split and the prompt template.
 
-        A file is a JSON list, JSON lines, CSV with a header or Parquet, by its ending. A hub id may name a configuration and a
-        split, ``owner/name:config@split``. ``[:2000]`` after a source takes its first 2,000 rows, ``[2000:]`` the others.
+        A source is the name of a task (the file ``data_dir/NAME/SPLIT.json``), a path, a URL, or a hub data
+        set. Files are JSON lists, JSON Lines, CSV with a header, or Parquet, selected by their ending. A hub
+        data set may name a configuration and a split: ``owner/name:configuration@split``. ``[:2000]`` after a
+        source reads its first 2,000 rows, and ``[2000:]`` the others.
 
         Args:
-            template: alpaca, plain, or chat, the tokenizer's own chat template.
-            train: Sources of the training split. Where it is not given, or names embedded samples alone, the sample stands for
-                every split that is not given. A source with a slice is quoted in YAML lists: ``["openbookqa[:2000]"]``.
-            validation: Sources of the validation split, or how many rows are held out of training: a number, or a share.
+            template: How a request becomes a prompt: alpaca, plain, or chat, the tokenizer's own chat
+                template. chat suits instruct models; alpaca and plain work with every tokenizer.
+            train: Sources of the training split. Quote sources with a slice in YAML lists:
+                ["openbookqa[:2000]"]. Splits without sources use the sample data, unless train names data of
+                your own.
+            validation: Sources of the validation split; or a number of training examples, or a fraction of
+                them, to validate on instead. More of them make the validation loss less noisy, but leave
+                fewer to train on.
             test: Sources of the test split.
-            data_dir: Folder, or its web address, with one folder per task; samples means the embedded rows. $VARIABLES
-                are expanded.
-            common: What every data module can be told: see :class:`SupervisedDataModule`.
+            data_dir: Folder, or its URL, with one folder per task; samples is the sample data of the package.
+                $VARIABLES are expanded.
+            common: Settings of :class:`SupervisedDataModule`.
         """
         super().__init__(held_out=validation if isinstance(validation, int | float) else None, **common)
-        self.template: Template = template  # type: ignore[assignment]  # render refuses None
+        self.template: Template = template  # type: ignore[assignment]  # render rejects None
         self.data_dir = data_dir
-        own_rows = any(source.partition("[")[0] not in self.sample_tasks for source in train or [])
-        default = [] if own_rows or data_dir != "samples" else list(self.sample_tasks)
+        has_own_data = any(source.partition("[")[0] not in self.sample_tasks for source in train or [])
+        default = [] if has_own_data or data_dir != "samples" else list(self.sample_tasks)
         self.sources = {
             "train": train if train is not None else default,
             "validation": validation if isinstance(validation, list) else default,
@@ -91,112 +102,132 @@ class TaskFamily(SupervisedDataModule):
 
     @abstractmethod
     def example(self, row: dict[str, Any], task: str) -> Example:
-        """One row as an example. Raises ValueError, saying what was expected, for a row that cannot be used.
+        """Build the example of a row.
 
-        A row that should not stop the run raises UnusableRow.
+        Args:
+            row: A row of a source.
+            task: Name of the source, under which results are reported.
+
+        Raises:
+            UnusableRow: The row has no correct answer to compare with, and should be skipped.
+            ValueError: The row is malformed; the message says what was expected. This stops the run.
         """
 
     def problems(self, stage: str) -> list[str]:
-        """Everything about these settings that cannot work, missing files included; reads no rows."""
+        """Return everything that is wrong with the settings, including missing files, without reading any
+        row.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
         found = super().problems(stage)
         if self.template not in get_args(Template):
-            found.append(unknown("template", self.template, get_args(Template)))
+            found.append(unknown_choice("template", self.template, get_args(Template)))
         for split in self.splits(stage):
             if not self.sources[split]:
-                also = ", or a number of rows to hold out of training" if split == "validation" else ""
+                count = ", or a number of examples to take from training" if split == "validation" else ""
                 found.append(
-                    f"data.{split}: no source given; accepted: a list of task names, files or hub ids{also}"
+                    f"data.{split}: no sources; accepted: a list of task names, files or hub ids{count}"
                 )
             for source in self.sources[split]:
-                found += [f"data.{split}: {text}" for text in self._source_problems(source, split)]
-            if split == "test" or (
-                split == "train" and self.weights is not None
-            ):  # results and weights are told by name
-                found += [f"data.{split}: {text}" for text in same_names(self.sources[split])]
+                found += [f"data.{split}: {problem}" for problem in self._source_problems(source, split)]
+            # Test results and training weights are assigned to sources by name.
+            if split == "test" or (split == "train" and self.weights is not None):
+                found += [f"data.{split}: {problem}" for problem in duplicate_names(self.sources[split])]
         if self.weights is not None and "train" in self.splits(stage):
-            found += weight_problems(self.weights, [source_name(source) for source in self.sources["train"]])
+            names = [Source.parse(source).name for source in self.sources["train"]]
+            found += weight_problems(self.weights, names)
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the data the backbone's tokenizer. Raises ConfigError when it lacks the chat template that is asked for."""
+        """Set the backbone's tokenizer.
+
+        Raises:
+            ConfigError: The template is ``chat`` and the tokenizer has no chat template.
+        """
         if self.template == "chat" and not tokenizer.chat_template:
             others = ", ".join(name for name in get_args(Template) if name != "chat")
             raise ConfigError(
-                f"data.template: chat needs a tokenizer with a chat template, and this one has none; use {others}"
+                "data.template: chat needs a tokenizer with a chat template, and this one has none; "
+                f"use {others}"
             )
         super().connect(tokenizer)
 
     def examples(self, split: str) -> Iterator[Example]:
-        """The example of every row of a split's sources, in order; unusable rows are left out, and a warning lists them."""
-        left_out: list[str] = []
-        for source in self.sources[split]:
-            name, part = split_slice(source)
-            file = self._file(name, split)
-            rows = hub_rows(name, split) if file is None else self.file_rows(file)
-            for where, row in islice(rows, part.start, part.stop):
+        """Yield the examples of a split, source by source, and warn about skipped rows at the end.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Raises:
+            ConfigError: A source cannot be read, or a row is malformed; the message names the file and the
+                row.
+        """
+        skipped: list[str] = []
+        for source in map(Source.parse, self.sources[split]):
+            file = self._resolve_file(source.location, split)
+            rows = read_hub_rows(source.location, split) if file is None else read_rows(file)
+            for place, row in islice(rows, source.rows.start, source.rows.stop):
                 try:
-                    yield self.example(row, source_name(source))
+                    yield self.example(row, source.name)
                 except UnusableRow as error:
-                    if split == "train" and error.trains is not None:
-                        yield error.trains
+                    if split == "train" and error.training_example is not None:
+                        yield error.training_example
                     else:
-                        left_out.append(f"{where}: {error}")
+                        skipped.append(f"{place}: {error}")
                 except ValueError as error:
-                    raise ConfigError(f"{where}: {error}") from error
-        if left_out:
-            listed = "; ".join(left_out[:_LISTED]) + ("; …" if len(left_out) > _LISTED else "")
+                    raise ConfigError(f"{place}: {error}") from error
+        if skipped:
+            more = ["…"] if len(skipped) > _MAX_LISTED_ROWS else []
             log.warning(
-                "data.%s: %d rows without an answer to judge by are left out: %s",
+                "data.%s: skipped %d rows without a correct answer to compare with: %s",
                 split,
-                len(left_out),
-                listed,
+                len(skipped),
+                "; ".join(skipped[:_MAX_LISTED_ROWS] + more),
             )
 
     def task_file(self, task: str, split: str) -> str:
-        """The file of a task under ``data_dir``: the first of the formats that is there; ``.json`` where none is to be seen."""
-        folder = self._folder()
-        there = (f"{task}/{split}{suffix}" for suffix in ROW_SUFFIXES)
-        return next((file for file in there if Path(f"{folder}/{file}").is_file()), f"{task}/{split}.json")
+        """Return the file of a task, relative to ``data_dir``: the first existing format, or ``.json``."""
+        folder = self._data_folder()
+        files = (f"{task}/{split}{suffix}" for suffix in ROW_SUFFIXES)
+        existing = (file for file in files if Path(f"{folder}/{file}").is_file())
+        return next(existing, f"{task}/{split}.json")
 
-    def file_rows(self, file: str) -> Iterator[tuple[str, Any]]:
-        """Every row of a file with the words that say where it stands."""
-        return file_rows(file)
-
-    def _file(self, name: str, split: str) -> str | None:
-        """The path or web address of a source's file, or None for a hub id."""
-        name = local_path(name)
-        if name.lower().endswith(SUFFIXES) or is_address(name):
-            return name
-        if "/" in name:
+    def _resolve_file(self, location: str, split: str) -> str | None:
+        """The path or URL of the file that a source names; None for a hub data set."""
+        location = expand_path(location)
+        if location.lower().endswith(DATA_SUFFIXES) or is_url(location):
+            return location
+        if "/" in location:
             return None
-        return f"{self._folder()}/{self.task_file(name, split)}"
+        return f"{self._data_folder()}/{self.task_file(location, split)}"
 
-    def _folder(self) -> str:
-        """The path or web address of ``data_dir``."""
+    def _data_folder(self) -> str:
+        """The path or URL of ``data_dir``."""
         if self.data_dir == "samples":
             return str(resources.files("gatera_lightning.datamodules") / "samples")
-        return local_path(self.data_dir).rstrip("/")
+        return expand_path(self.data_dir).rstrip("/")
 
-    def _source_problems(self, source: str, split: str) -> list[str]:
-        name, _ = split_slice(source)
-        if name.endswith("]"):
+    def _source_problems(self, text: str, split: str) -> list[str]:
+        location = Source.parse(text).location
+        if location.endswith("]"):
             return [
-                f"{source!r} ends in no slice; accepted: [a:b], either of which may be left out, of numbers from 0 on"
+                f"{text!r} has no valid slice; accepted: [start:stop] with optional non-negative integers"
             ]
-        file = self._file(name, split)
+        file = self._resolve_file(location, split)
         if file is not None and not file.lower().endswith(self.suffixes):
-            return [f"{source!r} is no file of rows; accepted: {', '.join(self.suffixes)}"]
-        if file is None or is_address(file) or Path(file).is_file():
+            return [f"{text!r} has an unknown file format; accepted: {', '.join(self.suffixes)}"]
+        if file is None or is_url(file) or Path(file).is_file():
             return []
         if "$" in file:
-            return [
-                f"{source!r}: the variable {file[file.index('$') :].partition('/')[0]} of {file} is not set"
-            ]
-        if name in self.tasks:
+            variable = file[file.index("$") :].partition("/")[0]
+            return [f"{text!r}: the variable {variable} in {file} is not set"]
+        if location in self.tasks:
             folder = Path(file).parent.parent
-            there = ", ".join(sorted(p.name for p in folder.glob("*") if p.is_dir())) or "no task folders"
-            return [f"task {name!r} needs the file {file}, which does not exist; {folder} holds {there}"]
-        if name.lower().endswith(SUFFIXES):
+            tasks = sorted(path.name for path in folder.glob("*") if path.is_dir())
+            contents = f"{folder} contains {', '.join(tasks) or 'no task folders'}"
+            return [f"task {location!r} needs the file {file}, which does not exist; {contents}"]
+        if location.lower().endswith(DATA_SUFFIXES):
             return [f"the file {file} does not exist"]
         accepted = f"{', '.join(self.tasks)}, a file ({', '.join(self.suffixes)}), or a hub id (owner/name)"
-        return [f"task {name!r} is unknown; accepted: {accepted}"]
+        return [f"task {location!r} is unknown; accepted: {accepted}"]

@@ -1,7 +1,7 @@
-"""Commonsense multiple choice in the LLM-Adapters schema (Hu et al., EMNLP 2023, arXiv 2304.01933).
+"""Commonsense multiple choice in the schema of LLM-Adapters (Hu et al., EMNLP 2023, arXiv 2304.01933).
 
-A row is ``{"instruction", "input", "output", "answer"}``. Its instruction holds the question, the options and a last
-line ``Answer format: answer1/answer2/…``; its output is ``the correct answer is answer3``.
+A row is ``{"instruction", "input", "output", "answer"}``. The instruction contains the question, the options
+and a last line ``Answer format: answer1/answer2/…``; the output is ``the correct answer is answer3``.
 """
 
 import re
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gatera_lightning.datamodules.answers.options import Reading, first_keyword
-from gatera_lightning.datamodules.base import unknown
+from gatera_lightning.datamodules.answers.options import ParsedAnswer, find_keyword
+from gatera_lightning.datamodules.base import unknown_choice
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
-from gatera_lightning.datamodules.tasks.base import TaskFamily
+from gatera_lightning.datamodules.tasks.base import TaskDataModule
 
 AnswerFormat = Literal["label", "content"]
 
@@ -28,119 +28,129 @@ TASKS = (
     "openbookqa",
     "everyday",
 )
-"""The eight published tasks by their LLM-Adapters folder names, and the embedded sample task."""
+"""The eight published tasks, named after their folders in LLM-Adapters, and the sample task."""
 
-_FIELDS = ("instruction", "answer")
+_REQUIRED_FIELDS = ("instruction", "answer")
 _LEAD_IN = re.compile(r"^Please (?:choose|answer)[^:]*:\s*")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row, parsed: options by label and text, and which of them is right."""
+    """A multiple-choice question."""
 
     question: str
+
     labels: tuple[str, ...]
+    """Labels of the options, such as ``answer1``."""
+
     options: tuple[str, ...]
+    """Texts of the options."""
+
     gold: int
+    """Index of the correct option."""
 
 
 def parse_question(row: dict[str, Any]) -> Question:
-    """Split an LLM-Adapters row into question, options and gold.
+    """Parse the question, the options and the correct one from a row of LLM-Adapters.
 
-    >>> parse_question({"instruction": "Please choose the correct answer to the question: Where is milk kept?\\n\\n"
-    ...     "Answer1: fridge Answer2: shed\\n\\nAnswer format: answer1/answer2", "answer": "answer1"}).options
+    >>> instruction = ("Please choose the correct answer to the question: Where is milk kept?\\n\\n"
+    ...     "Answer1: fridge Answer2: shed\\n\\nAnswer format: answer1/answer2")
+    >>> parse_question({"instruction": instruction, "answer": "answer1"}).options
     ('fridge', 'shed')
 
-    Raises ValueError, saying what was expected, when the options or the gold cannot be read.
-    """
-    head, labels, gold = _labels_and_gold(row)
-    if labels == ("true", "false"):
-        return Question(_LEAD_IN.sub("", head).strip(), labels, labels, gold)
+    Args:
+        row: A row whose ``instruction`` and ``answer`` are texts.
 
-    starts = []
-    position = head.rfind(f"{labels[0].capitalize()}:")
+    Raises:
+        ValueError: The options or the correct answer cannot be parsed; the message says what was expected.
+    """
+    body, labels, gold = _split_answer_format(row)
+    if labels == ("true", "false"):
+        return Question(_LEAD_IN.sub("", body).strip(), labels, labels, gold)
+
+    headings = []  # (start, end) of "Answer1:", "Answer2:", …
+    position = body.rfind(f"{labels[0].capitalize()}:")
     for label in labels:
-        name = f"{label.capitalize()}:"
-        position = head.find(name, position) if position >= 0 else -1
+        heading = f"{label.capitalize()}:"
+        position = body.find(heading, position) if position >= 0 else -1
         if position < 0:
             raise ValueError(
-                f"field 'instruction': expected an option '{name} …' for each of {'/'.join(labels)}"
+                f"field 'instruction': expected an option '{heading} …' for each of {'/'.join(labels)}"
             )
-        starts.append((position, position + len(name)))
-        position += len(name)
-    ends = [start for start, _ in starts[1:]] + [len(head)]
-    options = tuple(head[begin:end].strip() for (_, begin), end in zip(starts, ends, strict=True))
+        headings.append((position, position + len(heading)))
+        position += len(heading)
+    ends = [start for start, _ in headings[1:]] + [len(body)]
+    options = tuple(body[start:end].strip() for (_, start), end in zip(headings, ends, strict=True))
     if not all(options):
         raise ValueError("field 'instruction': an option has no text")
-    return Question(_LEAD_IN.sub("", head[: starts[0][0]]).strip(), labels, options, gold)
+    return Question(_LEAD_IN.sub("", body[: headings[0][0]]).strip(), labels, options, gold)
 
 
-def _labels_and_gold(row: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
-    """What stands before the answer format, the labels it lists, and which of them is the answer."""
-    head, marker, listed = row["instruction"].rpartition("Answer format:")
+def _split_answer_format(row: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
+    """The instruction without its answer format, the labels listed there, and the correct one's index."""
+    body, marker, listed = row["instruction"].rpartition("Answer format:")
     labels = tuple(listed.strip().split("/"))
     if not marker or len(labels) < 2:
         raise ValueError("field 'instruction': expected a last line 'Answer format: label1/label2/…'")
     if row["answer"] not in labels:
-        raise ValueError(f"field 'answer': {row['answer']!r} is not among the options {'/'.join(labels)}")
-    return head, labels, labels.index(row["answer"])
+        raise ValueError(f"field 'answer': {row['answer']!r} is not one of the options {'/'.join(labels)}")
+    return body, labels, labels.index(row["answer"])
 
 
-class CommonsenseDataModule(TaskFamily):
-    """Multiple choice by ``label`` ("the correct answer is answer3", the published protocol) or by ``content``."""
+class CommonsenseDataModule(TaskDataModule):
+    """Multiple-choice questions of LLM-Adapters."""
 
     tasks = TASKS
     sample_tasks = ("everyday",)
 
-    def __init__(self, *, answer_format: AnswerFormat | None = None, **family: Any) -> None:
-        """Multiple-choice data in the LLM-Adapters schema.
+    def __init__(self, *, answer_format: AnswerFormat | None = None, **common: Any) -> None:
+        """Set how an answer is written.
 
         Args:
-            answer_format: label trains and scores "the correct answer is answer3"; content the option's own text,
-                with the options left out of the prompt.
-            family: Template, sources and what else every family can be told: see :class:`TaskFamily`.
+            answer_format: label shows the options and answers "the correct answer is answer3", as in the
+                published results; content hides the options and answers with the text of the correct one, so
+                that a model that does not know the format can rank them too.
+            common: Settings of :class:`TaskDataModule`.
         """
-        super().__init__(**family)
+        super().__init__(**common)
         self.answer_format = answer_format
 
     def problems(self, stage: str) -> list[str]:
-        """Everything about these settings that cannot work, missing files included; reads no rows."""
+        """Return everything that is wrong with the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.answer_format not in get_args(AnswerFormat):
-            found.append(unknown("answer_format", self.answer_format, get_args(AnswerFormat)))
+            found.append(unknown_choice("answer_format", self.answer_format, get_args(AnswerFormat)))
         return found
 
     def example(self, row: dict[str, Any], task: str) -> Example:
-        """Prompt and candidate answers of a row."""
-        for field in _FIELDS:
+        """Build a question with all its options as candidates; see :meth:`TaskDataModule.example`."""
+        for field in _REQUIRED_FIELDS:
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
                 raise ValueError(
-                    f"field {field!r} is missing or not a text; a row needs {', '.join(_FIELDS)}"
+                    f"field {field!r} is missing, empty or not text; required: {', '.join(_REQUIRED_FIELDS)}"
                 )
         if row.get("input"):
             raise ValueError(
                 f"field 'input' is {row['input']!r:.60}; expected nothing: the question is in 'instruction'"
             )
+        answers: Sequence[str]
         if self.answer_format == "content":
             question = parse_question(row)
-            request, answers, labels, gold = (
-                question.question,
-                question.options,
-                question.options,
-                question.gold,
-            )
-        elif self.answer_format == "label":  # the options' texts stay in the instruction and need not be read
-            _, labels, gold = _labels_and_gold(row)
-            request, answers = row["instruction"], tuple(f"the correct answer is {label}" for label in labels)
+            request, labels, gold = question.question, question.options, question.gold
+            answers = labels
+        elif self.answer_format == "label":  # the texts of the options are not needed, so they are not parsed
+            _, labels, gold = _split_answer_format(row)
+            request = row["instruction"]
+            answers = [f"the correct answer is {label}" for label in labels]
         else:
-            raise ValueError(unknown("answer_format", self.answer_format, get_args(AnswerFormat)))
+            raise ValueError(unknown_choice("answer_format", self.answer_format, get_args(AnswerFormat)))
         prompt, texts = render(self.template, request, answers, self.tokenizer)
         identity, chat = row["instruction"], self.template == "chat"
         return Example(prompt, texts, gold, task, labels=labels, identity=identity, chat=chat)
 
-    def read_answer(self, text: str, labels: Sequence[str]) -> Reading:
-        """label: the first answer keyword, as published; content: the option whose text the first line is."""
+    def parse_answer(self, text: str, labels: Sequence[str]) -> ParsedAnswer:
+        """Parse the first keyword (``label``), or the option whose text is the first line (``content``)."""
         if self.answer_format == "content":
-            return super().read_answer(text, labels)
-        choice = first_keyword(text, labels)
-        return Reading(None if choice is None else labels[choice], choice)
+            return super().parse_answer(text, labels)
+        choice = find_keyword(text, labels)
+        return ParsedAnswer(None if choice is None else labels[choice], choice)

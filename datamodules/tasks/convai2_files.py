@@ -1,149 +1,169 @@
-"""Persona-Chat dialogues (Zhang et al., ACL 2018, 1801.07243) as ConvAI2 (Dinan et al., 2019, arXiv 1902.00098) has them.
+"""Read the dialogues of ConvAI2 (Dinan et al., 2019, arXiv 1902.00098), which come from Persona-Chat (Zhang
+et al., 2018).
 
-Two formats, both with the own persona in its original words and the right reply as the last candidate: ParlAI's text files
-(``train_self_original.txt``), and persona-chat's JSON entries (TransferTransfo's ``personachat_self_original.json``, the hub).
+There are two formats: the text files of ParlAI (``train_self_original.txt``), and the JSON of TransferTransfo
+(``personachat_self_original.json``, also on the hub). Both have the model's own persona in its original
+wording, and list the correct reply as the last candidate.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gatera_lightning.datamodules.sources.files import file_json, file_rows, file_text
+from gatera_lightning.datamodules.sources.files import read_json, read_rows, read_text
 from gatera_lightning.errors import ConfigError
 
 _PERSONA = "your persona: "
+_TURN_FORMAT = r"partner\treply\t\tcandidate|…|reply"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the partner says, the own reply to it, and the replies to choose from, the own one being the last."""
+    """One turn of a dialogue."""
 
     partner: str
+    """What the partner says."""
+
     reply: str
+    """The correct reply."""
+
     candidates: tuple[str, ...]
+    """Replies to choose from; the last one is the correct one."""
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One conversation: the own persona's sentences, and the turns in order."""
+    """One dialogue."""
 
     number: int
-    """From 1, within its file."""
+    """Position in its file, from 1."""
 
     persona: tuple[str, ...]
+    """Sentences about the model's side."""
+
     turns: tuple[Turn, ...]
 
 
-def parlai_dialogues(name: str) -> Iterator[Dialogue]:
-    r"""The dialogues of a ParlAI text file at a path or web address.
+def read_parlai(location: str) -> Iterator[Dialogue]:
+    r"""Yield the dialogues of a text file of ParlAI.
 
-    A line is ``N text``, and N is 1 where a dialogue begins. First ``N your persona: …`` lines, then a turn a line,
-    ``N partner\treply\t\tcandidate|…|reply``. Raises ConfigError naming file, line and what was expected.
+    Each line is ``N text``, where N is 1 at the beginning of a dialogue. A dialogue starts with lines ``N
+    your persona: …``, followed by one line per turn, ``N partner\treply\t\tcandidate|…|reply``.
+
+    Args:
+        location: Path or URL.
+
+    Raises:
+        ConfigError: A line is malformed; the message names the file, the line and what was expected.
     """
     number, persona, turns, previous = 0, list[str](), list[Turn](), 0
-    for place, line in enumerate(file_text(name).split("\n"), 1):
+    for line_number, line in enumerate(read_text(location).split("\n"), 1):
         if not line.strip():
             continue
         try:
             count, _, text = line.partition(" ")
             if count == "1":
                 if previous and not turns:
-                    raise ValueError("expected a turn before the next dialogue begins")
+                    raise ValueError("expected a turn before the next dialogue")
                 if turns:
                     yield Dialogue(number, tuple(persona), tuple(turns))
                 number, persona, turns = number + 1, [], []
             elif count != str(previous + 1):
-                numbers = " or ".join(dict.fromkeys(["1", str(previous + 1)]))
-                raise ValueError(f"expected a line that begins with {numbers} and a space")
+                accepted = " or ".join(dict.fromkeys(["1", str(previous + 1)]))
+                raise ValueError(f"expected a line that starts with {accepted} and a space")
             previous = int(count)
             if "\t" in text:
-                turns.append(_turn(text))
+                turns.append(_parse_turn(text))
             elif not text.startswith(_PERSONA) or turns:
-                also = "" if turns else f"'{previous} {_PERSONA}…' or "
-                raise ValueError(rf"expected {also}a turn, '{previous} partner\treply\t\tcandidate|…|reply'")
+                or_persona = "" if turns else f"'{previous} {_PERSONA}…' or "
+                raise ValueError(f"expected {or_persona}a turn, '{previous} {_TURN_FORMAT}'")
             else:
                 persona.append(text.removeprefix(_PERSONA).strip())
         except ValueError as error:
-            raise ConfigError(f"{name}, line {place}: {error}, found {line!r:.70}") from error
+            raise ConfigError(f"{location}, line {line_number}: {error}, found {line!r:.70}") from error
     if previous and not turns:
-        raise ConfigError(f"{name}, line {place}: expected a turn, found the end of the file")
+        raise ConfigError(f"{location}, line {line_number}: expected a turn, found the end of the file")
     if turns:
         yield Dialogue(number, tuple(persona), tuple(turns))
 
 
-def _turn(text: str) -> Turn:
+def _parse_turn(text: str) -> Turn:
     fields = [field.strip() for field in text.split("\t")]
     if len(fields) != 4:
-        raise ValueError(
-            rf"expected four fields, 'partner\treply\t\tcandidate|…|reply', which makes {len(fields)}"
-        )
+        raise ValueError(f"expected 4 tab-separated fields, '{_TURN_FORMAT}', not {len(fields)}")
     partner, reply, _, listed = fields
     candidates = tuple(candidate.strip() for candidate in listed.split("|"))
     if not partner or not reply:
-        raise ValueError("expected a text of the partner and a reply, and one of them is empty")
+        raise ValueError("expected a text of the partner and a reply, but one of them is empty")
     if candidates[-1] != reply:
         raise ValueError(f"expected the reply as the last candidate, which is {candidates[-1]!r:.40}")
     return Turn(partner, reply, candidates)
 
 
-def persona_chat_dialogues(entries: Iterable[tuple[str, Any]]) -> Iterator[Dialogue]:
-    """The dialogues of persona-chat's JSON entries, each with the words that say where it stands.
+def parse_persona_chat(entries: Iterable[tuple[str, Any]]) -> Iterator[Dialogue]:
+    """Yield the dialogues of JSON entries ``{"personality": […], "utterances": [{"candidates": […],
+    "history": […]}, …]}``.
 
-    An entry is ``{"personality": [sentence, …], "utterances": [{"candidates": […], "history": […]}, …]}``, a history being
-    all that was said before. Raises ConfigError naming place, field and what was expected.
+    A history contains everything that was said before, the partner's last text included.
+
+    Args:
+        entries: Where each entry is, for error messages, and the entry.
+
+    Raises:
+        ConfigError: An entry is malformed; the message names the entry, the field and what was expected.
     """
-    for number, (where, entry) in enumerate(entries, 1):
+    for number, (place, entry) in enumerate(entries, 1):
         for field in ("personality", "utterances"):
             if not isinstance(entry, dict) or not isinstance(entry.get(field), list):
-                raise ConfigError(f"{where}: expected a field {field!r} with a list")
-        if not _texts(entry["personality"]):
+                raise ConfigError(f"{place}: expected a field {field!r} with a list")
+        if not _are_texts(entry["personality"]):
             raise ConfigError(
-                f"{where}: field 'personality': expected sentences, found {entry['personality']!r:.70}"
+                f"{place}: field 'personality': expected sentences, found {entry['personality']!r:.70}"
             )
         if not entry["utterances"]:
-            raise ConfigError(f"{where}: field 'utterances': expected at least one")
+            raise ConfigError(f"{place}: field 'utterances': expected at least one")
         turns = []
         for turn, utterance in enumerate(entry["utterances"]):
+            at = f"{place}, utterance {turn + 1}"
             if not isinstance(utterance, dict):
-                raise ConfigError(
-                    f"{where}, utterance {turn + 1}: expected fields 'history' and 'candidates'"
-                )
+                raise ConfigError(f"{at}: expected fields 'history' and 'candidates'")
             history: Any = utterance.get("history")
             candidates: Any = utterance.get("candidates")
-            if not _texts(history) or len(history) != 2 * turn + 1:
-                raise ConfigError(
-                    f"{where}, utterance {turn + 1}: field 'history': expected a list of {2 * turn + 1} texts"
-                )
-            if not candidates or not _texts(candidates):
-                raise ConfigError(
-                    f"{where}, utterance {turn + 1}: field 'candidates': expected a list of texts"
-                )
+            if not _are_texts(history) or len(history) != 2 * turn + 1:
+                raise ConfigError(f"{at}: field 'history': expected a list of {2 * turn + 1} texts")
+            if not candidates or not _are_texts(candidates):
+                raise ConfigError(f"{at}: field 'candidates': expected a list of texts")
             replies = tuple(candidate.strip() for candidate in candidates)
             turns.append(Turn(history[-1].strip(), replies[-1], replies))
         yield Dialogue(number, tuple(sentence.strip() for sentence in entry["personality"]), tuple(turns))
 
 
-def persona_chat_file(name: str, section: str) -> Iterator[Dialogue]:
-    """The dialogues of a section (train, valid) of a JSON file at a path or web address, or of a file of bare entries.
+def read_persona_chat(location: str, section: str) -> Iterator[Dialogue]:
+    """Yield the dialogues of a JSON or JSON Lines file.
 
-    Raises ConfigError as :func:`persona_chat_dialogues` does.
+    Args:
+        location: Path or URL of a JSON file with an object of sections, a JSON list, or JSON Lines.
+        section: The section to read, ``train`` or ``valid``, if the file has sections.
+
+    Raises:
+        ConfigError: The file or an entry is malformed; see :func:`parse_persona_chat`.
     """
-    if name.endswith(".jsonl"):
-        yield from persona_chat_dialogues(file_rows(name))
+    if location.endswith(".jsonl"):
+        yield from parse_persona_chat(read_rows(location))
         return
-    found = file_json(name)
-    if isinstance(found, dict):
-        if section not in found:
+    entries = read_json(location)
+    if isinstance(entries, dict):
+        if section not in entries:
             raise ConfigError(
-                f"{name}: expected a field {section!r} with dialogues, found {', '.join(found) or 'no field'}"
+                f"{location}: expected a field {section!r} with dialogues, "
+                f"found {', '.join(entries) or 'no field'}"
             )
-        found, name = found[section], f"{name}, {section}"
-    if not isinstance(found, list):
-        raise ConfigError(f"{name}: expected a list of dialogues, found {type(found).__name__}")
-    yield from persona_chat_dialogues(
-        (f"{name}, row {number}", entry) for number, entry in enumerate(found, 1)
-    )
+        entries, location = entries[section], f"{location}, {section}"
+    if not isinstance(entries, list):
+        raise ConfigError(f"{location}: expected a list of dialogues, found {type(entries).__name__}")
+    places = (f"{location}, row {number}" for number in range(1, len(entries) + 1))
+    yield from parse_persona_chat(zip(places, entries, strict=True))
 
 
-def _texts(value: Any) -> bool:
+def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)

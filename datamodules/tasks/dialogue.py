@@ -1,4 +1,4 @@
-"""Dialogue with a persona: each own reply, given the persona and what was said before it (ConvAI2; Persona-Chat)."""
+"""Dialogue with a persona: the replies of one side, given its persona and the history (ConvAI2)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,38 +6,46 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.base import unknown
+from gatera_lightning.datamodules.base import unknown_choice
 from gatera_lightning.datamodules.example import Example
-from gatera_lightning.datamodules.leakage import Leakage
+from gatera_lightning.datamodules.overlap import SplitOverlap
 from gatera_lightning.datamodules.prompts.dialogue_prompts import DialoguePrompts
-from gatera_lightning.datamodules.sources.files import hub_rows, source_name, split_slice
-from gatera_lightning.datamodules.tasks.base import TaskFamily
+from gatera_lightning.datamodules.sources.hub import read_hub_rows
+from gatera_lightning.datamodules.sources.spec import Source
+from gatera_lightning.datamodules.tasks.base import TaskDataModule
 from gatera_lightning.datamodules.tasks.convai2_files import (
     Dialogue,
-    parlai_dialogues,
-    persona_chat_dialogues,
-    persona_chat_file,
+    parse_persona_chat,
+    read_parlai,
+    read_persona_chat,
 )
-from gatera_lightning.datamodules.tasks.personas import persona_numbers, shared_personas
+from gatera_lightning.datamodules.tasks.personas import find_persona_overlap, persona_ids
 from gatera_lightning.errors import ConfigError
 
 SplitBy = Literal["dialogue", "persona"]
 
 
 @dataclass(frozen=True)
-class _Sourced:
-    """A dialogue of a split: where it stands, the task it belongs to, and the group it is held out with."""
+class _LocatedDialogue:
+    """A dialogue of a split."""
 
-    where: str
+    place: str
+    """Where it is, for error messages."""
+
     task: str
+    """Name of its source."""
+
     group: str
+    """Dialogues of the same group are never divided between training and validation."""
+
     dialogue: Dialogue
 
 
-class DialogueDataModule(TaskFamily):
-    """One row for every own reply of a dialogue, self-persona setting; a slice of a source counts dialogues, or personas.
+class DialogueDataModule(TaskDataModule):
+    """One example per reply of the side with the persona. Slices of sources count dialogues, or personas.
 
-    The right reply is always kept, the others where they are ranked: ``test``, and validation with ``rank_validation``.
+    Distractors are loaded only where candidates are ranked: in ``test``, and in ``validation`` with
+    ``rank_validation``.
     """
 
     free_text = True
@@ -47,78 +55,94 @@ class DialogueDataModule(TaskFamily):
     sample_tasks = ("smalltalk",)
 
     def __init__(
-        self, *, split_by: SplitBy = "dialogue", max_history_turns: int | None = None, **family: Any
+        self, *, split_by: SplitBy = "dialogue", max_history_turns: int | None = None, **common: Any
     ) -> None:
-        """Dialogues as ParlAI's text files (.txt), as persona-chat's JSON, or from the hub.
+        """Set how dialogues are split and truncated.
 
-        ConvAI2's test split is secret; ``test`` reads a hub data set's or a JSON file's validation split, as is usual.
+        Sources are text files of ParlAI (.txt), JSON in the format of TransferTransfo, or a hub data set. The
+        test split of ConvAI2 is not public, so ``test`` reads the validation split of a JSON file or hub data
+        set, as published work does.
 
         Args:
-            split_by: What stays together where rows are held out for validation, and what a source's slice counts: dialogue;
-                or persona, all dialogues whose personas have two sentences in common. Slices of one file then share none.
-            max_history_turns: Earlier turns shown before the partner's last text, the newest ones; null for all. However many,
-                the oldest are left out until prompt and reply fit into max_length; the persona stays.
-            family: Template, sources and what else every family can be told: see :class:`TaskFamily`.
+            split_by: What is never divided between training and validation, and what the slice of a source
+                counts: dialogue, or persona, all dialogues that share two persona sentences with each other.
+                persona validates on personas that training never shows; its groups are larger, so the size of
+                the validation split is less exact.
+            max_history_turns: Number of earlier turns in the prompt; null for all of them. Fewer make
+                training faster, and give the model less context. Turns that exceed max_length are dropped in
+                any case, oldest first; the persona never is.
+            common: Settings of :class:`TaskDataModule`.
         """
-        super().__init__(**family)
+        super().__init__(**common)
         self.split_by = split_by
         self.max_history_turns = max_history_turns
         self._prompts: DialoguePrompts | None = None
 
     def problems(self, stage: str) -> list[str]:
-        """Everything about these settings that cannot work, missing files included; reads no rows."""
+        """Return everything that is wrong with the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.train_on == "every_response":
             found.append(
-                "data.train_on: every_response; accepted: response, all. Every own reply is a row of its own already"
+                "data.train_on: every_response; accepted: response, all. "
+                "Every reply is already an example of its own"
             )
         if self.split_by not in get_args(SplitBy):
-            found.append(unknown("split_by", self.split_by, get_args(SplitBy)))
+            found.append(unknown_choice("split_by", self.split_by, get_args(SplitBy)))
         if self.max_history_turns is not None and self.max_history_turns < 0:
             found.append(
-                f"data.max_history_turns: {self.max_history_turns}; accepted: null, or an integer of at least 0"
+                f"data.max_history_turns: {self.max_history_turns}; "
+                "accepted: null, or an integer of at least 0"
             )
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the data the backbone's tokenizer. Raises ConfigError when it lacks the chat template that is asked for."""
+        """Set the backbone's tokenizer; see :meth:`TaskDataModule.connect`."""
         super().connect(tokenizer)
         self._prompts = DialoguePrompts(self.template, tokenizer)
 
     def task_file(self, task: str, split: str) -> str:
-        """ConvAI2's files have ParlAI's names."""
+        """Return the text file of a task; those of ConvAI2 are named as in ParlAI."""
         if task == "convai2":
             return f"{task}/{'train' if split == 'train' else 'valid'}_self_original.txt"
         return f"{task}/{split}.txt"
 
     def examples(self, split: str) -> Iterator[Example]:
-        """The example of every own reply in a split's dialogues, in order."""
+        """Yield one example per reply, dialogue by dialogue; see :meth:`TaskDataModule.examples`."""
         ranked = split == "test" or (
             self.rank_validation and (split == "validation" or self.held_out is not None)
         )
-        for sourced in self._dialogues(split, ranked=ranked):
-            said: list[str] = []
-            for number, turn in enumerate(sourced.dialogue.turns, 1):
-                said.append(turn.partner)
+        for located in self._dialogues(split, ranked=ranked):
+            history: list[str] = []
+            for number, turn in enumerate(located.dialogue.turns, 1):
+                history.append(turn.partner)
                 row = {
-                    "persona": sourced.dialogue.persona,
-                    "history": tuple(said),
+                    "persona": located.dialogue.persona,
+                    "history": tuple(history),
                     "candidates": turn.candidates,
-                    "group": sourced.group,
+                    "group": located.group,
                 }
                 try:
-                    yield self.example(row, sourced.task)
+                    yield self.example(row, located.task)
                 except ValueError as error:
-                    raise ConfigError(f"{sourced.where}, turn {number}: {error}") from error
-                said.append(turn.reply)
+                    raise ConfigError(f"{located.place}, turn {number}: {error}") from error
+                history.append(turn.reply)
 
     def example(self, row: dict[str, Any], task: str) -> Example:
-        """One own reply: ``persona``, ``history`` (the partner first and last), ``candidates`` (the reply last), ``group``."""
+        """Build the example of one reply.
+
+        Args:
+            row: ``persona`` (sentences), ``history`` (texts, the partner's first and last), ``candidates``
+                (the correct reply is the last), and ``group``.
+            task: Name of the source.
+
+        Raises:
+            ValueError: The example exceeds ``max_length`` even without earlier turns.
+        """
         if self._prompts is None:
             raise RuntimeError("the data module has no tokenizer yet: call connect(tokenizer) first")
         persona, history, replies = row["persona"], row["history"], row["candidates"]
         shown = history if self.max_history_turns is None else history[-1 - 2 * self.max_history_turns :]
-        prompt, answers = self._prompts.fitting(persona, shown, replies, self.max_length)
+        prompt, answers = self._prompts.render(persona, shown, replies, self.max_length)
         return Example(
             prompt,
             answers,
@@ -130,65 +154,63 @@ class DialogueDataModule(TaskFamily):
             chat=self.template == "chat",
         )
 
-    def leakage(self) -> list[Leakage]:
-        """As for every family; where personas are kept apart, also which dialogues have a persona that is trained on."""
-        found = super().leakage()
+    def overlaps(self) -> list[SplitOverlap]:
+        """Compare the splits as every task does and, with ``split_by: persona``, also their personas."""
+        found = super().overlaps()
         if self.split_by == "persona":
-            trained = [sourced.dialogue.persona for sourced in self._in_table("train")]
+            training = [located.dialogue.persona for located in self._dialogues_in_table("train")]
             for split in ("validation", "test"):
                 try:
-                    dialogues = self._in_table(split)
-                except ConfigError:  # said above
+                    dialogues = self._dialogues_in_table(split)
+                except ConfigError:  # super().overlaps() has reported it
                     continue
                 if dialogues:
-                    found.append(
-                        shared_personas(trained, [sourced.dialogue.persona for sourced in dialogues], split)
-                    )
+                    personas = [located.dialogue.persona for located in dialogues]
+                    found.append(find_persona_overlap(training, personas, split))
         return found
 
-    def _in_table(self, split: str) -> list[_Sourced]:
-        """The dialogues that a split has once rows are held out."""
+    def _dialogues_in_table(self, split: str) -> list[_LocatedDialogue]:
+        """The dialogues of a split after validation examples were taken from training."""
         held_out = self.held_out is not None and split == "validation"
         dialogues = self._dialogues("train" if held_out else split, ranked=False)
         if split not in self.tables:
             return dialogues
         groups = set(self.tables[split]["group"])
-        return [sourced for sourced in dialogues if sourced.group in groups]
+        return [located for located in dialogues if located.group in groups]
 
-    def _dialogues(self, split: str, *, ranked: bool) -> list[_Sourced]:
-        """The dialogues of a split's sources, in order, with all candidates or with the right reply alone."""
+    def _dialogues(self, split: str, *, ranked: bool) -> list[_LocatedDialogue]:
+        """The dialogues of a split's sources, in order, with all candidates or only the correct replies."""
         found = []
-        for source in self.sources[split]:
-            name, part = split_slice(source)
-            dialogues = [dialogue if ranked else _unranked(dialogue) for dialogue in self._read(name, split)]
-            chosen = range(len(dialogues))[part]
-            for dialogue, number in zip(dialogues, self._numbers(dialogues), strict=True):
-                if number in chosen:
-                    where = f"{name}, dialogue {dialogue.number}"
-                    found.append(_Sourced(where, source_name(source), where, dialogue))
-        if self.split_by == "persona":  # over all sources, which may share some
-            numbers = persona_numbers([sourced.dialogue.persona for sourced in found])
-            return [
-                replace(sourced, group=f"persona {number}")
-                for sourced, number in zip(found, numbers, strict=True)
+        for source in map(Source.parse, self.sources[split]):
+            dialogues = [
+                dialogue if ranked else _without_distractors(dialogue)
+                for dialogue in self._read(source.location, split)
             ]
+            selected = range(len(dialogues))[source.rows]
+            for dialogue, number in zip(dialogues, self._slice_numbers(dialogues), strict=True):
+                if number in selected:
+                    place = f"{source.location}, dialogue {dialogue.number}"
+                    found.append(_LocatedDialogue(place, source.name, place, dialogue))
+        if self.split_by == "persona":  # over all sources, because they may share personas
+            ids = persona_ids([located.dialogue.persona for located in found])
+            return [replace(located, group=f"persona {i}") for located, i in zip(found, ids, strict=True)]
         return found
 
-    def _numbers(self, dialogues: list[Dialogue]) -> list[int]:
-        """What a slice of these dialogues counts."""
+    def _slice_numbers(self, dialogues: list[Dialogue]) -> list[int]:
+        """The number that a slice of the source compares, for each dialogue."""
         if self.split_by == "persona":
-            return persona_numbers([dialogue.persona for dialogue in dialogues])
+            return persona_ids([dialogue.persona for dialogue in dialogues])
         return list(range(len(dialogues)))
 
-    def _read(self, name: str, split: str) -> Iterator[Dialogue]:
-        file = self._file(name, split)
+    def _read(self, location: str, split: str) -> Iterator[Dialogue]:
+        file = self._resolve_file(location, split)
         if file is None:
-            return persona_chat_dialogues(hub_rows(name, "train" if split == "train" else "validation"))
+            return parse_persona_chat(read_hub_rows(location, "train" if split == "train" else "validation"))
         if file.endswith(".txt"):
-            return parlai_dialogues(file)
-        return persona_chat_file(file, "train" if split == "train" else "valid")
+            return read_parlai(file)
+        return read_persona_chat(file, "train" if split == "train" else "valid")
 
 
-def _unranked(dialogue: Dialogue) -> Dialogue:
-    """A dialogue with the right reply of each turn as its only candidate: a training set has 2.6 million others."""
+def _without_distractors(dialogue: Dialogue) -> Dialogue:
+    """A dialogue with only the correct replies; the training split of ConvAI2 has 2.6 million distractors."""
     return replace(dialogue, turns=tuple(replace(turn, candidates=(turn.reply,)) for turn in dialogue.turns))

@@ -1,8 +1,10 @@
-"""Word problems whose answer is a number or an option's letter: MetaMathQA, GSM8K and the test sets of LLM-Adapters.
+"""Word problems whose answer is a number or an option letter: MetaMathQA, GSM8K and the test sets of
+LLM-Adapters.
 
-A row's fields tell its schema: ``query, response`` is MetaMathQA's (Yu et al., ICLR 2024, arXiv 2309.12284), ``question,
-answer`` GSM8K's (Cobbe et al., 2021, arXiv 2110.14168), ``instruction, input, output, answer`` that of LLM-Adapters (Hu et
-al., EMNLP 2023, arXiv 2304.01933). The ``output`` of the last is a machine's rationale and often wrong; it is never read.
+The schema of a row is recognized by its fields: ``query, response`` is MetaMathQA (Yu et al., ICLR 2024,
+arXiv 2309.12284), ``question, answer`` is GSM8K (Cobbe et al., 2021, arXiv 2110.14168), and ``instruction,
+input, output, answer`` is LLM-Adapters (Hu et al., EMNLP 2023, arXiv 2304.01933), whose ``output`` is a
+model's rationale, often wrong, and ignored.
 """
 
 import re
@@ -10,115 +12,131 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gatera_lightning.datamodules.answers.numbers import final_answer, number, option_letter, same_number
-from gatera_lightning.datamodules.answers.options import Reading
+from gatera_lightning.datamodules.answers.numbers import (
+    find_final_number,
+    find_option_letter,
+    numbers_equal,
+    parse_number,
+)
+from gatera_lightning.datamodules.answers.options import ParsedAnswer
+from gatera_lightning.datamodules.base import unknown_choice
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
-from gatera_lightning.datamodules.tasks.base import TaskFamily, UnusableRow
+from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
 
 AnswerStyle = Literal["gsm8k", "metamath"]
 
 TASKS = ("gsm8k", "SVAMP", "AddSub", "MultiArith", "SingleEq", "AQuA", "mawps", "arithmetic")
-"""The published sets by their LLM-Adapters folder names, and the embedded sample task."""
+"""The published test sets, named after their folders in LLM-Adapters, and the sample task."""
 
 LETTERS = "ABCDE"
-"""The options of AQuA."""
+"""Option letters of AQuA."""
 
-_MARKS: dict[AnswerStyle, str] = {"gsm8k": "####", "metamath": "The answer is:"}
-_FIELDS = {
-    "query": "response",
-    "question": "answer",
-    "instruction": "answer",
-}  # a schema's question, and where its gold is
+_MARKERS: dict[AnswerStyle, str] = {"gsm8k": "####", "metamath": "The answer is:"}
+_ANSWER_FIELDS = {"query": "response", "question": "answer", "instruction": "answer"}  # by question field
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
-_LAST_MARK = re.compile(r"\s*####[^\n]*\s*\Z")
+_FINAL_GSM8K_LINE = re.compile(r"\s*####[^\n]*\s*\Z")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row, parsed: the question, the solution up to where its final answer is named, and the answer."""
+    """A word problem."""
 
     question: str
+
     solution: str
+    """The worked solution up to the marker of its final answer; empty if there is none."""
+
     answer: str
+    """The final answer as text; empty if there is none."""
 
     def response(self, style: AnswerStyle) -> str:
-        """Solution and answer as one text, ending in ``#### 72`` (gsm8k) or ``The answer is: 72`` (metamath)."""
-        if (
-            style == "metamath"
-        ):  # what MetaMath itself wrote stays as it is, with the #### that some of it has
-            return f"{self.solution}{_MARKS[style]} {self.answer}"
-        return f"{_LAST_MARK.sub('', self.solution).rstrip()}\n{_MARKS[style]} {self.answer}".lstrip()
+        """Return solution and answer, ending in ``#### 72`` (gsm8k) or ``The answer is: 72`` (metamath)."""
+        if style == "metamath":  # keeps the "####" line that some solutions of MetaMathQA contain as well
+            return f"{self.solution}{_MARKERS[style]} {self.answer}"
+        steps = _FINAL_GSM8K_LINE.sub("", self.solution).rstrip()
+        return f"{steps}\n{_MARKERS[style]} {self.answer}".lstrip()
 
 
 def parse_problem(row: dict[str, Any], *, keep_annotations: bool = False) -> Problem:
-    """Split a row of any of the three schemas; the answer may turn out empty, or not be a number.
+    """Parse a row of any of the three schemas.
 
     >>> parse_problem({"question": "What is 48/2?", "answer": "It is <<48/2=24>>24.\\n#### 24"})
     Problem(question='What is 48/2?', solution='It is 24.\\n', answer='24')
 
-    Raises ValueError, saying what was expected, for a row of no such schema.
+    Args:
+        row: A row of a data set.
+        keep_annotations: Whether to keep GSM8K's calculator annotations.
+
+    Returns:
+        The problem. Its answer may be empty, or not a number.
+
+    Raises:
+        ValueError: The row has none of the schemas; the message says what was expected.
     """
-    field = next((field for field in _FIELDS if field in row), None) if isinstance(row, dict) else None
+    field = next((field for field in _ANSWER_FIELDS if field in row), None) if isinstance(row, dict) else None
     if field is None:
-        accepted = "; ".join(f"{asked}, {told}" for asked, told in _FIELDS.items())
-        raise ValueError(f"field 'question' is missing; a row needs one of these pairs of fields: {accepted}")
-    question, text = row[field], row.get(_FIELDS[field])
+        pairs = "; ".join(f"{question}, {answer}" for question, answer in _ANSWER_FIELDS.items())
+        raise ValueError(f"field 'question' is missing; a row needs one of these pairs of fields: {pairs}")
+    question, value = row[field], row.get(_ANSWER_FIELDS[field])
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"field {field!r} is not a text")
+        raise ValueError(f"field {field!r} is empty or not text")
     if row.get("input"):
         raise ValueError(
             f"field 'input' is {row['input']!r:.60}; expected nothing: the question is in {field!r}"
         )
-    text = str(text) if isinstance(text, str | int | float) else ""
-    mark = _MARKS["metamath" if field == "query" else "gsm8k"]
-    solution, found, answer = text.rpartition(mark)
-    if field == "query" and not found:
+    text = str(value) if isinstance(value, str | int | float) else ""
+    solution, marker, answer = text.rpartition(_MARKERS["metamath" if field == "query" else "gsm8k"])
+    if field == "query" and not marker:
         answer = ""
     if field == "question" and not keep_annotations:
         solution = _ANNOTATION.sub("", solution)
     return Problem(question.strip(), solution.lstrip(), answer.strip())
 
 
-class MathDataModule(TaskFamily):
-    """Word problems: trained on worked solutions where there are any, judged by the value of the final answer."""
+class MathDataModule(TaskDataModule):
+    """Word problems, trained on worked solutions where available, and evaluated by their final answer."""
 
     tasks = TASKS
     sample_tasks = ("arithmetic",)
 
-    def __init__(self, *, answer_style: AnswerStyle, keep_annotations: bool = False, **family: Any) -> None:
-        """Word problems of MetaMathQA, GSM8K and LLM-Adapters.
+    def __init__(self, *, answer_style: AnswerStyle, keep_annotations: bool = False, **common: Any) -> None:
+        """Set how a solution is written.
 
         Args:
-            answer_style: How a solution ends that is trained on: gsm8k ("#### 72") or metamath ("The answer is: 72").
-            keep_annotations: Keep GSM8K's calculator annotations (<<48/2=24>>) in the solutions.
-            family: Template, sources and what else every family can be told: see :class:`TaskFamily`.
+            answer_style: How solutions end: gsm8k ("#### 72") or metamath ("The answer is: 72"). The style of
+                the training data leaves its solutions as published, the other one rewrites their end.
+                Generated answers are understood in both styles.
+            keep_annotations: Keep GSM8K's calculator annotations (<<48/2=24>>). They cost tokens, and nothing
+                here runs a calculator.
+            common: Settings of :class:`TaskDataModule`.
         """
-        super().__init__(**family)
+        super().__init__(**common)
         self.answer_style = answer_style
         self.keep_annotations = keep_annotations
 
     def problems(self, stage: str) -> list[str]:
-        """Everything about these settings that cannot work, missing files included; reads no rows."""
+        """Return everything that is wrong with the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.answer_style not in get_args(AnswerStyle):
-            accepted = ", ".join(get_args(AnswerStyle))
-            found.append(f"data.answer_style: {self.answer_style!r} is unknown; accepted: {accepted}")
+            found.append(unknown_choice("answer_style", self.answer_style, get_args(AnswerStyle)))
         if self.rank_validation:
             found.append(
-                "data.rank_validation: true, and a math row has one candidate, which always ranks first; accepted: false"
+                "data.rank_validation: true, but a word problem has a single candidate, "
+                "which always ranks first; accepted: false"
             )
         return found
 
     def example(self, row: dict[str, Any], task: str) -> Example:
-        """Prompt and solution of a row; its one label is the gold. Raises UnusableRow without a gold to judge by.
+        """Build the prompt and the solution of a row; see :meth:`TaskDataModule.example`.
 
-        A MetaMath solution that ends in an expression (``x + 1``) can be trained on all the same.
+        A solution of MetaMathQA that ends in an expression (``x + 1``) is used for training only.
         """
         problem = parse_problem(row, keep_annotations=self.keep_annotations)
-        value = number(problem.answer)
-        if value is not None and not problem.solution:  # "8.0" is how the sets of LLM-Adapters print 8
-            problem = Problem(problem.question, "", str(value) if value.denominator == 1 else problem.answer)
+        value = parse_number(problem.answer)
+        if value is not None and not problem.solution:  # LLM-Adapters writes 8 as "8.0"
+            answer = str(value) if value.denominator == 1 else problem.answer
+            problem = Problem(problem.question, "", answer)
         prompt, texts = render(
             self.template, problem.question, [problem.response(self.answer_style)], self.tokenizer
         )
@@ -132,25 +150,37 @@ class MathDataModule(TaskFamily):
             chat=self.template == "chat",
         )
         if value is None and not _is_letter(problem.answer):
-            field = next(told for asked, told in _FIELDS.items() if asked in row)
-            reason = f"field {field!r}: expected a number or a letter of {LETTERS} at its end, found {problem.answer!r:.60}"
-            raise UnusableRow(reason, trains=example if "query" in row and problem.answer else None)
+            field = next(answer for question, answer in _ANSWER_FIELDS.items() if question in row)
+            raise UnusableRow(
+                f"field {field!r}: expected it to end in a number or a letter of {LETTERS}, "
+                f"found {problem.answer!r:.60}",
+                training_example=example if "query" in row and problem.answer else None,
+            )
         return example
 
-    def read_answer(self, text: str, labels: Sequence[str]) -> Reading:
-        """The final answer of a generated solution, and 0 where it is the gold (``labels[0]``), by value or by letter.
+    def parse_answer(self, text: str, labels: Sequence[str]) -> ParsedAnswer:
+        """Parse the final answer of a generated solution, and compare it with the correct one by value, or by
+        letter.
 
-        Raises ValueError for a gold that is neither a number nor a letter.
+        Args:
+            text: Generated text.
+            labels: The correct answer, alone.
+
+        Returns:
+            The answer as it is written; its choice is 0 if it is correct, otherwise None.
+
+        Raises:
+            ValueError: The label is neither a number nor a letter.
         """
-        gold = number(labels[0])
+        gold = parse_number(labels[0])
         if gold is None:
             if not _is_letter(labels[0]):
                 raise ValueError(f"label {labels[0]!r}: expected a number or a letter of {LETTERS}")
-            letter = option_letter(text, LETTERS)
-            return Reading(letter, 0 if letter == labels[0] else None)
-        answer = final_answer(text)
-        value = None if answer is None else number(answer)
-        return Reading(answer, 0 if value is not None and same_number(value, gold) else None)
+            letter = find_option_letter(text, LETTERS)
+            return ParsedAnswer(letter, 0 if letter == labels[0] else None)
+        answer = find_final_number(text)
+        value = None if answer is None else parse_number(answer)
+        return ParsedAnswer(answer, 0 if value is not None and numbers_equal(value, gold) else None)
 
 
 def _is_letter(answer: str) -> bool:

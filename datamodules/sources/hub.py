@@ -1,0 +1,36 @@
+"""Read rows of data sets on the Hugging Face hub."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from gatera_lightning.datamodules.sources.spec import HubDataset
+from gatera_lightning.errors import ConfigError
+
+
+def read_hub_rows(location: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a hub data set.
+
+    Args:
+        location: ``owner/name``, optionally with ``:configuration`` and ``@split``.
+        split: The data module's split, which is loaded unless ``location`` names another one.
+
+    Yields:
+        Where the row is, for error messages (``owner/name[split], row N``, from 1), and the row.
+
+    Raises:
+        ConfigError: The data set cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    dataset = HubDataset.parse(location)
+    hub_split = dataset.split or split
+    try:
+        rows = load_dataset(dataset.id, dataset.configuration, split=hub_split)
+    except Exception as error:  # the client raises a dozen unrelated types
+        raise ConfigError(
+            f"data.{split}: cannot fetch {location!r} from the hub ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Write owner/name:configuration to choose a configuration and "
+            "owner/name@split to choose another split. Without network access, use local files."
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{dataset.id}[{hub_split}], row {number}", row
