@@ -1,1 +1,1 @@
-"""How good is it: scoring of answers, and the numbers that say how sure one may be."""
+"""Evaluation: score answers, store predictions, and compare runs with confidence intervals and paired tests."""

@@ -1,7 +1,7 @@
-"""Recorded runs side by side: each one's accuracies, and the first one against every other on the rows both have."""
+"""Compare recorded runs: the figures of each run, and paired differences of the first run from every other one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,39 +15,58 @@ from gatera_lightning.evaluation.paired_tests import (
     macro_difference,
     pooled_difference,
 )
-from gatera_lightning.evaluation.recorded_run import MEASURES, RecordedRun, Row, labels, named
+from gatera_lightning.evaluation.recorded_example import MEASURES, RecordedExample
+from gatera_lightning.evaluation.recorded_run import RecordedRun, joined_kinds
+from gatera_lightning.evaluation.run_labels import run_labels
 from gatera_lightning.evaluation.text_metrics import corpus_metrics
 
-Pairs = Sequence[tuple[Row, Row]]
+Pairs = Sequence[tuple[RecordedExample, RecordedExample]]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run on all of its own rows; accuracies by measure and task."""
+    """Figures of one run, over all of its own examples.
+
+    Attributes:
+        label: Name of the run, distinct in the comparison.
+        path: Its predictions file.
+        examples: Number of examples.
+        accuracies: Measure -> task -> accuracy.
+        gold_nll: Negative log-likelihood of all correct answers together, in nats; None without likelihoods.
+        gold_tokens: Number of tokens of all correct answers together; None without likelihoods.
+        text_metrics: Metrics of generated texts against their references; empty where texts are right or wrong.
+    """
 
     label: str
     path: str
-    rows: int
+    examples: int
     accuracies: dict[str, dict[str, Proportion]]
-    nats: float | None
-    """Of the right answers together; None without likelihoods."""
-    tokens: int | None
-    texts: dict[str, float]
-    """Metrics of the generated texts against their references; empty where texts are judged right or wrong."""
+    gold_nll: float | None
+    gold_tokens: int | None
+    text_metrics: dict[str, float]
 
     @property
     def loss(self) -> float | None:
-        """Nats per token of the right answers, pooled over all their tokens."""
-        return None if self.nats is None or self.tokens is None else self.nats / max(1, self.tokens)
+        """Cross-entropy loss of the correct answers in nats per token; None without likelihoods."""
+        if self.gold_nll is None or self.gold_tokens is None:
+            return None
+        return self.gold_nll / max(1, self.gold_tokens)
 
     def average(self, measure: str, tasks: Sequence[str]) -> Average:
-        """Mean over ``tasks`` of the measure's accuracies."""
+        """Unweighted mean of the accuracies of some tasks."""
         return Average(tuple(self.accuracies[measure][task] for task in tasks))
 
 
 @dataclass(frozen=True)
 class AccuracyDifference:
-    """Of one measure; of one task, or of the average over tasks, which has no ``outcomes`` of its own."""
+    """Difference of two runs in the accuracy of a task, or in the average over tasks.
+
+    Attributes:
+        measure: How answers are chosen.
+        task: The task; None for the average.
+        outcomes: Which run is correct how often; None for the average.
+        difference: Other run minus baseline.
+    """
 
     measure: str
     task: str | None
@@ -57,163 +76,220 @@ class AccuracyDifference:
 
 @dataclass(frozen=True)
 class PairResult:
-    """A run against the baseline on their common rows."""
+    """A run compared with the baseline, on the examples that both have.
+
+    Attributes:
+        baseline: Label of the baseline.
+        label: Label of the other run.
+        common: Number of examples that both runs have.
+        unpaired: Number of examples that only the baseline has, and that only the other run has.
+        different_settings: Evaluation settings that differ -> (baseline's, other run's); None where a run does not
+            record them.
+        accuracies: Differences by measure and task.
+        loss: Difference of the loss in nats per token; None without likelihoods in both runs, or where
+            ``retokenized`` is not 0.
+        text_metrics: Differences of the means of text metrics that both runs have.
+        retokenized: Number of common examples whose correct answer has another number of tokens in the other run.
+            Losses per token cannot be compared then.
+    """
 
     baseline: str
     label: str
     common: int
-    alone: tuple[int, int]
-    """Rows that only the baseline, only the other run has."""
-    settings: dict[str, tuple[str, str]] | None
-    """What differs in how the two were evaluated, method aside; None where that is not recorded of both."""
+    unpaired: tuple[int, int]
+    different_settings: dict[str, tuple[str, str]] | None
     accuracies: tuple[AccuracyDifference, ...]
     loss: Difference | None
-    """Of pooled nats per token; None if a run has no likelihoods or ``retokenized`` is not 0."""
-    texts: dict[str, Difference]
-    """Of the mean of each metric of text that both runs have."""
+    text_metrics: dict[str, Difference]
     retokenized: int
-    """Common rows whose right answer is another number of tokens in the other run: nats per token do not compare then."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs, the first being the baseline, and the pairs."""
+    """Several runs and their differences from the first one, the baseline.
+
+    Attributes:
+        runs: Figures of every run, the baseline first.
+        pairs: Every other run compared with the baseline.
+    """
 
     runs: tuple[RunResult, ...]
     pairs: tuple[PairResult, ...]
 
     def shared_tasks(self, measure: str) -> list[str]:
-        """Tasks that all runs with the measure have, over which their averages are comparable."""
-        of_runs = [set(run.accuracies[measure]) for run in self.runs if measure in run.accuracies]
-        return sorted(set.intersection(*of_runs)) if of_runs else []
+        """Tasks of all runs that have the measure; averages over them can be compared."""
+        tasks = [set(run.accuracies[measure]) for run in self.runs if measure in run.accuracies]
+        return sorted(set.intersection(*tasks)) if tasks else []
 
 
 def compare_runs(runs: Sequence[RecordedRun], *, seed: int = 0) -> Comparison:
-    """Compare the first run with each other one; ``seed`` is the resampling's, afresh for every statistic.
+    """Compare the first run with every other one.
 
-    ConfigError for fewer than two runs, one given twice, no common rows or measures, and golds that differ.
+    Args:
+        runs: The baseline and at least one other run.
+        seed: Seed of the bootstrap; every statistic starts from it again, so none depends on the others.
+
+    Raises:
+        ConfigError: There are fewer than two runs, a run is given twice, two runs have no examples or measures in
+            common, or they disagree about the correct answer or the reference of a question.
     """
     if len(runs) < 2:
         raise ConfigError(f"compare: got {len(runs)} run; expected a baseline and at least one other")
     paths = [run.path.resolve() for run in runs]
-    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
-        raise ConfigError([f"{path}: was given twice; expected different runs" for path in twice])
-    names = labels(runs)
-    return Comparison(
-        tuple(_result(run, name) for run, name in zip(runs, names, strict=True)),
-        tuple(
-            _pair(runs[0], run, names[0], name, seed) for run, name in zip(runs[1:], names[1:], strict=True)
-        ),
-    )
+    if repeated := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise ConfigError([f"{path}: was given twice; expected different runs" for path in repeated])
+    labels = run_labels(runs)
+    results = tuple(_summarize(run, label) for run, label in zip(runs, labels, strict=True))
+    others = zip(runs[1:], labels[1:], strict=True)
+    return Comparison(results, tuple(_compare(runs[0], run, labels[0], label, seed) for run, label in others))
 
 
-def common_rows(first: RecordedRun, second: RecordedRun) -> Pairs:
-    """Rows of the same question: equal task, key, and occurrence of the key in its task.
+def common_examples(first: RecordedRun, second: RecordedRun) -> Pairs:
+    """Pair the examples that ask the same question: equal task, key, and occurrence of the key in the task.
 
-    ConfigError if their golds or references differ.
+    Raises:
+        ConfigError: The correct answers or the references of a question differ.
     """
-    pairs = [(row, second.by_question[q]) for q, row in first.by_question.items() if q in second.by_question]
+    second_by_question = second.by_question
+    pairs = [
+        (example, second_by_question[question])
+        for question, example in first.by_question.items()
+        if question in second_by_question
+    ]
     for a, b in pairs:
+        same_question = f"as for the same question in {first.path}, line {a.line} (task {a.task!r}, key {a.key!r})"
         if a.gold != b.gold:
             raise ConfigError(
-                f"{second.path}, line {b.line}: gold is {b.gold}; expected {a.gold} as for the same question in "
-                f"{first.path}, line {a.line} (task {a.task!r}, key {a.key!r})"
+                f"{second.path}, line {b.line}: gold is {b.gold}; expected {a.gold} {same_question}"
             )
         if a.text and b.text and a.text[1] != b.text[1]:
             raise ConfigError(
-                f"{second.path}, line {b.line}: its reference is {b.text[1]!r:.60}; expected {a.text[1]!r:.60} as for the same "
-                f"question in {first.path}, line {a.line} (task {a.task!r}, key {a.key!r})"
+                f"{second.path}, line {b.line}: its reference is {b.text[1]!r:.60}; "
+                f"expected {a.text[1]!r:.60} {same_question}"
             )
     return pairs
 
 
-def _result(run: RecordedRun, label: str) -> RunResult:
+def _summarize(run: RecordedRun, label: str) -> RunResult:
     accuracies: dict[str, dict[str, Proportion]] = {measure: {} for measure in run.measures}
-    for task, of_task in groupby(run.rows, key=lambda row: row.task):  # rows are sorted by task
-        rows = list(of_task)
+    for task, of_task in groupby(run.examples, key=lambda found: found.task):  # examples are sorted by task
+        examples = list(of_task)
         for measure in run.measures:
-            if judged := [row.right(measure) for row in rows if measure in row.choices]:
+            if judged := [found.is_correct(measure) for found in examples if measure in found.choices]:
                 accuracies[measure][task] = Proportion(sum(judged), len(judged))
-    scored = [(row.nats, row.tokens) for row in run.rows if row.nats is not None and row.tokens is not None]
+    scored = [
+        (found.gold_nll, found.gold_tokens)
+        for found in run.examples
+        if found.gold_nll is not None and found.gold_tokens is not None
+    ]
     return RunResult(
         label,
         str(run.path),
-        len(run.rows),
+        len(run.examples),
         accuracies,
-        math.fsum(nats for nats, _ in scored) if scored else None,
+        math.fsum(nll for nll, _ in scored) if scored else None,
         sum(tokens for _, tokens in scored) if scored else None,
-        {metric: math.fsum(row.scores[metric] for row in run.rows) / len(run.rows) for metric in run.metrics}
-        | _corpus(run),
+        _mean_text_metrics(run) | _corpus_metrics(run),
     )
 
 
-def _corpus(run: RecordedRun) -> dict[str, float]:
-    texts = [row.text for row in run.rows if row.text is not None]
+def _mean_text_metrics(run: RecordedRun) -> dict[str, float]:
+    return {
+        metric: math.fsum(found.scores[metric] for found in run.examples) / len(run.examples)
+        for metric in run.text_metrics
+    }
+
+
+def _corpus_metrics(run: RecordedRun) -> dict[str, float]:
+    texts = [found.text for found in run.examples if found.text is not None]
     return corpus_metrics(*zip(*texts, strict=True))[0] if texts else {}
 
 
-def _pair(
+def _compare(
     first: RecordedRun, second: RecordedRun, first_label: str, second_label: str, seed: int
 ) -> PairResult:
-    pairs = common_rows(first, second)
+    pairs = common_examples(first, second)
     if not pairs:
         raise ConfigError(
-            f"{second.path}: no row has task and key of a row in {first.path}; expected common questions"
+            f"{second.path}: no example has the task and the key of an example in {first.path}; "
+            "expected common questions"
         )
     if not set(first.kinds) & set(second.kinds):
         raise ConfigError(
-            f"{second.path}: has {named(second.kinds)}, {first.path} has {named(first.kinds)}; "
+            f"{second.path}: has {joined_kinds(second.kinds)}, {first.path} has {joined_kinds(first.kinds)}; "
             "expected a measure that both have"
         )
-    by_task = {task: list(rows) for task, rows in groupby(pairs, key=lambda pair: pair[0].task)}
-    accuracies = []
-    for measure in MEASURES:
-        outcomes = {}
-        for task, rows in by_task.items():
-            if judged := [(a, b) for a, b in rows if measure in a.choices and measure in b.choices]:
-                outcomes[task] = PairedOutcomes.of(
-                    [a.right(measure) for a, _ in judged], [b.right(measure) for _, b in judged]
-                )
-        accuracies += [
-            AccuracyDifference(measure, task, table, table.difference) for task, table in outcomes.items()
-        ]
-        if len(outcomes) > 1:  # the average of one task is that task: a second p for it would only confuse
-            macro = macro_difference(list(outcomes.values()), np.random.default_rng(seed))
-            accuracies.append(AccuracyDifference(measure, None, None, macro))
-    loss, retokenized = _loss(pairs, seed)
-    common = (accuracies, first.metrics and second.metrics, loss, retokenized)
-    if not any(common):
+    accuracies = _accuracy_differences(pairs, seed)
+    loss, retokenized = _loss_difference(pairs, seed)
+    metrics = [metric for metric in first.text_metrics if metric in second.text_metrics]
+    if not (accuracies or (first.text_metrics and second.text_metrics) or loss or retokenized):
         raise ConfigError(
-            f"{second.path}: its texts are judged otherwise than those of {first.path}; expected a measure that both have"
+            f"{second.path}: its texts are evaluated by other measures than those of {first.path}; "
+            "expected a measure that both have"
         )
-    texts = {metric: _text(pairs, metric, seed) for metric in first.metrics if metric in second.metrics}
-    alone = (len(first.rows) - len(pairs), len(second.rows) - len(pairs))
-    settings = _settings_that_differ(first, second)
     return PairResult(
-        first_label, second_label, len(pairs), alone, settings, tuple(accuracies), loss, texts, retokenized
+        baseline=first_label,
+        label=second_label,
+        common=len(pairs),
+        unpaired=(len(first.examples) - len(pairs), len(second.examples) - len(pairs)),
+        different_settings=_different_settings(first, second),
+        accuracies=accuracies,
+        loss=loss,
+        text_metrics={metric: _text_difference(pairs, metric, seed) for metric in metrics},
+        retokenized=retokenized,
     )
 
 
-def _settings_that_differ(first: RecordedRun, second: RecordedRun) -> dict[str, tuple[str, str]] | None:
+def _accuracy_differences(pairs: Pairs, seed: int) -> tuple[AccuracyDifference, ...]:
+    """Differences by measure, each task in turn and then the average over tasks."""
+    by_task = {task: list(of_task) for task, of_task in groupby(pairs, key=lambda pair: pair[0].task)}
+    differences = []
+    for measure in MEASURES:
+        outcomes = {}
+        for task, of_task in by_task.items():
+            if judged := [(a, b) for a, b in of_task if measure in a.choices and measure in b.choices]:
+                outcomes[task] = PairedOutcomes.of(
+                    [a.is_correct(measure) for a, _ in judged], [b.is_correct(measure) for _, b in judged]
+                )
+        differences += [
+            AccuracyDifference(measure, task, table, table.difference) for task, table in outcomes.items()
+        ]
+        if len(outcomes) > 1:  # the average of one task is that task, and would only add a second p-value
+            macro = macro_difference(list(outcomes.values()), np.random.default_rng(seed))
+            differences.append(AccuracyDifference(measure, None, None, macro))
+    return tuple(differences)
+
+
+def _loss_difference(pairs: Pairs, seed: int) -> tuple[Difference | None, int]:
+    """Difference of the loss per token, and the number of answers whose tokens differ; None if not comparable."""
+    if any(found.gold_nll is None for pair in pairs for found in pair):
+        return None, 0
+    tokens = [(a.gold_tokens, b.gold_tokens) for a, b in pairs]
+    retokenized = sum(one != other for one, other in tokens)
+    if retokenized or not any(one for one, _ in tokens):
+        return None, retokenized
+    counts = np.array([one for one, _ in tokens], dtype=np.int64)
+    return _pooled_difference(pairs, lambda found: found.gold_nll, counts, seed), 0
+
+
+def _text_difference(pairs: Pairs, metric: str, seed: int) -> Difference:
+    return _pooled_difference(pairs, lambda found: found.scores[metric], np.ones(len(pairs), dtype=np.int64), seed)
+
+
+def _pooled_difference(
+    pairs: Pairs,
+    value: Callable[[RecordedExample], float | None],
+    weights: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    seed: int,
+) -> Difference:
+    first = np.array([value(a) for a, _ in pairs], dtype=np.float64)
+    second = np.array([value(b) for _, b in pairs], dtype=np.float64)
+    return pooled_difference(first, second, weights, np.random.default_rng(seed))
+
+
+def _different_settings(first: RecordedRun, second: RecordedRun) -> dict[str, tuple[str, str]] | None:
     if not first.settings or not second.settings:
         return None
     names = sorted({*first.settings, *second.settings})
     both = {name: (first.settings.get(name, "null"), second.settings.get(name, "null")) for name in names}
     return {name: (one, other) for name, (one, other) in both.items() if one != other}
-
-
-def _loss(pairs: Pairs, seed: int) -> tuple[Difference | None, int]:
-    if any(row.nats is None for pair in pairs for row in pair):
-        return None, 0
-    tokens = [(a.tokens, b.tokens) for a, b in pairs]
-    retokenized = sum(one != other for one, other in tokens)
-    if retokenized or not any(one for one, _ in tokens):
-        return None, retokenized
-    first, second = (np.array([pair[i].nats for pair in pairs], dtype=np.float64) for i in (0, 1))
-    counts = np.array([one for one, _ in tokens], dtype=np.int64)
-    return pooled_difference(first, second, counts, np.random.default_rng(seed)), 0
-
-
-def _text(pairs: Pairs, metric: str, seed: int) -> Difference:
-    first, second = (np.array([pair[i].scores[metric] for pair in pairs], dtype=np.float64) for i in (0, 1))
-    return pooled_difference(first, second, np.ones(len(pairs), dtype=np.int64), np.random.default_rng(seed))

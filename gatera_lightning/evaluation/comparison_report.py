@@ -1,4 +1,4 @@
-"""A comparison of runs as Markdown for people and as JSON for programs."""
+"""Reports of a comparison: Markdown for people and JSON for programs."""
 
 import json
 import math
@@ -7,196 +7,110 @@ from dataclasses import asdict
 from typing import Any
 
 from gatera_lightning.evaluation.comparison import Comparison, PairResult, RunResult
-from gatera_lightning.evaluation.paired_tests import MIN_BOOTSTRAP_ROWS, RESAMPLES, Difference
-from gatera_lightning.evaluation.recorded_run import MEASURES
-from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, ROW_METRICS
+from gatera_lightning.evaluation.paired_tests import MIN_BOOTSTRAP_EXAMPLES, RESAMPLES, Difference
+from gatera_lightning.evaluation.recorded_example import MEASURES
+from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, EXAMPLE_METRICS
 
-_CAVEATS = (
-    "Brackets are 95 % intervals over the questions. Difference: run minus baseline on their common rows. b / c: questions "
-    "that only the baseline / only the run answers right.",
-    "p: McNemar's mid-p for one task, interval by Newcombe's method 10; for the average over tasks, the nats and the means of "
-    f"metrics of text a paired bootstrap of {RESAMPLES:,} resamples (none below {MIN_BOOTSTRAP_ROWS} rows). The verdict is p's "
-    "at the 5 % level.",
-    "p-values are not corrected for the number of comparisons: of 20 between equal runs, one is expected below 0.05.",
-    "One run per method says nothing about seeds: training again may move a method by more than these intervals, which are "
-    "about the questions alone.",
+_NOTES = (
+    "Brackets are 95 % intervals over the questions. Differences are run minus baseline on the examples that both have. "
+    "b / c: questions that only the baseline / only the run answers correctly.",
+    "p-values: the mid-p form of McNemar's test for one task, with an interval by Newcombe's method 10; for the average "
+    f"over tasks, the loss and the means of text metrics, a paired bootstrap of {RESAMPLES:,} resamples (none with fewer "
+    f"than {MIN_BOOTSTRAP_EXAMPLES} examples). Verdicts are at the 5 % level.",
+    "p-values are not corrected for the number of comparisons: of 20 comparisons between equal runs, one is expected "
+    "below 0.05.",
+    "One run per method says nothing about seeds: another seed may change a method by more than these intervals, which "
+    "cover the choice of questions alone.",
 )
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """Accuracies by task and run, differences from the baseline by pair, nats per token, and what the numbers do not say."""
+    """Format a comparison as Markdown: accuracies, differences, losses, text metrics, and notes on reading them."""
+    baseline = comparison.runs[0]
     blocks = [
-        f"# {len(comparison.runs)} runs, compared with {_cell(comparison.runs[0].label)}",
-        "\n".join(f"- {_cell(run.label)}: {run.rows} rows, `{run.path}`" for run in comparison.runs),
+        f"# Comparison of {len(comparison.runs)} runs with the baseline {_cell(baseline.label)}",
+        "\n".join(f"- {_cell(run.label)}: {run.examples} examples, `{run.path}`" for run in comparison.runs),
     ]
     if any(run.accuracies for run in comparison.runs):
         blocks += ["## Accuracy", _accuracy_table(comparison)]
     for pair in comparison.pairs:
-        blocks += [f"## {_cell(pair.label)} minus {_cell(pair.baseline)}"]
-        blocks += [_difference_table(pair)] if pair.accuracies else []
-        blocks += [
-            f"{pair.common} rows are common; {_cell(pair.baseline)} has {pair.alone[0]} more, "
-            f"{_cell(pair.label)} {pair.alone[1]} more.",
-            *_evaluated_otherwise(pair),
-        ]
+        blocks.append(f"## {_cell(pair.label)} minus {_cell(pair.baseline)}")
+        if pair.accuracies:
+            blocks.append(_difference_table(pair))
+        blocks.append(
+            f"{pair.common} examples in common; {pair.unpaired[0]} more only in {_cell(pair.baseline)}, "
+            f"{pair.unpaired[1]} more only in {_cell(pair.label)}."
+        )
+        blocks += _settings_paragraphs(pair)
     if any(run.loss is not None for run in comparison.runs):
-        blocks += ["## Nats per token of the right answers", _loss_table(comparison)]
+        blocks += ["## Cross-entropy loss of the correct answers (nats per token)", _loss_table(comparison)]
         blocks += [
-            f"{_cell(pair.label)}: {pair.retokenized} of {pair.common} common right answers have another number of tokens than "
-            f"in {_cell(pair.baseline)}; nats per token do not compare across tokenizers."
+            f"{_cell(pair.label)}: {pair.retokenized} of {pair.common} common correct answers have another number of "
+            f"tokens than in {_cell(pair.baseline)}; losses per token cannot be compared between tokenizers."
             for pair in comparison.pairs
             if pair.retokenized
         ]
-    if any(run.texts for run in comparison.runs):
-        blocks += ["## Generated texts against their references", _text_table(comparison)]
-    return "\n\n".join([*blocks, "\n".join(f"- {caveat}" for caveat in _CAVEATS)]) + "\n"
+    if any(run.text_metrics for run in comparison.runs):
+        blocks += ["## Generated texts compared with their references", _text_table(comparison)]
+    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in _NOTES)]) + "\n"
 
 
 def as_json(comparison: Comparison) -> str:
-    """All numbers of the Markdown, unrounded, and the counts behind them; null where there is none."""
-    runs = [
-        {
-            "label": run.label,
-            "path": run.path,
-            "rows": run.rows,
-            "accuracy": {
-                measure: {
-                    "tasks": {
-                        task: {**asdict(p), "value": p.value, "interval": p.interval}
-                        for task, p in tasks.items()
-                    },
-                    "average": _average_fields(run, measure, shared) if len(shared) > 1 else None,
-                }
-                for measure, tasks in run.accuracies.items()
-                for shared in [comparison.shared_tasks(measure)]
+    """Format a comparison as JSON: unrounded figures and the counts behind them; null where there is none."""
+    content = {
+        "runs": [_run_fields(comparison, run) for run in comparison.runs],
+        "pairs": [_pair_fields(pair) for pair in comparison.pairs],
+        "notes": _NOTES,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _run_fields(comparison: Comparison, run: RunResult) -> dict[str, Any]:
+    accuracies = {}
+    for measure, tasks in run.accuracies.items():
+        shared = comparison.shared_tasks(measure)
+        accuracies[measure] = {
+            "tasks": {
+                task: {**asdict(found), "value": found.value, "interval": found.interval}
+                for task, found in tasks.items()
             },
-            "tokens": run.tokens,
-            "nats_per_token": run.loss,
-            "text": run.texts,
+            "average": _average_fields(run, measure, shared) if len(shared) > 1 else None,
         }
-        for run in comparison.runs
-    ]
-    pairs = [
-        {
-            "baseline": pair.baseline,
-            "label": pair.label,
-            "common": pair.common,
-            "only_baseline": pair.alone[0],
-            "only_run": pair.alone[1],
-            "evaluated_otherwise": pair.settings,
-            "accuracy": [
-                {
-                    "measure": row.measure,
-                    "task": row.task,
-                    "outcomes": row.outcomes and asdict(row.outcomes),
-                    **_difference_fields(row.difference, higher_is_better=True),
-                }
-                for row in pair.accuracies
-            ],
-            "nats_per_token": pair.loss and _difference_fields(pair.loss, higher_is_better=False),
-            "retokenized": pair.retokenized,
-            "text": {
-                metric: _difference_fields(found, higher_is_better=True)
-                for metric, found in pair.texts.items()
-            },
-        }
-        for pair in comparison.pairs
-    ]
-    return (
-        json.dumps(
-            {"runs": runs, "pairs": pairs, "notes": _CAVEATS}, indent=2, ensure_ascii=False, allow_nan=False
-        )
-        + "\n"
-    )
+    return {
+        "label": run.label,
+        "path": run.path,
+        "rows": run.examples,
+        "accuracy": accuracies,
+        "tokens": run.gold_tokens,
+        "nats_per_token": run.loss,
+        "text": run.text_metrics,
+    }
 
 
-def _accuracy_table(comparison: Comparison) -> str:
-    rows = []
-    for measure in MEASURES:
-        having = [run for run in comparison.runs if measure in run.accuracies]
-        tasks = sorted({task for run in having for task in run.accuracies[measure]})
-        for task in tasks:
-            shares = [run.accuracies.get(measure, {}).get(task) for run in comparison.runs]
-            ns = [share.n for share in shares if share is not None]
-            n = (
-                str(ns[0])
-                if len(set(ns)) == 1
-                else " / ".join("–" if share is None else str(share.n) for share in shares)
-            )
-            rows.append([measure, task, n, *("–" if share is None else str(share) for share in shares)])
-        if len(shared := comparison.shared_tasks(measure)) > 1:
-            averages = [
-                str(run.average(measure, shared)) if run in having else "–" for run in comparison.runs
-            ]
-            which = f"the {len(shared)} shared tasks" if len(shared) < len(tasks) else f"{len(shared)} tasks"
-            rows.append([measure, f"average of {which}", "", *averages])
-    return _table(["measure", "task", "n", *(run.label for run in comparison.runs)], rows)
-
-
-def _difference_table(pair: PairResult) -> str:
-    tasks = len({row.task for row in pair.accuracies} - {None})
-    rows = []
-    for row in pair.accuracies:
-        table = row.outcomes
-        task = f"average of {tasks} tasks" if row.task is None else row.task
-        counts = f"{table.only_first} / {table.only_second}" if table else ""
-        rows.append([row.measure, task, *_difference_cells(row.difference, counts, higher_is_better=True)])
-    return _table(["measure", "task", "difference", "b / c", "p", "verdict"], rows)
-
-
-def _evaluated_otherwise(pair: PairResult) -> list[str]:
-    """A paragraph where the two may differ by more than their methods."""
-    if pair.settings is None:
-        return [
-            "How they were evaluated was not compared: evaluation.json is not beside the predictions of both."
-        ]
-    if not pair.settings:
-        return []
-    told = [
-        f"{name} {_cell(one)[:20]} against {_cell(other)[:20]}"
-        for name, (one, other) in pair.settings.items()
-    ]
-    return [
-        f"**Evaluated otherwise**, so that the differences are not the methods' alone: {'; '.join(told)}."
-    ]
-
-
-def _loss_table(comparison: Comparison) -> str:
-    rows = []
-    for run, pair in zip(comparison.runs, (None, *comparison.pairs), strict=True):
-        cells = ["", "", "baseline"] if pair is None else ["–", "–", "not comparable"]
-        if pair is not None and pair.loss is not None:
-            difference, _, *rest = _difference_cells(pair.loss, "", higher_is_better=False)
-            cells = [difference, *rest]
-        rows.append(
-            [run.label, "–" if run.tokens is None else str(run.tokens), _number(run.loss, "{:.4f}"), *cells]
-        )
-    return _table(["run", "tokens", "nats per token", "difference on common rows", "p", "verdict"], rows)
-
-
-def _text_table(comparison: Comparison) -> str:
-    rows = []
-    for metric, label in (ROW_METRICS | CORPUS_METRICS).items():
-        for run, pair in zip(comparison.runs, (None, *comparison.pairs), strict=True):
-            if metric in run.texts:
-                cells = ["", "", "baseline" if pair is None else "not tested"]
-                if pair is not None and metric in pair.texts:
-                    difference, _, *rest = _difference_cells(pair.texts[metric], "", higher_is_better=True)
-                    cells = [difference, *rest]
-                rows.append([label, run.label, f"{run.texts[metric]:.3f}", *cells])
-    return _table(["metric", "run", "value", "difference on common rows", "p", "verdict"], rows)
-
-
-def _difference_cells(difference: Difference, counts: str, *, higher_is_better: bool) -> list[str]:
-    digits = 3 if higher_is_better else 4
-    low, high = (_number(end, f"{{:+.{digits}f}}") for end in (difference.low, difference.high))
-    p = _number(difference.p, "{:.4f}")
-    return [
-        f"{_number(difference.value, f'{{:+.{digits}f}}')} [{low}, {high}]",
-        counts,
-        "<0.0001" if p == "0.0000" else p,
-        difference.verdict(higher_is_better=higher_is_better),
-    ]
+def _pair_fields(pair: PairResult) -> dict[str, Any]:
+    return {
+        "baseline": pair.baseline,
+        "label": pair.label,
+        "common": pair.common,
+        "only_baseline": pair.unpaired[0],
+        "only_run": pair.unpaired[1],
+        "evaluated_otherwise": pair.different_settings,
+        "accuracy": [
+            {
+                "measure": found.measure,
+                "task": found.task,
+                "outcomes": found.outcomes and asdict(found.outcomes),
+                **_difference_fields(found.difference, higher_is_better=True),
+            }
+            for found in pair.accuracies
+        ],
+        "nats_per_token": pair.loss and _difference_fields(pair.loss, higher_is_better=False),
+        "retokenized": pair.retokenized,
+        "text": {
+            metric: _difference_fields(found, higher_is_better=True)
+            for metric, found in pair.text_metrics.items()
+        },
+    }
 
 
 def _average_fields(run: RunResult, measure: str, tasks: Sequence[str]) -> dict[str, Any]:
@@ -209,16 +123,108 @@ def _difference_fields(difference: Difference, *, higher_is_better: bool) -> dic
     return {**numbers, "verdict": difference.verdict(higher_is_better=higher_is_better)}
 
 
+def _accuracy_table(comparison: Comparison) -> str:
+    rows = []
+    for measure in MEASURES:
+        having = [run for run in comparison.runs if measure in run.accuracies]
+        tasks = sorted({task for run in having for task in run.accuracies[measure]})
+        for task in tasks:
+            found = [run.accuracies.get(measure, {}).get(task) for run in comparison.runs]
+            counts = ["–" if accuracy is None else str(accuracy.n) for accuracy in found]
+            present = [count for count in counts if count != "–"]
+            n = present[0] if len(set(present)) == 1 else " / ".join(counts)
+            rows.append([measure, task, n, *("–" if accuracy is None else str(accuracy) for accuracy in found)])
+        if len(shared := comparison.shared_tasks(measure)) > 1:
+            averages = [
+                str(run.average(measure, shared)) if run in having else "–" for run in comparison.runs
+            ]
+            which = f"the {len(shared)} shared tasks" if len(shared) < len(tasks) else f"{len(shared)} tasks"
+            rows.append([measure, f"average of {which}", "", *averages])
+    return _table(["measure", "task", "n", *(run.label for run in comparison.runs)], rows)
+
+
+def _difference_table(pair: PairResult) -> str:
+    tasks = len({found.task for found in pair.accuracies} - {None})
+    rows = []
+    for found in pair.accuracies:
+        outcomes = found.outcomes
+        task = f"average of {tasks} tasks" if found.task is None else found.task
+        counts = f"{outcomes.only_first} / {outcomes.only_second}" if outcomes else ""
+        value, *tested = _difference_cells(found.difference, higher_is_better=True)
+        rows.append([found.measure, task, value, counts, *tested])
+    return _table(["measure", "task", "difference", "b / c", "p", "verdict"], rows)
+
+
+def _settings_paragraphs(pair: PairResult) -> list[str]:
+    """A paragraph where the two runs may differ by more than their methods."""
+    if pair.different_settings is None:
+        return [
+            "Evaluation settings were not compared: evaluation.json is not beside the predictions of both runs."
+        ]
+    if not pair.different_settings:
+        return []
+    settings = (
+        f"{name} {_cell(one)[:20]} against {_cell(other)[:20]}"
+        for name, (one, other) in pair.different_settings.items()
+    )
+    return [
+        "**Different evaluation settings**, so the differences are not due to the methods alone: "
+        f"{'; '.join(settings)}."
+    ]
+
+
+def _loss_table(comparison: Comparison) -> str:
+    rows = []
+    for run, pair in zip(comparison.runs, (None, *comparison.pairs), strict=True):
+        if pair is None:
+            cells = ["", "", "baseline"]
+        elif pair.loss is None:
+            cells = ["–", "–", "not comparable"]
+        else:
+            cells = _difference_cells(pair.loss, higher_is_better=False)
+        tokens = "–" if run.gold_tokens is None else str(run.gold_tokens)
+        rows.append([run.label, tokens, _number(run.loss, "{:.4f}"), *cells])
+    return _table(["run", "tokens", "loss", "difference on common examples", "p", "verdict"], rows)
+
+
+def _text_table(comparison: Comparison) -> str:
+    rows = []
+    for metric, label in (EXAMPLE_METRICS | CORPUS_METRICS).items():
+        for run, pair in zip(comparison.runs, (None, *comparison.pairs), strict=True):
+            if metric not in run.text_metrics:
+                continue
+            if pair is None:
+                cells = ["", "", "baseline"]
+            elif metric not in pair.text_metrics:
+                cells = ["", "", "not tested"]
+            else:
+                cells = _difference_cells(pair.text_metrics[metric], higher_is_better=True)
+            rows.append([label, run.label, f"{run.text_metrics[metric]:.3f}", *cells])
+    return _table(["metric", "run", "value", "difference on common examples", "p", "verdict"], rows)
+
+
+def _difference_cells(difference: Difference, *, higher_is_better: bool) -> list[str]:
+    """Cells for the difference with its interval, for p, and for the verdict."""
+    digits = 3 if higher_is_better else 4
+    signed = f"{{:+.{digits}f}}"
+    value, low, high = (_number(end, signed) for end in (difference.value, difference.low, difference.high))
+    p = _number(difference.p, "{:.4f}")
+    return [
+        f"{value} [{low}, {high}]",
+        "<0.0001" if p == "0.0000" else p,
+        difference.verdict(higher_is_better=higher_is_better),
+    ]
+
+
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None or math.isnan(value) else form.format(value)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(
-        "| " + " | ".join(map(_cell, cells)) + " |" for cells in [header, ["---"] * len(header), *rows]
-    )
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, cells)) + " |" for cells in lines)
 
 
 def _cell(text: str) -> str:
-    """``text`` where a bar would end the cell and a line break the table."""
+    """Escape what would end a table cell: bars and line breaks."""
     return " ".join(text.split()).replace("|", "\\|")

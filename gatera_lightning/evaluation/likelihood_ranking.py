@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the model's answer is the candidate it finds most likely after the prompt."""
+"""Multiple choice by likelihood: the model's answer is the candidate with the highest score after the prompt."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,27 +10,41 @@ from torch import Tensor
 from gatera_lightning.datamodules.batch import Batch
 
 Score = Literal["sum", "per_token", "per_character"]
-"""How candidates of unequal length compete: by ``Σ log p``, or by it divided by their tokens or characters."""
+"""Score of a candidate: ``Σ log p`` of its tokens, or that sum divided by its number of tokens or characters."""
 
 
 def answer_log_likelihoods(
-    logits: Tensor, targets: Tensor, kept: Tensor, counted: Tensor
+    logits: Tensor, targets: Tensor, positions: Tensor, answer_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``Σ log p`` of each row's counted target tokens (batch,) and their number (batch,).
+    """Sum ``log p`` over the answer tokens of each sequence.
 
-    logits (1, n, vocabulary) and targets (n,) at the n positions where ``kept`` (batch, tokens) is true, in row order;
-    ``counted`` (batch, tokens) says which of them belong to the answer.
+    Args:
+        logits: Logits at the n positions where ``positions`` is true, in row-major order, (1, n, vocabulary).
+        targets: The token to predict at each of those positions, (n,).
+        positions: Positions with logits, (batch, tokens), bool.
+        answer_mask: Positions whose target belongs to the answer, (batch, tokens), bool.
+
+    Returns:
+        ``Σ log p`` of each answer in fp32, (batch,), and its number of tokens, (batch,).
     """
-    token_ll = -F.cross_entropy(logits.squeeze(0).float(), targets, reduction="none")  # (n,)
-    counts = counted[kept]  # (n,)
-    rows = kept.nonzero()[:, 0][counts]
-    total = torch.zeros(kept.shape[0], device=token_ll.device).index_add_(0, rows, token_ll[counts])
-    return total, (counted & kept).sum(1)
+    token_log_p = -F.cross_entropy(logits.squeeze(0).float(), targets, reduction="none")  # (n,)
+    in_answer = answer_mask[positions]  # (n,)
+    sequences = positions.nonzero()[:, 0][in_answer]
+    total = torch.zeros(positions.shape[0], device=token_log_p.device)
+    return total.index_add_(0, sequences, token_log_p[in_answer]), (answer_mask & positions).sum(1)
 
 
 @dataclass(frozen=True)
 class RankedQuestion:
-    """One question with the scores of its candidates, in the order of the candidates."""
+    """The candidates of one question with their log-likelihoods.
+
+    Attributes:
+        example: Index of the example within its split.
+        gold: Index of the correct candidate.
+        log_likelihoods: ``Σ log p`` of each candidate.
+        tokens: Number of tokens of each candidate.
+        characters: Number of characters of each candidate.
+    """
 
     example: int
     gold: int
@@ -39,31 +53,38 @@ class RankedQuestion:
     characters: tuple[int, ...]
 
     def choice(self, score: Score) -> int:
-        """The candidate with the highest score; the first one of equals."""
-        lengths = {"sum": [1] * len(self.tokens), "per_token": self.tokens, "per_character": self.characters}[
-            score
-        ]
-        values = [ll / max(1, length) for ll, length in zip(self.log_likelihoods, lengths, strict=True)]
+        """Index of the candidate with the highest score; the first of equal ones."""
+        lengths = {"sum": (1,) * len(self.tokens), "per_token": self.tokens, "per_character": self.characters}
+        pairs = zip(self.log_likelihoods, lengths[score], strict=True)
+        values = [log_p / max(1, length) for log_p, length in pairs]
         return max(range(len(values)), key=values.__getitem__)
 
 
 def ranked_questions(batch: Batch, log_likelihoods: Tensor, tokens: Tensor) -> list[RankedQuestion]:
-    """The questions of a batch that holds every candidate of each; a row that stands for no example is left out.
+    """Group the candidates of a batch by question; dummy examples are left out.
 
-    ``log_likelihoods`` and ``tokens`` (batch,) are those of :func:`answer_log_likelihoods`.
+    Args:
+        batch: A batch with every candidate of each of its questions.
+        log_likelihoods: ``Σ log p`` of each candidate, (batch,).
+        tokens: Number of tokens of each candidate, (batch,).
+
+    Returns:
+        The questions in the order of the batch.
     """
-    columns = [
-        column.tolist() for column in (batch["example_ids"], batch["gold_ids"], batch["answer_characters"])
-    ]
-    rows: dict[int, list[tuple[int, float, int, int]]] = {}
-    for example, gold, characters, ll, count in zip(
-        *columns, log_likelihoods.tolist(), tokens.tolist(), strict=True
+    golds: dict[int, int] = {}
+    candidates: dict[int, list[tuple[float, int, int]]] = {}
+    for example, gold, log_p, count, characters in zip(
+        batch["example_ids"].tolist(),
+        batch["gold_ids"].tolist(),
+        log_likelihoods.tolist(),
+        tokens.tolist(),
+        batch["answer_characters"].tolist(),
+        strict=True,
     ):
         if example >= 0:
-            rows.setdefault(example, []).append((gold, ll, count, characters))
+            golds.setdefault(example, gold)
+            candidates.setdefault(example, []).append((log_p, count, characters))
     return [
-        RankedQuestion(
-            example, answers[0][0], *(tuple(column) for column in list(zip(*answers, strict=True))[1:])
-        )
-        for example, answers in rows.items()
+        RankedQuestion(example, golds[example], *zip(*found, strict=True))
+        for example, found in candidates.items()
     ]

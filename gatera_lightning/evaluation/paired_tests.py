@@ -1,4 +1,4 @@
-"""Two runs on the same questions: paired tests and 95 % intervals of their difference, always second minus first."""
+"""Paired significance tests and 95 % intervals for two runs on the same examples; differences are second − first."""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +9,23 @@ from numpy.typing import NDArray
 
 from gatera_lightning.evaluation.intervals import Proportion
 
-LEVEL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 RESAMPLES = 10_000
-# Percentile intervals of fewer rows are too narrow: of 20 normal differences they cover 93 %, of 5 only 84 %.
-MIN_BOOTSTRAP_ROWS = 20
-_CHUNK = 2_000_000  # drawn rows held at once, 16 MB an array
+# Percentile intervals of few examples are too narrow: of 20 normal differences they cover 93 %, of 5 only 84 %.
+MIN_BOOTSTRAP_EXAMPLES = 20
+_MAX_DRAWS = 2_000_000  # examples drawn at a time: 16 MB per array
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first with its 95 % interval and two-sided p; interval and p are NaN where the rows are too few."""
+    """A difference of two runs, second − first.
+
+    Attributes:
+        value: The difference.
+        low: Lower end of its 95 % interval; NaN with too few examples.
+        high: Upper end of its 95 % interval; NaN with too few examples.
+        p: Two-sided p-value; NaN with too few examples.
+    """
 
     value: float
     low: float
@@ -26,17 +33,24 @@ class Difference:
     p: float
 
     def verdict(self, *, higher_is_better: bool) -> str:
-        """``better``, ``worse``, ``no difference shown`` at the 5 % level, of the second run; or ``too few rows``."""
+        """Describe the second run at the 5 % significance level.
+
+        Args:
+            higher_is_better: True for an accuracy, False for a loss.
+
+        Returns:
+            ``better``, ``worse``, ``no difference shown`` or ``too few examples``.
+        """
         if math.isnan(self.p):
-            return "too few rows"
-        if self.p >= LEVEL:
+            return "too few examples"
+        if self.p >= SIGNIFICANCE_LEVEL:
             return "no difference shown"
         return "better" if (self.value > 0) == higher_is_better else "worse"
 
 
 @dataclass(frozen=True)
 class PairedOutcomes:
-    """How often two runs answer the same question right: the 2 × 2 table of paired proportions."""
+    """Number of examples by which of two runs answers them correctly: a paired 2 × 2 table."""
 
     both: int
     only_first: int
@@ -45,64 +59,78 @@ class PairedOutcomes:
 
     @classmethod
     def of(cls, first: Sequence[bool], second: Sequence[bool]) -> "PairedOutcomes":
-        """Count the rows, (n,) each, in the same order; raises ValueError for unequal lengths."""
+        """Count the outcomes of two runs.
+
+        Args:
+            first: Whether the first run is correct, (n,).
+            second: The same of the second run, (n,), with the examples in the same order.
+
+        Raises:
+            ValueError: The lengths differ.
+        """
         pairs = list(zip(first, second, strict=True))
-        return cls(
-            *(pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False)))
-        )
+        cells = ((True, True), (True, False), (False, True), (False, False))
+        return cls(*(pairs.count(cell) for cell in cells))
 
     @property
     def n(self) -> int:
-        """All rows."""
+        """Number of examples."""
         return self.both + self.only_first + self.only_second + self.neither
 
     @property
     def p(self) -> float:
-        """McNemar's two-sided mid-p, ``2 P(X < m) + P(X = m)`` for m = min(b, c) and X ~ Binomial(b + c, 1/2).
+        """Two-sided p-value of McNemar's test in its mid-p form.
 
-        That is the doubled exact tail with half of its point probability taken off; 1 for b = c, and so without any
-        discordant row. Source: Fagerland, Lydersen, Laake 2013, "The McNemar test for binary matched-pairs data".
+        With b = ``only_first``, c = ``only_second``, m = min(b, c) and X ~ Binomial(b + c, 1/2)::
+
+            p = 2 P(X < m) + P(X = m)
+
+        It is 1 for b = c. Source: Fagerland, Lydersen and Laake 2013, "The McNemar test for binary
+        matched-pairs data: mid-p and asymptotic are better than exact conditional".
         """
-        # The exact conditional test counts all of the point probability, which makes it conservative: at a level of 5 %
-        # it rejects a true hypothesis in about 2 to 4 of 100 cases and needs more rows for the same power. Mid-p comes close to
-        # the level, exceeding it by little if ever.
-        discordant, least = self.only_first + self.only_second, min(self.only_first, self.only_second)
-        below, term = 0, 1  # Σ_{k<m} C(n, k) and C(n, k), in integers: exact for any number of rows
-        for k in range(least):
+        # The exact conditional test counts all of P(X = m), which makes it conservative: at a level of 5 % it
+        # rejects a true hypothesis in about 2 to 4 of 100 cases and needs more examples for the same power. The
+        # mid-p test comes close to the level and exceeds it by little if ever.
+        discordant, fewest = self.only_first + self.only_second, min(self.only_first, self.only_second)
+        below, term = 0, 1  # Σ_{k<m} C(n, k) and C(n, k), as integers: exact for any number of examples
+        for k in range(fewest):
             below += term
             term = term * (discordant - k) // (k + 1)
         return (2 * below + term) / (1 << discordant)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference by Newcombe's square-and-add of Wilson's limits with correlation; NaN for n = 0.
+        """95 % interval of the difference of the two accuracies; (NaN, NaN) for n = 0.
 
-        Source: Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
-        paired data", method 10. It inverts another statistic than :attr:`p`, so at the edge one may exclude 0 alone.
+        Newcombe's square-and-add interval combines the Wilson limits l, u of the accuracies p₁, p₂ with the
+        correlation φ of the table::
+
+            low  = (p₂ − p₁) − sqrt((p₂ − l₂)² − 2φ (p₂ − l₂)(u₁ − p₁) + (u₁ − p₁)²)
+            high = (p₂ − p₁) + sqrt((u₂ − p₂)² − 2φ (u₂ − p₂)(p₁ − l₁) + (p₁ − l₁)²)
+
+        It inverts another statistic than :attr:`p`, so near the threshold only one of the two may exclude 0.
+        Source: Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions
+        based on paired data", method 10.
         """
         if not self.n:
             return math.nan, math.nan
-        first, second = (
-            Proportion(self.both + self.only_first, self.n),
-            Proportion(self.both + self.only_second, self.n),
-        )
+        first = Proportion(self.both + self.only_first, self.n)
+        second = Proportion(self.both + self.only_second, self.n)
+        (low1, high1), (low2, high2) = first.interval, second.interval
         phi = self._correlation()
-        down, up = [], []  # distances of Wilson's limits
-        for share in (first, second):
-            low, high = share.interval
-            down.append(share.value - low)
-            up.append(high - share.value)
         value = (self.only_second - self.only_first) / self.n
-        return value - _square_and_add(down[1], up[0], phi), value + _square_and_add(up[1], down[0], phi)
+        below = _square_and_add(second.value - low2, high1 - first.value, phi)
+        above = _square_and_add(high2 - second.value, first.value - low1, phi)
+        return value - below, value + above
 
     @property
     def difference(self) -> Difference:
-        """Difference of the two accuracies with :attr:`interval` and :attr:`p`; NaN for n = 0."""
+        """Difference of the two accuracies with :attr:`interval` and :attr:`p`; all NaN for n = 0."""
         value = (self.only_second - self.only_first) / self.n if self.n else math.nan
         return Difference(value, *self.interval, self.p if self.n else math.nan)
 
     def _correlation(self) -> float:
-        """φ of the table with Newcombe's continuity correction of a positive one; 0 when a margin is empty."""
+        """φ of the table; a positive φ gets Newcombe's continuity correction, an empty margin gives 0."""
         a, b, c, d = self.both, self.only_first, self.only_second, self.neither
         margins = (a + b) * (c + d) * (a + c) * (b + d)
         numerator: float = a * d - b * c
@@ -118,24 +146,35 @@ def _square_and_add(one: float, other: float, phi: float) -> float:
 def macro_difference(
     tasks: Sequence[PairedOutcomes], rng: np.random.Generator, *, resamples: int = RESAMPLES
 ) -> Difference:
-    """Difference of the mean over tasks of per-task accuracies, by a paired bootstrap stratified by task.
+    """Difference of the average accuracy over tasks, by a paired bootstrap that resamples within each task.
 
-    Rows are drawn in pairs within their task; a draw matters by its cell of the 2 × 2 table alone, so counts are drawn
-    instead of rows. NaN interval and p for fewer than 20 rows or a task with a single one; ValueError without tasks.
+    The difference of an example depends on its cell of the 2 × 2 table alone, so the bootstrap draws the counts of
+    the cells from a multinomial distribution instead of drawing examples.
+
+    Args:
+        tasks: Outcomes by task; every task has the same weight.
+        rng: Source of the resamples.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        The difference; interval and p are NaN with fewer than 20 examples, or where a task has only one.
+
+    Raises:
+        ValueError: There are no tasks.
     """
     if not tasks:
-        raise ValueError("a mean over tasks needs at least one task")
+        raise ValueError("macro_difference: got no tasks; expected at least one")
     value = sum(t.difference.value for t in tasks) / len(tasks)
-    if sum(t.n for t in tasks) < MIN_BOOTSTRAP_ROWS or min(t.n for t in tasks) < 2:
+    if sum(t.n for t in tasks) < MIN_BOOTSTRAP_EXAMPLES or min(t.n for t in tasks) < 2:
         return Difference(value, math.nan, math.nan, math.nan)
     drawn = np.zeros(resamples)
     for t in tasks:
-        # n - 1 draws: n would make the variance of a task's accuracy too small by (n - 1) / n, which does not average
-        # out over many small tasks (Efron 1982, section 8; Rao and Wu 1988).
+        # Draw n − 1 examples: with n draws, the variance of a task's accuracy would be too small by a factor of
+        # (n − 1) / n, which does not average out over many small tasks (Efron 1982, section 8; Rao and Wu 1988).
         shares = np.array([t.only_first, t.only_second, t.both + t.neither]) / t.n
         counts = rng.multinomial(t.n - 1, shares, size=resamples)  # (resamples, 3)
         drawn += (counts[:, 1] - counts[:, 0]) / (t.n - 1)
-    return _percentile(value, drawn / len(tasks))
+    return _percentile_bootstrap(value, drawn / len(tasks))
 
 
 def pooled_difference(
@@ -146,36 +185,47 @@ def pooled_difference(
     *,
     resamples: int = RESAMPLES,
 ) -> Difference:
-    """Difference of ``Σ values / Σ weights`` over the same rows, by a paired bootstrap of the rows.
+    """Difference of ``Σ values / Σ weights`` over the same examples, by a paired bootstrap of the examples.
 
-    first, second (n,): every row's value under the two runs, such as nats of its right answer; weights (n,): the same for both,
-    such as its tokens, or ones for a mean over rows. NaN interval and p for fewer than 20 rows; ValueError for unequal shapes
-    or no weight at all.
+    Args:
+        first: Values of the examples in the first run, (n,), such as the summed loss of each correct answer.
+        second: The same of the second run, (n,).
+        weights: Weights of the examples in both runs, (n,): such as the tokens of each correct answer, or ones for
+            a mean over examples.
+        rng: Source of the resamples.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        The difference; interval and p are NaN with fewer than 20 examples.
+
+    Raises:
+        ValueError: The shapes differ, or all weights are 0.
     """
     if not (first.shape == second.shape == weights.shape) or not weights.sum():
         raise ValueError(
-            f"expected three (n,) arrays with weights, got {first.shape}, {second.shape}, {weights.shape}"
+            f"pooled_difference: got shapes {first.shape}, {second.shape}, {weights.shape} and a total weight of "
+            f"{weights.sum()}; expected three arrays of shape (n,) and a positive total weight"
         )
     values, n = second - first, len(weights)
     value = float(values.sum() / weights.sum())
-    if n < MIN_BOOTSTRAP_ROWS:
+    if n < MIN_BOOTSTRAP_EXAMPLES:
         return Difference(value, math.nan, math.nan, math.nan)
-    chunk = max(1, _CHUNK // n)
+    chunk = max(1, _MAX_DRAWS // n)
     drawn = []
     for start in range(0, resamples, chunk):
-        rows = rng.integers(
-            n, size=(min(chunk, resamples - start), n)
-        )  # one draw of a row serves both runs: that pairs them
-        drawn.append(values[rows].sum(1) / np.maximum(1, weights[rows].sum(1)))
-    return _percentile(value, np.concatenate(drawn))
+        # The same examples are drawn for both runs: this is what pairs them.
+        examples = rng.integers(n, size=(min(chunk, resamples - start), n))
+        drawn.append(values[examples].sum(1) / np.maximum(1, weights[examples].sum(1)))
+    return _percentile_bootstrap(value, np.concatenate(drawn))
 
 
-def _percentile(value: float, drawn: NDArray[np.float64]) -> Difference:
-    """The percentile interval of ``drawn`` (resamples,), and as p twice the smaller share of resamples beyond 0.
+def _percentile_bootstrap(value: float, drawn: NDArray[np.float64]) -> Difference:
+    """Percentile interval and two-sided p-value from the resampled differences ``drawn`` (resamples,).
 
-    One resample is added to both shares' numerator and denominator: p = 0 would claim more than finitely many draws can.
+    p is twice the smaller share of resamples on either side of 0. Numerator and denominator count one resample more,
+    since finitely many resamples cannot show that p is 0.
     """
-    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-    rounding = 1e-12  # sums of fractions such as 1/10 + 2/10 - 3/10 are 0, not 5e-17
+    low, high = np.quantile(drawn, [SIGNIFICANCE_LEVEL / 2, 1 - SIGNIFICANCE_LEVEL / 2])
+    rounding = 1e-12  # sums of fractions such as 1/10 + 2/10 − 3/10 count as 0, not as 5e-17
     beyond = min(int((drawn <= rounding).sum()), int((drawn >= -rounding).sum()))
     return Difference(value, float(low), float(high), min(1.0, 2 * (beyond + 1) / (len(drawn) + 1)))

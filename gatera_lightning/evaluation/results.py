@@ -1,4 +1,4 @@
-"""Results of one evaluation: accuracies by every way of reading an answer, loss, and metrics of generated text."""
+"""Results of one evaluation: accuracies by every measure, cross-entropy loss, and metrics of generated text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,78 +6,94 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gatera_lightning.evaluation.intervals import Average, Proportion
+from gatera_lightning.evaluation.predictions import KINDS, Kind
 from gatera_lightning.evaluation.text_metrics import corpus_metrics
 
-SUMMARY = "test_results.json"
+SUMMARY_FILE = "test_results.json"
 
 Measure = Literal["sum", "per_token", "per_character", "generation"]
-LABELS: dict[Measure, str] = {
+"""How the chosen candidate is found: the highest score of its likelihood, or the answer in the generated text."""
+
+MEASURE_LABELS: dict[Measure, str] = {
     "sum": "likelihood, summed",
     "per_token": "likelihood, per token",
     "per_character": "likelihood, per character",
     "generation": "generation",
 }
 
+_MAX_EXPONENT = 700
+"""``math.exp`` overflows from about 709.8 on."""
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Predictions of one split: rows as :func:`prediction_rows` makes them, and how many the split has."""
+    """The predictions of a split and the figures that follow from them.
 
-    rows: Sequence[Mapping[str, Any]]
-    expected: int
+    Attributes:
+        examples: One mapping per evaluated example, as ``predictions.jsonl`` stores it.
+        split_size: Number of examples in the split.
+        skipped: Text metrics that could not be computed -> reason.
+    """
+
+    examples: Sequence[Mapping[str, Any]]
+    split_size: int
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Metrics of text that could not be computed, and why."""
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks in the order in which they were met."""
-        return list(dict.fromkeys(row["task"] for row in self.rows))
+        """Names of the tasks, in order of first appearance."""
+        return list(dict.fromkeys(example["task"] for example in self.examples))
 
     @property
     def measures(self) -> list[Measure]:
-        """What these predictions can be judged by."""
-        return [measure for measure in LABELS if any(_judges(measure, row) for row in self.rows)]
+        """The measures that can judge at least one example."""
+        return [
+            measure
+            for measure in MEASURE_LABELS
+            if any(_can_judge(measure, example) for example in self.examples)
+        ]
+
+    @property
+    def counts(self) -> dict[Kind, int]:
+        """Number of examples evaluated by each kind that was used."""
+        found = {kind: sum(kind in example for example in self.examples) for kind in KINDS}
+        return {kind: count for kind, count in found.items() if count}
 
     def accuracy(self, measure: Measure, task: str | None = None) -> Proportion:
-        """Share of questions answered right, of one task or of all rows; no answer is a wrong one."""
-        choices = [
-            (
-                row["generation"]["choice"]
-                if measure == "generation"
-                else row["likelihood"]["choice"][measure],
-                row["gold"],
-            )
-            for row in self.rows
-            if task in (None, row["task"]) and _judges(measure, row)
-        ]
-        return Proportion(sum(choice == gold for choice, gold in choices), len(choices))
+        """Share of correct answers; a generated text without an answer is wrong.
+
+        Args:
+            measure: How answers are chosen.
+            task: The task to count; None counts all examples.
+        """
+        judged = [example for example in self._of_task(task) if _can_judge(measure, example)]
+        return Proportion(sum(_choice(measure, example) == example["gold"] for example in judged), len(judged))
 
     def average(self, measure: Measure) -> Average:
-        """Mean over tasks of their accuracies, each task counting alike, as the papers report it.
+        """Unweighted mean over tasks of their accuracies, as papers report it.
 
-        A task without a row that the measure can judge is left out.
+        Tasks in which the measure can judge no example are left out.
         """
         found = (self.accuracy(measure, task) for task in self.tasks)
-        return Average(tuple(share for share in found if share.n))
+        return Average(tuple(accuracy for accuracy in found if accuracy.n))
 
     def unanswered(self, task: str | None = None) -> int:
-        """Generated texts without an answer in them."""
+        """Number of generated texts in which no answer was found, in one task or in all."""
         return sum(
-            row["generation"]["answer"] is None
-            for row in self.rows
-            if task in (None, row["task"]) and _judges("generation", row)
+            example["generation"]["answer"] is None
+            for example in self._of_task(task)
+            if _can_judge("generation", example)
         )
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Rows by the way they were evaluated, for each way that was used."""
-        found = {kind: sum(kind in row for row in self.rows) for kind in ("likelihood", "generation")}
-        return {kind: count for kind, count in found.items() if count}
-
-    @property
     def gold_loss(self) -> float | None:
-        """Mean nats per token of the right answers, over all their tokens; None without likelihoods."""
-        judged = [(row["likelihood"], row["gold"]) for row in self.rows if "likelihood" in row]
+        """Cross-entropy loss of the correct answers, in nats per token over all their tokens.
+
+        None without likelihoods.
+        """
+        judged = [
+            (example["likelihood"], example["gold"]) for example in self.examples if "likelihood" in example
+        ]
         if not judged:
             return None
         tokens = sum(found["tokens"][gold] for found, gold in judged)
@@ -85,70 +101,82 @@ class EvaluationResult:
 
     @property
     def perplexity(self) -> float | None:
-        """``exp`` of :attr:`gold_loss`; infinite where no float holds it."""
+        """``exp(gold_loss)``; infinite where a float cannot hold it, None without likelihoods."""
         if self.gold_loss is None:
             return None
-        return math.exp(self.gold_loss) if self.gold_loss < 700 else math.inf
+        return math.exp(self.gold_loss) if self.gold_loss < _MAX_EXPONENT else math.inf
 
     def text_metrics(self, task: str | None = None) -> dict[str, float]:
-        """Metrics of the texts of one task, or of all rows, against their references; {} where texts have none."""
+        """Metrics of the generated texts against their references, in one task or in all.
+
+        Returns:
+            Name -> value; empty where texts have no references.
+        """
         texts = [
-            row["generation"]
-            for row in self.rows
-            if task in (None, row["task"]) and "reference" in row.get("generation", ())
+            example["generation"]
+            for example in self._of_task(task)
+            if "reference" in example.get("generation", ())
         ]
         if not texts:
             return {}
-        means = {
-            name: sum(text["scores"][name] for text in texts) / len(texts) for name in texts[0]["scores"]
-        }
-        return (
-            means | corpus_metrics([text["text"] for text in texts], [text["reference"] for text in texts])[0]
+        means = {name: sum(text["scores"][name] for text in texts) / len(texts) for name in texts[0]["scores"]}
+        of_corpus, _ = corpus_metrics(
+            [text["text"] for text in texts], [text["reference"] for text in texts]
         )
+        return means | of_corpus
 
     def summary(self) -> dict[str, Any]:
-        """Every number, as ``test_results.json`` holds it."""
+        """All figures, as ``test_results.json`` stores them."""
         tasks: dict[str, Any] = {}
         for task in self.tasks:
             accuracies = {measure: self.accuracy(measure, task) for measure in self.measures}
             tasks[task] = {
-                measure: {"n": found.n, "accuracy": _finite(found.value), "interval": _limits(found.interval)}
-                for measure, found in accuracies.items()
+                measure: {"n": accuracy.n} | _accuracy_fields(accuracy)
+                for measure, accuracy in accuracies.items()
             }
             if "generation" in accuracies:
                 tasks[task]["generation"]["unanswered"] = self.unanswered(task)
             if text := self.text_metrics(task):
                 tasks[task]["text"] = text
-        averages = {measure: self.average(measure) for measure in self.measures}
         return {
-            "rows": len(self.rows),
-            "rows_of_split": self.expected,
+            "rows": len(self.examples),
+            "rows_of_split": self.split_size,
             "tasks": tasks,
-            "average": {
-                m: {"accuracy": _finite(found.value), "interval": _limits(found.interval)}
-                for m, found in averages.items()
-            },
+            "average": {measure: _accuracy_fields(self.average(measure)) for measure in self.measures},
             "nats_per_target_token": self.gold_loss,
-            "perplexity": None if self.perplexity is None else _finite(self.perplexity),
+            "perplexity": None if self.perplexity is None else _finite_or_none(self.perplexity),
             "text": self.text_metrics(),
             "text_skipped": dict(self.skipped),
         }
 
+    def _of_task(self, task: str | None) -> list[Mapping[str, Any]]:
+        return [example for example in self.examples if task in (None, example["task"])]
 
-def _judges(measure: Measure, row: Mapping[str, Any]) -> bool:
-    """Whether a row can be right or wrong by a measure: a single candidate always ranks first, and says nothing.
 
-    A text that is compared with a reference is neither.
+def _can_judge(measure: Measure, example: Mapping[str, Any]) -> bool:
+    """Whether an example can be correct or wrong by a measure.
+
+    A single candidate always ranks first, and a text with a reference is neither correct nor wrong.
     """
     if measure == "generation":
-        return "choice" in row.get("generation", ())
-    return "likelihood" in row and len(row["likelihood"]["tokens"]) > 1
+        return "choice" in example.get("generation", ())
+    return "likelihood" in example and len(example["likelihood"]["tokens"]) > 1
 
 
-def _finite(value: float) -> float | None:
-    """A number as JSON has it, which knows neither NaN nor infinity: None for what no row says, or no float holds."""
+def _choice(measure: Measure, example: Mapping[str, Any]) -> int | None:
+    found: int | None = (
+        example["generation"]["choice"] if measure == "generation" else example["likelihood"]["choice"][measure]
+    )
+    return found
+
+
+def _accuracy_fields(accuracy: Proportion | Average) -> dict[str, Any]:
+    return {
+        "accuracy": _finite_or_none(accuracy.value),
+        "interval": [_finite_or_none(limit) for limit in accuracy.interval],
+    }
+
+
+def _finite_or_none(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
     return value if math.isfinite(value) else None
-
-
-def _limits(interval: tuple[float, float]) -> list[float | None]:
-    return [_finite(limit) for limit in interval]

@@ -1,64 +1,72 @@
-"""The results of an evaluation as tables for people."""
+"""Print the results of an evaluation as tables."""
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from gatera_lightning.evaluation.results import LABELS, EvaluationResult
-from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, ROW_METRICS
+from gatera_lightning.evaluation.results import MEASURE_LABELS, EvaluationResult
+from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, EXAMPLE_METRICS
+
+_UNLIMITED_WIDTH = 10_000
 
 
-def print_table(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
-    """Accuracies per task and on average, with 95 % intervals; loss; metrics of text."""
+def print_results(result: EvaluationResult, *, ranking: str = "accuracy") -> None:
+    """Print accuracies with 95 % intervals, the loss of the correct answers, and metrics of generated text.
+
+    Args:
+        result: What to print.
+        ranking: What the share of correctly ranked questions is called, such as ``hits@1``.
+    """
     console = Console()
-    if not console.is_terminal:  # rich takes 80 columns where there are none, and would break every interval
-        console.width = 10_000  # more than any table takes
+    if not console.is_terminal:  # rich assumes 80 columns for a file, and would wrap every interval
+        console.width = _UNLIMITED_WIDTH
     if result.measures:
-        console.print(_accuracies(result, ranking))
+        console.print(_accuracy_table(result, ranking))
     if result.gold_loss is not None:
         console.print(
-            f"right answers: {result.gold_loss:.4f} nats per target token (perplexity {result.perplexity:.2f}), "
-            f"{result.counts['likelihood']} rows"
+            f"cross-entropy loss of the correct answers: {result.gold_loss:.4f} nats per token "
+            f"(perplexity {result.perplexity:.2f}), {result.counts['likelihood']} examples"
         )
-    if text := result.text_metrics():
-        names = {name: label for name, label in (ROW_METRICS | CORPUS_METRICS).items() if name in text}
-        table = _table(["task", "n", *names.values()], title="generated texts against their references")
-        for task in [*result.tasks, None] if len(result.tasks) > 1 else result.tasks:
-            found = result.text_metrics(task)
-            count = sum("generation" in row for row in result.rows if task in (None, row["task"]))
-            table.add_row(
-                Text(task or "all"), str(count), *(f"{found[name]:.3f}" if found else "–" for name in names)
-            )
-        console.print(table)
+    if metrics := result.text_metrics():
+        console.print(_text_table(result, metrics))
     for metric, reason in result.skipped.items():
-        console.print(Text(f"skipped: {metric}, since {reason}"))
+        console.print(Text(f"skipped {metric}: {reason}"))
     if "generation" in result.measures:
         console.print(f"generated texts without an answer (counted as wrong): {result.unanswered()}")
     for kind, count in result.counts.items():
-        if count < result.expected:
+        if count < result.split_size:
             console.print(
-                f"{kind}: only {count} of {result.expected} rows; a limit on the batches left out the others"
+                f"{kind}: only {count} of {result.split_size} examples, because the number of batches is limited"
             )
 
 
-def _accuracies(result: EvaluationResult, ranking: str) -> Table:
-    table = _table(
-        ["task", "n", *(LABELS[measure] for measure in result.measures)], title=f"{ranking} [95 % interval]"
-    )
+def _accuracy_table(result: EvaluationResult, ranking: str) -> Table:
+    columns = ["task", "n", *(MEASURE_LABELS[measure] for measure in result.measures)]
+    table = _table(columns, title=f"{ranking} [95 % interval]")
     for task in result.tasks:
         found = [result.accuracy(measure, task) for measure in result.measures]
-        counts = list(
-            dict.fromkeys(str(share.n) for share in found)
-        )  # one, unless a limit cut the ways differently
-        table.add_row(Text(task), " / ".join(counts), *(str(share) if share.n else "–" for share in found))
+        # One count, unless a limit on the batches left each kind of evaluation with another number of examples.
+        counts = list(dict.fromkeys(str(accuracy.n) for accuracy in found))
+        cells = (str(accuracy) if accuracy.n else "–" for accuracy in found)
+        table.add_row(Text(task), " / ".join(counts), *cells)
     if len(result.tasks) > 1:
         table.add_section()
-        table.add_row(
-            "average", str(len(result.rows)), *(str(result.average(measure)) for measure in result.measures)
-        )
+        averages = (str(result.average(measure)) for measure in result.measures)
+        table.add_row("average", str(len(result.examples)), *averages)
+    return table
+
+
+def _text_table(result: EvaluationResult, metrics: dict[str, float]) -> Table:
+    labels = {name: label for name, label in (EXAMPLE_METRICS | CORPUS_METRICS).items() if name in metrics}
+    table = _table(["task", "n", *labels.values()], title="generated texts compared with their references")
+    for task in [*result.tasks, None] if len(result.tasks) > 1 else result.tasks:
+        found = result.text_metrics(task)
+        count = sum("generation" in example for example in result.examples if task in (None, example["task"]))
+        cells = (f"{found[name]:.3f}" if found else "–" for name in labels)
+        table.add_row(Text(task or "all"), str(count), *cells)
     return table
 
 
 def _table(columns: list[str], title: str) -> Table:
-    """A table that breaks what a narrow terminal has no room for; rich would leave out the ends of figures."""
+    """A table that wraps cells on a narrow terminal; rich would cut figures off by default."""
     return Table(*(Column(name, overflow="fold") for name in columns), title=title)

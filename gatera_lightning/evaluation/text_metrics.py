@@ -1,4 +1,4 @@
-"""How close generated texts come to their references, by the metrics that dialogue papers report."""
+"""Metrics that compare generated texts with their references, as papers on dialogue report them."""
 
 import string
 from collections import Counter
@@ -8,15 +8,7 @@ from typing import Any
 
 Texts = Sequence[str]
 
-_SPACED_PUNCTUATION = str.maketrans({character: " " for character in string.punctuation})
-_ARTICLES = {"a", "an", "the"}
-
-
-class Unavailable(RuntimeError):
-    """A metric whose library, data or model is not on this machine; says which, and how to get it."""
-
-
-ROW_METRICS = {
+EXAMPLE_METRICS = {
     "token_f1": "F1",
     "rouge_l": "ROUGE-L",
     "meteor": "METEOR",
@@ -24,34 +16,54 @@ ROW_METRICS = {
     "bert_score_recall": "BERTScore R",
     "bert_score_f1": "BERTScore F1",
 }
-"""Metrics of one text, which are averaged, by what tables call them."""
+"""Metrics of a single text, of which the mean is reported: name -> label in tables."""
 
 CORPUS_METRICS = {"bleu": "BLEU", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
-"""Metrics of many texts together."""
+"""Metrics of all texts together: name -> label in tables."""
+
+_PUNCTUATION_TO_SPACES = str.maketrans({character: " " for character in string.punctuation})
+_ARTICLES = {"a", "an", "the"}
+
+
+class MetricUnavailable(RuntimeError):
+    """A metric needs a package, data or a model that is not installed; the message says how to get it."""
 
 
 @dataclass(frozen=True)
-class RowScores:
-    """Every row's metrics by name, (rows,) each, and for every metric that could not be computed the reason why not."""
+class ExampleScores:
+    """Metrics of single texts.
+
+    Attributes:
+        values: Name -> value of each example, (examples,).
+        skipped: Metrics that could not be computed -> reason.
+    """
 
     values: dict[str, list[float]]
     skipped: dict[str, str]
 
 
-def row_scores(
+def example_scores(
     generated: Texts,
     references: Texts,
     *,
     known: Collection[str] = (),
     bert_model: str = "roberta-large",
     bert_layer: int = 17,
-) -> RowScores:
-    """Every metric that rows have and that is not ``known``, of ``generated``, row by row against ``references``.
+) -> ExampleScores:
+    """Compute every available metric of single texts.
 
-    ``bert_model`` is a hub id that was downloaded before, or a folder, and ``bert_layer`` the layer that is compared; 17 is
-    what BERTScore's authors found best for roberta-large. Raises ValueError for unequal numbers of texts.
+    Args:
+        generated: Generated texts.
+        references: The reference of each text.
+        known: Names of metrics that need not be computed again.
+        bert_model: Model of BERTScore: the id of a model that was downloaded before, or a folder.
+        bert_layer: Its layer whose hidden states are compared; 17 is the best one for roberta-large according to the
+            authors of BERTScore.
+
+    Raises:
+        ValueError: The numbers of texts differ.
     """
-    _check(generated, references)
+    _check_lengths(generated, references)
     metrics: dict[str, Callable[[], dict[str, list[float]]]] = {
         "token_f1": lambda: {"token_f1": token_f1(generated, references)},
         "rouge_l": lambda: {"rouge_l": rouge_l(generated, references)},
@@ -64,102 +76,96 @@ def row_scores(
         if not any(metric.startswith(name) for metric in known):
             try:
                 values |= compute()
-            except Unavailable as reason:
+            except MetricUnavailable as reason:
                 skipped[name] = str(reason)
-    return RowScores(values, skipped)
+    return ExampleScores(values, skipped)
 
 
 def corpus_metrics(generated: Texts, references: Texts) -> tuple[dict[str, float], dict[str, str]]:
-    """BLEU, distinct-1 and distinct-2, and for one that could not be computed the reason. Raises ValueError as above."""
-    _check(generated, references)
+    """Compute every available metric of all texts together.
+
+    Returns:
+        Name -> value, and the metrics that could not be computed -> reason.
+
+    Raises:
+        ValueError: The numbers of texts differ.
+    """
+    _check_lengths(generated, references)
     values = {f"distinct_{n}": distinct(generated, n) for n in (1, 2)}
     try:
         return {"bleu": bleu(generated, references)} | values, {}
-    except Unavailable as reason:
+    except MetricUnavailable as reason:
         return values, {"bleu": str(reason)}
 
 
-def _check(generated: Texts, references: Texts) -> None:
-    if len(generated) != len(references):
-        raise ValueError(
-            f"{len(generated)} generated texts and {len(references)} references; accepted: as many"
-        )
+def token_f1(generated: Texts, references: Texts) -> list[float]:
+    """F1 of the words that each text shares with its reference, 0 to 1, as ConvAI2 computes it.
 
-
-def bleu(generated: Texts, references: Texts) -> float:
-    """Corpus BLEU, 0 to 100, with sacrebleu's tokenisation (13a) and smoothing (Post, WMT 2018, arXiv 1804.08771)."""
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise _missing("sacrebleu") from error
-    if not generated:
-        return 0.0
-    return float(sacrebleu.corpus_bleu(list(generated), [list(references)]).score)
+    With the multisets of words G and R (:func:`normalized_tokens`), ``F1 = 2 |G ∩ R| / (|G| + |R|)``.
+    Source: ``F1Metric`` of ParlAI.
+    """
+    scores = []
+    for text, reference in zip(generated, references, strict=True):
+        found, wanted = normalized_tokens(text), normalized_tokens(reference)
+        shared = sum((Counter(found) & Counter(wanted)).values())
+        scores.append(2 * shared / (len(found) + len(wanted)) if shared else 0.0)
+    return scores
 
 
 def rouge_l(generated: Texts, references: Texts) -> list[float]:
-    """Each text's F measure of the longest common subsequence, 0 to 1, without stemming (Lin, 2004; package rouge-score)."""
+    """ROUGE-L F-measure of each text, 0 to 1, without stemming, by the package rouge-score.
+
+    With the longest common subsequence of words LCS(G, R), ``ROUGE-L = 2 LCS / (|G| + |R|)``.
+    Source: Lin 2004, "ROUGE: a package for automatic evaluation of summaries".
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise _missing("rouge-score") from error
+        raise _missing_package("rouge-score") from error
     scorer = RougeScorer(["rougeL"])
     pairs = zip(generated, references, strict=True)
     return [float(scorer.score(reference, text)["rougeL"].fmeasure) for text, reference in pairs]
 
 
 def meteor(generated: Texts, references: Texts) -> list[float]:
-    """Each text's METEOR, 0 to 1, over NLTK's word tokens (Banerjee and Lavie, 2005). Needs NLTK's WordNet."""
+    """METEOR of each text, 0 to 1, over the word tokens of NLTK; needs NLTK's WordNet.
+
+    Source: Banerjee and Lavie 2005, "METEOR: an automatic metric for MT evaluation with improved correlation with
+    human judgments".
+    """
     try:
         from nltk.corpus import wordnet
         from nltk.tokenize import NLTKWordTokenizer
         from nltk.translate.meteor_score import single_meteor_score
     except ImportError as error:
-        raise _missing("nltk") from error
+        raise _missing_package("nltk") from error
     try:
         wordnet.ensure_loaded()
     except LookupError as error:
-        raise Unavailable(
+        raise MetricUnavailable(
             "NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet"
         ) from error
     words = NLTKWordTokenizer().tokenize
     pairs = zip(generated, references, strict=True)
     return [
-        float(single_meteor_score(words(reference), words(text), wordnet=wordnet))
-        for text, reference in pairs
+        float(single_meteor_score(words(reference), words(text), wordnet=wordnet)) for text, reference in pairs
     ]
 
 
-def token_f1(generated: Texts, references: Texts) -> list[float]:
-    """Each text's F1 of shared tokens, 0 to 1, as ConvAI2 counts them (ParlAI's ``F1Metric``, :func:`normalised_tokens`)."""
-    scores = []
-    for text, reference in zip(generated, references, strict=True):
-        found, wanted = normalised_tokens(text), normalised_tokens(reference)
-        shared = sum((Counter(found) & Counter(wanted)).values())
-        scores.append(2 * shared / (len(found) + len(wanted)) if shared else 0.0)
-    return scores
-
-
-def distinct(generated: Texts, n: int) -> float:
-    """Different n-grams of all texts over n-grams of all texts (Li et al., NAACL 2016, arXiv 1510.03055); 0 without any."""
-    grams = Counter[tuple[str, ...]]()
-    for text in generated:
-        tokens = normalised_tokens(text)
-        grams.update(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
-    return len(grams) / max(1, grams.total())
-
-
 def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -> dict[str, list[float]]:
-    """Each text's BERTScore precision, recall and F1, not rescaled (Zhang et al., ICLR 2020; torchmetrics)."""
+    """BERTScore precision, recall and F1 of each text, without baseline rescaling, by torchmetrics.
+
+    Source: Zhang et al., ICLR 2020, "BERTScore: evaluating text generation with BERT".
+    """
     import torch
-    from torchmetrics.functional.text import bert_score as scores_of
+    from torchmetrics.functional.text import bert_score as torchmetrics_bert_score
     from transformers import AutoModel, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         bert = AutoModel.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"the model {model} is not on this machine: hf download {model}") from error
+        raise MetricUnavailable(f"the model {model} is not on this machine: hf download {model}") from error
     settings: dict[str, Any] = {
         "model": bert,
         "user_tokenizer": tokenizer,
@@ -167,20 +173,20 @@ def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -
         "truncation": True,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    # One pair a call: torchmetrics 1.9 sorts both sides by length and matches up the wrong rows (its issue 2728).
+    # One pair per call: torchmetrics 1.9 sorts both sides by length and then pairs wrong texts (its issue 2728).
     found: list[dict[str, Any]] = [
-        scores_of([text], [reference], **settings)
+        torchmetrics_bert_score([text], [reference], **settings)
         for text, reference in zip(generated, references, strict=True)
     ]
-    # A text without tokens has no cosines: torchmetrics says nan, the authors' package 0.
+    # A text without tokens has no cosines: torchmetrics returns NaN, the authors' package 0.
     return {
         f"bert_score_{name}": [float(scores[name].nan_to_num(0.0)) for scores in found]
         for name in ("precision", "recall", "f1")
     }
 
 
-def bert_problem(model: str, layer: int) -> str:
-    """What is wrong with a layer of a model that is on this machine; empty if nothing is, or if there is no model."""
+def bert_layer_problem(model: str, layer: int) -> str:
+    """What is wrong with the layer of a BERTScore model; empty if nothing is, or if the model is not installed."""
     from transformers import AutoConfig
 
     try:
@@ -190,14 +196,45 @@ def bert_problem(model: str, layer: int) -> str:
     return "" if layer <= layers else f"{layer}; {model} has {layers} layers, accepted: 1 to {layers}"
 
 
-def normalised_tokens(text: str) -> list[str]:
-    """Words in lower case without punctuation and articles, as ParlAI's ``normalize_answer`` has them.
+def bleu(generated: Texts, references: Texts) -> float:
+    """Corpus BLEU, 0 to 100, with the tokenization (13a) and the smoothing of sacrebleu; 0 without texts.
 
-    >>> normalised_tokens("I have a dog; it's THE best!")
+    Source: Post, WMT 2018, arXiv 1804.08771.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise _missing_package("sacrebleu") from error
+    if not generated:
+        return 0.0
+    return float(sacrebleu.corpus_bleu(list(generated), [list(references)]).score)
+
+
+def distinct(generated: Texts, n: int) -> float:
+    """Number of different n-grams over the number of all n-grams, in all texts together; 0 without n-grams.
+
+    Source: Li et al., NAACL 2016, arXiv 1510.03055.
+    """
+    grams = Counter[tuple[str, ...]]()
+    for text in generated:
+        tokens = normalized_tokens(text)
+        grams.update(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
+    return len(grams) / max(1, grams.total())
+
+
+def normalized_tokens(text: str) -> list[str]:
+    """Split a text into lower-case words without punctuation and articles, as ``normalize_answer`` of ParlAI does.
+
+    >>> normalized_tokens("I have a dog; it's THE best!")
     ['i', 'have', 'dog', 'it', 's', 'best']
     """
-    return [token for token in text.lower().translate(_SPACED_PUNCTUATION).split() if token not in _ARTICLES]
+    return [token for token in text.lower().translate(_PUNCTUATION_TO_SPACES).split() if token not in _ARTICLES]
 
 
-def _missing(package: str) -> Unavailable:
-    return Unavailable(f"the package {package} is not installed: pip install 'gatera-lightning[text]'")
+def _check_lengths(generated: Texts, references: Texts) -> None:
+    if len(generated) != len(references):
+        raise ValueError(f"got {len(generated)} generated texts and {len(references)} references; expected equally many")
+
+
+def _missing_package(package: str) -> MetricUnavailable:
+    return MetricUnavailable(f"the package {package} is not installed: pip install 'gatera-lightning[text]'")

@@ -1,4 +1,4 @@
-"""Completing prompts with a model that has gated layers: Hugging Face's decoding over the adapted backbone."""
+"""Decode completions of prompts with an adapted model, by ``generate`` of Transformers."""
 
 import math
 from contextlib import nullcontext
@@ -10,41 +10,48 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from gatera_lightning.adapters.config import threshold_problems
+from gatera_lightning.adapters.gates import threshold_problems
 from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.datamodules.batch import PromptBatch
 
 
 @dataclass
 class DecodingConfig:
-    """How answers are generated; always the most likely ones, never sampled."""
+    """How answers are generated: by greedy or beam search, never by sampling."""
 
     beams: int = 1
-    """1 is greedy; the papers report 4."""
+    """Number of beams; 1 is greedy decoding. More beams find more likely answers and cost about as many times the memory
+    and compute. The papers use 4."""
 
     max_new_tokens: int = 16
-    """Tokens after which an answer is cut."""
+    """Maximum number of tokens per answer. Longer answers are cut off, so their last words cannot be scored."""
 
     length_penalty: float = 1.0
-    """Beams compete by their log-likelihood over their length to this power: less than 1 favours short answers."""
+    """Beams are ranked by their log-likelihood divided by (length ** length_penalty): values below 1 favor shorter
+    answers, values above 1 longer ones. Requires more than 1 beam."""
 
     no_repeat_ngram_size: int = 0
-    """Never write so many tokens in a row a second time, those of the prompt included; 0 forbids nothing."""
+    """Never generate an n-gram of this size that already occurred in the prompt or the answer; 0 allows repetition.
+    It stops loops, but also forbids repeating phrases of the prompt."""
 
     use_cache: bool = True
-    """Keep keys and values of earlier tokens. Without it the same answers cost more time and less memory."""
+    """Cache the keys and values of earlier tokens. Without the cache, answers are the same, memory is lower, and every
+    token costs a forward pass over the whole text."""
 
     prepared: bool = True
-    """Keep HiRA's W0 ⊙ BA while generating: the same answers in less time, for the memory of the adapted weights once more."""
+    """Cache what the update needs for every token (W0 ⊙ BA for hira) while generating. Answers are the same and
+    generation is faster, but the adapted weights take their memory twice."""
 
     skip_below: float = 0.0
-    """Tokens with a gate below this read the frozen weight alone: faster, and not quite the same numbers; 0 is exact."""
+    """Treat gate values below this threshold as 0, so that those tokens read the frozen weight only. Faster, but not
+    exact; 0 is exact."""
 
     merge_above: float = 1.0
-    """Tokens with a gate above this read the merged weight alone; 1 is exact."""
+    """Treat gate values above this threshold as 1, so that those tokens read the merged weight only. Faster, but not
+    exact; 1 is exact."""
 
     def problems(self) -> list[str]:
-        """Everything about these values that cannot work; empty when all is well."""
+        """Describe every value that is not valid; empty if all are."""
         found = [
             f"decoding.{name}: {getattr(self, name)}; accepted: an integer of at least 1"
             for name in ("beams", "max_new_tokens")
@@ -54,36 +61,48 @@ class DecodingConfig:
             found.append(
                 f"decoding.no_repeat_ngram_size: {self.no_repeat_ngram_size}; accepted: an integer of at least 0"
             )
-        if not math.isfinite(self.length_penalty) or (self.beams == 1 and self.length_penalty != 1):
+        if not math.isfinite(self.length_penalty):
+            found.append(f"decoding.length_penalty: {self.length_penalty}; accepted: a finite number")
+        elif self.beams == 1 and self.length_penalty != 1:
             found.append(
-                f"decoding.length_penalty: {self.length_penalty}, with beams {self.beams}; accepted: a number, with 1 beam: 1"
+                f"decoding.length_penalty: {self.length_penalty}, with beams 1; accepted: 1, or more than 1 beam"
             )
-        of_thresholds = threshold_problems(self.skip_below, self.merge_above)
-        found += [f"decoding.{problem}" for problem in of_thresholds]
-        if not of_thresholds and not self.prepared and self.tells_tokens_apart:
+        thresholds = threshold_problems(self.skip_below, self.merge_above)
+        found += [f"decoding.{problem}" for problem in thresholds]
+        if not thresholds and not self.prepared and self.uses_gate_thresholds:
             found.append(
-                "decoding.prepared: false, with skip_below or merge_above; accepted: true, or thresholds of 0 and 1"
+                f"decoding.prepared: false, with skip_below {self.skip_below} and merge_above {self.merge_above}; "
+                "accepted: true, or skip_below 0 and merge_above 1"
             )
         return found
 
     @property
-    def tells_tokens_apart(self) -> bool:
-        """Whether a token with a decided gate reads one weight in place of two."""
+    def uses_gate_thresholds(self) -> bool:
+        """Whether gates beyond a threshold count as 0 or 1."""
         return (self.skip_below, self.merge_above) != (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draw each token instead of taking the most likely one."""
+    """Sample each token instead of taking the most likely one.
+
+    Attributes:
+        temperature: Divides the logits; below 1 the distribution is sharper, above 1 flatter.
+        top_p: Sample from the smallest set of most likely tokens whose probabilities sum to at least this.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
-    """Draw among the most likely tokens that have this probability together."""
 
 
 def end_tokens(model: PreTrainedModel, eos_id: int) -> list[int]:
-    """The tokens that end an answer: the one that does in training, and those that the model's publisher names."""
-    own = getattr(model.generation_config, "eos_token_id", None)  # an instruct model may name several
+    """Ids of the tokens that end an answer.
+
+    Args:
+        model: A model whose generation config may name further end tokens, as instruct models do.
+        eos_id: The token that ends every answer in training.
+    """
+    own = getattr(model.generation_config, "eos_token_id", None)  # None, an id, or a list of ids
     return sorted({eos_id, *([own] if isinstance(own, int) else own or [])})
 
 
@@ -96,10 +115,21 @@ def generate(
     sampling: Sampling | None = None,
     streamer: BaseStreamer | None = None,
 ) -> Tensor:
-    """Token ids (batch, new tokens) that follow each prompt, padded behind the token that ends an answer.
+    """Generate a completion of each prompt.
 
-    ``in_step`` makes every process run equally many forwards, without which a sharded model waits for ever. ``streamer`` is
-    given the tokens of a single row as they are chosen.
+    Settings that ``config`` does not have are off, whatever the model's own generation config recommends.
+
+    Args:
+        model: The adapted model.
+        batch: Left-padded prompts.
+        config: How to decode.
+        in_step: Run the same number of forward passes on every rank. Sharded models need this, or ranks that finish
+            earlier leave the others waiting forever.
+        sampling: Sample instead of taking the most likely tokens.
+        streamer: Receives the tokens of a single prompt as they are chosen.
+
+    Returns:
+        The generated token ids, (batch, new tokens), padded after the token that ends an answer.
     """
     drawn: dict[str, Any] = {"do_sample": False}
     if sampling is not None:
@@ -114,7 +144,8 @@ def generate(
         pad_token_id=batch["pad_id"],
         **drawn,
     )
-    # What settings leave open, Transformers takes from the model: penalties and bans that its publisher recommends for chats.
+    # Transformers fills settings that are not given from the model's own generation config, such as the penalties and
+    # banned tokens that its publisher recommends for chats.
     published, model.generation_config = model.generation_config, GenerationConfig()
     try:
         thresholds = {"skip_below": config.skip_below, "merge_above": config.merge_above}

@@ -1,4 +1,4 @@
-"""Text while it is generated: pieces of whole characters, each with the mean gate of its tokens."""
+"""Stream generated text, in pieces of complete characters with the mean gate of their tokens."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,19 @@ from transformers.generation import BaseStreamer
 
 from gatera_lightning.gate_analysis.capture import GateCapture
 
+_INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
 
 class TextStream(BaseStreamer):
-    """A streamer for ``generate`` that hands out a token when the model has read it, one step after it was chosen.
+    """A streamer for :func:`~gatera_lightning.generation.generate` that shows a token once its gates are known.
 
-    A token's gates are computed where it is read: the prompt is read in forward 0, which chooses token 0; token ``k`` is read
-    in forward ``k + 1``, which chooses token ``k + 1``. The token that is chosen last is therefore never handed out: it is
-    the one that ends the answer, or one too many, which has to be asked for.
+    The gates of a token are computed when the model reads it, one step after it was chosen: the first forward pass
+    reads the prompt and chooses token 0, and forward pass ``k + 1`` reads token ``k`` and chooses token ``k + 1``. The
+    last token is chosen but never read, so it is never shown. It is the one that ends the answer, unless the answer is
+    cut off: ask for one more token then.
+
+    Attributes:
+        text: The text shown so far.
     """
 
     def __init__(
@@ -23,9 +29,13 @@ class TextStream(BaseStreamer):
         show: Callable[[str, float | None], None],
         captured: GateCapture | None = None,
     ) -> None:
-        """``show(piece, gate)`` is called as the text goes on; ``captured`` fills up while it is generated.
+        """Create the stream of one generation.
 
-        The gate of a piece is the mean over modules and over the tokens that form its characters; None without ``captured``.
+        Args:
+            tokenizer: Decodes the tokens.
+            show: Called with each piece of text and its gate: the mean over modules and over the tokens of the piece,
+                None without ``captured``.
+            captured: Gates of the generation, recorded while it runs.
         """
         self.text = ""
         self.tokenizer = tokenizer
@@ -34,46 +44,44 @@ class TextStream(BaseStreamer):
         self._prompt_is_read = False
         self._chosen: list[int] = []
         self._read: list[int] = []
-        self._gates: list[float] = []  # of the tokens behind ``text``
+        self._gates: list[float] = []  # of the tokens that are read but not shown yet
 
     def put(self, value: Tensor) -> None:
-        """The prompt's tokens (1, tokens) first, then each that is chosen, (1,)."""
+        """Receive the prompt's tokens, (1, tokens), and then each token that is chosen, (1,)."""
         if not self._prompt_is_read:
             self._prompt_is_read = True
             return
         self._chosen += value.flatten().tolist()
         if len(self._chosen) > 1:
             number = len(self._chosen) - 2
-            gate = (
-                None
-                if self.captured is None
-                else float(self.captured.calls[number + 1].gates[:, 0, -1].mean())
-            )
+            gate = None
+            if self.captured is not None:
+                gate = float(self.captured.calls[number + 1].gates[:, 0, -1].mean())
             self.read(self._chosen[number], gate)
 
     def read(self, token: int, gate: float | None = None) -> None:
-        """Go on by a token that was read."""
+        """Add a token that the model has read, and show the text that it completes."""
         self._read.append(token)
         self._gates += [] if gate is None else [gate]
-        text = self._decoded()
-        if not text.endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # the first bytes of a character that the next token goes on with
-            self._hand_out(text)
+        text = self._decode()
+        if not text.endswith(_INCOMPLETE_CHARACTER):  # the next token may complete the bytes of a character
+            self._show_up_to(text)
 
     def end(self) -> None:
-        """Hand out what was held back: bytes that never became a character."""
-        self._hand_out(self._decoded())
+        """Show the rest, including bytes that never became a character."""
+        self._show_up_to(self._decode())
 
-    def _decoded(self) -> str:
-        # As a whole: some tokenizers drop the space before a first word, and a later token may complete an earlier one's bytes.
+    def _decode(self) -> str:
+        # Decode all tokens together: some tokenizers drop the space before a first word, and a later token may complete
+        # the bytes of an earlier one.
         return str(
             self.tokenizer.decode(self._read, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
-    def _hand_out(self, text: str) -> None:
-        piece, gate = text[len(self.text) :], sum(self._gates) / len(self._gates) if self._gates else None
-        self.text = text  # before it is shown: an interrupt must not show it twice
+    def _show_up_to(self, text: str) -> None:
+        piece = text[len(self.text) :]
+        gate = sum(self._gates) / len(self._gates) if self._gates else None
+        self.text = text  # before showing it, so that an interrupt does not show it twice
         self._gates.clear()
         if piece:
             self.show(piece, gate)

@@ -1,4 +1,4 @@
-"""Wilson's interval against published values and the quadratic it solves; the mean of several, against its coverage."""
+"""The Wilson interval against published values and its defining equation; the interval of a mean by its coverage."""
 
 import math
 
@@ -18,12 +18,12 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("hits", "n", "low", "high"), KNOWN)
-def test_known_values(hits, n, low, high):
+def test_wilson_interval_matches_published_values(hits, n, low, high):
     assert Proportion(hits, n).interval == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 29, 144, 1000])
-def test_ends_solve_wilsons_quadratic_inside_the_unit_interval(n):
+def test_wilson_limits_solve_quadratic_equation(n):
     for hits in range(n + 1):
         for end in (interval := Proportion(hits, n).interval):
             assert (hits / n - end) ** 2 == pytest.approx(
@@ -32,7 +32,7 @@ def test_ends_solve_wilsons_quadratic_inside_the_unit_interval(n):
         assert interval[0] - 1e-12 <= hits / n <= interval[1] + 1e-12
 
 
-def test_nothing_asked_is_nan():
+def test_proportion_of_nothing_is_nan():
     nothing = Proportion(0, 0)
     assert math.isnan(nothing.value)
     assert all(math.isnan(end) for end in nothing.interval)
@@ -42,18 +42,19 @@ def test_nothing_asked_is_nan():
 @pytest.mark.parametrize(
     ("hits", "n", "text"), [(8, 10, "0.800 [0.490, 0.943]"), (0, 20, "0.000 [0.000, 0.161]")]
 )
-def test_printed(hits, n, text):
+def test_proportion_prints_value_and_interval(hits, n, text):
     assert str(Proportion(hits, n)) == text
 
 
-def test_rounding_never_leaves_the_unit_interval():
+def test_wilson_interval_is_clipped_to_unit_interval():
+    """Rounding would print 0 of 65 as 0.000 [-0.000, 0.056]."""
     outside = [
         n for n in range(1, 200) if Proportion(0, n).interval[0] < 0 or Proportion(n, n).interval[1] > 1
     ]
-    assert outside == []  # else 0 of 65 is printed as 0.000 [-0.000, 0.056]
+    assert outside == []
 
 
-# --- the mean of several shares ---
+# --- mean of several proportions ---
 
 PARTS = [(18, 20), (30, 50), (3, 10)]
 
@@ -62,25 +63,25 @@ def average(*parts):
     return Average(tuple(Proportion(hits, n) for hits, n in parts))
 
 
-def test_every_part_counts_alike():
+def test_average_weights_parts_equally():
     assert average((1, 1), (0, 99)).value == 0.5
     assert average(*PARTS).value == pytest.approx((0.9 + 0.6 + 0.3) / 3)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 20), (7, 9), (81, 263), (65, 65)])
-def test_the_mean_of_one_is_wilsons(hits, n):
+def test_average_of_one_part_has_wilson_interval(hits, n):
     assert average((hits, n)).interval == pytest.approx(Proportion(hits, n).interval)
 
 
-def test_by_hand():
-    """8 of 10 and 1 of 29: 0.8 [0.4902, 0.9433] and 0.0345 [0.0061, 0.1718]; distances added as squares, then halved."""
+def test_average_interval_adds_squared_distances():
+    """By hand: 8 of 10 is 0.8 [0.4902, 0.9433] and 1 of 29 is 0.0345 [0.0061, 0.1718]."""
     low, high = average((8, 10), (1, 29)).interval
     value = (0.8 + 1 / 29) / 2
     assert value - low == pytest.approx(math.hypot(0.8 - 0.4902, 1 / 29 - 0.0061) / 2, abs=5e-5)
     assert high - value == pytest.approx(math.hypot(0.9433 - 0.8, 0.1718 - 1 / 29) / 2, abs=5e-5)
 
 
-def test_large_samples_agree_with_the_normal_approximation():
+def test_average_interval_matches_normal_approximation():
     parts = [(9000, 10_000), (4200, 7000), (9000, 30_000)]
     variance = sum(p * (1 - p) / n for p, n in ((0.9, 10_000), (0.6, 7000), (0.3, 30_000))) / 9
     low, high = average(*parts).interval
@@ -89,14 +90,14 @@ def test_large_samples_agree_with_the_normal_approximation():
 
 
 @pytest.mark.parametrize("shares", [(0.9, 0.6, 0.3), (0.98, 0.95, 0.9), (0.5, 0.5, 0.02)], ids=str)
-def test_nineteen_of_twenty_intervals_hold_the_truth(shares):
-    """Monte Carlo: the truth is the mean of three shares, of which 20, 50 and 10 questions are seen."""
+def test_average_interval_covers_true_mean(shares):
+    """Monte Carlo: samples of 20, 50 and 10 questions from three tasks whose true accuracies are known."""
     draws = np.random.default_rng(0).binomial((20, 50, 10), shares, (4000, 3))
     found = [average(*zip(hits, (20, 50, 10), strict=True)).interval for hits in draws.tolist()]
-    held = sum(low <= sum(shares) / 3 <= high for low, high in found) / len(found)
-    assert 0.93 <= held <= 0.985
+    covered = sum(low <= sum(shares) / 3 <= high for low, high in found) / len(found)
+    assert 0.93 <= covered <= 0.985
     missed_above = sum(low > sum(shares) / 3 for low, _ in found) / len(found)
-    assert missed_above <= 0.045  # not all on one side
+    assert missed_above <= 0.045  # the misses are not all on one side
 
 
 @pytest.mark.parametrize(
@@ -104,13 +105,13 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(shares):
     [[(0, 65)] * 3, [(65, 65)] * 3, [(0, 1), (1, 1)], [(1, 1)], PARTS, [(1, 1)] * 7 + [(199, 200)]],
     ids=str,
 )
-def test_inside_the_unit_interval_and_around_the_mean(parts):
+def test_average_interval_contains_mean_inside_unit_interval(parts):
     low, high = average(*parts).interval
     assert 0 <= low <= average(*parts).value <= high <= 1
     assert high > low
 
 
-def test_a_part_without_questions_is_nan_and_not_a_number_made_up():
+def test_average_with_empty_part_is_nan():
     for nothing in (average(), average((3, 4), (0, 0))):
         assert math.isnan(nothing.value)
         assert all(math.isnan(end) for end in nothing.interval)

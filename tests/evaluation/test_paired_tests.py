@@ -1,4 +1,4 @@
-"""Paired tests against brute force, published examples, normal theory, and the error rate that they promise."""
+"""Paired tests against brute force, published examples, normal theory, and their nominal error rates."""
 
 import math
 from fractions import Fraction
@@ -26,24 +26,24 @@ def rng(seed=0):
 
 
 @pytest.mark.parametrize(("b", "c"), [*product(range(8), repeat=2), (30, 12), (3, 40), (77, 78)])
-def test_mid_p_is_the_doubled_exact_tail_less_the_point_probability(b, c):
+def test_mcnemar_mid_p_matches_exact_binomial(b, c):
     n = b + c
     pmf = [Fraction(math.comb(n, k), 2**n) for k in range(n + 1)]
     tail = min(sum(pmf[: b + 1]), sum(pmf[b:]))
     assert PairedOutcomes(5, b, c, 9).p == float(2 * (tail - pmf[b] / 2))
 
 
-def test_no_discordant_row_is_no_evidence():
+def test_mcnemar_p_is_one_without_evidence():
     assert PairedOutcomes(7, 0, 0, 3).p == 1
     assert PairedOutcomes(0, 4, 4, 0).p == 1
 
 
-def test_mid_p_of_many_rows_is_the_normal_one():
+def test_mcnemar_mid_p_matches_normal_approximation():
     z = 300 / math.sqrt(20_300)
     assert PairedOutcomes(0, 10_000, 10_300, 0).p == pytest.approx(math.erfc(z / math.sqrt(2)), rel=2e-3)
 
 
-def test_rows_are_counted_by_who_is_right():
+def test_paired_outcomes_counts_cells():
     first, second = [True] * 6 + [False] * 9, [True] * 1 + [False] * 5 + [True] * 2 + [False] * 7
     assert PairedOutcomes.of(first, second) == PairedOutcomes(both=1, only_first=5, only_second=2, neither=7)
     assert PairedOutcomes.of(first, second).difference.value == pytest.approx(3 / 15 - 6 / 15)
@@ -60,13 +60,13 @@ PUBLISHED = [  # Altman et al. 2000, "Statistics with confidence", table 6.2; Fa
 
 
 @pytest.mark.parametrize(("table", "interval", "p"), PUBLISHED)
-def test_published_examples(table, interval, p):
+def test_paired_outcomes_match_published_examples(table, interval, p):
     assert table.interval == pytest.approx(interval, abs=5e-4)
     assert table.p == pytest.approx(p, abs=1e-4)
 
 
 def newcombe(a, b, c, d):
-    """Method 10 for second minus first, from the roots of Wilson's quadratics."""
+    """Method 10 for second minus first, with Wilson limits from the roots of their quadratic equation."""
     n = a + b + c + d
     p1, p2 = (a + b) / n, (a + c) / n
     (l1, u1), (l2, u2) = (sorted(np.roots([1 + Z**2 / n, -2 * p - Z**2 / n, p * p]).real) for p in (p1, p2))
@@ -80,23 +80,23 @@ def newcombe(a, b, c, d):
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
-def test_interval_of_every_small_table(n):
+def test_newcombe_interval_of_every_small_table(n):
     for a, b, c in product(range(n + 1), repeat=3):
         if (d := n - a - b - c) < 0:
             continue
         low, high = PairedOutcomes(a, b, c, d).interval
         assert (low, high) == pytest.approx(newcombe(a, b, c, d), abs=1e-6)
         assert -1 - 1e-12 <= low <= (c - b) / n <= high <= 1 + 1e-12
-        assert PairedOutcomes(a, c, b, d).interval == pytest.approx((-high, -low))  # runs exchanged
+        assert PairedOutcomes(a, c, b, d).interval == pytest.approx((-high, -low))  # with the runs swapped
 
 
-def test_correlated_answers_narrow_the_interval():
+def test_newcombe_interval_narrows_with_correlation():
     correlated, independent = PairedOutcomes(480, 20, 20, 480), PairedOutcomes(250, 250, 250, 250)
     assert correlated.interval == pytest.approx((-0.01241, 0.01241), abs=2e-4)  # Wald: 1.96 sqrt(40) / 1000
     assert independent.interval == pytest.approx((-0.0438, 0.0438), abs=2e-4)  # Wald: 1.96 sqrt(500) / 1000
 
 
-def test_nothing_to_compare():
+def test_paired_outcomes_without_examples_are_nan():
     nothing = PairedOutcomes(0, 0, 0, 0).difference
     assert all(math.isnan(number) for number in (nothing.value, nothing.low, nothing.high, nothing.p))
 
@@ -105,7 +105,7 @@ def test_nothing_to_compare():
 
 
 def losses(n, generator, shift=0.0, noise=0.3):
-    """Nats of two runs on the same rows: difficulty common to both, which pairing takes out."""
+    """Losses of two runs on the same examples; both share the difficulty of an example, which pairing removes."""
     tokens = generator.integers(1, 9, n)
     difficulty = tokens * generator.gamma(2.0, 0.5, n)
     first, second = (
@@ -115,22 +115,22 @@ def losses(n, generator, shift=0.0, noise=0.3):
 
 
 @pytest.mark.parametrize("chunk", [1, 130, 10**6])
-def test_loss_bootstrap_is_a_loop_over_resamples_however_it_is_chunked(chunk, monkeypatch):
-    monkeypatch.setattr(paired, "_CHUNK", chunk)
+def test_pooled_difference_matches_loop_over_resamples(chunk, monkeypatch):
+    monkeypatch.setattr(paired, "_MAX_DRAWS", chunk)
     first, second, tokens = losses(40, rng(3), shift=0.1)
     found = pooled_difference(first, second, tokens, rng(5), resamples=50)
     draws, generator = [], rng(5)
     for _ in range(50):
-        rows = generator.integers(40, size=40)
-        mine = sum(second[i] for i in rows) / sum(tokens[i] for i in rows)
-        draws.append(mine - sum(first[i] for i in rows) / sum(tokens[i] for i in rows))
+        drawn = generator.integers(40, size=40)
+        total = sum(tokens[i] for i in drawn)
+        draws.append(sum(second[i] for i in drawn) / total - sum(first[i] for i in drawn) / total)
     below, above = sum(d <= 0 for d in draws), sum(d >= 0 for d in draws)
     assert found.value == pytest.approx(second.sum() / tokens.sum() - first.sum() / tokens.sum())
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
     assert found.p == pytest.approx(min(1, 2 * (min(below, above) + 1) / 51))
 
 
-def test_loss_bootstrap_agrees_with_the_delta_method():
+def test_pooled_difference_matches_delta_method():
     first, second, tokens = losses(800, rng(1), shift=0.02)
     found = pooled_difference(first, second, tokens, rng(2))
     residual = second - first - found.value * tokens
@@ -141,7 +141,7 @@ def test_loss_bootstrap_agrees_with_the_delta_method():
     assert found.p == pytest.approx(math.erfc(abs(found.value) / error / math.sqrt(2)), abs=0.02)
 
 
-def test_macro_bootstrap_agrees_with_normal_theory_of_paired_rows():
+def test_macro_difference_matches_normal_theory():
     tasks = [PairedOutcomes(150, 20, 30, 100), PairedOutcomes(20, 6, 12, 2), PairedOutcomes(400, 60, 55, 85)]
     found = macro_difference(tasks, rng(4), resamples=40_000)
     shares = [
@@ -154,14 +154,14 @@ def test_macro_bootstrap_agrees_with_normal_theory_of_paired_rows():
     assert found.p == pytest.approx(math.erfc(value / error / math.sqrt(2)), abs=0.02)
 
 
-def test_small_tasks_keep_their_variance():
+def test_macro_difference_corrects_variance_of_small_tasks():
     found = macro_difference([PairedOutcomes(0, 2, 2, 0)] * 50, rng(), resamples=40_000)
     assert found.high == pytest.approx(
         Z * math.sqrt(1 / 3 / 50), rel=0.05
-    )  # of n draws it were sqrt(1 / 4 / 50)
+    )  # n draws instead of n − 1 would give sqrt(1 / 4 / 50)
 
 
-def test_p_is_never_zero():
+def test_bootstrap_p_is_never_zero():
     first, second, tokens = losses(100, rng(), shift=5.0)
     assert pooled_difference(first, second, tokens, rng(), resamples=999).p == pytest.approx(2 / 1000)
     assert macro_difference([PairedOutcomes(0, 0, 500, 0)] * 2, rng(), resamples=999).p == pytest.approx(
@@ -169,7 +169,7 @@ def test_p_is_never_zero():
     )
 
 
-def test_equal_runs_do_not_differ():
+def test_bootstrap_of_equal_runs_shows_no_difference():
     first, _, tokens = losses(100, rng())
     assert pooled_difference(first, first.copy(), tokens, rng(), resamples=99) == Difference(
         0.0, 0.0, 0.0, 1.0
@@ -179,12 +179,12 @@ def test_equal_runs_do_not_differ():
     )
 
 
-def test_sums_that_only_rounding_keeps_from_zero_count_on_both_sides():
-    found = paired._percentile(0.0, np.array([0.1 + 0.2 - 0.3] * 99))
+def test_bootstrap_counts_rounding_errors_as_zero():
+    found = paired._percentile_bootstrap(0.0, np.array([0.1 + 0.2 - 0.3] * 99))
     assert found.p == 1
 
 
-def test_too_few_rows_have_no_interval():
+def test_bootstrap_of_few_examples_has_no_interval():
     first, second, tokens = losses(19, rng())
     for found in (
         pooled_difference(first, second, tokens, rng()),
@@ -193,19 +193,19 @@ def test_too_few_rows_have_no_interval():
     ):
         assert not math.isnan(found.value)
         assert all(math.isnan(number) for number in (found.low, found.high, found.p))
-        assert found.verdict(higher_is_better=True) == "too few rows"
+        assert found.verdict(higher_is_better=True) == "too few examples"
 
 
-def test_impossible_input():
-    with pytest.raises(ValueError, match="at least one task"):
+def test_bootstrap_rejects_invalid_input():
+    with pytest.raises(ValueError, match="got no tasks"):
         macro_difference([], rng())
-    with pytest.raises(ValueError, match="three"):
+    with pytest.raises(ValueError, match="expected three arrays"):
         pooled_difference(np.ones(3), np.ones(2), np.ones(3, int), rng())
-    with pytest.raises(ValueError, match="with weights"):
+    with pytest.raises(ValueError, match="a total weight of 0"):
         pooled_difference(np.ones(30), np.ones(30), np.zeros(30, int), rng())
 
 
-def test_verdicts():
+def test_verdict_depends_on_sign_and_level():
     up, down, unsure = (
         Difference(0.1, 0.0, 0.2, 0.049),
         Difference(-0.1, -0.2, 0.0, 0.049),
@@ -223,30 +223,30 @@ def test_verdicts():
     ]
 
 
-# --- calibration: equal runs are declared different in about 5 of 100 ------------------------------------------------
+# --- calibration: of 100 comparisons between equal runs, about 5 are significant ----------------------------------------
 
 
 def answers(generator, replications, n, accuracy, shared, gain=0.0):
-    """(replications, n) right or wrong twice, of equal accuracy plus ``gain``; a share of rows is answered alike."""
+    """Whether two runs are correct, (replications, n) each; ``shared`` is the share of examples with one outcome."""
     first, own = generator.random((2, replications, n))
-    luck = np.where(generator.random((replications, n)) < shared, first, own)
-    return first < accuracy, luck < accuracy + gain
+    second = np.where(generator.random((replications, n)) < shared, first, own)
+    return first < accuracy, second < accuracy + gain
 
 
 def rejections(first, second):
     cells = (first & second, first & ~second, ~first & second, ~(first | second))
     tables = np.stack([cell.sum(1) for cell in cells], axis=1).tolist()  # (replications, 4)
-    return np.mean([PairedOutcomes(*table).p < paired.LEVEL for table in tables])
+    return np.mean([PairedOutcomes(*table).p < paired.SIGNIFICANCE_LEVEL for table in tables])
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("shared", [0.0, 0.6])
-def test_mcnemar_rejects_equal_runs_5_times_in_100(accuracy, shared):
+def test_mcnemar_has_nominal_error_rate(accuracy, shared):
     assert 0.03 <= rejections(*answers(rng(11), 2_000, 200, accuracy, shared)) <= 0.07
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.6])
-def test_newcombe_covers_the_true_difference_95_times_in_100(shared):
+def test_newcombe_interval_covers_true_difference(shared):
     first, second = answers(rng(12), 2_000, 200, 0.7, shared, gain=0.05)
     covered = 0
     for one, other in zip(first.tolist(), second.tolist(), strict=True):
@@ -255,21 +255,21 @@ def test_newcombe_covers_the_true_difference_95_times_in_100(shared):
     assert 0.93 <= covered / 2_000 <= 0.97
 
 
-def test_mcnemar_finds_ten_points_in_a_thousand_rows():
+def test_mcnemar_detects_ten_points_in_thousand_examples():
     assert rejections(*answers(rng(13), 500, 1_000, 0.6, 0.0, gain=0.1)) >= 0.99
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.5])
-def test_loss_bootstrap_rejects_equal_runs_5_times_in_100(noise):
+def test_pooled_difference_has_nominal_error_rate(noise):
     generator = rng(14)
     found = [
         pooled_difference(*losses(150, generator, noise=noise), generator, resamples=400)
         for _ in range(1_000)
     ]
-    assert 0.03 <= np.mean([d.p < paired.LEVEL for d in found]) <= 0.07
+    assert 0.03 <= np.mean([d.p < paired.SIGNIFICANCE_LEVEL for d in found]) <= 0.07
 
 
-def test_loss_bootstrap_finds_a_real_difference():
+def test_pooled_difference_detects_difference():
     generator = rng(15)
     found = [
         pooled_difference(*losses(500, generator, shift=-0.1), generator, resamples=400) for _ in range(100)
@@ -279,12 +279,12 @@ def test_loss_bootstrap_finds_a_real_difference():
 
 @pytest.mark.parametrize("sizes", [(60, 120, 240), (8,) * 25])
 @pytest.mark.parametrize("shared", [0.0, 0.6])
-def test_macro_bootstrap_rejects_equal_runs_5_times_in_100(sizes, shared):
+def test_macro_difference_has_nominal_error_rate(sizes, shared):
     generator, rejected = rng(16), []
     for _ in range(1_000):
         tasks = []
         for task, n in enumerate(sizes):
             first, second = answers(generator, 1, n, 0.5 + 0.4 * task / len(sizes), shared)
             tasks.append(PairedOutcomes.of(first[0].tolist(), second[0].tolist()))
-        rejected.append(macro_difference(tasks, generator, resamples=400).p < paired.LEVEL)
+        rejected.append(macro_difference(tasks, generator, resamples=400).p < paired.SIGNIFICANCE_LEVEL)
     assert 0.03 <= np.mean(rejected) <= 0.07

@@ -19,17 +19,19 @@ from gatera_lightning import ConfigError, adapter_parameters, save_adapter
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.main import main
 from gatera_lightning.evaluation.likelihood_ranking import RankedQuestion
-from gatera_lightning.evaluation.predictions import (
-    FORMAT,
-    MERGED,
-    Compared,
-    Generated,
+from gatera_lightning.evaluation.identity import FORMAT_VERSION
+from gatera_lightning.evaluation.prediction_files import (
+    PREDICTIONS_FILE,
     PartFile,
-    discard,
+    delete_predictions,
+    read_records,
+    write_predictions,
+)
+from gatera_lightning.evaluation.predictions import (
+    GeneratedAnswer,
+    TextWithReference,
     generation_record,
     likelihood_record,
-    read_records,
-    write_merged,
 )
 from gatera_lightning.generation.decoding import DecodingConfig
 
@@ -100,7 +102,7 @@ def evaluate(module, folder, at=None, verb="test", rows=ROWS, evaluate_by=BOTH, 
 
 def content(folder):
     assert list(folder.glob("part-*")) == list(folder.glob("*.tmp")) == []
-    return (folder / MERGED).read_bytes()
+    return (folder / PREDICTIONS_FILE).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,7 @@ def test_batches_that_another_process_did_not_finish_are_computed_as_they_were_c
 def test_a_file_that_was_merged_but_whose_parts_are_left_is_read_once(whole, module, tmp_path):
     with pytest.raises(Killed):
         evaluate(module, tmp_path, at=whole[1].batches)
-    shutil.copy(whole[0] / MERGED, tmp_path)
+    shutil.copy(whole[0] / PREDICTIONS_FILE, tmp_path)
     assert evaluate(module, tmp_path).computed == []
     assert content(tmp_path) == content(whole[0])
 
@@ -240,7 +242,7 @@ def test_another_evaluation_is_refused_before_anything_is_computed(
 ):
     folder = shutil.copytree(whole[0], tmp_path / "folder")
     if state == "killed":
-        (folder / MERGED).unlink()
+        (folder / PREDICTIONS_FILE).unlink()
         (folder / "part-0-0.jsonl").write_text(
             '[["generation", 0, {"text": "", "answer": null, "choice": null}]]\n'
         )
@@ -283,9 +285,9 @@ def test_predictions_in_an_older_format_are_refused(whole, module, tmp_path):
     """Format 1 judged every generated text right or wrong."""
     folder = shutil.copytree(whole[0], tmp_path / "folder")
     identity = json.loads((folder / "evaluation.json").read_text())
-    assert identity["format"] == FORMAT >= 2
+    assert identity["format"] == FORMAT_VERSION >= 2
     (folder / "evaluation.json").write_text(json.dumps(identity | {"format": 1}))
-    with pytest.raises(ConfigError, match=f"format was 1 and is {FORMAT}"):
+    with pytest.raises(ConfigError, match=f"format was 1 and is {FORMAT_VERSION}"):
         evaluate(module, folder, at=0)
     assert content(folder) == content(whole[0])
 
@@ -294,9 +296,9 @@ BAD = [b"{", b"nonsense", b'[["likelihood"]]', b"7", b'["likelihood", 3]', b'{"e
 
 
 @pytest.mark.parametrize("line", BAD, ids=str)
-@pytest.mark.parametrize("name", ["part-0-0.jsonl", "part-1-3.jsonl", MERGED])
+@pytest.mark.parametrize("name", ["part-0-0.jsonl", "part-1-3.jsonl", PREDICTIONS_FILE])
 def test_a_damaged_line_is_named(tmp_path, name, line):
-    good = b'{"example": 0, "task": "t"}' if name == MERGED else b'[["likelihood", 0, {}]]'
+    good = b'{"example": 0, "task": "t"}' if name == PREDICTIONS_FILE else b'[["likelihood", 0, {}]]'
     (tmp_path / name).write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
     with pytest.raises(ConfigError, match=f"{name}, line 2: damaged"):
         read_records(tmp_path)
@@ -305,7 +307,7 @@ def test_a_damaged_line_is_named(tmp_path, name, line):
 def test_damage_stops_a_run(whole, module, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "folder")
     lines = content(folder).splitlines(keepends=True)
-    (folder / MERGED).write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\n", *lines[3:]]))
+    (folder / PREDICTIONS_FILE).write_bytes(b"".join([*lines[:2], lines[2][:40] + b"\n", *lines[3:]]))
     with pytest.raises(ConfigError, match=r"predictions\.jsonl, line 3: damaged"):
         evaluate(module, folder, at=0)
 
@@ -315,17 +317,17 @@ def test_damage_stops_a_run(whole, module, tmp_path):
 
 def test_what_is_kept_of_each_way_of_answering():
     """By hand; a text with a reference is not judged, and nothing is said of an answer in it."""
-    assert generation_record(Generated("so it is b", "b", 1)) == {
+    assert generation_record(GeneratedAnswer("so it is b", "b", 1)) == {
         "text": "so it is b",
         "answer": "b",
         "choice": 1,
     }
-    assert generation_record(Generated("so it is", None, None)) == {
+    assert generation_record(GeneratedAnswer("so it is", None, None)) == {
         "text": "so it is",
         "answer": None,
         "choice": None,
     }
-    assert generation_record(Compared("i have a dog", "a cat")) == {
+    assert generation_record(TextWithReference("i have a dog", "a cat")) == {
         "text": "i have a dog",
         "reference": "a cat",
     }
@@ -340,13 +342,13 @@ def test_what_is_kept_of_each_way_of_answering():
 
 def test_a_text_with_a_reference_is_read_again_with_scores_or_without(tmp_path):
     """The parts have none yet; the merged file has."""
-    record = generation_record(Compared("one\u2028two", "three\x85four"))
+    record = generation_record(TextWithReference("one\u2028two", "three\x85four"))
     part = PartFile(tmp_path, 0)
     part.write({("generation", 4): record})
     part.close()
     assert read_records(tmp_path) == {("generation", 4): record}
     scored = record | {"scores": {"token_f1": 0.1}}
-    write_merged(tmp_path, [{"task": "t", "example": 4, "key": "k", "gold": 0, "generation": scored}])
+    write_predictions(tmp_path, [{"task": "t", "example": 4, "key": "k", "gold": 0, "generation": scored}])
     assert read_records(tmp_path) == {("generation", 4): scored}
 
 
@@ -378,17 +380,17 @@ def test_any_generated_text_can_be_read_again(tmp_path, character):
     """A model may write what Python takes for the end of a line."""
     record = {"text": f"one{character}two", "answer": "b", "choice": 1}
     row = {"task": "t", "example": 3, "key": "k", "gold": 0, "generation": record}
-    write_merged(tmp_path, [row, row | {"example": 4}])
+    write_predictions(tmp_path, [row, row | {"example": 4}])
     assert read_records(tmp_path) == {("generation", 3): record, ("generation", 4): record}
-    assert (tmp_path / MERGED).read_bytes().count(b"\n") == 2
+    assert (tmp_path / PREDICTIONS_FILE).read_bytes().count(b"\n") == 2
 
 
 def test_discarding_leaves_what_is_not_ones_own(tmp_path):
-    for name in ("part-0-0.jsonl", "part-1-2.jsonl", MERGED, "evaluation.json", "config.yaml", "parts.jsonl"):
+    for name in ("part-0-0.jsonl", "part-1-2.jsonl", PREDICTIONS_FILE, "evaluation.json", "config.yaml", "parts.jsonl"):
         (tmp_path / name).write_text("")
     discard(tmp_path, merged=False)
     assert {path.name for path in tmp_path.iterdir()} == {
-        MERGED,
+        PREDICTIONS_FILE,
         "evaluation.json",
         "config.yaml",
         "parts.jsonl",

@@ -11,7 +11,7 @@ import sacrebleu
 from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
-from gatera_lightning.datamodules.answers.options import Reading
+from gatera_lightning.datamodules.answers.options import ParsedAnswer
 from gatera_lightning.evaluation.intervals import Average, Proportion
 from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.evaluation.results import EvaluationResult
@@ -165,7 +165,7 @@ def test_ranked_candidates_and_texts_stand_side_by_side():
     rows = [text | {"likelihood": row("", 0, 1, choice)["likelihood"]} for text, choice in zip(
         TEXTS, [(1, 0, 1), (1, 1, 0), (0, 0, 1), (1, 0, 1)], strict=True
     )]  # fmt: skip
-    result = EvaluationResult(rows, expected=4)
+    result = EvaluationResult(rows, split_size=4)
     assert result.measures == list(SCORES)
     assert [result.accuracy(score).hits for score in SCORES] == [3, 1, 3]
     assert result.counts == {"likelihood": 4, "generation": 4}
@@ -176,7 +176,7 @@ def test_ranked_candidates_and_texts_stand_side_by_side():
 def test_a_limit_leaves_rows_without_a_text():
     rows = [*TEXTS[:2], row("pets", 7, 1, (1, 1, 1))]
     assert (
-        EvaluationResult(rows, expected=9).text_metrics()
+        EvaluationResult(rows, split_size=9).text_metrics()
         == EvaluationResult(TEXTS[:2], expected=9).text_metrics()
     )
     assert EvaluationResult(rows[2:], expected=9).text_metrics() == {}
@@ -211,7 +211,7 @@ def test_perplexity_is_the_exponential_of_the_loss():
 def read_oddly(text, labels):
     """An option out of most texts, for a random model states none; it depends on all that is to be read."""
     choice = (None, *range(len(labels)))[sum(map(ord, text + "".join(labels))) % (len(labels) + 1)]
-    return Reading(None if choice is None else labels[choice], choice)
+    return ParsedAnswer(None if choice is None else labels[choice], choice)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def recorded(tiny_backbone, tmp_path_factory):
         test=[str(root / "hard.json"), str(root / "easy.jsonl")],
         evaluate_by=["generation", "likelihood"],
     )
-    data.read_answer = read_oddly
+    data.parse_answer = read_oddly
     module = tiny_module(tiny_backbone, update="lora", gate="static")
     module.decoding.max_new_tokens = 5
     trainer = tiny_trainer(root, EvaluationReport(str(root / "folder")))
@@ -336,7 +336,7 @@ def test_where_some_rows_have_one_candidate_the_others_are_judged():
         "choice": dict.fromkeys(get_args(Score), 0),
     }
     rows = [*ROWS[:3], row("easy", 8, 0) | {"likelihood": alone}, row("sums", 9, 0) | {"likelihood": alone}]
-    result = EvaluationResult(rows, expected=5)
+    result = EvaluationResult(rows, split_size=5)
     assert result.accuracy("sum", "easy") == Proportion(2, 3)
     assert result.accuracy("sum", "sums") == Proportion(0, 0)
     assert result.gold_loss == pytest.approx((1 + 1 + 7 + 3 + 3) / (1 + 1 + 3 + 2 + 2))

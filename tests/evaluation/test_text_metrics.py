@@ -17,16 +17,16 @@ from torchmetrics.functional.text import bert_score as torchmetrics_bert_score
 
 from gatera_lightning.evaluation.text_metrics import (
     CORPUS_METRICS,
-    ROW_METRICS,
-    Unavailable,
+    EXAMPLE_METRICS,
+    MetricUnavailable,
     bert_score,
     bleu,
     corpus_metrics,
     distinct,
     meteor,
-    normalised_tokens,
+    normalized_tokens,
     rouge_l,
-    row_scores,
+    example_scores,
     token_f1,
 )
 
@@ -204,7 +204,7 @@ def test_token_f1_is_parlais():
     ],
 )
 def test_normalised_tokens(text, tokens):
-    assert normalised_tokens(text) == tokens
+    assert normalized_tokens(text) == tokens
 
 
 def test_distinct_counts_over_all_texts():
@@ -220,7 +220,7 @@ def test_distinct_counts_over_all_texts():
 
 
 def test_every_metric_at_once(wordnet, tiny_bert):
-    found = row_scores(GENERATED, REFERENCES, bert_model=tiny_bert, bert_layer=2)
+    found = example_scores(GENERATED, REFERENCES, bert_model=tiny_bert, bert_layer=2)
     assert found.skipped == {}
     assert found.values == {
         "token_f1": token_f1(GENERATED, REFERENCES),
@@ -228,7 +228,7 @@ def test_every_metric_at_once(wordnet, tiny_bert):
         "meteor": meteor(GENERATED, REFERENCES),
         **bert_score(GENERATED, REFERENCES, model=tiny_bert, layer=2),
     }
-    assert list(found.values) == list(ROW_METRICS)
+    assert list(found.values) == list(EXAMPLE_METRICS)
     assert all(isinstance(value, float) for values in found.values.values() for value in values)
     values = {
         "bleu": bleu(GENERATED, REFERENCES),
@@ -240,7 +240,7 @@ def test_every_metric_at_once(wordnet, tiny_bert):
 
 
 def test_what_is_not_there_is_skipped_and_said(no_wordnet):
-    found = row_scores(GENERATED, REFERENCES, bert_model="owner/not-a-model")
+    found = example_scores(GENERATED, REFERENCES, bert_model="owner/not-a-model")
     assert found.skipped == {
         "meteor": "NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet",
         "bert_score": "the model owner/not-a-model is not on this machine: hf download owner/not-a-model",
@@ -259,13 +259,13 @@ def test_what_is_not_there_is_skipped_and_said(no_wordnet):
 def test_a_missing_package_is_named(module, package, metric, no_wordnet, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     reason = f"the package {package} is not installed: pip install 'gatera-lightning[text]'"
-    with pytest.raises(Unavailable, match=re.escape(reason)):
+    with pytest.raises(MetricUnavailable, match=re.escape(reason)):
         metric(GENERATED, REFERENCES)
-    skipped = row_scores(GENERATED, REFERENCES, bert_model="owner/not-a-model").skipped
+    skipped = example_scores(GENERATED, REFERENCES, bert_model="owner/not-a-model").skipped
     assert (skipped | corpus_metrics(GENERATED, REFERENCES)[1])[metric.__name__] == reason
 
 
-@pytest.mark.parametrize("compute", [row_scores, corpus_metrics])
+@pytest.mark.parametrize("compute", [example_scores, corpus_metrics])
 @pytest.mark.parametrize(("generated", "references"), [(["a"], []), (["a"], ["a", "b"])])
 def test_rows_must_pair_up(generated, references, compute):
     message = f"^{len(generated)} generated texts and {len(references)} references; accepted: as many$"
@@ -275,7 +275,7 @@ def test_rows_must_pair_up(generated, references, compute):
 
 def test_no_text_says_anything(wordnet, tiny_bert):
     """A model that stops at once is no error."""
-    found = row_scores(["", ""], ["a dog .", "yes"], bert_model=tiny_bert, bert_layer=1)
+    found = example_scores(["", ""], ["a dog .", "yes"], bert_model=tiny_bert, bert_layer=1)
     assert found.skipped == {}
     assert [found.values[name] for name in ("token_f1", "rouge_l", "meteor")] == [[0.0, 0.0]] * 3
     assert set(corpus_metrics(["", ""], ["a dog .", "yes"])[0].values()) == {0.0}
@@ -284,7 +284,7 @@ def test_no_text_says_anything(wordnet, tiny_bert):
 def test_no_texts_at_all_are_no_error():
     """What a process without a share has, and how the report asks which metrics of many texts are not there."""
     assert corpus_metrics([], []) == ({"bleu": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}, {})
-    assert row_scores([], [], bert_model="owner/not-a-model").values["token_f1"] == []
+    assert example_scores([], [], bert_model="owner/not-a-model").values["token_f1"] == []
 
 
 def test_no_texts_at_all():
