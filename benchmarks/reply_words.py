@@ -25,7 +25,7 @@ def main() -> None:
         load_adapter(model, own.adapter)
     model.eval()
     nats, tokens = torch.zeros(2, dtype=torch.float64), torch.zeros(2)  # with the end, without it
-    for row in recipe.table.rows:
+    for row in recipe.table.examples:
         prompt, reply = list(row["prompt"]), list(row["answers"][row["gold"]])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1].float()

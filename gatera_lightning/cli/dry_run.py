@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
 
 from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
@@ -16,35 +17,48 @@ class RecipeCLI(GateRACLI):
     model: Any
     datamodule: SupervisedDataModule
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    accumulate: int
+    """`trainer.accumulate_grad_batches`."""
+
+    world_size: int
+    """The number of ranks that would train."""
+
+    world_size_remark: str
+    """A remark for the user if only the machine that trains knows the number of ranks; else empty."""
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without checking: each subcommand checks the settings that matter to it."""
-        assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
+    @override
     def instantiate_classes(self) -> None:
         """Build model settings and data only: a strategy or a logger may need what this machine does not have."""
+        trainer = self.config.fit.trainer
+        self.accumulate = trainer.accumulate_grad_batches
+        self.world_size, self.world_size_remark = planned_world_size(trainer.devices, trainer.num_nodes)
         config = self.config.clone()
         for section in ("trainer", *RUN_CALLBACKS):
             config.fit.pop(section)
         settings = self.parser.instantiate_classes(config).fit
         self.model, self.datamodule = settings.model, settings.data
 
+    @override
     def after_instantiate_classes(self) -> None:
-        """Do nothing: the subcommand loads the tokenizer when it needs it."""
+        """Do nothing: a subcommand loads the tokenizer when it needs it."""
+
+    def set_up_data(self, stage: str, world_size: int) -> None:
+        """Set up the data module as rank 0 of a run does.
+
+        Args:
+            stage: fit or test.
+            world_size: The run's number of ranks.
+        """
+        self.datamodule.trainer = _PlannedTrainer(world_size, self.accumulate)  # type: ignore[assignment]
+        self.datamodule.setup(stage)
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class PlannedTrainer:
-    """What a data module needs to know about a Trainer, for a run with ranks that do not exist here."""
-
-    world_size: int
-    accumulate_grad_batches: int
-    limit_train_batches: float = 1.0
-    global_rank: int = 0
-    is_global_zero: bool = False  # the data module then logs nothing between the printed figures
 
 
 def planned_world_size(devices: int | str | list[int], nodes: int) -> tuple[int, str]:
@@ -64,3 +78,14 @@ def planned_world_size(devices: int | str | list[int], nodes: int) -> tuple[int,
     if str(devices).isdecimal() and int(devices) > 0:  # a flag's value is text
         return int(devices) * nodes, ""
     return 1, f" (assumed: trainer.devices is {devices})"
+
+
+@dataclass(frozen=True)
+class _PlannedTrainer:
+    """What a data module needs to know about a Trainer, for a run with ranks that do not exist here."""
+
+    world_size: int
+    accumulate_grad_batches: int
+    limit_train_batches: float = 1.0
+    global_rank: int = 0
+    is_global_zero: bool = False  # the data module then logs nothing between the printed figures

@@ -34,6 +34,8 @@ MOVED_SETTINGS = {
 }
 """Where a gate's setting was in version 0.1 -> its name below `model.adapter.gate`."""
 
+_KIND_FLAGS = (GATE, f"{GATE}.kind")
+
 _PARSER_MODE = "gatera_settings"
 
 
@@ -56,7 +58,10 @@ class SettingsParser(LightningArgumentParser):
 
 def describe_choices(parser: LightningArgumentParser) -> None:
     """Append the registered updates and gates to the help of the settings that name one."""
-    descriptions = {"model.adapter.update": describe_updates(), GATE: describe_gates()}
+    descriptions = {
+        "model.adapter.update": describe_updates(),
+        GATE: f"{describe_gates()}. Flags of its settings: --{GATE}.help KIND",
+    }
     for action in parser._actions:
         if action.dest in descriptions:
             action.help = f"{action.help} {descriptions[action.dest]}"
@@ -105,12 +110,14 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
     for arg in rest:
         flag, _, value = arg.partition("=")
         name = flag.removeprefix("--")
-        if not flag.startswith("--") or name not in (GATE, f"{GATE}.kind", *MOVED_SETTINGS):
+        if not flag.startswith("--") or name not in (*_KIND_FLAGS, f"{GATE}.help", *MOVED_SETTINGS):
             others.append(arg)
             continue
         position = len(others) if position is None else position
         value = value if "=" in arg else next(rest, "")
-        if name in MOVED_SETTINGS:
+        if name == f"{GATE}.help":
+            others.append(f"{flag}={GATES[value].__name__ if value in GATES else value}")
+        elif name in MOVED_SETTINGS:
             new_name = MOVED_SETTINGS[name]
             announce_deprecation(flag, f"--{GATE}.{new_name}")
             settings.append((new_name, value))
@@ -133,13 +140,17 @@ def expand_gate(gate: Any) -> Any:
         A spelling of jsonargparse.
 
     Raises:
-        ConfigError: The kind is unknown.
+        ConfigError: The kind is unknown, or has no such setting.
     """
     match gate:
         case str() if "." not in gate and gate not in _class_names():
             return {"class_path": _class_path(gate)}
         case {"kind": kind, **settings}:
-            return {"class_path": _class_path(kind), "init_args": settings}
+            path = _class_path(kind)
+            if unknown := [name for name in settings if not _accepts(GATES[kind], name)]:
+                accepted = ", ".join(field.name for field in fields(GATES[kind]))
+                raise ConfigError(f"{GATE}: {kind!r} has no setting {', '.join(unknown)}; accepted: {accepted}")
+            return {"class_path": path, "init_args": settings}
         case {"class_path": _} | {"init_args": _}:
             return gate
         case dict():
@@ -182,11 +193,10 @@ def _load_settings(text: str) -> Any:
 
 def _dump_settings(settings: Any) -> str:
     """Write YAML with the kind of gate in place of its class."""
-    gate = settings.get("model", {}).get("adapter", {}).get("gate")
-    config = _config_class(gate)
-    if config is not None:
-        settings = copy.deepcopy(settings)
-        settings["model"]["adapter"]["gate"] = {"kind": config.kind, **gate.get("init_args", {})}
+    match settings:
+        case {"model": {"adapter": {"gate": dict(gate)}}} if config := _config_class(gate):
+            settings = copy.deepcopy(settings)
+            settings["model"]["adapter"]["gate"] = {"kind": config.kind, **gate.get("init_args", {})}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 

@@ -22,7 +22,7 @@ from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.serialization import load_adapter, trained_template
 from gatera_lightning.backbone.loading import (
     context_length,
-    device_here,
+    default_device,
     load_backbone,
     load_config,
     load_tokenizer,
@@ -66,7 +66,7 @@ class TerminalModel:
             ConfigError: With everything that cannot work.
         """
         self.args = args
-        self.backbone, self.adapter = (choice := check_arguments(args, problems)).backbone, choice.adapter
+        self.backbone, self.adapter = check_arguments(args, problems)
         self.tokenizer = load_tokenizer(self.backbone)
         self.trained_template = None if self.adapter is None else trained_template(args.adapter)
         self.template = self._choose_template()
@@ -126,7 +126,7 @@ class TerminalModel:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model in eval mode, on the accelerator if there is one; seeds the random numbers of sampling."""
-        with device_here() as device:  # weights are read straight onto it
+        with default_device() as device:  # weights are read straight onto it
             model = load_backbone(self.backbone, device.type)
         if self.adapter is not None:
             load_adapter(model, self.args.adapter)

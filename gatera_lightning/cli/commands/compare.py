@@ -1,9 +1,10 @@
-"""``compare``: evaluations of two or more runs side by side, with paired tests on the questions they have in common."""
+"""`compare`: the evaluations of two or more runs side by side, with paired tests on the questions they share."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from gatera_lightning.cli import PROGRAM
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.comparison import compare_runs
 from gatera_lightning.evaluation.comparison_report import as_json, as_markdown
@@ -13,18 +14,23 @@ _WRITERS = {".md": as_markdown, ".json": as_json}
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Compare the first RUN with the others, print Markdown and write ``--out`` files; ConfigError for runs that cannot be."""
+    """Compare the first run with the others, print the report as Markdown, and write it to every `--out`.
+
+    Args:
+        argv: The flags.
+
+    Raises:
+        ConfigError: The runs cannot be compared; nothing is written.
+    """
     args = _parser().parse_args(argv)
-    problems = (
-        []
-        if len(args.runs) > 1
-        else [f"RUN: got {args.runs[0]} alone; expected a baseline and at least one other run"]
-    )
+    problems = []
+    if len(args.runs) < 2:
+        problems.append(f"RUN: got {args.runs[0]} alone; expected a baseline and at least one other run")
     for out in args.out:
         if out.suffix not in _WRITERS:
             problems.append(f"--out {out}: expected a name that ends in .md or .json")
         elif not out.parent.is_dir():
-            problems.append(f"--out {out}: there is no folder {out.parent}")
+            problems.append(f"--out {out}: the folder {out.parent} does not exist")
     runs: list[RecordedRun] = []
     for path in args.runs:
         try:
@@ -41,16 +47,16 @@ def compare(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m gatera_lightning compare",
-        description="Compare the evaluations of runs, written by `test`: accuracies with 95 % intervals, and paired tests "
-        "against the first run on the questions that both answered.",
+        prog=f"{PROGRAM} compare",
+        description="Compare evaluations that test has written: accuracies with 95 % intervals, and paired tests against the "
+        "first run on the questions that both answered.",
     )
     parser.add_argument(
         "runs",
         metavar="RUN",
         nargs="+",
         type=Path,
-        help="a run's folder or predictions.jsonl; baseline first",
+        help="a run's folder or its predictions.jsonl; the baseline comes first",
     )
     parser.add_argument(
         "--out",
@@ -58,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         default=[],
-        help="also write .md or .json; may be given twice",
+        help="also write the report to a .md or .json file; may be repeated",
     )
     return parser

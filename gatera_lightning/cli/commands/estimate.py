@@ -11,7 +11,7 @@ import torch
 from gatera_lightning.adapters.inference import prepared_bytes
 from gatera_lightning.backbone.loading import load_config, load_tokenizer, native_dtype
 from gatera_lightning.cli import PROGRAM
-from gatera_lightning.cli.dry_run import PlannedTrainer, RecipeCLI, planned_world_size
+from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.cost_model.step_costs import (
     MicroBatch,
@@ -45,7 +45,7 @@ def estimate(argv: Sequence[str]) -> None:
     recipe = RecipeCLI(["fit", *others])
     settings, trainer = recipe.model, recipe.config.fit.trainer
     validate_config(recipe.parser, recipe.config)
-    processes, remark = planned_world_size(trainer.devices, trainer.num_nodes)
+    processes, remark = recipe.world_size, recipe.world_size_remark
     layout = layout_of(trainer.strategy, processes)
     batch, source = _largest_micro_batch(recipe, processes, trainer.accumulate_grad_batches)
     here = torch.cuda.is_available()
@@ -204,8 +204,7 @@ def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> 
     data = recipe.datamodule
     try:
         data.connect(load_tokenizer(recipe.model.backbone))
-        data.trainer = PlannedTrainer(processes, accumulate)  # type: ignore[assignment]
-        data.setup("fit")
+        recipe.set_up_data("fit", processes)
     except ConfigError as error:
         if data.batch_size < accumulate * processes:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""``export``: any checkpoint, sharded or not, as the adapter folder that users keep."""
+"""`export`: the adapter folder of a checkpoint."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,31 +8,39 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.serialization import write_adapter
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
+from gatera_lightning.cli import PROGRAM
 from gatera_lightning.errors import ConfigError
+
+_REQUIRED_KEYS = ("state_dict", "adapter", "backbone", "global_step")
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write ``--out``, the adapter of a checkpoint, or of the newest sound one in a folder; the backbone is not needed.
+    """Write the adapter folder `--out` from a checkpoint, or from the newest valid one in a folder.
 
-    Raises ConfigError for what is no checkpoint of this project, and CheckpointError for a damaged one or another program's.
+    The backbone is not needed.
+
+    Args:
+        argv: The flags.
+
+    Raises:
+        ConfigError: The path is not a checkpoint of this package.
+        CheckpointError: The checkpoint is corrupt, or holds objects of another program.
     """
     args = _parser().parse_args(argv)
     path: Path = args.checkpoint
     if not path.exists():
         raise ConfigError(
-            f"CHECKPOINT: {path} does not exist; accepted: a checkpoint (*.ckpt), or a folder of them"
+            f"CHECKPOINT: {path} does not exist; accepted: a checkpoint (*.ckpt), or a folder of checkpoints"
         )
     if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which need not exist")
+        raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which does not have to exist")
     found = path if path.suffix == ".ckpt" else newest_valid_checkpoint(path)
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
     checkpoint = AtomicCheckpointIO().load_checkpoint(found, weights_only=True)
-    wanted = ("state_dict", "adapter", "backbone", "global_step")
-    missing = [name for name in wanted if not isinstance(checkpoint, dict) or name not in checkpoint]
-    if missing:
+    if missing := [key for key in _REQUIRED_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]:
         raise ConfigError(
-            f"CHECKPOINT: {found} is no checkpoint of an adapter; it lacks {', '.join(missing)}"
+            f"CHECKPOINT: {found} is not a checkpoint of an adapter; missing entries: {', '.join(missing)}"
         )
     config = AdapterConfig.from_dict(checkpoint["adapter"])
     tensors = {
@@ -44,11 +52,14 @@ def export(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m gatera_lightning export",
-        description="Turn a checkpoint, sharded or not, into an adapter folder, which needs neither Lightning nor pickle.",
+        prog=f"{PROGRAM} export",
+        description="Write the adapter folder of a checkpoint, sharded or not; it loads without Lightning and without pickle.",
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run's folder checkpoints/"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a checkpoint, or a run's folder checkpoints/, of which the newest valid one is used",
     )
     parser.add_argument(
         "--out", metavar="FOLDER", type=Path, required=True, help="the adapter folder to write"

@@ -1,4 +1,4 @@
-"""``preview``: what a recipe's data looks like to the model, from the tokenizer alone — no weights, no accelerator."""
+"""`preview`: a recipe's data as the model sees it, from the tokenizer alone."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,162 +6,173 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+from typing_extensions import override
 
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.cli import PROGRAM
-from gatera_lightning.cli.dry_run import PlannedTrainer, RecipeCLI, planned_world_size
+from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
+from gatera_lightning.datamodules.batching.batch_schedule import build_batch_schedule
 from gatera_lightning.datamodules.batching.datasets import PromptBatches, TokenTable
 from gatera_lightning.datamodules.batching.statistics import (
     SplitStatistics,
-    evaluation_lengths,
     padding_share,
-    planned_lengths,
+    scheduled_lengths,
 )
-from gatera_lightning.datamodules.batching.step_plan import plan_steps
-from gatera_lightning.datamodules.loss_mask_view import marked_text, masked_text
+from gatera_lightning.datamodules.loss_mask_view import decode_span, highlight_supervised
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError
 
-_SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 def preview(argv: Sequence[str]) -> None:
-    """Print ``--rows`` rows of ``--split`` as the model will see them, then the figures of the whole split.
+    """Print the first examples of a split as the model sees them, then statistics of the whole split.
 
-    Everything else in ``argv`` is as for ``fit``. Raises ConfigError for data that ``fit`` (or ``test``) would refuse.
+    Args:
+        argv: The flags of `preview`, and any flags of `fit`.
+
+    Raises:
+        ConfigError: The data cannot be read, or `fit` (for the test split: `test`) would reject it.
     """
-    own, others = _parser().parse_known_args(argv)
+    args, fit_flags = _parser().parse_known_args(argv)
     problems = []
-    if not own.rows.isdecimal() or int(own.rows) < 1:
-        problems.append(f"--rows: {own.rows}; accepted: an integer of at least 1")
-    if own.split not in _SPLITS:
-        problems.append(f"--split: {own.split!r} is unknown; accepted: {', '.join(_SPLITS)}")
+    if not args.rows.isdecimal() or int(args.rows) < 1:
+        problems.append(f"--rows: {args.rows}; accepted: an integer of at least 1")
+    if args.split not in SPLITS:
+        problems.append(f"--split: {args.split!r} is unknown; accepted: {', '.join(SPLITS)}")
     if problems:
         raise ConfigError(problems)
-    run = PreviewedSplit(["fit", *others], own.split)
-    figures = run.figures()  # before anything is printed: what fit would refuse is refused here
+    split = PreviewedSplit(["fit", *fit_flags], args.split)
+    statistics = split.statistics()  # before anything is printed: this may raise what fit would raise
     console = Console(highlight=False, soft_wrap=True)
-    for row in range(min(int(own.rows), len(run.table.rows))):
-        console.print(run.row(row, colour=console.is_terminal))
-    for line in figures:
+    for index in range(min(int(args.rows), len(split.table.examples))):
+        console.print(split.example(index, color=console.is_terminal))
+    for line in statistics:
         console.print(Text(line))
 
 
 class PreviewedSplit(RecipeCLI):
-    """A split of ``fit``'s data and the backbone's tokenizer; what training alone needs is neither built nor checked."""
+    """A split of the recipe's data, tokenized; settings that only training needs are neither built nor checked."""
 
     def __init__(self, args: list[str], split: str) -> None:
+        """Parse a recipe and set up one split of its data.
+
+        Args:
+            args: A command line of `fit`.
+            split: train, validation or test.
+
+        Raises:
+            ConfigError: The data cannot be read, or `fit` (for the test split: `test`) would reject it.
+        """
         self.split = split
         self.stage = "test" if split == "test" else "fit"
         super().__init__(args)
 
+    @override
     def after_instantiate_classes(self) -> None:
-        """Check tokenizer and data, and bring them together."""
-        problems = [
-            f"model.{problem}" for problem in self.model.backbone.problems()
-        ] + self.datamodule.problems(self.stage)
+        """Check backbone and data, and tokenize the split."""
+        problems = [f"model.{problem}" for problem in self.model.backbone.problems()]
+        problems += self.datamodule.problems(self.stage)
         if problems:
             raise ConfigError(problems)
         self.datamodule.connect(load_tokenizer(self.model.backbone))
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Open the split, where ``fit`` would train."""
-        trainer = self.config.fit.trainer
-        self.accumulate: int = trainer.accumulate_grad_batches
-        self.processes, self.remark = planned_world_size(trainer.devices, trainer.num_nodes)
-        # Evaluation batches do not depend on the number of processes, which only share them out: one has them all.
-        processes = self.processes if self.split == "train" else 1
-        self.datamodule.trainer = PlannedTrainer(processes, self.accumulate)  # type: ignore[assignment]
-        self.datamodule.setup(self.stage)
+        # The ranks share the batches of an evaluation; a single rank has all of them.
+        self.set_up_data(self.stage, self.world_size if self.split == "train" else 1)
 
     @property
     def train_on(self) -> TrainOn:
-        """Which tokens of the split carry loss: candidates of a test compete by their own alone."""
+        """Which tokens of the split are supervised; the candidates of a test are compared by their own tokens alone."""
         return "response" if self.split == "test" else self.datamodule.train_on
 
     @property
     def table(self) -> TokenTable:
-        """The rows of the split."""
-        data = self.datamodule
-        assert data.tokenizer is not None  # connected above
-        return TokenTable(
-            data.tables[self.split], int(data.tokenizer.pad_token_id), int(data.tokenizer.eos_token_id)
-        )
+        """The examples of the split."""
+        return self.datamodule.token_table(self.split)
 
-    def row(self, row: int, *, colour: bool) -> Text:
-        """One row under a line about it: prompt and right answer, then the candidates where they are compared."""
-        data = self.datamodule
-        assert data.tokenizer is not None
-        entry, batch = self.table.rows[row], self.table.batch([row], self.train_on, every_answer=False)
-        targets = int((batch["labels"] != IGNORE_INDEX).sum())
+    def example(self, index: int, *, color: bool) -> Text:
+        """Return one example below a heading: prompt and correct answer, then the candidates if the split ranks them.
+
+        Args:
+            index: Number of the example in the split.
+            color: Mark supervised tokens by color instead of brackets.
+        """
+        data, tokenizer = self.datamodule, self.datamodule.tokenizer
+        assert tokenizer is not None  # connected above
+        example = self.table.examples[index]
+        batch = self.table.batch([index], self.train_on, all_candidates=False)
+        supervised = int((batch["labels"] != IGNORE_INDEX).sum())
         tokens = int(batch["attention_mask"].sum())
-        shortened = f", prompt shortened to max_length {data.max_length}" if entry["truncated"] else ""
+        truncated = f", prompt truncated to max_length {data.max_length}" if example["truncated"] else ""
         text = Text(
-            f"example {entry['example']}, {entry['task']}: {tokens:,} tokens, {targets:,} targets{shortened}\n"
+            f"example {example['example']}, {example['task']}: {tokens:,} tokens, {supervised:,} supervised{truncated}\n"
         )
-        text.append_text(masked_text(data.tokenizer, batch, 0, colour=colour))
+        text.append_text(highlight_supervised(tokenizer, batch, 0, color=color))
         if self.split == "test" or (self.split == "validation" and data.rank_validation):
-            for number, ids in enumerate(entry["answers"]):
-                right = number == entry["gold"]
-                text.append(f"\n  {'right' if right else 'wrong'}, {len(ids)} tokens: ")
-                text.append_text(marked_text(data.tokenizer, ids, marked=right, colour=colour))
+            for number, ids in enumerate(example["answers"]):
+                correct = number == example["gold"]
+                text.append(f"\n  {'correct' if correct else 'wrong'}, {len(ids)} tokens: ")
+                text.append_text(decode_span(tokenizer, ids, highlighted=correct, color=color))
         return text
 
-    def figures(self) -> list[str]:
-        """The figures of the whole split, one line each."""
+    def statistics(self) -> list[str]:
+        """Return statistics of the whole split, one per line."""
         data = self.datamodule
-        split = SplitStatistics.of(data.tables[self.split], self.train_on)
-        rows = len(split.lengths)
+        split = SplitStatistics.from_table(data.tables[self.split], self.train_on)
+        examples, quantile = len(split.lengths), split.length_quantile
         lines = [
-            f"{self.split}: {rows:,} rows",
+            f"{self.split}: {examples:,} examples",
             "  tasks       " + ", ".join(f"{task} {count:,}" for task, count in split.tasks.items()),
-            f"  lengths     {split.length(0):,} to {split.length(1):,} tokens, median {split.length(0.5):,}, "
-            f"95 % at most {split.length(0.95):,}",
-            f"  targets     {split.targets:,} of {split.tokens:,} real tokens ({_percent(split.targets / split.tokens)})",
-            f"  shortened   {split.shortened:,} prompts ({_percent(split.shortened / rows)}) to max_length {data.max_length}",
+            f"  lengths     {quantile(0):,} to {quantile(1):,} tokens, median {quantile(0.5):,}, "
+            f"95 % at most {quantile(0.95):,}",
+            f"  supervised  {split.supervised_tokens:,} of {split.tokens:,} non-padding tokens "
+            f"({_percent(split.supervised_tokens / split.tokens)})",
+            f"  truncated   {split.truncated:,} prompts ({_percent(split.truncated / examples)}) "
+            f"to max_length {data.max_length}",
         ]
-        lines += self._plan(split.lengths) if self.split == "train" else self._evaluation()
-        return lines + ([str(found) for found in data.leakage()] if "train" in data.tables else [])
+        lines += self._batch_schedule(split.lengths) if self.split == "train" else self._evaluation_batches()
+        return lines + ([str(overlap) for overlap in data.overlaps()] if "train" in data.tables else [])
 
-    def _plan(self, lengths: list[int]) -> list[str]:
+    def _batch_schedule(self, lengths: list[int]) -> list[str]:
+        """Padding of the batch schedule, and of the schedules that grouping and packing would give instead."""
         data = self.datamodule
         steps = data.train_dataloader().dataset.steps
-        others = plan_steps(
+        other_steps = build_batch_schedule(
             lengths,
-            lengths,  # targets do not matter to padding
+            lengths,  # stands for the supervised tokens, which do not affect padding
             batch_size=data.batch_size,
-            micro_batches=self.accumulate * self.processes,
+            micro_batches=self.accumulate * self.world_size,
             seed=data.seed,
             token_budget=data.token_budget,
             group_by_length=not data.group_by_length,
         )
-        line, other_line = (data.max_length, None) if data.packing else (None, data.max_length)
-        padding = padding_share(planned_lengths(steps, lengths, line))
-        ungrouped = padding_share(planned_lengths(others, lengths, line))
-        other = padding_share(planned_lengths(steps, lengths, other_line))
+        pack_length, other_pack_length = (data.max_length, None) if data.packing else (None, data.max_length)
+        padding = padding_share(scheduled_lengths(steps, lengths, pack_length))
+        other_grouping = padding_share(scheduled_lengths(other_steps, lengths, pack_length))
+        other_packing = padding_share(scheduled_lengths(steps, lengths, other_pack_length))
         budget = "" if data.token_budget is None else f" (and token_budget {data.token_budget})"
         return [
-            f"  padding     {_percent(padding)} of the computed positions; {_percent(ungrouped)} with group_by_length: "
-            f"{str(not data.group_by_length).lower()}, {_percent(other)} with packing: {str(not data.packing).lower()}",
-            f"  steps       {len(steps):,} optimizer steps an epoch, of batch_size {data.batch_size}{budget} over "
-            f"accumulate_grad_batches {self.accumulate} × {self.processes} processes{self.remark}",
+            f"  padding     {_percent(padding)} of the computed positions; {_percent(other_grouping)} with group_by_length: "
+            f"{str(not data.group_by_length).lower()}, {_percent(other_packing)} with packing: "
+            f"{str(not data.packing).lower()}",
+            f"  steps       {len(steps):,} optimizer steps per epoch, of batch_size {data.batch_size}{budget} over "
+            f"accumulate_grad_batches {self.accumulate} × {self.world_size} ranks{self.world_size_remark}",
         ]
 
-    def _evaluation(self) -> list[str]:
+    def _evaluation_batches(self) -> list[str]:
+        """Padding of the evaluation batches, one line for each way of evaluating."""
         data = self.datamodule
         loaders = data.test_dataloader() if self.split == "test" else [data.val_dataloader()]
         lines = []
         for loader in loaders:
             batches: Any = loader.dataset
-            what = (
-                "prompts' positions, to generate from"
-                if isinstance(batches, PromptBatches)
-                else "computed positions"
+            generates = isinstance(batches, PromptBatches)
+            positions = "prompt positions, for generation" if generates else "computed positions"
+            padding = _percent(padding_share(batches.row_lengths()))
+            lines.append(
+                f"  padding     {padding} of the {positions}, in {len(batches):,} batches of eval_batch_size "
+                f"{data.eval_batch_size}"
             )
-            padding = _percent(padding_share(evaluation_lengths(batches)))
-            cut = f"in {len(batches):,} batches of eval_batch_size {data.eval_batch_size}"
-            lines.append(f"  padding     {padding} of the {what}, {cut}")
         return lines
 
 
@@ -173,10 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} preview",
         usage="%(prog)s [--rows N] [--split SPLIT] [--config CONFIG ...] [any flag of fit]",
-        description="Show rows of a split as the model will see them, and the figures of all of it. Loads no weights.",
-        epilog=f"Every other flag is as for fit: see {PROGRAM} fit --help",
+        description="Show examples of a split as the model sees them, and statistics of the whole split. Loads no weights.",
+        epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", metavar="N", default="3", help="how many rows to show; default: 3")
-    parser.add_argument("--split", default="train", help=f"{', '.join(_SPLITS)}; default: train")
+    parser.add_argument("--rows", metavar="N", default="3", help="number of examples to show; default: 3")
+    parser.add_argument("--split", default="train", help=f"{', '.join(SPLITS)}; default: train")
     return parser

@@ -1,4 +1,4 @@
-"""``submit``: a recipe as a SLURM job — rendered, checked, kept with its configuration, and handed in."""
+"""`submit`: renders a recipe as a SLURM job, checks it, and submits it."""
 
 import argparse
 import re
@@ -8,242 +8,145 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
 
-from gatera_lightning.backbone.loading import hub_id, load_tokenizer
+from gatera_lightning.backbone.loading import load_tokenizer
+from gatera_lightning.backbone.source import hub_id
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
+from gatera_lightning.cli.slurm_job import SlurmJob
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.errors import ConfigError
 
-_TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
-_UNREADABLE = re.compile(
-    r"[\s'\"\\#]"
-)  # SLURM reads #SBATCH lines by rules of its own, which are not the shell's
-_NAMED = {"TensorBoardLogger", "CSVLogger"}  # loggers whose folder is save_dir/name/version
+# Loggers that write to save_dir/name/version.
+_VERSIONED_LOGGERS = {"TensorBoardLogger", "CSVLogger"}
 
 
 def submit(argv: Sequence[str]) -> None:
-    """Print (``--dry-run``) or hand in a job that runs ``fit`` with everything else in ``argv``.
+    """Submit a job that runs `fit`, or print its script with `--dry-run`.
 
-    The script and the resolved configuration lie in ``ROOT/job-ID``, the run's own folder. Raises ConfigError for what cannot
-    work, a machine without SLURM and a script that SLURM refuses included.
+    The script and the resolved config are stored in `ROOT/job-ID`, which is the run's folder too.
+
+    Args:
+        argv: The flags of `submit`, and any flags of `fit`.
+
+    Raises:
+        ConfigError: Something cannot work, SLURM is missing, or SLURM rejects the script.
     """
-    own, others = _parser().parse_known_args(argv)
-    job = Job.of(own)
-    config = _Resolved(["fit", *others], job)
-    script = render(job, config.name, config.logger)
+    args, fit_flags = _parser().parse_known_args(argv)
+    job = SlurmJob.from_arguments(args)
+    recipe = _ResolvedRecipe(["fit", *fit_flags], job)
+    script = job.script(recipe.job_name, recipe.logger_settings)
     syntax = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     if syntax.returncode:
-        raise ConfigError(f"--setup: the script is not valid bash with it: {syntax.stderr.strip()}")
-    if own.dry_run:
+        raise ConfigError(f"--setup: makes the script invalid bash: {syntax.stderr.strip()}")
+    if args.dry_run:
         print(script, end="")
         return
     if missing := [tool for tool in ("sbatch", "srun", "scontrol") if shutil.which(tool) is None]:
         raise ConfigError(
-            f"submit: {', '.join(missing)} is not on this machine; accepted: a login node of SLURM, or --dry-run"
+            f"submit: this machine does not have {', '.join(missing)}; accepted: a login node of SLURM, or --dry-run"
         )
-    if not own.skip_download:
-        config.fetch()
-    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
-        file.write(script)
-        file.flush()
-        _slurm("sbatch", "--test-only", file.name)
-        # Held until its folder is there: a job may start before the next line runs.
-        number = _slurm("sbatch", "--parsable", "--hold", file.name).split(";")[0].strip()
-    run = job.root / f"job-{number}"
+    if not args.skip_download:
+        recipe.download()
+    number = _submit_held(script)
+    folder = job.root / f"job-{number}"
     try:
-        run.mkdir(parents=True)
-        (run / "job.sbatch").write_text(script)
-        (run / "submitted.yaml").write_text(config.text)
-        _slurm("scontrol", "release", number)
-    except (OSError, ConfigError) as error:  # else it would wait for ever
+        folder.mkdir(parents=True)
+        (folder / "job.sbatch").write_text(script)
+        (folder / "submitted.yaml").write_text(recipe.resolved_config)
+        _run_slurm("scontrol", "release", number)
+    except (OSError, ConfigError) as error:  # a held job would wait forever
         subprocess.run(["scancel", number], capture_output=True)
         raise ConfigError(f"submit: job {number} is cancelled: {error}") from error
-    print(f"job {number}: {run}\n  watch it:  tail -F {run / 'slurm.log'}\n  end it:    scancel {number}")
+    print(f"job {number}: {folder}\n  log:     tail -F {folder / 'slurm.log'}\n  cancel:  scancel {number}")
 
 
-def _seconds(time: str) -> int:
-    """As SLURM reads it: minutes, minutes:seconds, hours:minutes:seconds; behind days-, hours come first."""
-    days, _, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if days or len(parts) == 3:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+class _ResolvedRecipe(RecipeCLI):
+    """The complete, checked config of the job's `fit`."""
 
-
-@dataclass(frozen=True)
-class Job:
-    """What SLURM is asked for."""
-
-    nodes: int
-    gpus_per_node: int
-    processes_per_node: int
-    options: dict[str, str]
-    signal_seconds: int
-    root: Path
-    setup: str
-    python: str
-
-    @classmethod
-    def of(cls, own: argparse.Namespace) -> "Job":
-        """Raises ConfigError with everything that cannot work."""
-        problems = []
-        for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds"):
-            least = 0 if name == "gpus_per_node" else 1
-            if getattr(own, name) is not None and getattr(own, name) < least:
-                problems.append(
-                    f"--{name.replace('_', '-')}: {getattr(own, name)}; accepted: an integer of at least {least}"
-                )
-        if own.time is not None and not _TIME.fullmatch(own.time):
-            problems.append(
-                f"--time: {own.time!r}; accepted: minutes, hours:minutes:seconds, or days-hours:minutes:seconds"
-            )
-        elif own.time is not None and _seconds(own.time) <= own.signal_seconds:
-            problems.append(
-                f"--signal-seconds: {own.signal_seconds} of --time {own.time}: the job would be told to end at once, again and "
-                "again; accepted: less than the time"
-            )
-        if own.processes_per_node is not None and own.gpus_per_node not in (0, own.processes_per_node):
-            problems.append(
-                f"--processes-per-node: {own.processes_per_node} for {own.gpus_per_node} GPUs; accepted: one a GPU, or "
-                "--gpus-per-node 0"
-            )
-        processes = own.processes_per_node or own.gpus_per_node or 1
-        for flag, given, size in (
-            ("--trainer.num_nodes", own.num_nodes, own.nodes),
-            ("--trainer.devices", own.devices, processes),
-        ):
-            if given not in (None, str(size)):
-                problems.append(
-                    f"{flag}: {given}; accepted: {size}, as the job has it, by --nodes and --gpus-per-node"
-                )
-        root = own.root.absolute()
-        if _UNREADABLE.search(str(root)) or "%" in str(root):
-            problems.append(
-                f"--root: {str(root)!r}; accepted: a path without white space, quotes, backslashes, # and %"
-            )
-        for name in ("partition", "account", "mem"):
-            if _UNREADABLE.search(getattr(own, name) or ""):
-                problems.append(
-                    f"--{name}: {getattr(own, name)!r}; accepted: what has no white space, quotes, backslashes or #"
-                )
-        if problems:
-            raise ConfigError(problems)
-        options = {"partition": own.partition, "account": own.account, "time": own.time, "mem": own.mem}
-        options |= {"gpus-per-node": own.gpus_per_node or None, "cpus-per-task": own.cpus_per_task}
-        return cls(
-            own.nodes,
-            own.gpus_per_node,
-            processes,
-            {name: str(value) for name, value in options.items() if value is not None},
-            own.signal_seconds,
-            root,
-            own.setup,
-            own.python,
-        )
-
-
-def render(job: Job, name: str, logger: dict[str, str]) -> str:
-    """The batch script: the shipped ``slurm/train.sbatch`` with what stands between @ signs filled in."""
-    text = (resources.files("gatera_lightning.cli_configs") / "slurm" / "train.sbatch").read_text(
-        encoding="utf-8"
-    )
-    filled = {
-        "NAME": name,
-        "NODES": str(job.nodes),
-        "TASKS": str(job.processes_per_node),
-        "OPTIONS": "\n".join(f"#SBATCH --{option}={value}" for option, value in job.options.items()),
-        "SIGNAL_SECONDS": str(job.signal_seconds),
-        "OUTPUT": str(job.root),
-        "ROOT": shlex.quote(str(job.root)),
-        "SETUP": job.setup,
-        "PYTHON": shlex.quote(job.python),
-        "LOGGER": " ".join(f"--trainer.logger.init_args.{key} {value}" for key, value in logger.items()),
-    }
-    lines = []
-    for line in text.splitlines():
-        found = re.sub(r"@([A-Z_]+)@", lambda match: filled[match[1]], line)
-        if found.strip() or not line.strip():  # what is not asked for leaves no empty line
-            lines.append(found.rstrip())
-    return "\n".join(lines) + "\n"
-
-
-class _Resolved(RecipeCLI):
-    """The whole configuration of the job's ``fit``, checked, and nothing of it started."""
-
-    def __init__(self, args: ArgsType, job: Job) -> None:
+    def __init__(self, args: list[str], job: SlurmJob) -> None:
         self.job = job
         super().__init__(args)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; nodes and devices are the job's. Raises ConfigError with all problems but those of this machine's devices."""
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse with the job's nodes and devices, and check everything that does not depend on this machine's devices."""
         super().parse_arguments(parser, args)
         trainer = self.config.fit.trainer
-        trainer.num_nodes, trainer.devices = self.job.nodes, self.job.processes_per_node
+        trainer.num_nodes, trainer.devices = self.job.nodes, self.job.ranks_per_node
         trainer.accelerator = "gpu" if self.job.gpus_per_node else "cpu"
         validate_config(parser, self.config)
         if self.config.fit.ckpt_path not in (None, "last"):
             raise ConfigError(
-                f"ckpt_path: {self.config.fit.ckpt_path!r}; accepted: null, since a job goes on from its own newest "
-                "checkpoint; model.warm_start begins with an adapter"
+                f"ckpt_path: {self.config.fit.ckpt_path!r}; accepted: null, since a job resumes from its own newest "
+                "checkpoint; to start from an adapter, set model.warm_start"
             )
         if isinstance(trainer.logger, list):
             raise ConfigError(
-                f"trainer.logger: {len(trainer.logger)} of them; accepted: one, whose folder is the job's"
+                f"trainer.logger: {len(trainer.logger)} loggers; accepted: one, which writes to the job's folder"
             )
-        skipped = self.config.fit.clone()
-        skipped.pop("config", None)
-        self.text = self._parser("fit").dump(skipped, skip_none=False)
+        resolved = self.config.fit.clone()
+        resolved.pop("config", None)
+        self.resolved_config: str = self._parser("fit").dump(resolved, skip_none=False)
 
     @property
-    def name(self) -> str:
-        """What the job is called: the logger's name, where it has one."""
+    def job_name(self) -> str:
+        """The logger's name, if it has one."""
         logger = self.config.fit.trainer.logger
         name = logger.get("init_args", {}).get("name") if hasattr(logger, "get") else None
         return re.sub(r"[^\w.-]", "_", name or "gatera")
 
     @property
-    def logger(self) -> dict[str, str]:
-        """Where the logger writes, so that its folder is the job's."""
+    def logger_settings(self) -> dict[str, str]:
+        """Arguments, quoted for the shell, with which the logger writes to the job's folder."""
         logger = self.config.fit.trainer.logger
         kind = logger.get("class_path", "").rpartition(".")[2] if hasattr(logger, "get") else ""
-        if kind in _NAMED:
+        if kind in _VERSIONED_LOGGERS:
             return {"save_dir": shlex.quote(str(self.job.root)), "name": '""', "version": "job-$SLURM_JOB_ID"}
         return {"save_dir": '"$run"'} if kind else {}
 
-    def fetch(self) -> None:
-        """Bring weights, tokenizer and tokenised rows into the caches that the compute nodes share with this machine."""
+    def download(self) -> None:
+        """Load weights, tokenizer and tokenized examples into caches that the compute nodes share with this machine.
+
+        Raises:
+            ConfigError: The weights cannot be downloaded, or the data cannot be read.
+        """
         name = hub_id(self.model.backbone.id)
         if name is not None:
-            revision, patterns = (
-                self.model.backbone.revision,
-                ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"],
-            )
+            revision = self.model.backbone.revision
+            patterns = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
             try:
-                here = Path(
-                    snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *patterns])
+                folder = snapshot_download(
+                    name, revision=revision, allow_patterns=["*.safetensors", *patterns]
                 )
-                if not any(here.glob("*.safetensors")):
+                if not any(Path(folder).glob("*.safetensors")):
                     snapshot_download(name, revision=revision, allow_patterns=["*.bin"])
             except OSError as error:
                 raise ConfigError(
-                    f"model.backbone.id: cannot fetch {name!r} from the hub ({type(error).__name__}); accepted: what can be "
-                    "fetched here or is in the cache, a folder, or --skip-download"
+                    f"model.backbone.id: cannot download {name!r} from the hub ({type(error).__name__}); accepted: a model "
+                    "that can be downloaded or is in the cache, a folder, or --skip-download"
                 ) from error
         self.datamodule.connect(load_tokenizer(self.model.backbone))
         self.datamodule.setup("fit")
 
 
-def _slurm(*command: str) -> str:
-    """What a command of SLURM prints. Raises ConfigError with its complaint."""
+def _submit_held(script: str) -> str:
+    """Submit a script and return the job's number; the job is held, because it must not start before its folder exists."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
+        file.write(script)
+        file.flush()
+        _run_slurm("sbatch", "--test-only", file.name)
+        return _run_slurm("sbatch", "--parsable", "--hold", file.name).split(";")[0].strip()
+
+
+def _run_slurm(*command: str) -> str:
+    """Run a command of SLURM and return what it prints; raise ConfigError with its error message."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"{shlex.join(command[:-1])}: {(done.stderr or done.stdout).strip()}")
@@ -254,38 +157,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} submit",
         usage="%(prog)s --config CONFIG ... --nodes N --gpus-per-node G [options] [any flag of fit]",
-        description="Hand a recipe in as a SLURM job that requeues itself and goes on from its newest checkpoint.",
-        epilog=f"Every other flag is as for fit: see {PROGRAM} fit --help",
+        description="Submit fit as a SLURM job that requeues itself before its time limit and resumes from its newest "
+        "checkpoint.",
+        epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=1, help="one process each; 0 for CPU nodes")
-    parser.add_argument("--processes-per-node", type=int, help="on CPU nodes; default: 1")
-    parser.add_argument("--cpus-per-task", type=int)
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes; default: 1")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=1, help="GPUs, with one process each; 0 for CPU nodes; default: 1"
+    )
+    parser.add_argument("--processes-per-node", type=int, help="processes on a CPU node; default: 1")
+    parser.add_argument("--cpus-per-task", type=int, help="CPU cores of a process")
     parser.add_argument("--mem", help="memory of a node, such as 200G")
     parser.add_argument("--partition")
     parser.add_argument("--account")
-    parser.add_argument("--time", help="limit, such as 12:00:00; the job requeues itself before it ends")
+    parser.add_argument("--time", help="time limit, such as 12:00:00; the job requeues itself before it is reached")
     parser.add_argument(
         "--signal-seconds",
         type=int,
         default=300,
-        help="how long before the end SLURM warns: longer than a step, and than a validation; default: 300",
+        help="seconds before the time limit at which the job saves and requeues itself; longer than an optimizer step and "
+        "than a validation; default: 300",
     )
     parser.add_argument(
-        "--root", type=Path, default=Path("jobs"), help="folder of the jobs' folders; default: jobs"
+        "--root", type=Path, default=Path("jobs"), help="folder in which each job gets its own; default: jobs"
     )
     parser.add_argument(
-        "--setup", default="", help="shell lines before the program, such as 'module load cuda'"
+        "--setup", default="", help="shell lines that run before the program, such as 'module load cuda'"
     )
-    parser.add_argument("--python", default=sys.executable, help="default: the one that runs this")
+    parser.add_argument("--python", default=sys.executable, help="Python interpreter; default: this one")
     parser.add_argument(
-        "--skip-download", action="store_true", help="do not fetch weights and rows before handing in"
+        "--skip-download", action="store_true", help="do not download weights and data before submitting"
     )
-    for flag in (
-        "--trainer.num_nodes",
-        "--trainer.devices",
-    ):  # the job's own decide; one that says otherwise is a mistake
+    # The job determines these two settings; flags that contradict it are reported.
+    for flag in ("--trainer.num_nodes", "--trainer.devices"):
         parser.add_argument(flag, dest=flag.rpartition(".")[2], help=argparse.SUPPRESS)
-    parser.add_argument("--dry-run", action="store_true", help="print the script; hand nothing in")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script instead of submitting it")
     return parser
