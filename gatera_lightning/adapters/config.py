@@ -27,7 +27,7 @@ FLAT_GATE_SETTINGS = {
     "skip_below": "skip_below",
     "merge_above": "merge_above",
 }
-"""Old flat name of a gate's setting -> its name in the gate's config. Old adapter folders and result files use flat names."""
+"""Flat name of a gate's setting, as in result files and in version 0.1 -> its name in the gate's config."""
 
 _DEPRECATED_ARGUMENTS = ("gate_bias", "skip_below", "merge_above")
 
@@ -41,7 +41,10 @@ def _accept_deprecated_arguments(config: type["AdapterConfig"]) -> type["Adapter
         flat = {name: settings.pop(name) for name in _DEPRECATED_ARGUMENTS if name in settings}
         init(self, *args, **settings)
         if flat:
-            old, new = (", ".join(f"{name}=…" for name in names) for names in (flat, map(FLAT_GATE_SETTINGS.get, flat)))
+            old, new = (
+                ", ".join(f"{name}=…" for name in names)
+                for names in (flat, map(FLAT_GATE_SETTINGS.get, flat))
+            )
             warnings.warn(
                 f"AdapterConfig({old}) is deprecated; use gate={type(self.gate).__name__}({new})",
                 DeprecationWarning,
@@ -71,15 +74,15 @@ class AdapterConfig:
     """Rank r of B A; at most the smaller side of every adapted weight."""
 
     alpha: float | None = None
-    """Scale alpha/rank of lora and dora; null means alpha = rank. An error with hira, which has no scale."""
+    """Scales the update by alpha/rank; null means alpha = rank. An error with hira, which has no scale."""
 
     dropout: float = 0.0
-    """Dropout probability on the update's input; the frozen layer and the gate always see the input without dropout."""
+    """Dropout probability on the update's input; the frozen layer and the gate see it undropped."""
 
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     )
-    """Linear layers to adapt: the last segment of a module's name, or a regular expression for its full name."""
+    """Linear layers to adapt: the last segment of a module's name, or a regular expression for all of it."""
 
     layers: list[int] | None = None
     """Indices of the decoder layers to adapt; null adapts all of them."""
@@ -118,7 +121,8 @@ class AdapterConfig:
             found.append(_unknown("adapter.gate", self.gate, GATES))
         if not isinstance(self.target_modules, list) or not self.target_modules:
             found.append(
-                f"adapter.target_modules: {self.target_modules!r}; accepted: a list of at least one name or regex"
+                f"adapter.target_modules: {self.target_modules!r}; "
+                "accepted: a list of at least one name or regex"
             )
         else:
             found += [
@@ -151,8 +155,9 @@ class AdapterConfig:
             return []
         skip_below, merge_above = self.gate.thresholds
         return [
-            f"adapter.gate.skip_below: {skip_below!r}, merge_above: {merge_above!r}, with update {self.update!r} "
-            f"and dropout {self.dropout!r}; accepted: 0 and 1, or update {' or '.join(able)} and dropout 0"
+            f"adapter.gate.skip_below: {skip_below!r}, merge_above: {merge_above!r}, with update "
+            f"{self.update!r} and dropout {self.dropout!r}; "
+            f"accepted: 0 and 1, or update {' or '.join(able)} and dropout 0"
         ]
 
     @property
@@ -161,12 +166,12 @@ class AdapterConfig:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as plain values for JSON; the gate's are a table of their own with its ``kind``."""
+        """Return all settings as plain values for JSON; the gate's are a nested table with its ``kind``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {"gate": self.gate.to_dict()}
 
     def to_flat_dict(self) -> dict[str, Any]:
-        """Return all settings as plain values under the flat names that result files use (``gate``, ``gate_bias``, …)."""
+        """Return all settings as plain values under the flat names of result files (``gate_bias``, …)."""
         flat_names = {name: flat for flat, name in FLAT_GATE_SETTINGS.items()}
         values = self.to_dict()
         gate = values["gate"]

@@ -1,4 +1,4 @@
-"""Fingerprints of frozen weights: an adapter fits only the backbone it was trained on, most of all HiRA, which multiplies W0."""
+"""Fingerprints of frozen weights, because an adapter fits only the backbone it was trained on."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ _SAMPLES = 4096
 def weight_fingerprint(weight: Tensor) -> str:
     """Return the SHA-256 of a weight's shape and of at least 4,096 evenly strided elements, as bfloat16.
 
-    A base model and its instruct version differ nearly everywhere, so a sample distinguishes them cheaply. One checkpoint has
-    the same fingerprint whether it is loaded in bfloat16 or float32.
+    A base model and its instruct version differ nearly everywhere, so a sample distinguishes them cheaply.
+    One checkpoint has the same fingerprint whether it is loaded in bfloat16 or float32.
 
     Args:
         weight: A weight, (out, in).

@@ -30,22 +30,24 @@ class GateRecord:
         """Return all logits as one tensor.
 
         Args:
-            mask: Mask of the batch, (batch, tokens). It gives the shape, because some models flatten the tokens before a
-                linear layer.
+            mask: Mask of the batch, (batch, tokens). It gives the shape, because some models flatten the
+                tokens before a linear layer.
 
         Returns:
             The logits, (layers, batch, tokens); None if no layer has a gate.
 
         Raises:
-            ValueError: If a layer saw another number of tokens than the batch has, as in a mixture of experts.
+            ValueError: If a layer saw another number of tokens than the batch has, as in a mixture of
+                experts.
         """
         if not self.logits:
             return None
         for name, logit in zip(self.names, self.logits, strict=True):
             if logit.numel() != mask.numel():
                 raise ValueError(
-                    f"the gate of {name} saw {logit.numel()} tokens of a batch of {tuple(mask.shape)}, so it is unknown "
-                    "which of them are padding. Use gate 'none', or remove this layer from adapter.target_modules."
+                    f"the gate of {name} saw {logit.numel()} tokens of a batch of {tuple(mask.shape)}, so "
+                    "it is unknown which of them are padding. Use gate 'none', or remove this layer from "
+                    "adapter.target_modules."
                 )
         return torch.stack([logit.reshape(mask.shape) for logit in self.logits])
 
@@ -54,8 +56,8 @@ class GateRecord:
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     """Record the gate logits of every forward pass inside the ``with`` block.
 
-    The logits are part of the autograd graph, so their entropy can be added to the loss. Gradient checkpointing recomputes
-    layers in the backward pass, after the block, so nothing is recorded twice.
+    The logits are part of the autograd graph, so their entropy can be added to the loss. Gradient
+    checkpointing recomputes layers in the backward pass, after the block, so nothing is recorded twice.
 
     Args:
         model: A model with an adapter.
@@ -64,8 +66,9 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
         The record, to which every forward pass appends.
 
     Raises:
-        RuntimeError: If recordings are nested, or, at the end of the block, if trainable gates ran outside the autograd
-            graph. Reentrant gradient checkpointing does that, and the entropy term would silently have no gradient.
+        RuntimeError: If recordings are nested, or, at the end of the block, if trainable gates ran outside
+            the autograd graph. Reentrant gradient checkpointing does that, and the entropy term would
+            silently have no gradient.
     """
     record = GateRecord()
     gated = {name: layer for name, layer in adapted_linears(model).items() if layer.gate is not None}
@@ -79,7 +82,7 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
         for layer in gated.values():
             layer.set_gate_listener(None)
     if torch.is_grad_enabled() and model.training:
-        # grad_fn, not requires_grad: a static gate's expanded bias requires a gradient even outside the graph.
+        # grad_fn, not requires_grad, which a static gate's expanded bias has even outside the graph.
         lost = [
             name
             for name, logit in zip(record.names, record.logits, strict=True)
@@ -87,6 +90,7 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
         ]
         if lost:
             raise RuntimeError(
-                f"the gates of {len(lost)} layers ({lost[0]}, …) ran outside the autograd graph: reentrant gradient "
-                "checkpointing loses the entropy term. Use gradient_checkpointing_enable({'use_reentrant': False})."
+                f"the gates of {len(lost)} layers ({lost[0]}, …) ran outside the autograd graph: reentrant "
+                "gradient checkpointing loses the entropy term. "
+                "Use gradient_checkpointing_enable({'use_reentrant': False})."
             )

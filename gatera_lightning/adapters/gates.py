@@ -1,6 +1,7 @@
-"""Gates: how much of the update a layer applies, ``g = σ(z)`` in [0, 1], and the settings of each kind of gate.
+"""Gates, which decide how much of the update a layer applies, ``g = σ(z)`` in [0, 1], and their settings.
 
-To add a gate, write a :class:`Gate` and a :class:`GateConfig` that builds it, and pass the latter to :func:`register_gate`.
+To add a gate, write a :class:`Gate` and a :class:`GateConfig` that builds it, and pass the latter to
+:func:`register_gate`.
 """
 
 import math
@@ -17,7 +18,7 @@ from gatera_lightning.errors import ConfigError
 
 
 class GateValues(NamedTuple):
-    """The gate values of one forward pass, and the thresholds beyond which an update may treat them as 0 or 1."""
+    """The gate values of a forward pass, and thresholds beyond which an update may treat them as 0 or 1."""
 
     values: Tensor
     """g, of shape (...), one value per token."""
@@ -37,15 +38,15 @@ class GateValues(NamedTuple):
 class Gate(nn.Module, ABC):
     """Computes the logit ``z`` of the gate ``g = σ(z)``.
 
-    A gate returns ``z`` rather than ``g`` because the entropy and its gradient need the logit: in bfloat16, ``1 − g`` is
-    exactly 0 from z = 7 on.
+    A gate returns ``z`` rather than ``g`` because the entropy and its gradient need the logit: in bfloat16,
+    ``1 − g`` is exactly 0 from z = 7 on.
     """
 
     depends_on_token: ClassVar[bool]
     """Whether the logit differs between tokens. A gate that does not can be merged into the weight."""
 
     needs_update: ClassVar[bool] = False
-    """Whether :meth:`forward` reads ``base_out`` and ``update_out``. Computing them first rules out fused forms."""
+    """Whether :meth:`forward` reads ``base_out`` and ``update_out``, which rules out fused forms."""
 
     @abstractmethod
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
@@ -65,16 +66,16 @@ class Gate(nn.Module, ABC):
         return GateValues(torch.sigmoid(logit))
 
     def constant_value(self) -> Tensor:
-        """Return the one value (1,) that every token receives; required unless the gate ``depends_on_token``."""
+        """Return the value of every token, (1,); required of a gate that does not depend on the token."""
         raise NotImplementedError(f"{type(self).__name__} has no constant value: it depends on the token")
 
     def linear_logit(self) -> tuple[Tensor, float] | None:
-        """Return ``(w, b)`` if the logit is exactly ``w·x + b``, so that decoding can skip the module call; else None."""
+        """Return ``(w, b)`` if the logit is exactly ``w·x + b``, which speeds up decoding; else None."""
         return None
 
 
 class StaticGate(Gate):
-    """``z = b``: one learned scalar per layer (GateRA's static-gating ablation, Ou et al., arXiv 2511.17582)."""
+    """``z = b``: one learned scalar per layer (static-gating ablation of GateRA, arXiv 2511.17582)."""
 
     depends_on_token = False
 
@@ -92,7 +93,7 @@ class StaticGate(Gate):
 
 
 class TokenGate(Gate):
-    """``z = w·x + b``: one scalar per token, ``in + 1`` parameters per layer (GateRA, Ou et al., arXiv 2511.17582)."""
+    """``z = w·x + b``: one scalar per token, ``in + 1`` parameters per layer (GateRA, arXiv 2511.17582)."""
 
     depends_on_token = True
 
@@ -224,11 +225,11 @@ class TokenGateConfig(SigmoidGateConfig):
     formula = "σ(w·x + b), one scalar per token"
 
     skip_below: float = 0.0
-    """In training, treat gates below this as 0: such a token costs 2 large matmuls instead of 5. 0 skips none."""
+    """In training, treat gates below this as 0, at 2 large matmuls per token instead of 5. 0 skips none."""
 
     merge_above: float = 1.0
-    """In training, treat gates above this as 1 and use the merged weight: 3 large matmuls instead of 5. 1 merges none.
-    The merged weight has the backbone's dtype: bfloat16 loses changes below about 0.4 % of a weight for these tokens."""
+    """In training, treat gates above this as 1 and use the merged weight, at 3 large matmuls per token
+    instead of 5. 1 merges none. In bfloat16, merging loses changes below about 0.4 % of a weight."""
 
     def build(self, in_features: int, *, dtype: torch.dtype, device: torch.device) -> TokenGate:
         """Create a :class:`TokenGate`."""

@@ -22,7 +22,10 @@ def backbone_identity(model: nn.Module) -> str:
 
 
 def adapter_identity(model: nn.Module) -> str:
-    """Return the SHA-256 over the names and values of the adapter's parameters; every rank of a sharded model must call it."""
+    """Return the SHA-256 over the names and values of the adapter's parameters.
+
+    Every rank of a sharded model must call this.
+    """
     digest = hashlib.sha256()
     # A sharded parameter cannot be detached in the inference mode that Lightning turns on.
     with torch.inference_mode(False), torch.no_grad():
@@ -62,14 +65,17 @@ def check_fit(
     fingerprint = backbone_identity(model)
     if fingerprint != origin["fingerprint"]:
         raise AdapterFileError(
-            f"{source}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the adapted "
-            f"weights differ (stored fingerprint {str(origin['fingerprint'])[:12]}…, this model's {fingerprint[:12]}…). "
-            "A base model and its instruct version are different backbones."
+            f"{source}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the "
+            f"adapted weights differ (stored fingerprint {str(origin['fingerprint'])[:12]}…, this model's "
+            f"{fingerprint[:12]}…). A base model and its instruct version are different backbones."
         )
 
 
 def full_cpu_tensor(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's values as one contiguous CPU tensor; every rank must call it if the parameter is sharded."""
+    """Return a parameter's values as one contiguous CPU tensor.
+
+    Every rank must call this if the parameter is sharded.
+    """
     value = parameter.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
 

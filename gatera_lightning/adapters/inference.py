@@ -1,7 +1,8 @@
 """Compute once, before generation, what does not change while no parameter is trained.
 
-The exact mode caches what each update can reuse, such as HiRA's ``W0 ⊙ BA``. The fast mode caches the merged weight
-``W1 = W0 + ΔW``: decoding one token takes the time to read the weights, and a token with a saturated gate reads only one.
+The exact mode caches what each update can reuse, such as HiRA's ``W0 ⊙ BA``. The fast mode caches the merged
+weight ``W1 = W0 + ΔW``: decoding one token takes the time to read the weights, and a token with a saturated
+gate reads only one.
 """
 
 import math
@@ -21,7 +22,7 @@ from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.updates.base import require_no_grad
 
 FEW_TOKENS = 32
-"""Up to this many tokens, sorting them costs more than it saves: reading a weight takes longer than multiplying by it."""
+"""Up to this many tokens, sorting them costs more than it saves, because reading the weights dominates."""
 
 
 @contextmanager
@@ -30,13 +31,14 @@ def prepared_for_inference(
 ) -> Iterator[None]:
     """Inside the ``with`` block, forward passes reuse cached products.
 
-    Without thresholds the output is bit-identical. With thresholds, a token with ``g < skip_below`` reads only ``W0``, one
-    with ``g > merge_above`` reads only the merged weight ``W1``, and others compute ``W0 x + g (W1 x − W0 x)``; a layer whose
-    gate does not depend on the token reads only the merged weight. The output is then off by at most
-    ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the rounding of the merged weight.
+    Without thresholds the output is bit-identical. With thresholds, a token with ``g < skip_below`` reads
+    only ``W0``, one with ``g > merge_above`` reads only the merged weight ``W1``, and others compute ``W0 x +
+    g (W1 x − W0 x)``; a layer whose gate does not depend on the token reads only the merged weight. The
+    output is then off by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the rounding of the
+    merged weight.
 
-    The cache takes as much memory as the adapted weights (without thresholds, HiRA's weights only). Layers with sharded
-    weights are left as they are. The adapter's parameters must not change inside the block.
+    The cache takes as much memory as the adapted weights (without thresholds, HiRA's weights only). Layers
+    with sharded weights are left as they are. The adapter's parameters must not change inside the block.
 
     Args:
         model: A model with an adapter.
@@ -82,7 +84,7 @@ def prepared_bytes(model: nn.Module, *, with_thresholds: bool) -> int:
 
 
 class TwoWeightPath:
-    """Computes an adapted layer's output from two weights; a token with a saturated gate reads only one of them.
+    """Computes a layer's output from two weights; a token with a saturated gate reads only one of them.
 
     Args:
         layer: The adapted layer.
@@ -95,12 +97,12 @@ class TwoWeightPath:
         self.frozen_weight, self.bias = layer.base.weight, layer.base.bias
         self.skip_below, self.merge_above = skip_below, merge_above
         self.skip_below_logit, self.merge_above_logit = _logit(skip_below), _logit(merge_above)
-        self.gate = layer.gate
-        self.linear_logit = None if layer.gate is None else layer.gate.linear_logit()
-        self.one_weight = layer.gate is None or not layer.gate.depends_on_token
+        self.token_gate = layer.gate if layer.gate is not None and layer.gate.depends_on_token else None
+        self.constant_gate = layer.gate if self.token_gate is None else None
+        self.linear_logit = None if self.token_gate is None else self.token_gate.linear_logit()
         delta = layer.update.delta_weight(self.frozen_weight)  # (out, in)
-        if layer.gate is not None and self.one_weight:
-            delta = delta * layer.gate.constant_value()
+        if self.constant_gate is not None:
+            delta = delta * self.constant_gate.constant_value()
         self.merged_weight = (self.frozen_weight.to(delta.dtype) + delta).to(self.frozen_weight.dtype)
 
     def __call__(self, x: Tensor, listener: GateListener | None) -> Tensor:
@@ -119,29 +121,28 @@ class TwoWeightPath:
                 return self(x, listener)
         # A call without effect costs 2 us in every layer.
         rows = x if x.dtype == self.frozen_weight.dtype else x.to(self.frozen_weight.dtype)
-        if self.one_weight:
-            if listener is not None and self.gate is not None:
-                listener(self.gate(x))
+        if self.token_gate is None:
+            if listener is not None and self.constant_gate is not None:
+                listener(self.constant_gate(x))
             return self._merged(rows)
         if listener is None and self.linear_logit is not None and x.numel() == x.shape[-1]:
-            weight, bias = (
-                self.linear_logit
-            )  # calling the gate would take a twentieth of the time to decode a token
+            # Calling the gate would take a twentieth of the time to decode a token.
+            weight, bias = self.linear_logit
             row = x if x.dtype == weight.dtype else x.to(weight.dtype)
             return self._few_tokens(rows, torch.dot(row.reshape(-1), weight).item() + bias)
-        assert self.gate is not None
-        if self.gate.needs_update:
-            return self._update_first(x, rows, self.gate, listener)
-        logit = self.gate(x)
+        if self.token_gate.needs_update:
+            return self._update_first(x, rows, self.token_gate, listener)
+        logit = self.token_gate(x)
         if listener is not None:
             listener(logit)
         if self.linear_logit is not None and logit.numel() <= FEW_TOKENS:
             return self._few_tokens(rows, *logit.flatten().tolist())
-        hard = hard_gates(self.gate.values(logit).values, self.skip_below, self.merge_above)
-        return self._sorted_by_gate(rows.flatten(0, -2), hard.flatten()).unflatten(0, logit.shape)
+        hard = hard_gates(self.token_gate.values(logit).values, self.skip_below, self.merge_above)
+        y = self._sorted_by_gate(rows.flatten(0, -2), hard.flatten())  # (tokens, out)
+        return y.view(*logit.shape, y.shape[-1])
 
     def _few_tokens(self, x: Tensor, *logits: float) -> Tensor:
-        """Compare the gates in Python: for one token or a few, launching a kernel takes as long as it runs."""
+        """Compare the gates in Python: for a few tokens, launching a kernel takes as long as running it."""
         if all(z < self.skip_below_logit for z in logits):
             return self._frozen(x)
         if all(z > self.merge_above_logit for z in logits):
@@ -157,7 +158,7 @@ class TwoWeightPath:
         return self._mixed(x, x.new_tensor(hard).view(x.shape[:-1]))
 
     def _sorted_by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
-        """Use one weight for each group of saturated tokens: x (tokens, in), hard gates (tokens,) -> (tokens, out)."""
+        """Let saturated tokens read one weight: x (tokens, in), hard gates (tokens,) -> (tokens, out)."""
         tokens = tokens_by_gate(hard)
         if tokens is None:
             return self._mixed(x, hard)

@@ -1,4 +1,4 @@
-"""Putting adapters into a model: which linear layers match, what stays frozen, and what was done."""
+"""Inject adapters into a model: find the matching linear layers, freeze the model and replace them."""
 
 import re
 from collections import Counter
@@ -13,7 +13,8 @@ from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.errors import ConfigError
 
-_WHOLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_UNQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")
 
 
 @dataclass(frozen=True)
@@ -22,24 +23,31 @@ class InjectionReport:
 
     layers: tuple[str, ...]
     """Names of the adapted linear layers, in model order."""
+
     matches: dict[str, int]
-    """How many layers each pattern of ``target_modules`` matched."""
+    """Number of layers that each pattern of ``target_modules`` matched."""
+
     trainable: int
-    """Trainable elements: the adapter's."""
+    """Number of trainable elements, which are the adapter's."""
+
     frozen: int
-    """Frozen elements: the backbone's."""
+    """Number of frozen elements, which are the backbone's."""
+
     experts: tuple[str, ...] = ()
-    """Names of routed experts' weights, which cannot be adapted and stay as they are."""
+    """Names of the weights of routed experts, which cannot be adapted and are left as they are."""
 
     def __str__(self) -> str:
         patterns = ", ".join(f"{pattern} × {count}" for pattern, count in self.matches.items())
         share = 100 * self.trainable / (self.trainable + self.frozen)
-        text = f"{len(self.layers)} adapted layers ({patterns}); {self.trainable:,} trainable parameters ({share:.2f} %)"
+        text = (
+            f"{len(self.layers)} adapted layers ({patterns}); "
+            f"{self.trainable:,} trainable parameters ({share:.2f} %)"
+        )
         return f"{text}; not adapted: the experts' {', '.join(self.experts)}" if self.experts else text
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule ``name``."""
+    """Replace the submodule ``name`` of ``model`` by ``module``."""
     parent_name, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent_name), child, module)
 
@@ -47,15 +55,24 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def inject_adapters(
     model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None
 ) -> InjectionReport:
-    """Freeze ``model`` and replace every matching ``nn.Linear`` by an :class:`AdaptedLinear`, in place.
+    """Freeze a model and replace every matching ``nn.Linear`` by an :class:`AdaptedLinear`, in place.
 
-    ``generator`` (CPU) draws the initial values; with the same generator every rank gets the same adapter.
-    Raises ConfigError, naming every problem at once, when a setting cannot work, a pattern matches no linear layer,
-    a rank exceeds a layer's size, or the model is adapted already. The model is unchanged then.
+    Args:
+        model: The backbone.
+        config: The adapter's settings.
+        generator: CPU generator that draws the initial values; the same generator gives every rank the same
+            adapter.
+
+    Returns:
+        What was adapted.
+
+    Raises:
+        ConfigError: If a setting cannot work, a pattern matches no linear layer, the rank exceeds a layer's
+            size, or the model is already adapted. The error names all problems; the model is unchanged.
     """
     problems = config.problems()
     if adapted_linears(model):
-        problems.append("the model is already adapted; load its backbone anew to inject another adapter")
+        problems.append("the model is already adapted; load its backbone again to inject another adapter")
     if problems:
         raise ConfigError(problems)
     targets, matches = find_targets(model, config)
@@ -69,13 +86,22 @@ def inject_adapters(
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
-    """The linear layers to adapt, by name, and the matches per pattern; raises ConfigError as inject_adapters says.
+    """Find the linear layers to adapt; in a multimodal model, only those that process text.
 
-    Of a model that also sees or hears, they are those that read text.
+    Args:
+        model: The backbone.
+        config: The adapter's settings.
+
+    Returns:
+        The layers by name, in model order, and the number of matches of each pattern.
+
+    Raises:
+        ConfigError: If a pattern or a layer index matches nothing, the rank exceeds a layer's size, or a
+            layer is quantized. The error names all problems.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n}
-    linears = {name: linear for name, linear in linears.items() if _reads_text(model, name)}
+    linears = {name: linear for name, linear in linears.items() if _processes_text(model, name)}
     problems = []
     in_layers = linears
     if config.layers is not None:
@@ -99,72 +125,75 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             )
         elif not found:
             problems.append(_no_match(model, pattern, linears, head))
+    problems += _layer_problems(targets, config.rank)
+    if problems:
+        raise ConfigError(problems)
+    return {name: targets[name] for name in linears if name in targets}, matches
+
+
+def _layer_problems(targets: dict[str, nn.Linear], rank: int) -> list[str]:
+    """Describe the first layer that is too small for the rank, and the first that is quantized."""
+    problems = []
     for name, linear in targets.items():
         smaller = min(linear.in_features, linear.out_features)
-        if config.rank > smaller:
+        if rank > smaller:
             problems.append(
-                f"adapter.rank: {config.rank} exceeds {name} ({linear.in_features} -> {linear.out_features}); "
+                f"adapter.rank: {rank} exceeds {name} ({linear.in_features} -> {linear.out_features}); "
                 f"accepted here: 1 to {smaller}"
             )
             break
     for name, linear in targets.items():
-        if linear.weight.dtype not in _WHOLE or linear.weight.shape != (
-            linear.out_features,
-            linear.in_features,
-        ):
-            kind, shape = str(linear.weight.dtype).removeprefix("torch."), tuple(linear.weight.shape)
+        shape = tuple(linear.weight.shape)
+        if linear.weight.dtype not in _UNQUANTIZED or shape != (linear.out_features, linear.in_features):
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
             problems.append(
-                f"backbone.id: {name} is a {type(linear).__name__} whose weight is {kind} {shape}; accepted: weights that are "
-                "not quantised"
+                f"backbone.id: {name} is a {type(linear).__name__} whose weight is {dtype} {shape}; "
+                "accepted: weights that are not quantized"
             )
             break
-    if problems:
-        raise ConfigError(problems)
-    return {name: targets[name] for name in linears if name in targets}, matches
+    return problems
 
 
 def _matches(pattern: str, name: str) -> bool:
     return name.rpartition(".")[2] == pattern or re.fullmatch(pattern, name) is not None
 
 
-def _reads_text(model: nn.Module, name: str) -> bool:
-    """Whether the innermost of Hugging Face's models around a module is one of tokens, not of pixels or sounds."""
+def _processes_text(model: nn.Module, name: str) -> bool:
+    """Return whether the innermost Hugging Face model around a module takes token ids."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
-        around = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(around, PreTrainedModel):
-            return around.main_input_name == "input_ids"
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(parent, PreTrainedModel):
+            return parent.main_input_name == "input_ids"
     return True
 
 
 def _layer_index(name: str) -> int | None:
-    """The first number in a module's path: ``model.layers.7.mlp.up_proj`` -> 7."""
+    """Return the first number in a module's path: ``model.layers.7.mlp.up_proj`` -> 7."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _no_match(model: nn.Module, pattern: str, linears: dict[str, nn.Linear], head: nn.Module | None) -> str:
-    """Why ``pattern`` found nothing, and what there is instead."""
+    """Describe why ``pattern`` found nothing, and what the model has instead."""
     names = Counter(name.rpartition(".")[2] for name in linears)
     text = f"adapter.target_modules: {pattern!r} matches no linear layer; this model has " + (
         ", ".join(f"{name} × {count}" for name, count in names.items()) or "no nn.Linear at all"
     )
-    fused = [
-        name for name in names if name in ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")
-    ]
-    if fused:
+    if fused := [name for name in names if name in _FUSED_PROJECTIONS]:
         text += f". {', '.join(fused)}: fused projections, adapted as one layer under that name"
     conv1d = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "Conv1D"})
     if conv1d:
         text += f". {', '.join(conv1d)}: Conv1D layers (transposed weights), which cannot be adapted"
     if experts := _experts(model):
-        text += f". {', '.join(experts)}: mixture-of-experts weights in one 3-D parameter, which cannot be adapted"
+        weights = "mixture-of-experts weights in one 3-D parameter"
+        text += f". {', '.join(experts)}: {weights}, which cannot be adapted"
     if head is not None and any(m is head and _matches(pattern, n) for n, m in model.named_modules()):
         text += ". The output head itself is never adapted"
     return text
 
 
 def _experts(model: nn.Module) -> tuple[str, ...]:
-    """Last names of routed experts' weights, all of a layer's in one parameter of three dimensions."""
+    """Return the last names of routed experts' weights: 3-D parameters that hold all experts of a layer."""
     found = set()
     for path, module in model.named_modules():
         if "expert" in f"{path}.{type(module).__name__}".lower():

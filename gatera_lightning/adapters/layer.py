@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import weight_fingerprint
 from gatera_lightning.adapters.gates import Gate
-from gatera_lightning.adapters.updates import UPDATES, Update
-from gatera_lightning.adapters.updates.base import add_gated
+from gatera_lightning.adapters.updates import UPDATES
+from gatera_lightning.adapters.updates.base import Update, add_gated
 
 GateListener = Callable[[Tensor], None]
 """Receives the gate's logits (...) of a forward pass."""
 
 InferencePath = Callable[[Tensor, GateListener | None], Tensor]
-"""Computes a layer's output (..., out) from its input (..., in), and passes the gate's logits to the listener."""
+"""Computes a layer's output (..., out) from its input (..., in); passes the gate's logits to the listener."""
 
 
 class AdaptedLinear(nn.Module):

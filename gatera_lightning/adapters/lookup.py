@@ -18,7 +18,7 @@ def has_token_gates(model: nn.Module) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the adapter's parameters by full name; everything that trains, saves or counts them uses this."""
+    """Return the adapter's parameters by full name; whatever trains, saves or counts them uses this."""
     return {
         f"{layer_name}.{name}" if layer_name else name: parameter
         for layer_name, layer in adapted_linears(model).items()

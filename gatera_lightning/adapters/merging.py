@@ -13,8 +13,8 @@ from gatera_lightning.adapters.lookup import adapted_linears
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every adapted layer by an ``nn.Linear`` with the weight ``W = W0 + g·ΔW``, in place.
 
-    Computed in the adapter's dtype and rounded once to the backbone's. In bfloat16, changes below about 0.4 % of a weight are
-    lost, and a warning says so.
+    Computed in the adapter's dtype and rounded once to the backbone's. In bfloat16, changes below about 0.4 %
+    of a weight are lost, and a warning says so.
 
     Args:
         model: A model with an adapter whose gates do not depend on the token, such as ``none`` or ``static``.
@@ -31,9 +31,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if layer.gate is not None and layer.gate.depends_on_token:
             raise ValueError(
-                f"merge_adapter: {name} has a {layer.config.gate.kind!r} gate, whose weight differs between tokens, so no "
-                "single matrix equals it. Only gates that do not depend on the token merge ('none', 'static'); "
-                "keep the adapter folder instead."
+                f"merge_adapter: {name} has a {layer.config.gate.kind!r} gate, whose weight differs between "
+                "tokens, so no single matrix equals it. Only gates that do not depend on the token "
+                "merge ('none', 'static'); keep the adapter folder instead."
             )
     dtypes = {layer.base.weight.dtype for layer in layers.values()}
     if dtypes & {torch.bfloat16, torch.float16}:

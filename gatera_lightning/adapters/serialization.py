@@ -1,4 +1,4 @@
-"""Save and load adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``) without pickle."""
+"""Save and load adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, no pickle."""
 
 import json
 from pathlib import Path

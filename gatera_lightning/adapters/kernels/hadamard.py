@@ -1,6 +1,6 @@
-"""The products that autograd would compute wastefully: the Hadamard update, gated or merged, and the gate's logit.
+"""HiRA's Hadamard update as autograd functions that rebuild the dense factor instead of saving it.
 
-They save what the frozen layer saves anyway (the input and the small factors) and rebuild the rest in backward.
+They save what the frozen layer saves anyway (its input) and the low-rank factors.
 """
 
 from typing import Any, cast
@@ -14,47 +14,82 @@ from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 
 
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``W0 ⊙ (B A)`` in ``weight``'s dtype; weight (out, in), a (r, in), b (out, r)."""
+    """Compute ``W0 ⊙ BA``, the dense factor of HiRA's update.
+
+    Args:
+        weight: Frozen weight W0, (out, in).
+        a: Factor A, (r, in).
+        b: Factor B, (out, r).
+
+    Returns:
+        The product, (out, in), in ``weight``'s dtype.
+    """
     with autocast_disabled(weight):
         return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
 
 
 @torch.library.custom_op("gatera_lightning::hadamard_weight_once", mutates_args=())
-def hadamard_weight_once(weight: Tensor, a: Tensor, b: Tensor, there: Tensor) -> Tensor:
-    """:func:`hadamard_weight`, which a compiler cannot compute before ``there`` is, nor look into."""
+def _hadamard_weight_after(weight: Tensor, a: Tensor, b: Tensor, dependency: Tensor) -> Tensor:
+    """:func:`hadamard_weight` as an operator that a compiler cannot inline or move before ``dependency``."""
     return hadamard_weight(weight, a, b)
 
 
-@hadamard_weight_once.register_fake
-def _(weight: Tensor, a: Tensor, b: Tensor, there: Tensor) -> Tensor:
+@_hadamard_weight_after.register_fake
+def _(weight: Tensor, a: Tensor, b: Tensor, dependency: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-def rebuilt_hadamard_weight(weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
-    """``W0 ⊙ (B A)`` for backward. A compiler that saw the forward's product again would keep that one: (out, in) a layer."""
-    compiling = torch.compiler.is_compiling()
-    return (
-        cast(Tensor, hadamard_weight_once(weight, a, b, dy)) if compiling else hadamard_weight(weight, a, b)
-    )
+def _rebuilt_hadamard_weight(weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
+    """Compute ``W0 ⊙ BA`` again in the backward pass.
+
+    A compiler that recognized the forward's product would save it instead: (out, in) for every layer.
+    """
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _hadamard_weight_after(weight, a, b, dy))
+    return hadamard_weight(weight, a, b)
 
 
 def add_gated_product(y: Tensor, x: Tensor, delta: Tensor, g: Tensor | None) -> Tensor:
-    """``y + g · Δ x``, the product in Δ's dtype; y (..., out), x (..., in), delta (out, in), g (...) or None for 1."""
+    """Compute ``y + g · ΔW x`` with the matmul in ΔW's dtype.
+
+    Args:
+        y: Output of the frozen layer, (..., out).
+        x: Input, (..., in).
+        delta: ΔW, (out, in).
+        g: Gate values, (...); None for 1.
+
+    Returns:
+        The sum, (..., out), in y's dtype.
+    """
     with autocast_disabled(x):
         u = F.linear(x.to(delta.dtype), delta).to(y.dtype)  # (..., out)
         return y + u if g is None else torch.addcmul(y, u, g.unsqueeze(-1).to(y.dtype))
 
 
 def factor_gradients(du: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``dA = Bᵀ dP`` and ``dB = dP Aᵀ``, of ``dP = duᵀ x ⊙ W0`` for ``P = BA`` (GateRA, theorem 1); du (n, out), x (n, in)."""
+    """Compute the gradients of both factors, ``dA = Bᵀ dP`` and ``dB = dP Aᵀ`` with ``dP = duᵀ x ⊙ W0``.
+
+    ``P = BA``; see theorem 1 of GateRA (arXiv 2511.17582).
+
+    Args:
+        du: Gradient of ``(W0 ⊙ BA) x``, (tokens, out).
+        x: Input, (tokens, in).
+        weight: Frozen weight W0, (out, in).
+        a: Factor A, (r, in).
+        b: Factor B, (out, r).
+
+    Returns:
+        dA (r, in) and dB (out, r), in the dtypes of the factors.
+    """
     dp = torch.mm(du.t(), x).mul_(weight)  # (out, in)
     return torch.mm(b.to(dp.dtype).t(), dp).to(a.dtype), torch.mm(dp, a.to(dp.dtype).t()).to(b.dtype)
 
 
 class _GatedHadamard(torch.autograd.Function):
-    """``y + g · (W0 ⊙ BA) x``. Nothing of size out·in survives the forward: the dense factor is rebuilt in backward.
+    """``y + g · (W0 ⊙ BA) x``; saves nothing of size (out, in).
 
-    With ``t = (W0 ⊙ BA)ᵀ dy``: ``dx = g·t``, ``dg = x·t`` (so the ungated update need not be kept); dA and dB of ``g·dy``.
+    With ``t = (W0 ⊙ BA)ᵀ dy``: ``dx = g·t`` and ``dg = x·t``, so ``u(x)`` need not be saved; dA and dB come
+    from ``g·dy``.
     """
 
     @staticmethod
@@ -74,7 +109,7 @@ class _GatedHadamard(torch.autograd.Function):
         x_ = x.to(dtype)
         dx = da = db = dg = None
         if needs_x or needs_g:
-            t = torch.matmul(du, rebuilt_hadamard_weight(weight, a, b, dy))  # (..., in)
+            t = torch.matmul(du, _rebuilt_hadamard_weight(weight, a, b, dy))  # (..., in)
             if needs_g:
                 dg = (x_ * t).sum(-1, dtype=g.dtype)
             if needs_x:
@@ -89,26 +124,35 @@ class _GatedHadamard(torch.autograd.Function):
 def add_gated_hadamard(
     y: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, g: Tensor | None = None
 ) -> Tensor:
-    """``y + g · (W0 ⊙ BA) x``, HiRA's update (Huang et al., ICLR 2025) under GateRA's gate (``W' = (g·BA + 1) ⊙ W0``).
+    """Compute ``y + g · (W0 ⊙ BA) x``: HiRA's update (Huang et al., ICLR 2025) under a gate.
 
-    Shapes: y (..., out), x (..., in), weight (out, in) frozen, a (r, in), b (out, r), g (...) or None for 1 -> (..., out).
-    The products run in ``weight``'s dtype. ``weight`` gets no gradient.
+    The matmuls run in ``weight``'s dtype.
+
+    Args:
+        y: Output of the frozen layer, (..., out).
+        x: Input, (..., in).
+        weight: Frozen weight W0, (out, in); gets no gradient.
+        a: Factor A, (r, in).
+        b: Factor B, (out, r).
+        g: Gate values, (...); None for 1.
+
+    Returns:
+        The sum, (..., out), in y's dtype.
     """
     return cast(Tensor, _GatedHadamard.apply(y, x, weight, a, b, g))
 
 
 class _MergedHadamard(torch.autograd.Function):
-    """``(W0 + W0 ⊙ BA) x + b``, and ``dx = (W0 + W0 ⊙ BA)ᵀ dy``: 3 large products where the parts apart take 5.
+    """``(W0 + W0 ⊙ BA) x + b`` and ``dx = (W0 + W0 ⊙ BA)ᵀ dy``: 3 large matmuls, where separate terms take 5.
 
-    The merged weight is not kept either.
+    The merged weight is rebuilt in the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
-        return F.linear(
-            x, hadamard_weight(weight, a, b).add_(weight), bias
-        ).detach()  # a view could not be written to
+        y = F.linear(x, hadamard_weight(weight, a, b).add_(weight), bias)
+        return y.detach()  # models may write to the output in place, which a view would not allow
 
     @staticmethod
     @once_differentiable
@@ -116,15 +160,25 @@ class _MergedHadamard(torch.autograd.Function):
         x, weight, a, b = ctx.saved_tensors
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = torch.matmul(dy, rebuilt_hadamard_weight(weight, a, b, dy).add_(weight))  # (..., in)
+            dx = torch.matmul(dy, _rebuilt_hadamard_weight(weight, a, b, dy).add_(weight))  # (..., in)
         if any(ctx.needs_input_grad[3:]):
             da, db = factor_gradients(dy.flatten(0, -2), x.flatten(0, -2), weight, a, b)
         return dx, None, None, da, db
 
 
 def merged_hadamard(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``(W0 + W0 ⊙ BA) x + b``, ungated HiRA in one product; up to rounding, which bf16 would not forgive.
+    """Compute ``(W0 + W0 ⊙ BA) x + b``, ungated HiRA, in one large matmul.
 
-    Shapes: x (..., in) and weight (out, in), frozen, of one dtype, bias (out,), a (r, in), b (out, r) -> (..., out).
+    Equal to the separate terms up to rounding, which is too coarse in 16-bit dtypes.
+
+    Args:
+        x: Input, (..., in), in ``weight``'s dtype.
+        weight: Frozen weight W0, (out, in); gets no gradient.
+        bias: Frozen bias, (out,).
+        a: Factor A, (r, in).
+        b: Factor B, (out, r).
+
+    Returns:
+        The output, (..., out).
     """
     return cast(Tensor, _MergedHadamard.apply(x, weight, bias, a, b))

@@ -1,7 +1,8 @@
-"""Tokens told apart by their gates: a closed one needs the frozen weight alone, an open one the merged weight alone.
+"""HiRA's gated update for tokens with saturated gates, which need only the frozen or only the merged weight.
 
-Large products of a training step, ``2 · out · in`` operations a token each: 2 where the gate is closed (``W0 x``, ``W0ᵀ dy``),
-3 where it is open (``W x``, ``Wᵀ dy`` and the gradient of the factors, ``W = W0 + W0 ⊙ BA``), 5 in between.
+Large matmuls of a training step, each ``2 · out · in`` FLOPs per token: 2 if the gate is closed (``W0 x``,
+``W0ᵀ dy``), 3 if it is open (``W x``, ``Wᵀ dy`` and the factors' gradient, with ``W = W0 + W0 ⊙ BA``), and 5
+in between.
 """
 
 from typing import Any, NamedTuple, cast
@@ -18,47 +19,66 @@ from gatera_lightning.adapters.kernels.hadamard import (
     hadamard_weight,
 )
 
-PAYS_FROM = 1 / 8
-"""Share of decided tokens from which telling them apart pays: below it, moving rows costs what the left-out products save.
+MIN_SATURATED_SHARE = 1 / 8
+"""Share of tokens with saturated gates below which sorting the tokens costs more than it saves.
 
-Only the time depends on it, not what is computed: a step cut up otherwise is the same step."""
+It affects only the time: the result is the same.
+"""
 
 
 class TokensByGate(NamedTuple):
-    """An order of the tokens in which those with a closed gate come first, those with an open one last, (tokens,)."""
+    """The tokens sorted by their gates: first the closed ones, then those in between, then the open ones."""
 
     order: Tensor
-    back: Tensor
-    """Where each token stands in ``order``."""
+    """Indices that sort the tokens, (tokens,)."""
+
+    inverse: Tensor
+    """Position of each token in ``order``, (tokens,)."""
 
     closed: int
-    """Tokens with a closed gate."""
+    """Number of tokens with a closed gate."""
 
-    frozen: int
-    """These and the tokens in between: all that need the frozen weight's own product."""
+    not_open: int
+    """Number of tokens with a closed gate or one in between: those that need the frozen weight's product."""
 
 
 def hard_gates(g: Tensor, skip_below: float, merge_above: float) -> Tensor:
-    """``γ``: 0 where ``g < skip_below``, 1 where ``g > merge_above``, else g, NaN included; a decided gate gets no gradient."""
+    """Round saturated gates to 0 or 1.
+
+    Args:
+        g: Gate values, of any shape; NaN is left as it is.
+        skip_below: Values below this become 0, without gradient.
+        merge_above: Values above this become 1, without gradient.
+
+    Returns:
+        The gates γ, of the same shape.
+    """
     return torch.where(g < skip_below, 0.0, torch.where(g > merge_above, 1.0, g))
 
 
 def tokens_by_gate(hard: Tensor) -> TokensByGate | None:
-    """Tokens sorted by their hard gates (tokens,): 0, between, 1; None where fewer than an eighth are 0 or 1.
+    """Sort the tokens by their gates; synchronizes with the device once.
 
-    Waits for the device once.
+    Args:
+        hard: Gates from :func:`hard_gates`, (tokens,).
+
+    Returns:
+        The sorted tokens; None if fewer than ``MIN_SATURATED_SHARE`` of the gates are 0 or 1.
     """
     group = 1 - (hard == 0).to(torch.int8) + (hard == 1)  # 0 closed, 1 in between, 2 open
     order = group.argsort(stable=True)
-    closed, frozen = torch.stack([(group < 1).sum(), (group < 2).sum()]).tolist()
-    if closed + len(hard) - frozen < PAYS_FROM * len(hard):
+    closed, not_open = torch.stack([(group < 1).sum(), (group < 2).sum()]).tolist()
+    if closed + len(hard) - not_open < MIN_SATURATED_SHARE * len(hard):
         return None
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return TokensByGate(order, back, closed, frozen)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return TokensByGate(order, inverse, closed, not_open)
 
 
 class _SkippingHadamard(torch.autograd.Function):
-    """The frozen layer for all tokens, and the update of those ``between``: where no token is open, only theirs are moved."""
+    """Adds the update of the tokens ``between`` to the frozen layer's output, for batches without open gates.
+
+    Only these tokens are gathered; the others stay in place.
+    """
 
     @staticmethod
     def forward(
@@ -78,7 +98,8 @@ class _SkippingHadamard(torch.autograd.Function):
             if len(between):
                 gated = flat.index_select(0, between).mul_(_column(g, between, y.dtype))
                 y.index_add_(0, between, gated @ hadamard_weight(weight, a, b).t())
-            return y.unflatten(0, x.shape[:-1]).detach()  # a view could not be written to
+            # Detached because models may write to the output in place, which a view would not allow.
+            return y.view(*x.shape[:-1], len(weight)).detach()
 
     @staticmethod
     @once_differentiable
@@ -90,15 +111,8 @@ class _SkippingHadamard(torch.autograd.Function):
         if needs_x:
             dx = torch.matmul(dy.to(dtype), weight)  # (..., in)
         if not len(between):
-            return (
-                _in(x.dtype, dx),
-                None,
-                None,
-                torch.zeros_like(a),
-                torch.zeros_like(b),
-                torch.zeros_like(g),
-                None,
-            )
+            no_gradients = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(g)
+            return _cast(dx, x.dtype), None, None, *no_gradients, None
         rows = x.flatten(0, -2).to(dtype).index_select(0, between)  # (between, in)
         du = dy.flatten(0, -2).to(dtype).index_select(0, between)  # (between, out)
         t = du @ hadamard_weight(weight, a, b)  # (between, in)
@@ -109,13 +123,13 @@ class _SkippingHadamard(torch.autograd.Function):
             dx.view(-1, dx.shape[-1]).index_add_(0, between, t.mul_(factor))
         if needs_a or needs_b:
             da, db = factor_gradients(du.mul_(factor), rows, weight, a, b)
-        return _in(x.dtype, dx), None, None, da, db, dg, None
+        return _cast(dx, x.dtype), None, None, da, db, dg, None
 
 
 class _PartitionedHadamard(torch.autograd.Function):
-    """Forward and backward of the three kinds of tokens, by their hard gates.
+    """Computes closed, open and other tokens with the weights that each group needs.
 
-    Rows are moved whole, by index_select: indexing would take several times as long.
+    Tokens are gathered with ``index_select``, which is several times faster than indexing.
     """
 
     @staticmethod
@@ -129,62 +143,61 @@ class _PartitionedHadamard(torch.autograd.Function):
         g: Tensor,
         tokens: TokensByGate,
     ) -> Tensor:
-        order, back, closed, frozen = tokens
-        ctx.save_for_backward(x, weight, a, b, g, order, back)
-        ctx.closed, ctx.frozen = closed, frozen
+        order, inverse, closed, not_open = tokens
+        ctx.save_for_backward(x, weight, a, b, g, order, inverse)
+        ctx.closed, ctx.not_open = closed, not_open
         with autocast_disabled(x):
             delta = hadamard_weight(weight, a, b)
             rows = x.flatten(0, -2).to(weight.dtype).index_select(0, order)  # (tokens, in)
             y = rows.new_empty(len(rows), len(weight))
-            y[:frozen] = F.linear(rows[:frozen], weight, bias)
-            y[frozen:] = F.linear(rows[frozen:], weight + delta, bias)
-            between = slice(closed, frozen)
+            y[:not_open] = F.linear(rows[:not_open], weight, bias)
+            y[not_open:] = F.linear(rows[not_open:], weight + delta, bias)
+            between = slice(closed, not_open)
             gated = rows[between] * _column(g, order[between], rows.dtype)
-            torch.addmm(
-                y[between], gated, delta.t(), out=y[between]
-            )  # addmm_ would not be counted by FlopCounterMode
-            return y.index_select(0, back).unflatten(0, x.shape[:-1]).detach()
+            # FlopCounterMode does not count addmm_.
+            torch.addmm(y[between], gated, delta.t(), out=y[between])
+            return y.index_select(0, inverse).view(*x.shape[:-1], len(weight)).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, g, order, back = ctx.saved_tensors
-        closed, frozen, dtype = ctx.closed, ctx.frozen, weight.dtype
+        x, weight, a, b, g, order, inverse = ctx.saved_tensors
+        closed, not_open, dtype = ctx.closed, ctx.not_open, weight.dtype
         needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
         dx = da = db = dg = None
         rows = x.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, in)
         du = dy.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, out)
         delta = hadamard_weight(weight, a, b)
-        between = slice(closed, frozen)
+        between = slice(closed, not_open)
         factor = _column(g, order[between], dtype)
         t = du[between] @ delta  # (in between, in)
         if needs_g:
             dg = _gate_gradient(g, order[between], rows[between], t)
         if needs_x:
             sorted_dx = torch.empty_like(rows)
-            torch.mm(du[:frozen], weight, out=sorted_dx[:frozen])
-            torch.mm(du[frozen:], weight + delta, out=sorted_dx[frozen:])
+            torch.mm(du[:not_open], weight, out=sorted_dx[:not_open])
+            torch.mm(du[not_open:], weight + delta, out=sorted_dx[not_open:])
             sorted_dx[between].addcmul_(t, factor)
-            dx = x.new_empty(x.shape, dtype=dtype)  # itself no view: then autograd may add to it in place
-            torch.index_select(sorted_dx, 0, back, out=dx.view(rows.shape))
+            dx = x.new_empty(x.shape, dtype=dtype)  # not a view, so that autograd can add to it in place
+            torch.index_select(sorted_dx, 0, inverse, out=dx.view(rows.shape))
         if needs_a or needs_b:
             du[between] *= factor
             da, db = factor_gradients(du[closed:], rows[closed:], weight, a, b)
-        return _in(x.dtype, dx), None, None, da, db, dg, None
+        return _cast(dx, x.dtype), None, None, da, db, dg, None
 
 
 def _column(g: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gates of some tokens (n,) as (n, 1)."""
+    """Gather the gates of ``tokens`` (n,) as a column, (n, 1)."""
     return g.flatten().index_select(0, tokens).unsqueeze(1).to(dtype)
 
 
 def _gate_gradient(g: Tensor, tokens: Tensor, rows: Tensor, t: Tensor) -> Tensor:
-    """``dg = x·t`` of some tokens (n,), 0 of all others; rows and t (n, in)."""
-    of_gates = (rows * t).sum(-1, dtype=g.dtype)
-    return g.new_zeros(g.numel()).index_copy_(0, tokens, of_gates).view_as(g)
+    """Compute ``dg = x·t`` for ``tokens`` (n,) and 0 for all others; rows and t (n, in)."""
+    gradients = (rows * t).sum(-1, dtype=g.dtype)
+    return g.new_zeros(g.numel()).index_copy_(0, tokens, gradients).view_as(g)
 
 
-def _in(dtype: torch.dtype, gradient: Tensor | None) -> Tensor | None:
+def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if gradient is None else gradient.to(dtype)
 
 
@@ -198,17 +211,30 @@ def partitioned_hadamard(
     skip_below: float,
     merge_above: float,
 ) -> Tensor:
-    """``W0 x + b + γ · (W0 ⊙ BA) x`` with the :func:`hard_gates` γ of g (...).
+    """Compute ``W0 x + b + γ · (W0 ⊙ BA) x`` with γ from :func:`hard_gates`.
 
-    Off the exact output by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` and what rounding ``W0 + W0 ⊙ BA`` to W0's
-    dtype loses. The gradient is that of this function: a decided gate gets 0 in place of ``g(1−g) · dy·u(x)``.
-    Shapes as in :func:`~gatera_lightning.adapters.kernels.hadamard.add_gated_hadamard`.
+    The output differs from the exact one by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the
+    rounding of ``W0 + W0 ⊙ BA`` to W0's dtype. The gradient is this function's own: a saturated gate gets 0
+    instead of ``g(1−g) · dy·u(x)``.
+
+    Args:
+        x: Input, (..., in).
+        weight: Frozen weight W0, (out, in); gets no gradient.
+        bias: Frozen bias, (out,).
+        a: Factor A, (r, in).
+        b: Factor B, (out, r).
+        g: Gate values, (...).
+        skip_below: Values below this count as 0.
+        merge_above: Values above this count as 1.
+
+    Returns:
+        The output, (..., out).
     """
     hard = hard_gates(g, skip_below, merge_above)
     tokens = tokens_by_gate(hard.detach().flatten())
     if tokens is None:
         return add_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
-    if tokens.frozen == len(tokens.order):
+    if tokens.not_open == len(tokens.order):
         return cast(
             Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, tokens.order[tokens.closed :])
         )

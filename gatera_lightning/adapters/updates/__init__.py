@@ -1,6 +1,7 @@
 """The available updates, by name.
 
-To add an update, write a subclass of :class:`Update` in a file of its own and pass it to :func:`register_update`.
+To add an update, write a subclass of :class:`Update` in a file of its own and pass it to
+:func:`register_update`.
 """
 
 from gatera_lightning.adapters.updates.base import Update

@@ -13,15 +13,16 @@ from gatera_lightning.adapters.gates import GateValues
 class Update(nn.Module, ABC):
     """An update ``u`` of a frozen linear layer, which then computes ``W0 x + b + g(x) · u(x)``.
 
-    A subclass defines ``u`` in :meth:`delta` and :meth:`delta_weight`; the rest is optional. It may override :meth:`forward`
-    with a cheaper form and :meth:`inference_constant` with what generation can compute once.
+    A subclass defines ``u`` in :meth:`delta` and :meth:`delta_weight`; the rest is optional. It may override
+    :meth:`forward` with a cheaper form and :meth:`inference_constant` with what generation can compute once.
 
     Args:
         base: The frozen layer.
         rank: Rank r of ``BA``.
         scale: ``alpha / rank``; 1 for an update without a scale.
         dtype: Dtype of the trainable parameters.
-        generator: CPU generator that draws A; the same generator gives the same adapter on every device and rank.
+        generator: CPU generator that draws A; the same generator gives the same adapter on every device and
+            rank.
     """
 
     name: ClassVar[str]
@@ -34,7 +35,7 @@ class Update(nn.Module, ABC):
     """Whether ``alpha`` is a setting of this update."""
 
     uses_gate_thresholds: ClassVar[bool] = False
-    """Whether :meth:`forward` saves work for the tokens whose gate values are beyond the gate's thresholds."""
+    """Whether :meth:`forward` skips work for tokens whose gate values are beyond the gate's thresholds."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Update(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """Return ΔW with ``u(x) = ΔW x`` in the adapter's dtype, (out, in), for merging into ``weight`` (out, in)."""
+        """Return ΔW with ``u(x) = ΔW x``, (out, in), in the adapter's dtype, for merging into ``weight``."""
 
     def delta_with_dropout(self, x: Tensor, base: nn.Linear, dropout: nn.Module) -> Tensor:
         """Compute ``u(x)`` with dropout on the update's input: (..., in) -> (..., out)."""
@@ -84,7 +85,7 @@ class Update(nn.Module, ABC):
         return add_gated(y, self.delta_with_dropout(x, base, dropout), gate)
 
     def inference_constant(self, weight: Tensor) -> Tensor | None:
-        """Compute what :meth:`forward` can reuse while no parameter changes; None if there is nothing to reuse."""
+        """Compute what :meth:`forward` can reuse while no parameter changes; None if there is nothing."""
         return None
 
     def inference_constant_bytes(self, weight: Tensor) -> int:
@@ -122,7 +123,7 @@ def add_gated(y: Tensor, u: Tensor, gate: GateValues | None) -> Tensor:
 
 
 def require_no_grad() -> None:
-    """Raise RuntimeError if gradients are enabled: a forward that uses cached products would not give any to the factors."""
+    """Raise RuntimeError if gradients are enabled: cached products would pass none to the adapter."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "a forward with gradients inside prepared_for_inference: the adapter's parameters would get none"

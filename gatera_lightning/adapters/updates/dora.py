@@ -11,8 +11,8 @@ from gatera_lightning.adapters.updates.base import Update, add_gated
 class DoRA(Update):
     """``u(x) = m ⊙ (W0 + sBA) / ‖W0 + sBA‖_row · x − W0 x`` with s = α/r (Liu et al. 2024, equation 5).
 
-    The magnitude m (out,) starts at the row norms of W0. The norm is detached from the graph (section 4.3 of the paper).
-    Dropout acts on the low-rank path only.
+    The magnitude m (out,) starts at the row norms of W0. The norm is detached from the graph (section 4.3 of
+    the paper). Dropout acts on the low-rank path only.
     """
 
     name = "dora"
@@ -40,7 +40,7 @@ class DoRA(Update):
         own = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
         cross = (F.linear(weight, self.a.to(weight.dtype)).to(dtype) * self.b).sum(1)
         low_rank = ((self.b @ (self.a @ self.a.t())) * self.b).sum(1)
-        norm = (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
+        norm: Tensor = (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
         return norm.masked_fill(norm == 0, 1.0)  # a row of zeros (pruned, padded) must not divide by zero
 
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:

@@ -1,4 +1,4 @@
-"""HiRA: a high-rank update from low-rank factors by the Hadamard product (Huang et al., ICLR 2025, TwJrTz9cRS)."""
+"""HiRA: a high-rank update from low-rank factors by the Hadamard product (Huang et al., ICLR 2025)."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from gatera_lightning.adapters.updates.base import Update
 
 
 class HiRA(Update):
-    """``u(x) = (W0 ⊙ BA) x``, whose rank can reach ``r · rank(W0)`` (Huang et al., ICLR 2025)."""
+    """``u(x) = (W0 ⊙ BA) x``, of rank up to ``r · rank(W0)`` (Huang et al., OpenReview TwJrTz9cRS)."""
 
     name = "hira"
     formula = "(W0 ⊙ B A) x"
@@ -30,7 +30,7 @@ class HiRA(Update):
         return F.linear(x.to(weight.dtype), weight)
 
     def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
-        """Compute the output of the adapted layer, in training by the cheapest exact form or by the gate's thresholds."""
+        """Compute the output of the adapted layer by the cheapest form that the settings allow."""
         g = None if gate is None else gate.values
         cached = self.cached()
         if cached is not None:
@@ -57,6 +57,6 @@ class HiRA(Update):
 
 
 def _merging_is_accurate(x: Tensor, weight: Tensor) -> bool:
-    """Return whether ``W0 + W0 ⊙ BA`` can replace its two terms: 16-bit dtypes would round small updates away."""
+    """Return whether ``W0 + W0 ⊙ BA`` can replace its two terms: 16-bit dtypes would lose small updates."""
     autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
     return weight.dtype.itemsize >= 4 and not autocast

@@ -19,7 +19,7 @@ class LoRA(Update):
         return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))
 
     def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
-        """Compute the output of the adapted layer; the gate multiplies ``A x``, whose r elements are the fewest."""
+        """Compute the output of the adapted layer; the gate multiplies ``A x``, which has only r elements."""
         y = base(x)
         x = dropout(x)
         down = F.linear(x, self.a.to(x.dtype))  # (..., r)
@@ -29,4 +29,4 @@ class LoRA(Update):
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return ``(α/r) · BA``, (out, in)."""
-        return self.scale * (self.b @ self.a)
+        return (self.b @ self.a) * self.scale
