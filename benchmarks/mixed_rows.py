@@ -61,7 +61,7 @@ class MixedRows(SupervisedDataModule):
 
     def token_rows(self) -> Iterator[dict[str, list[int]]]:
         """The training rows as Hugging Face's collators want them: what our batch of each row alone holds, as plain lists."""
-        table = self._table("train")
-        for row in range(len(table.rows)):
-            batch = table.batch([row], self.train_on, every_answer=False)
+        table = self.token_table("train")
+        for row in range(len(table.examples)):
+            batch = table.batch([row], self.train_on, all_candidates=False)
             yield {name: batch[name][0].tolist() for name in ("input_ids", "attention_mask", "labels")}

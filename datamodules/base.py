@@ -1,35 +1,30 @@
-"""What every task family shares: cached token tables, planned training steps, evenly shared evaluation batches.
-
-A family yields :class:`Example` objects; everything after that is here, once.
-"""
+"""SupervisedDataModule: connects a tokenizer, the splits of a task and the loaders for them."""
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
-import numpy as np
-import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.answers.options import Reading, matching_option
+from gatera_lightning.datamodules.answers.options import ParsedAnswer, find_option
 from gatera_lightning.datamodules.batch import Batch
+from gatera_lightning.datamodules.batching.batch_schedule import micro_batches_per_epoch
 from gatera_lightning.datamodules.batching.datasets import (
     LikelihoodBatches,
     PromptBatches,
     TokenTable,
     TrainingBatches,
 )
-from gatera_lightning.datamodules.batching.holdout import held_out_rows
-from gatera_lightning.datamodules.batching.loader import PlannedLoader, ignore_signals
-from gatera_lightning.datamodules.batching.mixture import mixed_rows
-from gatera_lightning.datamodules.batching.statistics import right_lengths, target_counts
-from gatera_lightning.datamodules.batching.step_plan import plan_steps, share_batches
+from gatera_lightning.datamodules.batching.holdout import held_out_problems, hold_out_validation
+from gatera_lightning.datamodules.batching.loader import ResumableLoader, evaluation_loader
+from gatera_lightning.datamodules.batching.mixture import mix_tasks
 from gatera_lightning.datamodules.example import Example
-from gatera_lightning.datamodules.leakage import Leakage, find_leakage
+from gatera_lightning.datamodules.overlap import SplitOverlap, find_split_overlaps
+from gatera_lightning.datamodules.settings import integer_problems, subset_problems, unknown_choice
 from gatera_lightning.datamodules.tokenization.cache import tokenize_split
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError
@@ -38,18 +33,21 @@ log = logging.getLogger(__name__)
 
 EvaluateBy = Literal["likelihood", "generation"]
 
+_SPLITS = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
+
 
 class SupervisedDataModule(L.LightningDataModule, ABC):
-    """Prompts with known answers: what every task family shares.
+    """Prompts with known answers; subclasses implement :meth:`examples`.
 
-    A family implements :meth:`examples`. Before the first loader, :meth:`connect` gives it the tokenizer.
+    The data is tokenized for the backbone. Under a Trainer the tokenizer comes from the module's
+    ``load_tokenizer()``; without one, call :meth:`connect` first.
     """
 
     free_text: ClassVar[bool] = False
-    """Generated texts are compared with the right answer's by metrics of text; nothing in them is right or wrong."""
+    """True if answers are free text: generated answers are scored by text metrics, not as right or wrong."""
 
     ranking: ClassVar[str] = "accuracy"
-    """What the share of questions is called whose right answer is ranked first."""
+    """Name of the share of questions whose correct answer is ranked first."""
 
     def __init__(
         self,
@@ -68,30 +66,32 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         rank_validation: bool = False,
         weights: dict[str, float] | None = None,
     ) -> None:
-        """What every family can be told.
+        """Set what all tasks have in common.
 
         Args:
-            train_on: response computes the loss on the answer only, every_response on the earlier responses of a conversation
-                as well, all on the whole prompt as well. Has to be said: it decides more of a result than the method does.
-            max_length: Tokens of prompt and answer together; a longer prompt loses its beginning, never its answer.
-            batch_size: Rows in one optimizer step, over all micro-batches and processes.
-            eval_batch_size: Sequences in one evaluation forward, per process.
-            token_budget: Close a step before it holds more real tokens than this; null for no limit.
-            group_by_length: Form steps from rows of similar length, so that less padding is computed.
-            packing: Lay the rows of a micro-batch behind each other in lines of at most max_length tokens, where that computes
-                less padding. Rows never attend to each other, and losses stay the same.
-            num_workers: Loader processes.
-            seed: Seed of the plan (which rows form a step) and of the order of the steps.
-            held_out: Rows of the training split to validate on, or their share; more where a family's rows stay together
-                in groups. null reads a validation split.
+            train_on: response supervises the answer only, every_response also the earlier responses of a
+                conversation, all also the whole prompt. Required, because it affects results more than the
+                method does.
+            max_length: Maximum number of tokens of prompt and answer; longer prompts lose their beginning.
+            batch_size: Examples per optimizer step, over all micro-batches and ranks.
+            eval_batch_size: Sequences per forward pass in evaluation, on each rank.
+            token_budget: Close a step before it exceeds this many tokens; null for no limit.
+            group_by_length: Form steps of examples of similar length, to save padding.
+            packing: Pack the examples of a micro-batch into sequences of up to max_length tokens where that
+                saves padding. Examples do not attend to each other, and losses stay the same.
+            num_workers: Worker processes of each loader.
+            seed: Seed of the batch schedule and of the order of its steps.
+            held_out: Number or share of training examples to use as validation split, rounded up to whole
+                groups where a task groups its examples. null uses a validation split of its own.
             evaluate_by: How test answers are found: likelihood, generation, or both.
-            rank_validation: Score every candidate of a validation row, which gives accuracies to stop or choose by.
-            weights: How often the rows of each training source come, by the name that results call it by: its share of an
-                epoch, which stays as long as the sources are together. null takes every row once.
+            rank_validation: Score all candidates of the validation examples, which adds accuracies to
+                monitor.
+            weights: Share of each training source in an epoch, by the source's name in results. The length of
+                an epoch does not change. null uses every example once.
         """
         super().__init__()
-        self.save_hyperparameters(logger=False)  # the subclass's settings, for whoever reports on a run
-        self.train_on: TrainOn = train_on  # type: ignore[assignment]  # setup refuses None
+        self.save_hyperparameters(logger=False)  # including those of the subclass
+        self.train_on: TrainOn = train_on  # type: ignore[assignment]  # setup rejects None
         self.max_length = max_length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -104,178 +104,132 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.evaluate_by = list(evaluate_by)
         self.rank_validation = rank_validation
         self.weights = weights
-        self.answered: dict[EvaluateBy, Collection[int]] = {
-            "likelihood": frozenset(),
-            "generation": frozenset(),
-        }
+        self.answered: dict[EvaluateBy, Collection[int]] = dict.fromkeys(get_args(EvaluateBy), ())
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer_of: L.LightningModule | None = None  # whose tokenizer it is; None after connect()
         self.tables: dict[str, Dataset] = {}
-        self._train_loader: PlannedLoader | None = None
+        self._train_loader: ResumableLoader | None = None
         self._train_position: dict[str, Any] | None = None
 
     @abstractmethod
     def examples(self, split: str) -> Iterator[Example]:
-        """Every example of ``train``, ``validation`` or ``test``. Raises ConfigError naming file, row and field."""
+        """Yield the examples of ``train``, ``validation`` or ``test``, in a fixed order.
+
+        Raises:
+            ConfigError: An example cannot be read; the message names file, line and field.
+        """
+
+    def parse_answer(self, text: str, labels: Sequence[str]) -> ParsedAnswer:
+        """Parse a generated answer; by default, the candidate whose label is the first line of ``text``."""
+        choice = find_option(text, labels)
+        return ParsedAnswer(None if choice is None else labels[choice], choice)
 
     def problems(self, stage: str) -> list[str]:
-        """Everything about these settings that cannot work in ``stage`` (fit, validate, test, predict); empty if nothing."""
-        found = []
+        """Return every problem of the settings for ``stage`` (fit, validate, test or predict)."""
+        problems = []
         if self.train_on not in get_args(TrainOn):
-            found.append(unknown("train_on", self.train_on, get_args(TrainOn)))
+            problems.append(unknown_choice("train_on", self.train_on, get_args(TrainOn)))
         for name in ("max_length", "batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                found.append(f"data.{name}: {getattr(self, name)}; accepted: an integer of at least 1")
-        if self.token_budget is not None and self.token_budget < 1:
-            found.append(
-                f"data.token_budget: {self.token_budget}; accepted: null, or an integer of at least 1"
-            )
-        rows = self.held_out
-        if isinstance(rows, bool) or (
-            rows is not None and not (rows >= 1 if isinstance(rows, int) else 0 < rows < 1)
-        ):
-            found.append(
-                f"data.validation: {rows} held out; accepted: sources, an integer of at least 1, or a share between 0 and 1"
-            )
-        ways = get_args(EvaluateBy)
-        if not self.evaluate_by or sorted(set(self.evaluate_by) & set(ways)) != sorted(self.evaluate_by):
-            found.append(
-                f"data.evaluate_by: {self.evaluate_by}; accepted: a list of {' and '.join(ways)}, each at most once"
-            )
-        return found
+            problems += integer_problems(name, getattr(self, name))
+        problems += integer_problems("token_budget", self.token_budget, optional=True)
+        problems += held_out_problems(self.held_out)
+        problems += subset_problems("evaluate_by", self.evaluate_by, get_args(EvaluateBy))
+        return problems
+
+    # --- tokenizer and splits ---
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the data the backbone's tokenizer; tables of an earlier one are closed."""
+        """Set the backbone's tokenizer, and drop what an earlier one tokenized."""
         self.tokenizer = tokenizer
+        self._tokenizer_of = None
         self.tables.clear()
 
-    # --- tables: one row per example, tokenised once and cached on disk ---
-
     def prepare_data(self) -> None:
-        """Tokenise into the cache, on one process per node; rows are checked here, before any weight is loaded."""
+        """Tokenize into the cache, once per node; errors in the data show here, before weights are loaded."""
+        self._connect_to_module()
         function = self.trainer.state.fn if self.trainer is not None else None
         for split in self.splits(function.value if function is not None else "fit"):
-            self._tokenised(split)
+            self._tokenize(split)
 
     def setup(self, stage: str) -> None:
-        """Open the cached tables that a stage needs and hold out validation rows where asked."""
-        self._train_position = None  # what an earlier evaluation loaded is not this run's
+        """Open the splits of a stage, hold out the validation split, and report overlaps before training."""
+        self._train_position = None  # a position that was loaded for evaluation is not one of this run
         if self.train_on not in get_args(TrainOn):
-            raise ConfigError(unknown("train_on", self.train_on, get_args(TrainOn)))
+            raise ConfigError(unknown_choice("train_on", self.train_on, get_args(TrainOn)))
+        self._connect_to_module()
         opened = [split for split in self.splits(stage) if split not in self.tables]
         for split in opened:
-            self.tables[split] = self._tokenised(split)
+            self.tables[split] = self._tokenize(split)
         if "train" in opened and self.held_out is not None:
-            table = self.tables["train"]
-            held_out = held_out_rows(table["group"], self._held_out(len(table)), self.seed)
-            if held_out.all():
-                raise ConfigError(
-                    f"data.validation: {self.held_out} held out of {len(table)} rows, in groups that stay together, "
-                    "leave none to train on"
-                )
-            self.tables["validation"] = table.select(np.flatnonzero(held_out))
-            self.tables["train"] = table.select(np.flatnonzero(~held_out))
+            self.tables["train"], self.tables["validation"] = hold_out_validation(
+                self.tables["train"], self.held_out, self.seed
+            )
         if "train" in opened and self.weights is not None:
-            table = self.tables["train"]
-            try:
-                self.tables["train"] = table.select(mixed_rows(table["task"], self.weights, self.seed))
-            except ValueError as error:
-                raise ConfigError(f"data.weights: {error}") from error
+            self.tables["train"] = mix_tasks(self.tables["train"], self.weights, self.seed)
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
-            for found in self.leakage():
-                log.log(logging.WARNING if found.rows or found.unread else logging.INFO, "%s", found)
+            for overlap in self.overlaps():
+                level = logging.WARNING if overlap.indices or overlap.unread else logging.INFO
+                log.log(level, "%s", overlap)
 
     def splits(self, stage: str) -> list[str]:
-        """The splits that a stage reads; held-out validation rows come from the training split."""
-        by_stage = {
-            "fit": ["train", "validation"],
-            "validate": ["validation"],
-            "test": ["test"],
-            "predict": ["test"],
-        }
-        held_out = self.held_out is not None and "validation" in by_stage[stage]
-        return ["train"] if held_out else by_stage[stage]
+        """Return the splits that a stage reads; a held-out validation split is part of the training split."""
+        held_out = self.held_out is not None and "validation" in _SPLITS[stage]
+        return ["train"] if held_out else _SPLITS[stage]
 
-    def _tokenised(self, split: str) -> Dataset:
-        if self.tokenizer is None:
-            raise RuntimeError("the data module has no tokenizer yet: call connect(tokenizer) first")
-        return tokenize_split(self.examples(split), self.tokenizer, self.max_length, split)
+    def overlaps(self) -> list[SplitOverlap]:
+        """Compare the validation and the test split with the training split, which has to be open."""
+        return find_split_overlaps(self.tables, lambda: self.examples("test"))
 
-    def _held_out(self, rows: int) -> int:
-        """How many of ``rows`` training rows are held out for validation. Raises ConfigError when none would be left."""
-        assert self.held_out is not None
-        count = self.held_out if isinstance(self.held_out, int) else max(1, round(self.held_out * rows))
-        if count >= rows:
-            raise ConfigError(
-                f"data.validation: {self.held_out} held out of {rows} rows leave none to train on"
-            )
-        return count
-
-    def leakage(self) -> list[Leakage]:
-        """Which validation and test questions are training rows too, and which test questions are validation rows."""
-        trained = set(self.tables["train"]["key"])
-        found: list[Leakage] = []
-        chosen_by: set[str] = set()
-        if "validation" in self.tables:
-            table = self.tables["validation"]
-            found.append(find_leakage(trained, table["key"], table["task"], "validation"))
-            chosen_by = set(table["key"])
-        try:
-            tested = [(example.key, example.task) for example in self.examples("test")]
-        except ConfigError as error:  # training needs no test rows
-            return [*found, Leakage("test", 0, unread=str(error))]
-        if tested:
-            keys, tasks = zip(*tested, strict=True)
-            found.append(find_leakage(trained, keys, tasks, "test"))
-            chosen = find_leakage(chosen_by, keys, tasks, "test", known="validation")
-            found += [chosen] if chosen.rows else []
-        return found
-
-    # --- batches ---
-
-    def _table(self, split: str) -> TokenTable:
-        assert self.tokenizer is not None  # setup has tokenised
+    def token_table(self, split: str) -> TokenTable:
+        """Return the tokenized examples of an open split, ready to be collated."""
+        assert self.tokenizer is not None  # setup has tokenized the split
         return TokenTable(
             self.tables[split], int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)
         )
 
-    def train_dataloader(self) -> PlannedLoader:
-        """Planned optimizer steps; the loader's state is its exact position."""
-        trainer = self.trainer
-        ranks, rank, accumulate, limit = 1, 0, 1, 1.0
-        if trainer is not None:
-            ranks, rank, accumulate = trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
-            limit = trainer.limit_train_batches
-        table = self._table("train")
-        lengths, targets = right_lengths(table.rows), target_counts(table.rows, self.train_on)
-        if self.batch_size < accumulate * ranks:
-            raise ConfigError(
-                f"data.batch_size: {self.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
-                f"{ranks} processes; accepted: at least {accumulate * ranks}"
+    def _tokenize(self, split: str) -> Dataset:
+        assert self.tokenizer is not None  # connected by prepare_data and setup
+        return tokenize_split(self.examples(split), self.tokenizer, self.max_length, split)
+
+    def _connect_to_module(self) -> None:
+        """Load the tokenizer of the Trainer's module, unless :meth:`connect` was called."""
+        module = getattr(self.trainer, "lightning_module", None)
+        if self.tokenizer is not None and self._tokenizer_of in (None, module):
+            return
+        load_tokenizer = getattr(module, "load_tokenizer", None)
+        if load_tokenizer is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no tokenizer: call connect(tokenizer), or use a Trainer whose "
+                "module has a method load_tokenizer(), such as GateRAModule"
             )
-        try:
-            steps = plan_steps(
-                lengths,
-                targets,
-                batch_size=self.batch_size,
-                micro_batches=accumulate * ranks,
-                seed=self.seed,
-                token_budget=self.token_budget,
-                group_by_length=self.group_by_length,
-            )
-        except ValueError as error:
-            raise ConfigError(f"data.train: {error}") from error
-        line = self.max_length if self.packing else None
-        batches = TrainingBatches(table, steps, self.train_on, ranks=ranks, rank=rank, line=line)
-        epoch = min(
-            len(batches), limit if isinstance(limit, int) else int(limit * len(batches))
-        )  # as Lightning counts
-        if epoch % accumulate:
-            raise ConfigError(
-                f"trainer.limit_train_batches: {limit} (fast_dev_run and overfit_batches set it too) ends an epoch behind "
-                f"{epoch} micro-batches, in the middle of a step; accepted: a multiple of accumulate_grad_batches, {accumulate}"
-            )
-        self._train_loader = PlannedLoader(
-            batches, seed=self.seed, num_workers=self.num_workers, epoch_ends_at=epoch
+        self.connect(load_tokenizer())
+        self._tokenizer_of = module
+
+    # --- training batches ---
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the loader of this rank's micro-batches, at the position that was restored, if any."""
+        accumulate, limit = 1, 1.0
+        if self.trainer is not None:
+            accumulate, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
+        ranks, rank = self._ranks()
+        batches = TrainingBatches.schedule(
+            self.token_table("train"),
+            self.train_on,
+            batch_size=self.batch_size,
+            accumulate=accumulate,
+            ranks=ranks,
+            rank=rank,
+            seed=self.seed,
+            token_budget=self.token_budget,
+            group_by_length=self.group_by_length,
+            pack_length=self.max_length if self.packing else None,
+        )
+        self._train_loader = ResumableLoader(
+            batches,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            micro_batches_per_epoch=micro_batches_per_epoch(len(batches), limit, accumulate),
         )
         if self._train_position is not None:
             self._train_loader.load_state_dict(self._train_position)
@@ -283,68 +237,63 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The training loader's position. Lightning saves it too, but does not restore what on_train_epoch_end saved."""
+        """Return the training loader's position."""
+        # Lightning saves it as well, but does not restore what was saved in on_train_epoch_end.
         return {} if self._train_loader is None else {"train_position": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training loader start from a saved position."""
+        """Let the next training loader start at a saved position."""
         self._train_position = state_dict.get("train_position")
 
+    # --- evaluation batches ---
+
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The right answers of the validation split, or all its candidates (``rank_validation``)."""
-        return self._likelihood_loader("validation", self.train_on, every_answer=self.rank_validation)
+        """Return a loader of the validation split: correct answers only, or all candidates to rank."""
+        return self._likelihood_loader("validation", self.train_on, all_candidates=self.rank_validation)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """The test split, once for each way of evaluating: questions with all candidates, prompts to complete."""
+        """Return a loader of the test split for each entry of ``evaluate_by``."""
         loaders: list[DataLoader[Any]] = []
         for kind in self.evaluate_by:
-            if kind == "likelihood":  # candidates compete by their own tokens alone
-                several = any(len(answers) > 1 for answers in self.tables["test"]["lengths"])
-                loaders.append(self._likelihood_loader("test", "response", every_answer=several))
+            if kind == "likelihood":  # candidates are compared by their own tokens only
+                several = any(len(candidates) > 1 for candidates in self.tables["test"]["lengths"])
+                loaders.append(self._likelihood_loader("test", "response", all_candidates=several))
             else:
-                prompts = [len(ids) for ids in self.tables["test"]["prompt"]]
-                batches = self._shared(prompts, self.eval_batch_size, self.answered["generation"])
-                loaders.append(self._loader(PromptBatches(self._table("test"), batches)))
+                loaders.append(self._prompt_loader("test"))
         return loaders
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """As for ``test``."""
+        """Return the same loaders as for ``test``."""
         return self.test_dataloader()
 
-    def read_answer(self, text: str, labels: Sequence[str]) -> Reading:
-        """What a generated text answers; here: the candidate whose text its first line is."""
-        choice = matching_option(text, labels)
-        return Reading(None if choice is None else labels[choice], choice)
+    def skip_answered(self, answered: Mapping[EvaluateBy, Collection[int]]) -> None:
+        """Leave out the test examples that were evaluated before: their indices for each ``EvaluateBy``."""
+        self.answered = {kind: answered.get(kind, ()) for kind in self.answered}
 
-    def _likelihood_loader(self, split: str, train_on: TrainOn, *, every_answer: bool) -> DataLoader[Any]:
-        table = self._table(split)
-        lengths = (
-            [max(lengths) for lengths in table.rows["lengths"]] if every_answer else right_lengths(table.rows)
+    def _likelihood_loader(self, split: str, train_on: TrainOn, *, all_candidates: bool) -> DataLoader[Any]:
+        ranks, rank = self._ranks()
+        batches = LikelihoodBatches.shard(
+            self.token_table(split),
+            train_on,
+            all_candidates=all_candidates,
+            batch_size=self.eval_batch_size,
+            ranks=ranks,
+            rank=rank,
+            done=self.answered["likelihood"] if split == "test" else (),
         )
-        most = max(len(answers) for answers in table.rows["lengths"]) if every_answer else 1
-        done = self.answered["likelihood"] if split == "test" else frozenset()
-        batches = self._shared(lengths, max(1, self.eval_batch_size // most), done)
-        return self._loader(LikelihoodBatches(table, batches, train_on, every_answer))
+        return evaluation_loader(batches, seed=self.seed, num_workers=self.num_workers)
 
-    def _shared(self, lengths: list[int], batch_size: int, done: Collection[int]) -> list[list[int]]:
-        trainer = self.trainer
-        ranks, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
-        return share_batches(lengths, batch_size, ranks, rank, done)
-
-    def _loader(self, batches: LikelihoodBatches | PromptBatches) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(
-            self.seed
-        )  # else workers draw from, and move, the global one
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=self.num_workers,
-            generator=generator,
-            worker_init_fn=ignore_signals,
+    def _prompt_loader(self, split: str) -> DataLoader[Any]:
+        ranks, rank = self._ranks()
+        batches = PromptBatches.shard(
+            self.token_table(split),
+            batch_size=self.eval_batch_size,
+            ranks=ranks,
+            rank=rank,
+            done=self.answered["generation"],
         )
+        return evaluation_loader(batches, seed=self.seed, num_workers=self.num_workers)
 
-
-def unknown(name: str, value: object, accepted: Sequence[str]) -> str:
-    """The problem of a setting with a closed choice."""
-    what = "is not set" if value is None else f"{value!r} is unknown"
-    return f"data.{name}: {what}; accepted: {', '.join(accepted)}"
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks, and this rank."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)

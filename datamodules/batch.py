@@ -11,9 +11,9 @@ IGNORE_INDEX = -100
 class Batch(TypedDict):
     """Tokenized prompts with one answer each, right padded, for one forward pass.
 
-    Every row of the tensors is one sequence (a prompt and an answer). In packed batches a row holds several sequences one
-    after the other, so ``rows <= sequences``; otherwise ``rows == sequences``. The counts are Python integers, so reading
-    them does not synchronize the device.
+    Every row of the tensors is one sequence (a prompt and an answer). In packed batches a row holds several
+    sequences one after the other, so ``rows <= sequences``; otherwise ``rows == sequences``. The counts are
+    Python integers, so reading them does not synchronize the device.
     """
 
     input_ids: Tensor
@@ -26,7 +26,7 @@ class Batch(TypedDict):
     """(rows, tokens), int64: positions that restart at 0 with every sequence. Packed batches only."""
 
     labels: Tensor
-    """(rows, tokens), int64: the token's own id where it is supervised, else ``IGNORE_INDEX``. Not shifted."""
+    """(rows, tokens), int64: the token's own id if it is supervised, else ``IGNORE_INDEX``. Not shifted."""
 
     response_mask: Tensor
     """(rows, tokens), bool: True for tokens of the answer."""
@@ -44,7 +44,7 @@ class Batch(TypedDict):
     """(sequences,), int64: characters of the answer's text."""
 
     all_candidates_present: bool
-    """True if the batch holds every candidate of each of its examples, the candidates of one example in a row."""
+    """True if the batch holds all candidates of each of its examples, one example after the other."""
 
     step_supervised_tokens: int
     """Supervised tokens of the whole optimizer step, over all its micro-batches and ranks."""
@@ -54,7 +54,7 @@ class Batch(TypedDict):
 
 
 class PromptBatch(TypedDict):
-    """Tokenized prompts for generation, left padded, so that the next token of every prompt is in the same column."""
+    """Tokenized prompts to generate from, left padded, so that all next tokens are in the same column."""
 
     input_ids: Tensor
     """(prompts, tokens), int64: token ids."""

@@ -20,13 +20,13 @@ class Example:
     """Text by which each candidate is recognized in generated text; the answers themselves if empty."""
 
     identity: str = ""
-    """Text of the question without its template, to recognize it in other splits; prompt and answers if empty."""
+    """Text that identifies the question regardless of the template; prompt and answers if empty."""
 
     group: str = ""
-    """Examples of the same group are never divided between training and validation; if empty, a group of one."""
+    """Examples of one group stay in the same split; an example without a group is independent."""
 
     chat: bool = False
-    """True if the tokenizer's chat template rendered the prompt, so that it contains the special tokens as text."""
+    """True if a chat template rendered the prompt, which then contains the special tokens as text."""
 
     earlier_responses: Sequence[tuple[int, int]] = ()
     """Earlier responses of a conversation, as character ranges ``(start, end)`` of the prompt."""

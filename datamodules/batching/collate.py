@@ -47,8 +47,8 @@ def collate(
 ) -> Batch:
     """Right-pad sequences into a batch whose step totals are its own.
 
-    Labels are masked by position, never by token id: padding and EOS share an id in many tokenizers, and EOS is supervised.
-    Dummy examples have no labels.
+    Labels are masked by position, never by token id: padding and EOS share an id in many tokenizers, and EOS
+    is supervised. Dummy examples have no labels.
 
     Args:
         sequences: The sequences, one row each unless they are packed.

@@ -1,21 +1,68 @@
-"""Rows held out of training: drawn at random, and never one without the others of its group."""
+"""Draw a validation split from the training examples at random, without dividing groups."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 
+from gatera_lightning.errors import ConfigError
 
-def held_out_rows(groups: Sequence[str], rows: int, seed: int) -> NDArray[np.bool_]:
-    """Which rows (len(groups),) are held out: whole groups in random order, until there are at least ``rows`` of them.
 
-    ``groups`` names the group of each row; a row without a name is a group of its own.
+def held_out_problems(size: int | float | None) -> list[str]:
+    """Return the problem of a setting that says how many training examples to hold out, or an empty list."""
+    valid = size is None or (size >= 1 if isinstance(size, int) else 0 < size < 1)
+    if valid and not isinstance(size, bool):
+        return []
+    return [
+        f"data.validation: {size}; accepted: sources, or how many training examples to hold out: an integer "
+        "of at least 1, or a share between 0 and 1"
+    ]
+
+
+def hold_out_validation(table: Dataset, size: int | float, seed: int) -> tuple[Dataset, Dataset]:
+    """Divide the token table of the training split.
+
+    Args:
+        table: Token table with the column ``group``.
+        size: Number of validation examples, or their share; rounded up to whole groups.
+        seed: Seed of the draw.
+
+    Returns:
+        The token tables of the training and the validation split.
+
+    Raises:
+        ConfigError: No training example would be left.
     """
-    names: list[str | int] = [name or row for row, name in enumerate(groups)]
+    count = size if isinstance(size, int) else max(1, round(size * len(table)))
+    if count >= len(table):
+        raise ConfigError(
+            f"data.validation: {size} held out of {len(table)} examples leaves none to train on"
+        )
+    held_out = validation_mask(table["group"], count, seed)
+    if held_out.all():
+        raise ConfigError(
+            f"data.validation: {size} held out of {len(table)} examples leaves none to train on, because "
+            "examples of the same group stay together"
+        )
+    return table.select(np.flatnonzero(~held_out)), table.select(np.flatnonzero(held_out))
+
+
+def validation_mask(groups: Sequence[str], count: int, seed: int) -> NDArray[np.bool_]:
+    """Choose groups in random order until they have at least ``count`` examples.
+
+    Args:
+        groups: Name of each example's group; an example with an empty name is a group of its own.
+        count: Minimum number of examples.
+        seed: Seed of the order.
+
+    Returns:
+        (examples,), True for the chosen examples.
+    """
+    names: list[str | int] = [name or index for index, name in enumerate(groups)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    group = np.array([numbers[name] for name in names])
-    order = np.random.default_rng(seed).permutation(len(numbers))
+    group = np.array([numbers[name] for name in names])  # (examples,)
+    order = np.random.default_rng(seed).permutation(len(numbers))  # (groups,)
     sizes = np.bincount(group)[order]
-    return np.isin(
-        group, order[np.cumsum(sizes) - sizes < rows]
-    )  # a group comes in while those before it are too few
+    sizes_before = np.cumsum(sizes) - sizes
+    return np.isin(group, order[sizes_before < count])

@@ -1,118 +1,128 @@
-"""The training loader: a shuffled list of planned steps, and an exact position in it."""
+"""Data loaders: one for training, whose exact position can be saved and restored, and one for evaluation."""
 
-import atexit
-import multiprocessing
-import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from gatera_lightning.datamodules.batch import Batch
-from gatera_lightning.datamodules.batching.datasets import TrainingBatches
+from gatera_lightning.datamodules.batching.datasets import LikelihoodBatches, PromptBatches, TrainingBatches
+from gatera_lightning.datamodules.batching.workers import ignore_signals
 from gatera_lightning.errors import CheckpointError
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave SIGTERM and SIGUSR1, which SLURM sends to every process of a job, to the one that trains, which saves first."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+class ResumableLoader:
+    """The training loader: optimizer steps in a new order each epoch, the micro-batches of a step in order.
 
+    The order of an epoch depends on seed and epoch only. The position is the epoch and the number of
+    micro-batches yielded in it. It does not depend on the rank (only rank 0's is saved) or on what workers
+    have prefetched. It remains valid for another number of ranks or micro-batches, as long as the optimizer
+    steps consist of the same examples.
 
-@atexit.register  # later than multiprocessing's own hook, and therefore run before it
-def end_workers() -> None:
-    """End daemons, such as the workers of a loader that an exception left in the middle, as multiprocessing does next.
-
-    It would wait for ever for those that ignore SIGTERM. Processes that are no daemons are left to it.
-    """
-    daemons = [child for child in multiprocessing.active_children() if child.daemon]
-    if not daemons:
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error about each
-    for daemon in daemons:
-        daemon.terminate()
-    for daemon in daemons:
-        daemon.join(timeout=0.5)
-        if daemon.is_alive():
-            daemon.kill()
-
-
-class PlannedLoader:
-    """Steps in a new random order each epoch, each step's micro-batches in order.
-
-    The order of epoch e is a function of (seed, e) alone. The position is the epoch and the steps handed out in it, which is
-    the same on every rank (only rank 0's is saved), does not see what workers have fetched ahead, and means the same under
-    another number of processes or micro-batches, as long as the plan's steps are the same.
-    ``iter()`` alone changes nothing: trainers call it at will, and differently after resuming. A new epoch begins when the
-    first batch of a new iterator is asked for, unless a position was restored in the middle of one.
+    ``iter()`` alone does not change the position, because trainers call it at different times when resuming.
+    A new epoch begins with the first batch that a new iterator yields, unless a position within an epoch was
+    restored.
     """
 
     def __init__(
-        self, dataset: TrainingBatches, *, seed: int, num_workers: int, epoch_ends_at: int | None = None
+        self,
+        dataset: TrainingBatches,
+        *,
+        seed: int,
+        num_workers: int,
+        micro_batches_per_epoch: int | None = None,
     ) -> None:
-        """``epoch_ends_at``: micro-batches after which the Trainer goes on to the next epoch; default: all of them."""
+        """Start at the beginning of the first epoch.
+
+        Args:
+            dataset: The micro-batches of this rank.
+            seed: Seed of the order of steps.
+            num_workers: Number of worker processes.
+            micro_batches_per_epoch: Micro-batches after which the Trainer ends an epoch; None for all.
+        """
         self.dataset = dataset
-        self.epoch_ends_at = len(dataset) if epoch_ends_at is None else epoch_ends_at
+        self.micro_batches_per_epoch = (
+            len(dataset) if micro_batches_per_epoch is None else micro_batches_per_epoch
+        )
         self.seed = seed
         self.num_workers = num_workers
         self.epoch = 0
-        self.handed_out = 0
+        self.yielded = 0
         self._restored = False
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing below runs before the first batch is asked for.
-        if self.handed_out >= self.epoch_ends_at or (self.handed_out and not self._restored):
-            self.epoch, self.handed_out = self.epoch + 1, 0
+        # This is a generator: nothing below runs before the first batch is requested.
+        if self.yielded >= self.micro_batches_per_epoch or (self.yielded and not self._restored):
+            self.epoch, self.yielded = self.epoch + 1, 0
         self._restored = False
-        rest = self.order(self.epoch)[self.handed_out :]
         for batch in DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=rest,
+            sampler=self.order(self.epoch)[self.yielded :],
             num_workers=self.num_workers,
             generator=torch.Generator(),
             worker_init_fn=ignore_signals,
         ):
-            self.handed_out += 1
+            self.yielded += 1
             yield batch
 
     def order(self, epoch: int) -> list[int]:
-        """Indices of the micro-batches of an epoch."""
+        """Return the indices of the micro-batches of an epoch, in order."""
         accumulate = self.dataset.accumulate
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
         steps = torch.randperm(len(self) // accumulate, generator=generator).tolist()
         return [step * accumulate + k for step in steps for k in range(accumulate)]
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position: the epoch, the steps handed out in it, micro-batches of the next one; and what gives it its meaning."""
-        steps, micro_batches = divmod(self.handed_out, self.dataset.accumulate)
+        """Return the position, and the schedule that it refers to."""
+        steps, micro_batches = divmod(self.yielded, self.dataset.accumulate)
         return {
             "epoch": self.epoch,
             "steps": steps,
             "micro_batches": micro_batches,
             "accumulate": self.dataset.accumulate,
-            "plan": self.dataset.plan,
+            "plan": self.dataset.fingerprint,
         }
 
     def load_state_dict(self, state_dict: dict[str, int | str]) -> None:
-        """Continue from a position. Raises CheckpointError when it was taken in other data, or in mid-step at another cut."""
-        if state_dict["plan"] != self.dataset.plan:
+        """Continue from a position.
+
+        Raises:
+            CheckpointError: The position belongs to another batch schedule, or is in the middle of a step
+                that has another number of micro-batches.
+        """
+        if state_dict["plan"] != self.dataset.fingerprint:
             raise CheckpointError(
-                "the checkpoint's position is one in other optimizer steps: other rows, or other rows to a step. Resume with "
-                "the same data, data.batch_size, token_budget, group_by_length and seed, and with as many micro-batches a step "
-                "(accumulate_grad_batches × processes) where a last step has few rows or a token_budget is set; or start a "
-                "new run with model.warm_start set to the adapter folder"
+                "the checkpoint has another batch schedule: its optimizer steps consist of other examples. "
+                "Resume with the same data, data.batch_size, token_budget, group_by_length and seed, and as "
+                "many micro-batches per step (accumulate_grad_batches × ranks) if the last step has few "
+                "examples or token_budget is set; or start a new run with model.warm_start set to the "
+                "adapter folder"
             )
-        epoch, steps, micro_batches, there = (
-            int(state_dict[n]) for n in ("epoch", "steps", "micro_batches", "accumulate")
+        epoch, steps, micro_batches, accumulate = (
+            int(state_dict[name]) for name in ("epoch", "steps", "micro_batches", "accumulate")
         )
-        if micro_batches and there != self.dataset.accumulate:
+        if micro_batches and accumulate != self.dataset.accumulate:
             raise CheckpointError(
-                f"the checkpoint was written behind micro-batch {micro_batches} of {there} of a step; resume it with "
-                f"trainer.accumulate_grad_batches {there}, not {self.dataset.accumulate}"
+                f"the checkpoint was written after micro-batch {micro_batches} of {accumulate} of a step; "
+                f"resume it with trainer.accumulate_grad_batches {accumulate}, not {self.dataset.accumulate}"
             )
-        self.epoch, self.handed_out = epoch, steps * self.dataset.accumulate + micro_batches
+        self.epoch, self.yielded = epoch, steps * self.dataset.accumulate + micro_batches
         self._restored = True
+
+
+def evaluation_loader(
+    batches: LikelihoodBatches | PromptBatches, *, seed: int, num_workers: int
+) -> DataLoader[Any]:
+    """Return a loader of evaluation batches, in order."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(seed),  # otherwise worker seeds advance the global generator
+        worker_init_fn=ignore_signals,
+    )

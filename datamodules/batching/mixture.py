@@ -1,51 +1,80 @@
-"""Mixing sources by weight: how often each one's rows come in an epoch."""
+"""Mixtures of tasks: how often the examples of each task occur in an epoch."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from datasets import Dataset
+
+from gatera_lightning.errors import ConfigError
 
 
-def mixed_rows(tasks: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
-    """The rows of an epoch in which tasks have the shares of ``weights``: numbers into ``tasks``, some perhaps several times.
+def mix_tasks(table: Dataset, weights: Mapping[str, float], seed: int) -> Dataset:
+    """Return the token table of an epoch in which each task has its share of ``weights``.
 
-    The epoch is as long as the tasks that have a weight are together. A task's rows are used whole times over, and the rest
-    of its share is drawn from them at random, the same in every epoch. Raises ValueError for a task with a weight that has no
-    row, or whose share is less than one row.
+    Raises:
+        ConfigError: A weighted task has no examples, or its share is less than one example.
+    """
+    try:
+        return table.select(mixture_indices(table["task"], weights, seed))
+    except ValueError as error:
+        raise ConfigError(f"data.weights: {error}") from error
 
-    >>> mixed_rows(["a", "a", "b", "b"], {"a": 1, "b": 0}, seed=0)
+
+def mixture_indices(tasks: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
+    """Choose the examples of an epoch so that each task has its share of ``weights``.
+
+    The epoch has as many examples as the tasks with a positive weight have together. A task's examples are
+    repeated as often as its share allows, and the remainder is drawn at random; every epoch uses the same
+    examples.
+
+    >>> mixture_indices(["a", "a", "b", "b"], {"a": 1, "b": 0}, seed=0)
     [0, 1]
+
+    Args:
+        tasks: Task of each example.
+        weights: Weight of each task.
+        seed: Seed of the draw.
+
+    Returns:
+        Indices of the examples, sorted; an example that is used several times occurs several times.
+
+    Raises:
+        ValueError: A weighted task has no examples, or its share is less than one example.
     """
     rng = np.random.default_rng(seed)
     task_of = np.array(tasks)
-    rows = {task: np.flatnonzero(task_of == task) for task, weight in weights.items() if weight > 0}
-    if empty := [task for task, own in rows.items() if not len(own)]:
-        raise ValueError(f"no rows of {', '.join(empty)} are left to train on, but data.weights names it")
-    total, whole = sum(map(len, rows.values())), sum(weights[task] for task in rows)
-    ends = np.floor(np.cumsum([weights[task] / whole * total for task in rows]) + 0.5).astype(
+    examples = {task: np.flatnonzero(task_of == task) for task, weight in weights.items() if weight > 0}
+    if empty := [task for task, own in examples.items() if not len(own)]:
+        raise ValueError(f"{', '.join(empty)} has a weight, but no training examples")
+    total, weight_sum = sum(map(len, examples.values())), sum(weights[task] for task in examples)
+    shares = [weights[task] / weight_sum * total for task in examples]
+    ends = np.floor(np.cumsum(shares) + 0.5).astype(
         int
-    )  # counts add up to total
-    mixed: list[int] = []
-    for (task, own), count in zip(rows.items(), np.diff(ends, prepend=0), strict=True):
+    )  # rounded cumulatively, so that counts add up to total
+    mixture: list[int] = []
+    for (task, own), count in zip(examples.items(), np.diff(ends, prepend=0), strict=True):
         if not count:
-            raise ValueError(f"{task}: {weights[task]} of {whole} is less than one of {total} rows")
-        times, rest = divmod(int(count), len(own))
-        mixed += np.tile(own, times).tolist() + rng.choice(own, rest, replace=False).tolist()
-    return sorted(mixed)
+            raise ValueError(f"{task}: {weights[task]} of {weight_sum} is less than one of {total} examples")
+        repeats, rest = divmod(int(count), len(own))
+        mixture += np.tile(own, repeats).tolist() + rng.choice(own, rest, replace=False).tolist()
+    return sorted(mixture)
 
 
 def weight_problems(weights: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """What is wrong with ``weights`` of the sources called ``names``; empty when all is well."""
-    found = []
+    """Return every problem of ``weights`` for training sources with these names."""
+    problems = []
     each = ", ".join(dict.fromkeys(names))
     for name, weight in weights.items():
         if name not in names:
-            found.append(f"data.weights: {name!r} is no training source; accepted: {each}")
+            problems.append(f"data.weights: {name!r} is not a training source; accepted: {each}")
         if not 0 <= weight < float("inf"):
-            found.append(f"data.weights: {name}: {weight}; accepted: a number of at least 0")
+            problems.append(f"data.weights: {name}: {weight}; accepted: a number of at least 0")
     if missing := [name for name in dict.fromkeys(names) if name not in weights]:
-        found.append(f"data.weights: {', '.join(missing)} has none; accepted: a number for each of {each}")
-    if not found and not sum(weights.values()):
-        found.append(
-            "data.weights: they sum to 0, which leaves no row to train on; accepted: at least one above 0"
+        problems.append(
+            f"data.weights: no weight for {', '.join(missing)}; accepted: a number for each of {each}"
         )
-    return found
+    if not problems and not sum(weights.values()):
+        problems.append(
+            "data.weights: all are 0, which leaves no training examples; accepted: at least one above 0"
+        )
+    return problems

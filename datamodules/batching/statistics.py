@@ -1,4 +1,4 @@
-"""Figures of a split, read off its token table: lengths, targets, and how much padding its batches compute."""
+"""Statistics of a split, computed from its token table: lengths, supervised tokens and padding."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,86 +8,89 @@ from typing import Self
 import numpy as np
 from datasets import Dataset
 
-from gatera_lightning.datamodules.batching.datasets import LikelihoodBatches, PromptBatches
-from gatera_lightning.datamodules.batching.packing import packed_lines
-from gatera_lightning.datamodules.batching.step_plan import Step
+from gatera_lightning.datamodules.batching.batch_schedule import OptimizerStep
+from gatera_lightning.datamodules.batching.packing import pack_sequences
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn, supervised_ranges
 
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What a split consists of, every row with its right answer."""
+    """Counts over a split, each example with its correct answer."""
 
-    tasks: dict[str, int]  # rows of each task, in order of appearance
-    lengths: list[int]  # real tokens of each row, in order
-    targets: int  # tokens that carry loss, over all rows
-    shortened: int  # prompts that lost their beginning to max_length
+    tasks: dict[str, int]
+    """Number of examples of each task, in order of appearance."""
+
+    lengths: list[int]
+    """Tokens of each example, in order."""
+
+    supervised_tokens: int
+    """Supervised tokens of all examples."""
+
+    truncated: int
+    """Number of truncated prompts."""
 
     @classmethod
-    def of(cls, table: Dataset, train_on: TrainOn) -> Self:
-        """The figures of a token table, tokens counted as :func:`collate` counts them."""
-        lengths, targets = right_lengths(table), target_counts(table, train_on)
+    def from_table(cls, table: Dataset, train_on: TrainOn) -> Self:
+        """Compute the statistics of a token table."""
         return cls(
             tasks=dict(Counter(table["task"])),
-            lengths=lengths,
-            targets=sum(targets),
-            shortened=sum(table["truncated"]),
+            lengths=gold_lengths(table),
+            supervised_tokens=sum(supervised_token_counts(table, train_on)),
+            truncated=sum(table["truncated"]),
         )
 
     @property
     def tokens(self) -> int:
-        """Real tokens over all rows."""
+        """Tokens of all examples."""
         return sum(self.lengths)
 
-    def length(self, share: float) -> int:
-        """The smallest length that at least ``share`` of the rows do not exceed: 0 the shortest, 0.5 the (lower) median."""
-        return int(np.quantile(self.lengths, share, method="inverted_cdf"))
+    def length_quantile(self, q: float) -> int:
+        """Return the smallest length that at least a share ``q`` of the examples do not exceed."""
+        return int(np.quantile(self.lengths, q, method="inverted_cdf"))
 
 
 def padding_share(batches: Iterable[Sequence[int]]) -> float:
-    """Share of computed positions that is padding: ``1 - Σ lengths / Σ rows · longest``.
+    """Return the share of computed positions that are padding: ``1 - Σ lengths / Σ rows · longest``.
 
-    ``batches`` holds the lengths of each batch's sequences, all of which are padded to the longest among them.
+    Args:
+        batches: Tokens of each row of each batch.
     """
-    real = computed = 0
+    tokens = computed = 0
     for lengths in batches:
-        real += sum(lengths)
+        tokens += sum(lengths)
         computed += len(lengths) * max(lengths)
-    return 1 - real / computed
+    return 1 - tokens / computed
 
 
-def planned_lengths(
-    steps: Iterable[Step], lengths: Sequence[int], line: int | None = None
+def scheduled_lengths(
+    steps: Iterable[OptimizerStep], lengths: Sequence[int], pack_length: int | None = None
 ) -> list[list[int]]:
-    """The real tokens in the lines of every micro-batch of a plan over rows of these ``lengths``.
+    """Return the tokens of each row of each micro-batch of a batch schedule.
 
-    A row is a line of its own, or rows are packed into lines of at most ``line`` tokens.
+    Args:
+        steps: The batch schedule.
+        lengths: Tokens of each example.
+        pack_length: Maximum number of tokens of a packed row; None without packing.
     """
-    found = [[lengths[row] for row in rows] for step in steps for rows in step.micro_batches]
-    if line is None:
-        return found
-    return [[sum(rows[row] for row in packed) for packed in packed_lines(rows, line)] for rows in found]
+    micro_batches = [[lengths[i] for i in examples] for step in steps for examples in step.micro_batches]
+    if pack_length is None:
+        return micro_batches
+    return [
+        [sum(sequences[i] for i in pack) for pack in pack_sequences(sequences, pack_length)]
+        for sequences in micro_batches
+    ]
 
 
-def evaluation_lengths(evaluation: LikelihoodBatches | PromptBatches) -> list[list[int]]:
-    """The lengths of the sequences of every evaluation batch: right answers, all candidates, or prompts alone."""
-    table = evaluation.table.rows
-    if isinstance(evaluation, PromptBatches):
-        sequences = [[len(ids)] for ids in table["prompt"]]
-    elif evaluation.every_answer:
-        sequences = list(table["lengths"])
-    else:
-        sequences = [[length] for length in right_lengths(table)]
-    return [[length for row in rows for length in sequences[row]] for rows in evaluation.batches]
-
-
-def right_lengths(table: Dataset) -> list[int]:
-    """Tokens of each row's prompt and right answer."""
+def gold_lengths(table: Dataset) -> list[int]:
+    """Return the tokens of each example's prompt and correct answer."""
     return [lengths[gold] for lengths, gold in zip(table["lengths"], table["gold"], strict=True)]
 
 
-def target_counts(table: Dataset, train_on: TrainOn) -> list[int]:
-    """Tokens that carry loss in each row, as :func:`collate` will label them."""
-    rows = zip(table["prompt"], right_lengths(table), table["earlier_responses"], strict=True)
-    ranges = (supervised_ranges(len(prompt), length, earlier, train_on) for prompt, length, earlier in rows)
+def supervised_token_counts(table: Dataset, train_on: TrainOn) -> list[int]:
+    """Return the supervised tokens of each example with its correct answer."""
+    examples = zip(table["prompt"], gold_lengths(table), table["earlier_responses"], strict=True)
+    ranges = (
+        supervised_ranges(len(prompt), length, earlier_responses, train_on)
+        for prompt, length, earlier_responses in examples
+    )
     return [sum(end - start for start, end in found) for found in ranges]

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.example import Example
-from gatera_lightning.datamodules.prompts.templates import turn_end
+from gatera_lightning.datamodules.prompts.chat_template import answer_suffix
 from gatera_lightning.datamodules.tokenization.tokenize import token_ranges, tokenize_example
 from gatera_lightning.errors import ConfigError
 
@@ -47,7 +47,8 @@ def tokenize_split(
 ) -> Dataset:
     """Return the token table of a split: tokenized now, or read from the cache if nothing has changed.
 
-    The cache is in ``$HF_DATASETS_CACHE/gatera_lightning``. Its key covers the examples, the tokenizer and ``max_length``.
+    The cache is in ``$HF_DATASETS_CACHE/gatera_lightning``. Its key covers the examples, the tokenizer and
+    ``max_length``.
 
     Args:
         examples: The examples of the split, in order.
@@ -61,13 +62,18 @@ def tokenize_split(
     rows = [{**asdict(example), "key": example.key, "example": i} for i, example in enumerate(examples)]
     if not rows:
         raise ConfigError(f"data.{split}: the split is empty; give at least one example")
-    closing = turn_end(tokenizer) if any(row["chat"] for row in rows) else ""
+    closing = answer_suffix(tokenizer) if any(row["chat"] for row in rows) else ""
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         special, end = not row["chat"], closing if row["chat"] else ""
         try:
             prompt_ids, answer_ids, truncated = tokenize_example(
-                tokenizer, row["prompt"], row["answers"], max_length, special_tokens=special, turn_end=end
+                tokenizer,
+                row["prompt"],
+                row["answers"],
+                max_length,
+                special_tokens=special,
+                answer_suffix=end,
             )
             earlier_responses = row["earlier_responses"] and token_ranges(
                 tokenizer, row["prompt"], row["earlier_responses"], prompt_ids, special_tokens=special
@@ -101,13 +107,17 @@ def tokenize_split(
     )
     if truncated := sum(table["truncated"]):
         log.warning(
-            "%s: %d of %d prompts were truncated to fit max_length %d", split, truncated, len(table), max_length
+            "%s: %d of %d prompts were truncated to fit max_length %d",
+            split,
+            truncated,
+            len(table),
+            max_length,
         )
     return table
 
 
 def data_hash(table: Dataset) -> str:
-    """Return 16 hex digits of what a model is evaluated on: token ids, correct answers and tasks, in order."""
+    """Return 16 hex digits of what a model is tested on: token ids, correct answers and tasks, in order."""
     digest = hashlib.sha256()
     for row in table.select_columns(["prompt", "answers", "gold", "task", "key"]):
         digest.update(json.dumps(row, sort_keys=True).encode())

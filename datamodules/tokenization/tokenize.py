@@ -25,13 +25,13 @@ def tokenize_example(
     max_length: int,
     *,
     special_tokens: bool = True,
-    turn_end: str = "",
+    answer_suffix: str = "",
 ) -> TokenizedExample:
     """Tokenize a prompt and its candidate answers, and truncate the prompt where necessary.
 
-    Prompt and answer are tokenized together and divided where the prompt ends, so the boundary is tokenized as in running
-    text. If the longest candidate does not fit into ``max_length``, the prompt loses tokens after its BOS, the same ones
-    for every candidate.
+    Prompt and answer are tokenized together and divided where the prompt ends, so the boundary is tokenized
+    as in running text. If the longest candidate does not fit into ``max_length``, the prompt loses tokens
+    after its BOS, the same ones for every candidate.
 
     Args:
         tokenizer: The backbone's tokenizer.
@@ -39,7 +39,7 @@ def tokenize_example(
         answers: Text of each candidate as it follows the prompt, with its leading space if there is one.
         max_length: Maximum number of tokens of prompt and answer together.
         special_tokens: Whether the tokenizer adds special tokens; False if a chat template has written them.
-        turn_end: Text between answer and EOS that closes the turn in a chat template.
+        answer_suffix: Text between answer and EOS that closes the turn in a chat template.
 
     Raises:
         ValueError: An answer leaves no room for a single token of the prompt.
@@ -47,13 +47,13 @@ def tokenize_example(
     prompt_ids = tokenize_prompt(tokenizer, prompt, special_tokens=special_tokens)
     candidates = []
     for answer in answers:
-        joint = list(tokenizer(prompt + answer + turn_end, add_special_tokens=special_tokens).input_ids)
+        joint = list(tokenizer(prompt + answer + answer_suffix, add_special_tokens=special_tokens).input_ids)
         if joint[-1] == tokenizer.eos_token_id:
             joint.pop()
         if joint[: len(prompt_ids)] == prompt_ids:
             answer_ids = joint[len(prompt_ids) :]
         else:  # a token spans the boundary, but the prompt must be tokenized as it will be for generation
-            answer_ids = list(tokenizer(answer + turn_end, add_special_tokens=False).input_ids)
+            answer_ids = list(tokenizer(answer + answer_suffix, add_special_tokens=False).input_ids)
         candidates.append([*answer_ids, tokenizer.eos_token_id])
     longest = max(len(ids) for ids in candidates)
     room = max_length - longest
@@ -62,7 +62,7 @@ def tokenize_example(
     bos = prompt_ids[:1] if prompt_ids[:1] == [tokenizer.bos_token_id] else []
     if room < len(bos) + 1:
         raise ValueError(
-            f"an answer has {longest} tokens, which leaves no room for a prompt within max_length {max_length}"
+            f"an answer has {longest} tokens, which leaves no room for a prompt in max_length {max_length}"
         )
     return TokenizedExample(bos + prompt_ids[len(prompt_ids) - room + len(bos) :], candidates, truncated=True)
 
@@ -100,7 +100,9 @@ def token_ranges(
         ValueError: The tokenizer does not report the characters of its tokens.
     """
     if not tokenizer.is_fast:
-        raise ValueError("train_on every_response needs a fast tokenizer, which reports the characters of each token")
+        raise ValueError(
+            "train_on every_response needs a fast tokenizer, which reports the characters of each token"
+        )
     offsets = tokenizer(prompt, add_special_tokens=special_tokens, return_offsets_mapping=True).offset_mapping
     removed = len(tokenize_prompt(tokenizer, prompt, special_tokens=special_tokens)) - len(prompt_ids)
     first_token = 1 if removed and prompt_ids[0] == tokenizer.bos_token_id else 0  # BOS survives truncation

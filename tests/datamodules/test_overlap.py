@@ -1,20 +1,20 @@
-"""Leakage: how many rows that are evaluated are questions of the training split, and what is said about it."""
+"""SplitOverlap: how many rows that are evaluated are questions of the training split, and what is said about it."""
 
 import json
 import logging
 
 import pytest
 
-from gatera_lightning.datamodules.leakage import Leakage, find_leakage
+from gatera_lightning.datamodules.overlap import SplitOverlap, find_overlap
 
 # --- counting, by hand ---
 
 
 def test_rows_and_tasks_are_counted():
-    found = find_leakage(
+    found = find_overlap(
         ["a", "b", "b", "c"], ["x", "b", "a", "y", "b"], ["zoo", "zoo", "art", "art", "zoo"], "test"
     )
-    assert found == Leakage("test", of=5, rows=(1, 2, 4), tasks={"zoo": 2, "art": 1})
+    assert found == SplitOverlap("test", of=5, rows=(1, 2, 4), tasks={"zoo": 2, "art": 1})
     assert str(found) == (
         "leakage: 3 of 5 test rows are training rows too (art 1, zoo 2; row numbers from 0: 1, 2, 4). "
         "They stay in; what is measured on them is memory."
@@ -22,18 +22,18 @@ def test_rows_and_tasks_are_counted():
 
 
 def test_no_row_is_shared():
-    found = find_leakage(["a"], ["b", "c"], ["t", "t"], "validation")
+    found = find_overlap(["a"], ["b", "c"], ["t", "t"], "validation")
     assert (found.rows, found.tasks) == ((), {})
     assert str(found) == "leakage: none of the 2 validation rows is a training row"
 
 
 def test_the_line_names_the_first_five_rows():
     keys = [str(number) for number in range(1200)]
-    found = find_leakage(keys[100:], keys, ["t"] * 1200, "test")
+    found = find_overlap(keys[100:], keys, ["t"] * 1200, "test")
     assert found.rows == tuple(range(100, 1200))
     assert "1,100 of 1,200 test rows" in str(found)
     assert "(t 1,100; row numbers from 0: 100, 101, 102, 103, 104, …)" in str(found)
-    assert "0: 0, 1, 2, 3, 4)" in str(find_leakage(keys[:5], keys, ["t"] * 1200, "test"))
+    assert "0: 0, 1, 2, 3, 4)" in str(find_overlap(keys[:5], keys, ["t"] * 1200, "test"))
 
 
 # --- through the data module ---
@@ -54,36 +54,36 @@ def sources(write, rows):
 @pytest.mark.parametrize("answer_format", ["label", "content"])
 def test_validation_and_test_rows_against_training_rows(answer_format, sources, make_data):
     data = make_data(answer_format=answer_format, template="plain", stage="fit", **sources)
-    assert data.leakage() == [
-        Leakage("validation", of=2, rows=(0,), tasks={"held": 1}),
-        Leakage("test", of=6, rows=(0, 1, 4), tasks={"art": 2, "zoo": 1}),
-        Leakage("test", of=6, rows=(1,), tasks={"art": 1}, known="validation"),
+    assert data.overlaps() == [
+        SplitOverlap("validation", of=2, rows=(0,), tasks={"held": 1}),
+        SplitOverlap("test", of=6, rows=(0, 1, 4), tasks={"art": 2, "zoo": 1}),
+        SplitOverlap("test", of=6, rows=(1,), tasks={"art": 1}, known="validation"),
     ]
 
 
 def test_rows_held_out_of_training(make_data, write, rows):
     """What is held out is no training row, unless the same question is in the file twice."""
     data = make_data(train=[write("once.json", rows(12))], validation=0.25, stage="fit", test=[])
-    assert data.leakage() == [Leakage("validation", of=3)]
+    assert data.overlaps() == [SplitOverlap("validation", of=3)]
 
     twice = [row for row in rows(6) for _ in range(2)]
     data = make_data(train=[write("twice.json", twice)], validation=3, stage="fit", test=[])
-    (found,) = data.leakage()
+    (found,) = data.overlaps()
     held, trained = (data.tables[split]["example"][:] for split in ("validation", "train"))
     shared = [place for place, number in enumerate(held) if number // 2 in {other // 2 for other in trained}]
     assert shared
-    assert found == Leakage("validation", of=3, rows=tuple(shared), tasks={"twice": len(shared)})
+    assert found == SplitOverlap("validation", of=3, rows=tuple(shared), tasks={"twice": len(shared)})
 
 
 def test_the_slice_of_a_test_source_counts(sources, make_data):
     data = make_data(stage="fit", **sources | {"test": [sources["test"][0] + "[:1]", sources["test"][1]]})
-    assert data.leakage()[1] == Leakage("test", of=3, rows=(0, 1), tasks={"art": 1, "zoo": 1})
+    assert data.overlaps()[1] == SplitOverlap("test", of=3, rows=(0, 1), tasks={"art": 1, "zoo": 1})
 
 
 def test_test_rows_that_are_not_there_are_said(sources, make_data, tmp_path):
     """Training needs no test rows, and must not end for want of them."""
     data = make_data(stage="fit", **sources | {"test": [str(tmp_path / "gone.json")]})
-    validation, test = data.leakage()
+    validation, test = data.overlaps()
     assert validation.rows == (0,)
     assert (test.rows, test.of) == ((), 0)
     assert str(test) == (
@@ -94,17 +94,17 @@ def test_test_rows_that_are_not_there_are_said(sources, make_data, tmp_path):
 
 def test_a_missing_task_of_a_folder_is_said(sources, make_data, tmp_path):
     data = make_data(stage="fit", **sources | {"test": ["boolq"], "data_dir": str(tmp_path)})
-    assert str(tmp_path / "boolq" / "test.json") in str(data.leakage()[1])
+    assert str(tmp_path / "boolq" / "test.json") in str(data.overlaps()[1])
 
 
 def test_test_rows_that_cannot_be_used_are_said(sources, make_data, write, rows):
     bad = write("bad.json", [rows(1)[0], {"instruction": "Which?"}])
     data = make_data(stage="fit", **sources | {"test": [bad]})
-    assert f"not compared with training rows ({bad}, row 2: field 'answer'" in str(data.leakage()[1])
+    assert f"not compared with training rows ({bad}, row 2: field 'answer'" in str(data.overlaps()[1])
 
 
 def test_no_test_source_says_nothing(sources, make_data):
-    assert [found.split for found in make_data(stage="fit", **sources | {"test": []}).leakage()] == [
+    assert [found.split for found in make_data(stage="fit", **sources | {"test": []}).overlaps()] == [
         "validation"
     ]
 
@@ -170,7 +170,7 @@ def test_without_a_trainer_it_is_logged_too(sources, make_data, caplog):
 
 def test_the_sample_splits_do_not_leak(make_data):
     data = make_data(stage="fit")
-    assert data.leakage() == [Leakage("validation", of=85), Leakage("test", of=144)]
+    assert data.overlaps() == [SplitOverlap("validation", of=85), SplitOverlap("test", of=144)]
 
 
 REAL_LEAKS = {"ARC-Easy": (242, 493), "ARC-Challenge": ()}  # at the source, too
@@ -194,6 +194,6 @@ def test_real_test_rows_among_training_rows(task, real_data, make_data, tokenize
         test=[task],
         stage="fit",
     )
-    (found,) = [found for found in data.leakage() if found.split == "test"]
+    (found,) = [found for found in data.overlaps() if found.split == "test"]
     tasks = {task: len(REAL_LEAKS[task])} if REAL_LEAKS[task] else {}
-    assert found == Leakage("test", of=len(tested), rows=REAL_LEAKS[task], tasks=tasks)
+    assert found == SplitOverlap("test", of=len(tested), rows=REAL_LEAKS[task], tasks=tasks)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gatera_lightning.datamodules.batching.loader import PlannedLoader
+from gatera_lightning.datamodules.batching.loader import ResumableLoader
 from gatera_lightning.errors import CheckpointError
 
 STEPS, ACCUMULATE = 5, 2
@@ -19,7 +19,7 @@ class _Indices(torch.utils.data.Dataset):
     """In place of training batches: item ``i`` is ``i``."""
 
     def __init__(self, steps, accumulate):
-        self.steps, self.accumulate, self.plan = steps, accumulate, f"{steps} steps"
+        self.steps, self.accumulate, self.fingerprint = steps, accumulate, f"{steps} steps"
 
     def __len__(self):
         return self.steps * self.accumulate
@@ -29,7 +29,7 @@ class _Indices(torch.utils.data.Dataset):
 
 
 def _loader(steps=STEPS, accumulate=ACCUMULATE, *, seed=3, workers=0, limit=None):
-    return PlannedLoader(_Indices(steps, accumulate), seed=seed, num_workers=workers, epoch_ends_at=limit)
+    return ResumableLoader(_Indices(steps, accumulate), seed=seed, num_workers=workers, micro_batches_per_epoch=limit)
 
 
 def _epochs(loader, count):

@@ -1,0 +1,30 @@
+"""How loader workers end: they ignore the signals on which the training process saves a checkpoint."""
+
+import atexit
+import multiprocessing
+import signal
+
+
+def ignore_signals(worker_id: int) -> None:
+    """Ignore SIGTERM and SIGUSR1, which SLURM sends to every process of a job. A ``worker_init_fn``."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # registered after multiprocessing's own hook, and therefore run before it
+def end_workers() -> None:
+    """End daemonic child processes, such as the workers of a loader that an exception interrupted.
+
+    ``multiprocessing`` would do the same, but wait forever for workers that ignore SIGTERM. It still handles
+    child processes that are not daemons.
+    """
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if not daemons:
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error about each of them
+    for daemon in daemons:
+        daemon.terminate()
+    for daemon in daemons:
+        daemon.join(timeout=0.5)
+        if daemon.is_alive():
+            daemon.kill()
