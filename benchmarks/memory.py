@@ -16,8 +16,8 @@ from interleaved import Round, interleaved, machine, write
 from train_step import OURS, PEFT, built
 
 from gatera_lightning import BackboneConfig
-from gatera_lightning.backbone.loading import ready_for_training
-from gatera_lightning.cli.commands.estimate import Layout, predict_memory
+from gatera_lightning.backbone.loading import prepare_for_training
+from gatera_lightning.cost_model.device_memory import Layout, predict_memory
 from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs
 
 SETTINGS = {
@@ -33,7 +33,7 @@ def measuring(method: str, dtype: str, rows: int, tokens: int, targets: int, rec
     """Predict and take a step, with what the allocator had out at the worst moment."""
     step, _, model, optimizer = built(method, dtype, 30, 576, 32, (rows, tokens, targets))
     own = BackboneConfig(id="here", gradient_checkpointing=recomputed)
-    ready_for_training(model, own)
+    prepare_for_training(model, own)
     predicted = float("nan")
     if method in OURS:
         planned = build_on_meta(model.config, own, OURS[method], getattr(torch, dtype))

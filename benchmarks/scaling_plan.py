@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from gatera_lightning import AdapterConfig, BackboneConfig
-from gatera_lightning.cli.commands.estimate import Layout, communication, predict_memory
+from gatera_lightning.cost_model.device_memory import Layout, communication, predict_memory
 from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs
 
 GIB = 2**30
@@ -20,7 +20,7 @@ LAYOUTS = {
     "64 GPUs, FSDP2": Layout(1, 64),
     "64 GPUs, HSDP 8 × 8": Layout(8, 8),
 }
-BATCH = MicroBatch(rows=4, tokens=256, targets=128)  # 4 rows of the commonsense recipe a GPU
+BATCH = MicroBatch(sequences=4, length=256, supervised_tokens=128)  # 4 rows of the commonsense recipe a GPU
 
 
 def main() -> None:

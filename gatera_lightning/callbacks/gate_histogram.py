@@ -120,12 +120,15 @@ class GateHistogram(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.every_n_steps or outputs.get("gate_logits") is None:
+        if not self.every_n_steps:
             return
-        z = outputs["gate_logits"]  # (modules, batch, tokens)
+        gates = outputs["gates"]
+        z = gates.stacked(batch["attention_mask"])  # (modules, batch, tokens)
+        if z is None:
+            return
         if self.counts is None:
             self.counts = GateStatistics(len(z)).to(z.device)
-            self.names = outputs["gate_names"]  # in the order of the logits
+            self.names = gates.names  # in the order of the logits
         self.counts.update(z, counted_tokens(batch), batch["response_mask"])
         if trainer.global_step > self._logged_step and trainer.global_step % self.every_n_steps == 0:
             self._logged_step = trainer.global_step
@@ -165,7 +168,9 @@ class GateHistogram(L.Callback):
         if self.history.add(trainer.global_step, shares):
             picture = draw_pixels(draw_gate_shares(self.history))
             for logger in loggers:
-                logger.experiment.add_image("gate_shares/layers", picture, trainer.global_step, dataformats="HWC")
+                logger.experiment.add_image(
+                    "gate_shares/layers", picture, trainer.global_step, dataformats="HWC"
+                )
 
 
 def _histograms(tags: list[str], bins: Tensor, sums: Tensor) -> dict[str, dict[str, Any]]:

@@ -1,51 +1,61 @@
-"""What a training step costs: a whole step carried out on the meta device, where tensors have shapes and no memory.
+"""Memory and FLOPs of one micro-batch, found by running it on the meta device, where tensors have shapes but no data.
 
-The model's own code runs, adapters, checkpointing and all; every allocation is counted when it is made and when it is given
-back, every product by its operations. Attention is taken to be a fused kernel, which keeps its inputs and output.
+The model's own code, its adapter and the training objectives run as in training, gradient checkpointing included. Every
+allocation is counted when it is made and when it is freed, and every matmul by its FLOPs. Attention is assumed to be a fused
+kernel, which saves its inputs and its output.
 """
 
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.gate_recording import record_gates
 from gatera_lightning.adapters.injection import inject_adapters
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.decoder_layers import decoder_layers
 from gatera_lightning.backbone.loading import prepare_for_training
-from gatera_lightning.backbone.probes import returns_head_output
-from gatera_lightning.backbone.recomputation import recompute_elementwise
+from gatera_lightning.cost_model.live_bytes import LiveBytes
+from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head
-from gatera_lightning.objectives.next_token import summed_cross_entropy, summed_gate_entropy
+from gatera_lightning.objectives import Objective, default_objectives, evaluate_objectives
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The shape of one forward: rows, tokens of each (padding included), and tokens of all of them that carry loss."""
+    """The shape of one forward pass."""
 
-    rows: int
-    tokens: int
-    targets: int
+    sequences: int
+    """Number of sequences; a packed sequence counts once."""
+
+    length: int
+    """Tokens of each sequence, padding included."""
+
+    supervised_tokens: int
+    """Supervised tokens of all sequences together."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences together, padding included."""
+        return self.sequences * self.length
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Bytes of a model's tensors."""
+    """Bytes of a model's parameters."""
 
     frozen: int
+    """Of the backbone."""
+
     adapter: int
+    """Of the adapter."""
+
     layers: tuple[int, ...]
     """Frozen bytes of each decoder layer, in order."""
 
@@ -57,38 +67,52 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """One micro-batch, forward and backward, with nothing sharded."""
+    """Costs of one micro-batch, forward and backward, with nothing sharded."""
 
     activations: int
-    """Bytes alive between forward and backward, logits left out."""
+    """Bytes alive between forward and backward, without logits."""
 
     logits: int
-    """Bytes of logits and of what the loss makes of them; of a chunk, where the head computes the loss."""
+    """Bytes of logits and of what the loss computes from them; of one chunk, if the head computes the loss."""
 
     peak: int
-    """Bytes of everything but weights, adapter and moments at the worst moment."""
+    """Peak allocated bytes without weights, adapter and optimizer moments."""
 
     forward_flops: int
-    """Of a head that computes the loss, the gradient too."""
+    """FLOPs of the forward pass; if the head computes the loss, of that loss's gradient too."""
 
     backward_flops: int
+    """FLOPs of the backward pass, recomputation included."""
 
 
 def build_on_meta(
     config: AutoConfig, backbone: BackboneConfig, adapter: AdapterConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The adapted model without memory. Raises ConfigError as injecting does, and for a model whose code needs real numbers."""
-    with _said_of(type(config).__name__.removesuffix("Config")), torch.device("meta"):
+    """Build an adapted model on the meta device.
+
+    Args:
+        config: The model's Hugging Face configuration.
+        backbone: How the model is run; its weights are not read.
+        adapter: The adapter.
+        dtype: Dtype of the frozen weights.
+
+    Returns:
+        The model in training mode, with an attention that has a fused kernel's shapes.
+
+    Raises:
+        ConfigError: If the adapter does not fit the model, or the model's code needs actual values.
+    """
+    with _needs_no_values(type(config).__name__.removesuffix("Config")), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=_FUSED, trust_remote_code=backbone.trust_remote_code
         )
     inject_adapters(model, adapter)
     prepare_for_training(model, backbone)
-    return model.train()
+    return cast(PreTrainedModel, model.train())
 
 
 def model_sizes(model: PreTrainedModel) -> ModelSizes:
-    """What a model's parameters take."""
+    """Return the bytes of a model's parameters."""
     own = {id(parameter) for parameter in adapter_parameters(model).values()}
 
     def frozen(module: nn.Module) -> int:
@@ -98,58 +122,86 @@ def model_sizes(model: PreTrainedModel) -> ModelSizes:
     return ModelSizes(frozen(model), adapter, tuple(frozen(layer) for layer in decoder_layers(model)))
 
 
-def step_costs(model: PreTrainedModel, batch: MicroBatch, *, recomputed: bool = False) -> StepCosts:
-    """Carry out one micro-batch on the meta device; ``recomputed`` says that layers are checkpointed.
+def step_costs(
+    model: PreTrainedModel,
+    batch: MicroBatch,
+    *,
+    recomputed: bool = False,
+    objectives: Sequence[Objective] | None = None,
+) -> StepCosts:
+    """Run one micro-batch on the meta device and count its memory and FLOPs.
 
-    Raises ConfigError for a model whose code needs real numbers.
+    Args:
+        model: What :func:`build_on_meta` returns.
+        batch: The shape of the micro-batch.
+        recomputed: Whether decoder layers use gradient checkpointing.
+        objectives: What is trained; default: :func:`~gatera_lightning.objectives.default_objectives`.
+
+    Raises:
+        ConfigError: If the model's or an objective's code needs actual values.
     """
     live = LiveBytes([*model.parameters(), *model.buffers()])
-    marks: dict[str, int] = {}
+    activations = 0
 
-    def at_head() -> None:
-        marks["head"] = live.now
-        live.recent = live.now
+    def mark_head(*_: Any) -> None:
+        nonlocal activations
+        activations = live.now
+        live.reset_recent_peak()
 
-    with _said_of(type(model).__name__):
-        in_head = returns_head_output(model)
-        with live:
-            loss = _loss(model, batch, at_head, in_head)
-            marks["loss"] = live.recent
-            loss.backward()
+    loss_of = _prepared_loss(model, batch, objectives)
+    handle = model.get_output_embeddings().register_forward_pre_hook(mark_head)
+    try:
+        with _needs_no_values(type(model).__name__), live:
+            loss = loss_of()
+            logits = live.recent_peak - activations
+            loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        handle.remove()
     model.zero_grad(set_to_none=True)
-    # Again for the operations: the counter's own hooks would keep tensors alive that are otherwise given back.
-    forward, backward = step_flops(model, batch)
+    # A second run for the FLOPs: the counter's own hooks would keep tensors alive.
+    forward, backward = step_flops(model, batch, objectives=objectives)
     attention = _attention_flops(model, batch)
     return StepCosts(
-        activations=marks["head"],
-        logits=marks["loss"] - marks["head"],
+        activations=activations,
+        logits=logits,
         peak=live.peak,
         forward_flops=forward,
-        # A fused backward computes the scores anew, one product of forward's two; a checkpointed layer runs forward again.
+        # A fused backward recomputes the scores, one of the forward's two matmuls; a checkpointed layer repeats both.
         backward_flops=backward + attention * (3 if recomputed else 1) // 2,
     )
 
 
-def step_flops(model: PreTrainedModel, batch: MicroBatch) -> tuple[int, int]:
-    """Operations of one micro-batch's forward and backward, on the meta device, scores of attention not computed anew.
+def step_flops(
+    model: PreTrainedModel, batch: MicroBatch, *, objectives: Sequence[Objective] | None = None
+) -> tuple[int, int]:
+    """Run one micro-batch on the meta device and count its FLOPs.
 
-    Raises ConfigError for a model whose code needs real numbers.
+    Args:
+        model: What :func:`build_on_meta` returns.
+        batch: The shape of the micro-batch.
+        objectives: As for :func:`step_costs`.
+
+    Returns:
+        FLOPs of the forward and of the backward pass, without the recomputation of attention scores.
+
+    Raises:
+        ConfigError: If the model's or an objective's code needs actual values.
     """
     forward, backward = (FlopCounterMode(display=False, custom_mapping=_GROUPED) for _ in range(2))
-    with _said_of(type(model).__name__):
-        in_head = returns_head_output(model)
+    loss_of = _prepared_loss(model, batch, objectives)
+    with _needs_no_values(type(model).__name__):
         with forward:
-            loss = _loss(model, batch, lambda: None, in_head)
+            loss = loss_of()
         with backward:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         attention = _attention_flops(model, batch)
     model.zero_grad(set_to_none=True)
     return forward.get_total_flops() + attention, backward.get_total_flops() + 2 * attention
 
 
 @contextmanager
-def _said_of(model: str) -> Iterator[None]:
-    """Whatever a model's own code raises where tensors have no numbers, and it may be anything, as a ConfigError."""
+def _needs_no_values(model: str) -> Iterator[None]:
+    """Turn whatever a model's own code raises on the meta device, which may be anything, into a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -157,67 +209,54 @@ def _said_of(model: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise ConfigError(
-            f"backbone.id: {model} cannot be carried out without its numbers ({reason})"
+            f"backbone.id: the costs of {model} cannot be computed without its weights ({reason})"
         ) from error
 
 
-def _loss(model: PreTrainedModel, batch: MicroBatch, at_head: Callable[[], None], in_head: bool) -> Tensor:
-    """GateRAModule's loss of a micro-batch of shapes, in the head or from its logits.
+def _prepared_loss(
+    model: PreTrainedModel, batch: MicroBatch, objectives: Sequence[Objective] | None
+) -> Callable[[], Tensor]:
+    """The training loss of a micro-batch of these shapes, as a function that runs the model."""
+    chosen = default_objectives(model) if objectives is None else objectives
+    with _needs_no_values(type(model).__name__):
+        for objective in chosen:
+            objective.prepare(model)
 
-    ``at_head`` is called when the decoder layers have run.
-    """
-    with torch.device("meta"):
-        ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
-        targets = torch.zeros(batch.targets, dtype=torch.long)
+    def loss_of() -> Tensor:
+        # Fused attention needs no mask, and code that creates one for other kernels may look at its values.
+        handle = model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
+        try:
+            return evaluate_objectives(chosen, model, _meta_batch(batch)).loss
+        finally:
+            handle.remove()
 
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        at_head()
-        return args[0].flatten(0, 1)[: batch.targets].unsqueeze(0), *args[1:]
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        with (
-            recompute_elementwise(),
-            record_gates(model) as gates,
-            cross_entropy_in_head(model, targets) if in_head else nullcontext(),
-        ):
-            out = model(input_ids=ids, attention_mask=None).logits
-    finally:
-        handle.remove()
-    loss = out.squeeze() if in_head else summed_cross_entropy(out, targets)
-    z = gates.stacked(ids)
-    return loss if z is None else loss + summed_gate_entropy(z, ids)
+    return loss_of
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, as long as something holds them; those of ``known`` are left out."""
+def _drop_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"attention_mask": None}
 
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = self.recent = 0  # recent: the peak since somebody set it
-        # By address: a storage on the meta device has no data pointer to tell it by, and several Python objects.
-        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self._known = known
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self._sizes:
-                    self._sizes[key] = storage.nbytes()
-                    self.now += self._sizes[key]
-                    self.peak, self.recent = max(self.peak, self.now), max(self.recent, self.now)
-                    weakref.finalize(storage, self._given_back, key)
-        return out
-
-    def _given_back(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+def _meta_batch(batch: MicroBatch) -> Batch:
+    """A batch on the meta device; only its labels have values, because the number of supervised ones is a shape."""
+    shape = (batch.sequences, batch.length)
+    ids, mask = torch.zeros(2, *shape, dtype=torch.long, device="meta").unbind()
+    labels = torch.full(shape, IGNORE_INDEX)
+    following = torch.zeros(batch.sequences, batch.length - 1, dtype=torch.bool)  # a first token is never supervised
+    following.view(-1)[: batch.supervised_tokens] = True
+    labels[:, 1:][following] = 0
+    found: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "step_supervised_tokens": batch.supervised_tokens,
+        "step_tokens": batch.tokens,
+    }
+    return cast(Batch, found)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """A fused attention kernel's shapes: it keeps q, k, v, its output and one number a row and head."""
+    """The shapes of a fused attention kernel: it saves q, k, v, its output, and one number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -234,8 +273,9 @@ class _FusedAttention(torch.autograd.Function):
 def _fused(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """As Transformers asks for attention: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
-    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+    """As Transformers calls attention: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
+    out = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
 
 
 _FUSED = "gatera_fused_shapes"
@@ -243,18 +283,17 @@ AttentionInterface.register(_FUSED, _fused)
 
 
 def _grouped_flops(a: torch.Size, b: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Of rows (n, in) through an expert each, (experts, in, out), or of the gradient of those experts: ``2 · n · in · out``."""
+    """FLOPs of tokens (n, in) through one expert each, (experts, in, out), or of its gradient: ``2 · n · in · out``."""
     return 2 * a[0] * a[1] * b[-1]
 
 
-_GROUPED = {
-    torch.ops.aten._grouped_mm: _grouped_flops
-}  # a mixture's experts, which PyTorch's counter does not know
+_GROUPED = {torch.ops.aten._grouped_mm: _grouped_flops}
+"""The experts of a mixture, which PyTorch's counter does not know."""
 
 
 def _attention_flops(model: PreTrainedModel, batch: MicroBatch) -> int:
-    """Of one forward, both products over the half of the square that is not masked: ``2 · 2 · T²/2 · heads · width`` a row."""
+    """FLOPs of one forward pass: two matmuls over the unmasked half of the scores, ``2 · 2 · T²/2 · heads · width``."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", 0)  # a state-space model has none
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    return 2 * batch.tokens**2 * heads * width * batch.rows * config.num_hidden_layers
+    return int(2 * batch.length**2 * heads * width * batch.sequences * config.num_hidden_layers)

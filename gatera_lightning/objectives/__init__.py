@@ -1,1 +1,20 @@
-"""Training objectives: the terms of the loss."""
+"""Training objectives, and the loss that they add up to."""
+
+from gatera_lightning.objectives.base import MicroBatchLoss, Objective, StepOutput, Term, evaluate_objectives
+from gatera_lightning.objectives.gate_entropy import GateEntropy
+from gatera_lightning.objectives.next_token import NextToken, SupervisedLogits, supervised_logits
+from gatera_lightning.objectives.training_loss import default_objectives, training_loss
+
+__all__ = [
+    "GateEntropy",
+    "MicroBatchLoss",
+    "NextToken",
+    "Objective",
+    "StepOutput",
+    "SupervisedLogits",
+    "Term",
+    "default_objectives",
+    "evaluate_objectives",
+    "supervised_logits",
+    "training_loss",
+]

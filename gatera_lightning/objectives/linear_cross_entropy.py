@@ -1,126 +1,99 @@
-"""The output head and the cross-entropy as one, so that a training step never holds the logits of all its targets.
+"""The output head and the cross-entropy as one operation that never stores the logits of all positions.
 
-A frozen head needs no gradient of its own: of each chunk of positions, the loss and its gradient by the hidden states are
-computed while the chunk's logits are there, and only that gradient stays. No product is computed twice.
+A frozen head needs no gradient of its own. For one chunk of positions at a time, the forward pass computes the logits, the loss
+and the gradient with respect to the hidden states, and stores only that gradient. No matmul is computed twice.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from gatera_lightning.backbone.loading import evaluating
+from gatera_lightning.backbone.probes import replaced_forward
 
-LOGITS_AT_A_TIME = 2**25
-"""Logits of a chunk: in bf16 and with their fp32 copy 200 MB, however many targets there are.
+LOGITS_PER_CHUNK = 2**25
+"""Number of logits in a chunk: in bf16 with their fp32 copy 200 MB, for any number of positions.
 
-Of a vocabulary of 128 k that is 256 positions; with far fewer, a GPU takes longer to read the head's weight than to multiply.
+With a vocabulary of 128k that is 256 positions; with far fewer, a GPU takes longer to read the head's weight than to multiply.
 """
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """``Σ −log softmax(W h + b)[target]`` in fp32 or wider, with a gradient by ``hidden`` only; exactly 0 for n = 0.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Return ``Σ −log softmax(W h + b)[label]`` with a gradient with respect to ``hidden`` only.
 
-    Shapes: hidden (n, width), weight (vocabulary, width) and bias (vocabulary,) frozen, targets (n,).
+    Args:
+        hidden: Hidden states (n, width).
+        weight: The frozen head's weight (vocabulary, width).
+        bias: Its bias (vocabulary,), or None.
+        labels: (n,).
+
+    Returns:
+        A scalar in fp32 or wider; exactly 0 for n = 0.
     """
-    return cast(Tensor, _LinearCrossEntropy.apply(hidden, weight, bias, targets))
+    return cast(Tensor, _LinearCrossEntropy.apply(hidden, weight, bias, labels))  # type: ignore[no-untyped-call]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """``dh = (softmax(W h + b) − onehot(target)) W``, computed in forward and kept for backward in ``hidden``'s dtype."""
+    """``dh = (softmax(W h + b) − onehot(label)) W``, computed in forward and saved for backward in ``hidden``'s dtype."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         dhidden = torch.empty_like(hidden)
-        rows = max(1, LOGITS_AT_A_TIME // len(weight))
+        rows = max(1, LOGITS_PER_CHUNK // len(weight))
         for chunk, at, gradient in zip(
-            hidden.split(rows), targets.split(rows), dhidden.split(rows), strict=True
+            hidden.split(rows), labels.split(rows), dhidden.split(rows), strict=True
         ):
-            loss += _of_chunk(chunk, weight, bias, at, gradient)
+            loss += _chunk_loss(chunk, weight, bias, at, gradient)
         ctx.save_for_backward(dhidden)
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
-        # In dloss's dtype: a GPU would make it bf16 to multiply a bf16 tensor, and every gradient be off by the same factor.
+        # In dloss's dtype: a GPU would cast dloss to bf16 to multiply a bf16 tensor, which scales every gradient wrongly.
         return (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype), None, None, None
 
 
-def _of_chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dhidden: Tensor
-) -> Tensor:
-    """The chunk's summed loss; its gradient is written to ``dhidden`` (rows, width). In place, since logits are large."""
-    at = targets.unsqueeze(1)  # (rows, 1)
+def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dhidden: Tensor) -> Tensor:
+    """Summed loss of a chunk; writes its gradient to ``dhidden`` (rows, width). In place, since logits are large."""
+    at = labels.unsqueeze(1)  # (rows, 1)
     logits = F.linear(hidden, weight, bias)  # (rows, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits -= logits.amax(1, keepdim=True)
-    of_target = logits.gather(1, at)
+    label_logits = logits.gather(1, at)
     p = logits.exp_()
     total = p.sum(1, keepdim=True)
     p /= total
     p.scatter_(1, at, p.gather(1, at) - 1)
     torch.mm(p.to(hidden.dtype), weight, out=dhidden)
-    return (total.log() - of_target).sum()
+    return (total.log() - label_logits).sum()
 
 
-@contextmanager
-def cross_entropy_in_head(model: PreTrainedModel, targets: Tensor) -> Iterator[None]:
-    """Let the model return the summed cross-entropy (1, 1, 1) in place of logits; ``targets`` are of the head's positions (n,).
+def summed_loss_in_head(model: PreTrainedModel, labels: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+    """Run a forward pass whose output head computes the summed cross-entropy instead of logits.
 
-    Inside the model's own forward, since a sharded head's weight is whole only there. For a model that
-    :func:`returns_what_its_head_does`.
-    """
+    This happens inside the model's own forward pass, because only there does a sharded head have its full weight, and the
+    loss leaves the model as its output, because sharded models prepare their backward pass from that.
 
-    def loss(hidden: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, targets).view(1, 1, 1)
+    Args:
+        model: A model whose output is what its head computes (:func:`~gatera_lightning.backbone.probes.returns_head_output`).
+        labels: (n,), for the n positions that the head receives.
+        forward: Calls ``model`` and returns ``logits`` of its output.
 
-    head = model.get_output_embeddings()
-    with _forward_of(head, loss):
-        yield
-
-
-@torch.no_grad()
-def returns_what_its_head_does(model: PreTrainedModel) -> bool:
-    """Whether the head is a plain frozen linear layer, and its output what the model returns: no soft cap, no scale after it.
-
-    Tried, not looked up: what the head hands out must come back, the very tensor, and not written to. One forward of two
-    tokens, which draws no random numbers; a collective where the model is sharded. On the meta device it tells the same.
+    Returns:
+        The summed loss, a scalar in fp32 or wider.
     """
     head = model.get_output_embeddings()
-    if (
-        type(head) is not nn.Linear
-        or "forward" in vars(head)
-        or any(p.requires_grad for p in head.parameters())
-    ):
-        return False
-    handed_out: list[Tensor] = []
 
-    def hand_out(hidden: Tensor) -> Tensor:
-        # In the loss's dtype: a model that makes its logits fp32 leaves an fp32 loss as it is.
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        handed_out.append(hidden.new_empty(*hidden.shape[:-1], head.out_features, dtype=wide))
-        return handed_out[-1]
+    def loss(hidden: Tensor) -> Tensor:  # (1, n, width) -> (1, 1, 1)
+        rows = hidden.flatten(0, 1)
+        return linear_cross_entropy(rows, head.weight, head.bias, labels.to(rows.device)).view(1, 1, 1)
 
-    token = int(getattr(model.config, "pad_token_id", None) == 0)  # models warn of padding without a mask
-    ids = torch.full((1, 2), token, device=next(model.parameters()).device)
-    with evaluating(model), _forward_of(head, hand_out):
-        returned = model(input_ids=ids).logits
-    return len(handed_out) == 1 and returned is handed_out[0] and returned._version == 0
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Let a module compute something else; its hooks still run."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward  # the class's own again
+    with replaced_forward(head, loss):
+        return forward().squeeze()

@@ -8,12 +8,13 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import InjectionReport
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.backbone.probes import caches_only_keys_and_values
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
@@ -127,6 +128,10 @@ class GateRAModule(L.LightningModule):
             self.model, self.report = load_adapted_model(
                 self.backbone, self.adapter, strategy=strategy, device=device, warm_start=self.warm_start
             )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the backbone's tokenizer, for data modules."""
+        return load_tokenizer(self.backbone)
 
     def on_fit_start(self) -> None:
         """Check that nobody has frozen or cast the adapter's parameters."""

@@ -7,10 +7,37 @@ whoever built it. Each check returns messages that name the setting, its value a
 from datetime import timedelta
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from gatera_lightning.compatibility.lightning_internals import uses_distributed_sampler, validates_by_time
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
+from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig
+
+_TIMED_VALIDATION = (
+    "trainer.val_check_interval: a time, which elapses at a different step on every rank and in a resumed run; accepted: "
+    "a number of micro-batches, or a fraction of an epoch"
+)
+
+
+def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig) -> None:
+    """Raise ConfigError with all problems of the Trainer that runs the module.
+
+    Args:
+        trainer: The Trainer.
+        stage: What it runs: fit, validate, test or predict.
+        decoding: The module's decoding settings.
+    """
+    problems = precision_problems(trainer.precision)
+    if stage == "fit" and validates_by_time(trainer):
+        problems.append(_TIMED_VALIDATION)
+    if trainer.world_size > 1:  # one rank has the whole schedule, and Lightning leaves it as it is
+        problems += sampler_problems(uses_distributed_sampler(trainer))
+    problems += sharded_decoding_problems(trainer.strategy, decoding)
+    problems += strategy_problems(trainer.strategy)
+    if problems:
+        raise ConfigError(problems)
 
 
 def precision_problems(precision: Any) -> list[str]:
@@ -33,12 +60,7 @@ def validation_interval_problems(interval: Any) -> list[str]:
     Args:
         interval: ``trainer.val_check_interval``; a str, dict or timedelta is a time.
     """
-    if not isinstance(interval, str | dict | timedelta):
-        return []
-    return [
-        f"trainer.val_check_interval: {interval!r} is a time, which elapses at a different step on every rank and in a "
-        "resumed run; accepted: a number of micro-batches, or a fraction of an epoch"
-    ]
+    return [_TIMED_VALIDATION] if isinstance(interval, str | dict | timedelta) else []
 
 
 def sampler_problems(use_distributed_sampler: bool) -> list[str]:
@@ -68,7 +90,7 @@ def strategy_problems(strategy: Any) -> list[str]:
 
 def sharded_decoding_problems(strategy: Any, decoding: DecodingConfig) -> list[str]:
     """Reject gate thresholds in decoding with sharded weights, which cannot be merged."""
-    if not (isinstance(strategy, AdapterShardingStrategy) and decoding.tells_tokens_apart):
+    if not (isinstance(strategy, AdapterShardingStrategy) and decoding.uses_gate_thresholds):
         return []
     return [
         f"model.decoding.skip_below: {decoding.skip_below}, merge_above: {decoding.merge_above}, with sharded weights, "

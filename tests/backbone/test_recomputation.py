@@ -22,8 +22,8 @@ from gatera_lightning import (
 )
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.backbone.recomputation import MAX_OPERATIONS, recompute_elementwise
-from gatera_lightning.cost_model.step_costs import LiveBytes
-from gatera_lightning.training import module as module_file
+from gatera_lightning.cost_model.live_bytes import LiveBytes
+from gatera_lightning.objectives import next_token
 
 TOKENS, WIDTH, WIDE = 7, 8, 64
 
@@ -339,9 +339,9 @@ def test_the_modules_step_keeps_less_and_has_the_same_bits(tiny_backbone, monkey
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     found = []
     for around in (recompute_elementwise, nullcontext):
-        monkeypatch.setattr(module_file, "recompute_elementwise", around)
+        monkeypatch.setattr(next_token, "recompute_elementwise", around)
         with LiveBytes([*module.model.parameters(), *module.model.buffers()]) as live:
-            loss, _ = module.summed_task_loss(batch)
+            loss = next_token.summed_next_token_loss(module.model, batch)
             kept = live.now
             gradients = torch.autograd.grad(loss, list(adapter_parameters(module.model).values()))
         found.append((kept, [loss.detach(), *gradients]))

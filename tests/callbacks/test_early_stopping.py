@@ -8,7 +8,7 @@ import torch
 from tiny_backbone import sample_rows, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 import gatera_lightning.cli.lightning_cli
-import gatera_lightning.training.module
+import gatera_lightning.training.model_loading
 from gatera_lightning import adapter_parameters
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -158,7 +158,7 @@ def test_what_only_ranking_knows_is_refused_without_it_before_anything_is_loaded
     def loaded(*_):
         raise AssertionError("weights or tokenizer were loaded")
 
-    monkeypatch.setattr(gatera_lightning.training.module, "load_backbone", loaded)
+    monkeypatch.setattr(gatera_lightning.training.model_loading, "load_backbone", loaded)
     monkeypatch.setattr(gatera_lightning.cli.lightning_cli, "load_tokenizer", loaded)
     wrong = ["--checkpoint.monitor", "val/accuracy_per_token", "--early_stopping.monitor", "val/accuracy_sum"]
     assert main([*args, *wrong, "--early_stopping.patience", "0"]) == 2

@@ -132,7 +132,7 @@ class Tape(L.Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.seen.append((outputs["gate_logits"], batch))
+        self.seen.append((outputs["gates"].stacked(batch["attention_mask"]), batch))
 
 
 def fit(folder, root, logger, accumulate=1, every_n_steps=2, **adapter):

@@ -157,7 +157,7 @@ def test_the_mean_micro_batch():
     ]
     rows = {"lengths": [[2], [6]] * 4, "gold": [0] * 8}
     batches = SimpleNamespace(steps=steps, table=SimpleNamespace(rows=rows))
-    assert throughput.mean_micro_batch(batches) == MicroBatch(rows=2, tokens=5, targets=5)
+    assert throughput.mean_micro_batch(batches) == MicroBatch(sequences=2, length=5, supervised_tokens=5)
 
 
 def test_a_cpu_says_what_is_done_but_not_of_how_much(tiny_backbone, tmp_path):

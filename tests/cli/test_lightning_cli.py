@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_backbone import run_program, sample_rows, tiny_args
 
 import gatera_lightning.cli.lightning_cli
-import gatera_lightning.training.module
+import gatera_lightning.training.model_loading
 from gatera_lightning import ConfigError, GateRAModule
 from gatera_lightning.cli.lightning_cli import find_config, with_found_configs
 from gatera_lightning.cli.main import main
@@ -44,7 +44,7 @@ def without_weights(monkeypatch):
     def loaded(*_):
         raise AssertionError("weights or tokenizer were loaded")
 
-    monkeypatch.setattr(gatera_lightning.training.module, "load_backbone", loaded)
+    monkeypatch.setattr(gatera_lightning.training.model_loading, "load_backbone", loaded)
     monkeypatch.setattr(gatera_lightning.cli.lightning_cli, "load_tokenizer", loaded)
 
 
@@ -367,7 +367,7 @@ def test_test_with_a_trained_adapter(runs, args, elsewhere, capsys):
     assert trained["tasks"]["everyday"]["sum"]["n"] == 6
     out = capsys.readouterr().out
     assert "accuracy [95 % interval]" in out
-    assert f"{trained['nats_per_target_token']:.4f} nats per target token" in out
+    assert f"{trained['nats_per_target_token']:.4f} nats per token" in out
     assert "test/accuracy_sum" not in out  # the table says it once
     assert main(["test", *args[1:]]) == 0
     untrained = json.loads((elsewhere / "runs/quickstart/version_1/test_results.json").read_text())
@@ -461,7 +461,7 @@ def test_a_malformed_row_is_named_before_weights_are_loaded(
     args, elsewhere, capsys, monkeypatch, change, said
 ):
     monkeypatch.setattr(
-        gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded")
+        gatera_lightning.training.model_loading, "load_backbone", lambda _: pytest.fail("weights were loaded")
     )
     rows = sample_rows("train")[:20]
     rows[16] |= change

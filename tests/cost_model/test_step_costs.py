@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, inject_adapters, record_gates
-from gatera_lightning.adapters.injection import adapter_parameters
-from gatera_lightning.backbone.loading import ready_for_training
-from gatera_lightning.backbone.recomputation import elementwise_recomputed
-from gatera_lightning.cli.commands.estimate import Layout, predict_memory
+from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.backbone.loading import prepare_for_training
+from gatera_lightning.backbone.recomputation import recompute_elementwise
+from gatera_lightning.cost_model.device_memory import Layout, predict_memory
 from gatera_lightning.cost_model.step_costs import (
     MicroBatch,
     build_on_meta,
@@ -30,7 +30,7 @@ from gatera_lightning.cost_model.step_costs import (
     step_flops,
 )
 from gatera_lightning.objectives.linear_cross_entropy import cross_entropy_in_head
-from gatera_lightning.objectives.next_token import summed_gate_entropy, target_positions_only
+from gatera_lightning.objectives.next_token import head_only_at, summed_gate_entropy
 
 SIZES = {
     "hidden_size": 96,
@@ -40,7 +40,7 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 LLAMA = LlamaConfig(vocab_size=512, **SIZES)
-BATCH = MicroBatch(rows=8, tokens=64, targets=96)
+BATCH = MicroBatch(sequences=8, length=64, supervised_tokens=96)
 
 
 def allocated_peak(step):
@@ -67,8 +67,8 @@ def real_step(model, batch):
 
     def step():
         with (
-            elementwise_recomputed(),
-            target_positions_only(model, keep),
+            recompute_elementwise(),
+            head_only_at(model, keep),
             record_gates(model) as gates,
             cross_entropy_in_head(model, targets),
         ):
@@ -93,7 +93,7 @@ def test_the_peak_of_a_real_step(update, gate, dtype, checkpointing):
     )
     model = AutoModelForCausalLM.from_config(LLAMA, dtype=getattr(torch, dtype))
     inject_adapters(model, adapter)
-    ready_for_training(model, backbone)
+    prepare_for_training(model, backbone)
     assert planned.peak == pytest.approx(allocated_peak(real_step(model.train(), BATCH)), rel=0.1)
 
 
@@ -104,14 +104,14 @@ def test_another_family():
     )
     model = AutoModelForCausalLM.from_config(config)
     inject_adapters(model, AdapterConfig(rank=4))
-    ready_for_training(model, BackboneConfig(id="here"))
+    prepare_for_training(model, BackboneConfig(id="here"))
     assert planned.peak == pytest.approx(allocated_peak(real_step(model.train(), BATCH)), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_of_a_wide_vocabulary_only_a_chunk_is_there(dtype, monkeypatch):
     """Of 96 targets eight at a time; a soft cap comes after the head, and needs the logits of all."""
-    monkeypatch.setattr("gatera_lightning.objectives.linear_cross_entropy.LOGITS_AT_A_TIME", 8 * 16384)
+    monkeypatch.setattr("gatera_lightning.objectives.linear_cross_entropy.LOGITS_PER_CHUNK", 8 * 16384)
     sizes, backbone = SIZES | {"num_hidden_layers": 2, "vocab_size": 16384}, BackboneConfig(id="here")
     planned, capped = (
         step_costs(build_on_meta(config(**sizes), backbone, AdapterConfig(rank=4), dtype), BATCH)
@@ -119,7 +119,7 @@ def test_of_a_wide_vocabulary_only_a_chunk_is_there(dtype, monkeypatch):
     )
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=dtype)
     inject_adapters(model, AdapterConfig(rank=4))
-    ready_for_training(model, backbone)
+    prepare_for_training(model, backbone)
     assert planned.peak == pytest.approx(allocated_peak(real_step(model.train(), BATCH)), rel=0.1)
     of_chunk, gradient = 8 * 16384 * (4 if dtype == torch.float32 else 6), 96 * 96 * dtype.itemsize
     assert planned.logits == pytest.approx(of_chunk + gradient, rel=0.02)

@@ -35,6 +35,7 @@ from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import Preempted
+from gatera_lightning.objectives import GateEntropy, NextToken, Objective, Term
 from gatera_lightning.training.optimizer import OptimizerConfig
 
 
@@ -162,15 +163,15 @@ class Watch(L.Callback):
         (out / f"targets_{trainer.global_rank}.json").write_text(json.dumps(self.targets))
 
 
-class Poisoned(GateRAModule):
-    example: int | None = None
+class Poison(Objective):
+    """Makes the loss of the micro-batch with one example NaN."""
 
-    def training_step(self, batch, batch_idx):
-        outputs: dict[str, Any] = super().training_step(batch, batch_idx)
-        if self.example is not None and self.example in batch["example_ids"]:
-            self._step_sums = self._step_sums + torch.nan
-            self._step_history[-1] = (torch.tensor(torch.nan), self._step_history[-1][1])
-        return outputs
+    def __init__(self, example):
+        self.example = example
+
+    def terms(self, model, batch, gates):
+        poisoned = self.example in batch["example_ids"].tolist()
+        return {"poison": Term(torch.tensor(torch.nan if poisoned else 0.0), 1)}
 
 
 def run(job: Job) -> Watch:
@@ -186,20 +187,17 @@ def run(job: Job) -> Watch:
     )
     if job.backend is not None:
         torch.compile = partial(torch.compile, backend=job.backend)
-    module = Poisoned(
+    module = GateRAModule(
         backbone=backbone,
         adapter=AdapterConfig(
             rank=4,
             dropout=job.dropout,
-            gate=TokenGateConfig(bias=0.3),
+            gate=TokenGateConfig(bias=0.3, entropy_weight=0.1, lr_multiplier=0.5),
             adapter_dtype="float64" if job.dtype == "float64" else "float32",
         ),
-        optimizer=OptimizerConfig(
-            lr=1e-2, warmup_steps=2, gate_lr_multiplier=0.5, max_skipped_steps=job.skip
-        ),
-        gate_entropy_weight=0.1,
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_skipped_steps=job.skip),
+        objectives=None if job.poison is None else [NextToken(), GateEntropy(0.1), Poison(job.poison)],
     )
-    module.example = job.poison
     data = Rows(
         train_on="response",
         max_length=64,

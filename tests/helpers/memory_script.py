@@ -22,20 +22,20 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 VOCABULARY = int(sys.argv[2])
-BATCH = {"rows": 4, "tokens": 32, "targets": 32}
+BATCH = {"sequences": 4, "length": 32, "supervised_tokens": 32}
 
 
 def micro_batch():
-    ids = torch.full((BATCH["rows"], BATCH["tokens"]), 7)
+    ids = torch.full((BATCH["sequences"], BATCH["length"]), 7)
     labels = torch.full_like(ids, -100)
-    labels[:, 1 : 1 + BATCH["targets"] // BATCH["rows"]] = 7
+    labels[:, 1 : 1 + BATCH["supervised_tokens"] // BATCH["sequences"]] = 7
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
         "response_mask": labels != -100,
-        "example_ids": torch.arange(BATCH["rows"]),
-        "step_supervised_tokens": 2 * BATCH["targets"],
+        "example_ids": torch.arange(BATCH["sequences"]),
+        "step_supervised_tokens": 2 * BATCH["supervised_tokens"],
         "step_tokens": 2 * ids.numel(),
     }
 

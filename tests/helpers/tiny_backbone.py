@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -127,11 +127,13 @@ def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, **adapter):
     """A GateRAModule on the backbone in ``folder``, rank 4."""
     from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
 
+    config = AdapterConfig(**({"rank": 4} | adapter))
+    if config.gate.kind != "none":
+        config.gate = replace(config.gate, entropy_weight=entropy_weight)
     return GateRAModule(
         backbone=BackboneConfig(id=str(folder), dtype="float32"),
-        adapter=AdapterConfig(**({"rank": 4} | adapter)),
+        adapter=config,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=warmup_steps),
-        gate_entropy_weight=entropy_weight,
     )
 
 

@@ -3,7 +3,6 @@
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +12,8 @@ from gatera_lightning.backbone.loading import load_config, load_tokenizer, nativ
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.validation import validate_config
-from gatera_lightning.cost_model.step_costs import (
-    MicroBatch,
-    ModelSizes,
-    StepCosts,
-    build_on_meta,
-    model_sizes,
-    step_costs,
-)
+from gatera_lightning.cost_model.device_memory import GIB, Layout, communication, predict_memory, verdict
+from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs
 from gatera_lightning.datamodules.batching.statistics import (
     gold_lengths,
     scheduled_lengths,
@@ -30,8 +23,6 @@ from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-_GIB = 2**30
 
 
 def estimate(argv: Sequence[str]) -> None:
@@ -72,14 +63,14 @@ def estimate(argv: Sequence[str]) -> None:
         f"  parameters     {frozen:,} frozen in {kind}, {trainable:,} trainable in {masters} ({trainable / frozen:.2%})"
     )
     print(
-        f"  micro-batch    {batch.rows} rows of {batch.tokens} tokens, {batch.targets:,} with loss ({source})"
+        f"  micro-batch    {batch.sequences} rows of {batch.length} tokens, {batch.supervised_tokens:,} with loss ({source})"
     )
     print("  memory of a device, GiB")
     for name, part in memory.parts.items():
-        print(f"    {name:<13}{part / _GIB:8.2f}")
-    limit = own.memory * _GIB if own.memory else _device_memory(device_type)
-    print(f"    {'peak':<13}{memory.peak / _GIB:8.2f}{verdict(memory, limit)}")
-    tokens = batch.rows * batch.tokens
+        print(f"    {name:<13}{part / GIB:8.2f}")
+    limit = own.memory * GIB if own.memory else _device_memory(device_type)
+    print(f"    {'peak':<13}{memory.peak / GIB:8.2f}{verdict(memory, limit)}")
+    tokens = batch.tokens
     flops, steps = costs.forward_flops + costs.backward_flops, trainer.accumulate_grad_batches
     print(
         f"  compute        {flops / tokens / 1e9:.2f} GFLOP a token (forward {costs.forward_flops / tokens / 1e9:.2f}), "
@@ -93,33 +84,13 @@ def estimate(argv: Sequence[str]) -> None:
     kept = prepared_bytes(model, with_thresholds=decoding.uses_gate_thresholds)
     if kept and layout.shards == 1 and decoding.prepared:
         print(
-            f"  generating     {kept / _GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"
+            f"  generating     {kept / GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"
         )
     moved = communication(sizes, layout, steps)
     print(
         "  communication  "
-        + (", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in moved.items()) or "none")
+        + (", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in moved.items()) or "none")
     )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How processes share a model: ``replicas`` of it, each in ``shards`` parts."""
-
-    replicas: int
-    shards: int
-    offload: bool = False
-
-    def __str__(self) -> str:
-        if self.shards == 1:
-            return (
-                "1 process"
-                if self.replicas == 1
-                else f"{self.replicas} processes, each with the whole model (DDP)"
-            )
-        kind = "FSDP2" if self.replicas == 1 else f"HSDP, {self.replicas} copies"
-        where = ", kept on the CPU" if self.offload else ""
-        return f"{self.replicas * self.shards} processes, {self.shards} shards ({kind}{where})"
 
 
 def layout_of(strategy: Any, processes: int) -> Layout:
@@ -133,70 +104,6 @@ def layout_of(strategy: Any, processes: int) -> Layout:
     if problems := AdapterShardingStrategy(shards, replicas).problems(processes):
         raise ConfigError(problems)
     return Layout(replicas, processes // replicas, bool(given.get("cpu_offload", False)))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device: by part, and at the worst moment."""
-
-    parts: dict[str, int]
-    peak: int
-
-
-def predict_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout) -> Memory:
-    """Memory of one device.
-
-    Weights: the device's shard, and whole: the root group, which stays for backward, and two decoder layers, the one at work
-    and the next one, fetched ahead. Moments: AdamW's two, in fp32. Peak: what lies there all the time, and the largest of a
-    step's worst moment, of AdamW's own two temporaries beside the gradients, and of the beginning of a sharded forward: what
-    the root group was received in is kept until the first layer has been received.
-    """
-    shards = layout.shards
-    resident = sizes.frozen if shards == 1 else (0 if layout.offload else sizes.frozen // shards)
-    gathered = 0 if shards == 1 else sizes.root + 2 * max(sizes.layers)
-    adapter = 0 if layout.offload else sizes.adapter // shards
-    beginning = 0 if shards == 1 else 2 * sizes.root + max(sizes.layers)
-    worst = costs.peak - sizes.adapter + sizes.adapter // shards  # the gradients in it are sharded too
-    parts = {
-        "weights": resident + gathered,
-        "adapter": adapter,
-        "gradients": adapter,
-        "moments": 2 * adapter,
-        "activations": costs.activations,
-        "logits": costs.logits,
-    }
-    return Memory(parts, resident + 3 * adapter + max(gathered + max(worst, 3 * adapter), beginning))
-
-
-def communication(sizes: ModelSizes, layout: Layout, micro_batches: int) -> dict[str, int]:
-    """Bytes that one device receives in an optimizer step, by operation."""
-    shards, replicas = layout.shards, layout.replicas
-    found = {}
-    if shards > 1:  # decoder layers are fetched for forward and for backward, the root group once
-        fetched = 2 * sum(sizes.layers) + sizes.root + 2 * sizes.adapter
-        found["all-gather"] = micro_batches * fetched * (shards - 1) // shards
-        found["reduce-scatter"] = micro_batches * sizes.adapter * (shards - 1) // shards
-    if replicas > 1:  # under DDP once a step, since accumulation does without
-        times = micro_batches if shards > 1 else 1
-        found["all-reduce"] = times * 2 * (sizes.adapter // shards) * (replicas - 1) // replicas
-    return found
-
-
-def verdict(memory: Memory, limit: float | None) -> str:
-    """Whether it fits, and if not, by how much and what to do."""
-    if limit is None:
-        return "    (--memory GiB says whether it fits)"
-    if memory.peak <= limit:
-        return f"    of {limit / _GIB:.1f}: fits"
-    largest = max(memory.parts, key=lambda name: memory.parts[name])
-    hints = {
-        "weights": "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload",
-        "activations": "model.backbone.gradient_checkpointing: true if it is not, or more trainer.accumulate_grad_batches",
-        "logits": "more trainer.accumulate_grad_batches",
-    }
-    advice = hints.get(largest, "a smaller model.adapter.rank")
-    over = (memory.peak - limit) / _GIB
-    return f"    of {limit / _GIB:.1f}: DOES NOT FIT, by {over:.1f} GiB; most of it is {largest}: {advice}"
 
 
 def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> tuple[MicroBatch, str]:

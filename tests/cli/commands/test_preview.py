@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_backbone import EOS, SAMPLES, PlainQuestion, run_program, sample_rows, tiny_args, tiny_data
 
-import gatera_lightning.training.module
+import gatera_lightning.training.model_loading
 from gatera_lightning.cli.main import main
 
 CHAT = (
@@ -22,7 +22,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own, and loading weights is an error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        gatera_lightning.training.module, "load_backbone", lambda _: pytest.fail("weights were loaded")
+        gatera_lightning.training.model_loading, "load_backbone", lambda _: pytest.fail("weights were loaded")
     )
     return tmp_path
 
@@ -417,7 +417,7 @@ def test_a_mixture_of_files_with_columns_of_their_own(tiny_backbone, elsewhere, 
     lines = [json.dumps({"question": f"How {n}?", "answer": f"Thus {n}."}) for n in range(10)]
     (elsewhere / "theirs.jsonl").write_text("\n".join(lines))
     (elsewhere / "own.yaml").write_text(
-        "data: {class_path: gatera_lightning.datamodules.OwnDataModule, init_args: {train: [mine.csv, theirs.jsonl], "
+        "data: {class_path: gatera_lightning.datamodules.InstructionDataModule, init_args: {train: [mine.csv, theirs.jsonl], "
         "validation: [calendar], test: [calendar], columns: {instruction: question, output: answer}, "
         "weights: {mine: 1, theirs: 3}, template: plain, train_on: response}}\n"
     )
@@ -504,7 +504,7 @@ def test_a_number_of_rows_that_is_none(refused, rows):
 def test_problems_of_data_and_tokenizer_are_reported_as_for_fit(refused):
     said = refused("--model.backbone.id", "/nowhere", *settings(train=["nothing"], batch_size=0))
     assert len(said) == 3
-    assert said[0].startswith("model.backbone.id: '/nowhere' is no existing folder")
+    assert said[0].startswith("model.backbone.id: '/nowhere' is not an existing folder")
     assert said[1].startswith("data.batch_size: 0; accepted:")
     assert said[2].startswith("data.train: task 'nothing' is unknown")
 

@@ -1,0 +1,81 @@
+"""The loss of one batch, for training loops that do not use Lightning."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
+from gatera_lightning.objectives.base import Objective, evaluate_objectives
+from gatera_lightning.objectives.gate_entropy import GateEntropy
+from gatera_lightning.objectives.next_token import NextToken
+
+
+def training_loss(
+    model: PreTrainedModel, batch: Mapping[str, Any], *, objectives: Sequence[Objective] | None = None
+) -> Tensor:
+    """Compute the loss of one batch, as ``GateRAModule`` does: ``L = L_task + λ · L_ent`` (GateRA, AAAI 2026).
+
+    ::
+
+        inject_adapters(model, AdapterConfig())
+        optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-3)
+        model.train()
+        for batch in loader:
+            training_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    The output head runs at supervised positions only and computes the loss itself where the model allows it; cheap
+    elementwise outputs are recomputed in the backward pass instead of being saved. So call ``backward`` once per loss.
+
+    Args:
+        model: A model with an adapter, in training mode.
+        batch: ``input_ids``, ``attention_mask`` (1 = not padding) and ``labels`` (-100 = not supervised), each (batch, tokens),
+            on the model's device; labels are not shifted. ``step_supervised_tokens`` and ``step_tokens`` say over how many
+            tokens to average if the batch is a part of an optimizer step; they default to the numbers of this batch.
+        objectives: What to train; default: :func:`default_objectives` of the model.
+
+    Returns:
+        A scalar, part of the autograd graph.
+
+    Raises:
+        ValueError: If the batch lacks one of the three tensors.
+    """
+    if missing := [name for name in ("input_ids", "attention_mask", "labels") if name not in batch]:
+        raise ValueError(f"training_loss: the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
+    if objectives is None:
+        if model not in _DEFAULTS:
+            _DEFAULTS[model] = default_objectives(model)
+        objectives = _DEFAULTS[model]
+    for objective in objectives:
+        objective.prepare(model)
+    return evaluate_objectives(objectives, model, _with_totals(batch)).loss
+
+
+def default_objectives(model: PreTrainedModel) -> list[Objective]:
+    """Return next-token cross-entropy and the gate entropy with the weight in the adapter's own gate settings.
+
+    Raises:
+        ValueError: If the model has no adapter.
+    """
+    layers = adapted_linears(model)
+    if not layers:
+        raise ValueError("the model has no adapted layers; call inject_adapters or load_adapter first")
+    gate = next(iter(layers.values())).config.gate
+    return [NextToken(), GateEntropy(gate.entropy_weight)]
+
+
+_DEFAULTS: WeakKeyDictionary[PreTrainedModel, list[Objective]] = WeakKeyDictionary()
+
+
+def _with_totals(batch: Mapping[str, Any]) -> Batch:
+    counted = dict(batch)
+    if "step_supervised_tokens" not in counted:
+        counted["step_supervised_tokens"] = int((counted["labels"][:, 1:] != IGNORE_INDEX).sum())
+    if "step_tokens" not in counted:
+        counted["step_tokens"] = int(counted["attention_mask"].sum())
+    return cast(Batch, counted)

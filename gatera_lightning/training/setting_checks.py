@@ -1,0 +1,57 @@
+"""Checks of GateRAModule's own settings, by themselves and against the model."""
+
+from transformers import PreTrainedModel
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.serialization import read_adapter_config
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.probes import isolates_packed_sequences
+from gatera_lightning.errors import AdapterFileError, ConfigError
+from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.training.optimizer import OptimizerConfig
+
+
+def module_problems(
+    backbone: BackboneConfig,
+    adapter: AdapterConfig,
+    optimizer: OptimizerConfig,
+    decoding: DecodingConfig,
+    warm_start: str | None,
+) -> list[str]:
+    """Return one message for every setting that cannot work; empty if all are valid. Reads no weights."""
+    problems = backbone.problems() + adapter.problems() + optimizer.problems() + decoding.problems()
+    if backbone.compile and not adapter.problems() and adapter.gate.has_thresholds:
+        gate = adapter.gate.to_dict()
+        problems.append(
+            f"backbone.compile: true, with adapter.gate.skip_below {gate['skip_below']} and merge_above "
+            f"{gate['merge_above']}, whose matmuls have as many rows as there are saturated gates; accepted: false, or 0 and 1"
+        )
+    if warm_start is not None:
+        problems += _warm_start_problems(warm_start, adapter)
+    return [f"model.{problem}" for problem in problems]
+
+
+def _warm_start_problems(folder: str, adapter: AdapterConfig) -> list[str]:
+    try:
+        stored, _ = read_adapter_config(folder)
+    except AdapterFileError as error:
+        return [f"warm_start: {error}; accepted: an adapter folder, or null"]
+    return [
+        f"warm_start: {folder} has {name} {there}, but model.adapter.{name} is {here}"
+        for name, there, here in (
+            ("update", stored.update, adapter.update),
+            ("gate", stored.gate.kind, getattr(adapter.gate, "kind", adapter.gate)),
+            ("rank", stored.rank, adapter.rank),
+            ("scale", stored.scale, adapter.scale),
+        )
+        if there != here
+    ]
+
+
+def check_packing(model: PreTrainedModel, backbone: BackboneConfig) -> None:
+    """Raise ConfigError if the model cannot isolate packed sequences; a collective if the model is sharded."""
+    if not isolates_packed_sequences(model):
+        raise ConfigError(
+            f"data.packing: true, but packed sequences influence each other in {type(model).__name__} with "
+            f"backbone.attn_implementation {backbone.attn_implementation}; accepted: false"
+        )
