@@ -5,7 +5,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
 from gatera_lightning.adapters.gates import (
@@ -16,6 +16,7 @@ from gatera_lightning.adapters.gates import (
     is_finite_number,
 )
 from gatera_lightning.adapters.updates import UPDATES
+from gatera_lightning.adapters.updates.base import Update
 from gatera_lightning.errors import ConfigError
 
 AdapterDtype = Literal["float32", "float64"]
@@ -104,7 +105,7 @@ class AdapterConfig:
     def problems(self) -> list[str]:
         """Return one message for every value that cannot work with any model; empty if all are valid."""
         found = []
-        if self.update not in UPDATES:
+        if self._update is None:
             found.append(_unknown("adapter.update", self.update, UPDATES))
         if self.adapter_dtype not in get_args(AdapterDtype):
             found.append(_unknown("adapter.adapter_dtype", self.adapter_dtype, get_args(AdapterDtype)))
@@ -139,7 +140,7 @@ class AdapterConfig:
     def _alpha_problems(self) -> list[str]:
         if self.alpha is None:
             return []
-        if self.update in UPDATES and not UPDATES[self.update].has_scale:
+        if self._update is not None and not self._update.has_scale:
             scaled = [name for name, update in UPDATES.items() if update.has_scale]
             return [
                 f"adapter.alpha: {self.alpha!r}, but update {self.update!r} has no scale; "
@@ -150,9 +151,10 @@ class AdapterConfig:
         return [f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank"]
 
     def _threshold_problems(self) -> list[str]:
-        able = [name for name, update in UPDATES.items() if update.uses_gate_thresholds]
-        if not self.gate.has_thresholds or (self.update in able and self.dropout == 0):
+        used = self._update is not None and self._update.uses_gate_thresholds and self.dropout == 0
+        if used or not self.gate.has_thresholds:
             return []
+        able = [name for name, update in UPDATES.items() if update.uses_gate_thresholds]
         skip_below, merge_above = self.gate.thresholds
         return [
             f"adapter.gate.skip_below: {skip_below!r}, merge_above: {merge_above!r}, with update "
@@ -161,14 +163,17 @@ class AdapterConfig:
         ]
 
     @property
+    def _update(self) -> type[Update] | None:
+        return UPDATES.get(self.update) if isinstance(self.update, str) else None
+
+    @property
     def scale(self) -> float:
         """The scale of updates that have one: ``alpha / rank``, or 1 if alpha is not set."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as plain values for JSON; the gate's are a nested table with its ``kind``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"gate": self.gate.to_dict()}
+        return asdict(self) | {"gate": self.gate.to_dict()}
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Return all settings as plain values under the flat names of result files (``gate_bias``, …)."""

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ class GateValues(NamedTuple):
     """g, of shape (...), one value per token."""
 
     skip_below: float = 0.0
-    """An update that is trained may treat values below this as 0."""
+    """In training, an update may treat values below this as 0."""
 
     merge_above: float = 1.0
-    """An update that is trained may treat values above this as 1."""
+    """In training, an update may treat values above this as 1."""
 
     @property
     def has_thresholds(self) -> bool:
@@ -112,7 +112,7 @@ class TokenGate(Gate):
         self.set_thresholds(*thresholds)
 
     def set_thresholds(self, skip_below: float, merge_above: float) -> None:
-        """Set the values beyond which an update that is trained may treat this gate as 0 or 1."""
+        """Set the values beyond which an update may treat this gate as 0 or 1 in training."""
         self._thresholds = skip_below, merge_above
 
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
@@ -138,7 +138,7 @@ class GateConfig(ABC):
     formula: ClassVar[str]
     """What the gate computes, on one line for ``--help``."""
 
-    entropy_weight = 0.0  # a kind with an entropy term declares this as a field
+    entropy_weight = 0.0  # not a setting here: a kind with an entropy term declares the field
 
     lr_multiplier: float = 1.0
     """Learning rate of the gate's parameters, as a multiple of optimizer.lr."""
@@ -149,12 +149,9 @@ class GateConfig(ABC):
 
     def problems(self) -> list[str]:
         """Return one message for every invalid value; empty if all are valid."""
-        valid = is_finite_number(self.lr_multiplier) and self.lr_multiplier >= 0
-        return (
-            []
-            if valid
-            else [f"adapter.gate.lr_multiplier: {self.lr_multiplier!r}; accepted: a number of at least 0"]
-        )
+        if is_finite_number(self.lr_multiplier) and self.lr_multiplier >= 0:
+            return []
+        return [f"adapter.gate.lr_multiplier: {self.lr_multiplier!r}; accepted: a number of at least 0"]
 
     @property
     def thresholds(self) -> tuple[float, float]:
@@ -246,13 +243,15 @@ class TokenGateConfig(SigmoidGateConfig):
         return self.skip_below, self.merge_above
 
 
+ConfigClass = TypeVar("ConfigClass", bound=type[GateConfig])
+
 GATES: dict[str, type[GateConfig]] = {
     config.kind: config for config in (NoGateConfig, StaticGateConfig, TokenGateConfig)
 }
 """The available kinds of gates, by name."""
 
 
-def register_gate(config: type[GateConfig]) -> type[GateConfig]:
+def register_gate(config: ConfigClass) -> ConfigClass:
     """Make a kind of gate available under its ``kind``; usable as a class decorator.
 
     Raises:

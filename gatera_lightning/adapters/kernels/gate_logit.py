@@ -38,8 +38,11 @@ def token_logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     Returns:
         The logits, (...).
     """
-    # Calling an autograd function takes a twentieth of the time to decode one token.
-    return cast(Tensor, _TokenLogit.apply(x, w, b)) if torch.is_grad_enabled() else _logit(x, w, b)
+    if (
+        not torch.is_grad_enabled()
+    ):  # calling an autograd function takes a twentieth of the time to decode a token
+        return _logit(x, w, b)
+    return cast(Tensor, _TokenLogit.apply(x, w, b))  # type: ignore[no-untyped-call]
 
 
 def _logit(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

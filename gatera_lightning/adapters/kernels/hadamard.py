@@ -139,7 +139,7 @@ def add_gated_hadamard(
     Returns:
         The sum, (..., out), in y's dtype.
     """
-    return cast(Tensor, _GatedHadamard.apply(y, x, weight, a, b, g))
+    return cast(Tensor, _GatedHadamard.apply(y, x, weight, a, b, g))  # type: ignore[no-untyped-call]
 
 
 class _MergedHadamard(torch.autograd.Function):
@@ -181,4 +181,4 @@ def merged_hadamard(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
     Returns:
         The output, (..., out).
     """
-    return cast(Tensor, _MergedHadamard.apply(x, weight, bias, a, b))
+    return cast(Tensor, _MergedHadamard.apply(x, weight, bias, a, b))  # type: ignore[no-untyped-call]

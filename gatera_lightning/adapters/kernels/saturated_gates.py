@@ -235,7 +235,6 @@ def partitioned_hadamard(
     if tokens is None:
         return add_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
     if tokens.not_open == len(tokens.order):
-        return cast(
-            Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, tokens.order[tokens.closed :])
-        )
-    return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))
+        between = tokens.order[tokens.closed :]
+        return cast(Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, between))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))  # type: ignore[no-untyped-call]

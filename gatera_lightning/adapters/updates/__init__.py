@@ -4,16 +4,20 @@ To add an update, write a subclass of :class:`Update` in a file of its own and p
 :func:`register_update`.
 """
 
+from typing import TypeVar
+
 from gatera_lightning.adapters.updates.base import Update
 from gatera_lightning.adapters.updates.dora import DoRA
 from gatera_lightning.adapters.updates.hira import HiRA
 from gatera_lightning.adapters.updates.lora import LoRA
 
+UpdateClass = TypeVar("UpdateClass", bound=type[Update])
+
 UPDATES: dict[str, type[Update]] = {update.name: update for update in (LoRA, DoRA, HiRA)}
 """The available updates, by name."""
 
 
-def register_update(update: type[Update]) -> type[Update]:
+def register_update(update: UpdateClass) -> UpdateClass:
     """Make an update available under its ``name``; usable as a class decorator.
 
     Raises:

@@ -20,7 +20,7 @@ class LoRA(Update):
 
     def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
         """Compute the output of the adapted layer; the gate multiplies ``A x``, which has only r elements."""
-        y = base(x)
+        y: Tensor = base(x)
         x = dropout(x)
         down = F.linear(x, self.a.to(x.dtype))  # (..., r)
         factor = self.scale if gate is None else (self.scale * gate.values).unsqueeze(-1).to(down.dtype)
