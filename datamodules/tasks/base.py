@@ -10,10 +10,11 @@ from typing import Any, ClassVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.base import SupervisedDataModule, unknown_choice
+from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batching.mixture import weight_problems
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import Template
+from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.sources.files import read_rows
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
 from gatera_lightning.datamodules.sources.spec import (

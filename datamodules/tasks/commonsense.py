@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from gatera_lightning.datamodules.answers.options import ParsedAnswer, find_keyword
-from gatera_lightning.datamodules.base import unknown_choice
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
+from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.tasks.base import TaskDataModule
 
 AnswerFormat = Literal["label", "content"]

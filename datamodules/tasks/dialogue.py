@@ -6,10 +6,10 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.base import unknown_choice
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.overlap import SplitOverlap
 from gatera_lightning.datamodules.prompts.dialogue_prompts import DialoguePrompts
+from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
 from gatera_lightning.datamodules.sources.spec import Source
 from gatera_lightning.datamodules.tasks.base import TaskDataModule

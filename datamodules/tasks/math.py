@@ -19,9 +19,9 @@ from gatera_lightning.datamodules.answers.numbers import (
     parse_number,
 )
 from gatera_lightning.datamodules.answers.options import ParsedAnswer
-from gatera_lightning.datamodules.base import unknown_choice
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
+from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
 
 AnswerStyle = Literal["gsm8k", "metamath"]

@@ -217,7 +217,7 @@ def write(tmp_path):
 
 def _connected(family, defaults, own_tokenizer):
     def build(*, ranks=1, rank=0, accumulate=1, limit=1.0, tokenizer=own_tokenizer, stage=None, **settings):
-        module = family(**(defaults | {"train_on": "response", "max_length": 512} | settings))
+        module = family(**({"train_on": "response", "max_length": 512} | defaults | settings))
         module.connect(tokenizer)
         module.trainer = SimpleNamespace(
             world_size=ranks,
@@ -243,10 +243,27 @@ def make_data(tokenizer):
 
 @pytest.fixture
 def make_instruction_data(tokenizer):
-    """``make_data`` over people's own rows."""
+    """Like ``make_data``, for the user's own instructions and chats."""
     from gatera_lightning.datamodules import InstructionDataModule
 
     return _connected(InstructionDataModule, {"template": "plain"}, tokenizer)
+
+
+@pytest.fixture
+def make_dialogue_data(tokenizer):
+    """Like ``make_data``, for dialogues."""
+    from gatera_lightning.datamodules import DialogueDataModule
+
+    return _connected(DialogueDataModule, {"template": "plain"}, tokenizer)
+
+
+@pytest.fixture
+def make_math_data(tokenizer):
+    """Like ``make_data``, for word problems."""
+    from gatera_lightning.datamodules import MathDataModule
+
+    defaults = {"template": "plain", "answer_style": "gsm8k", "max_length": 2048}
+    return _connected(MathDataModule, defaults, tokenizer)
 
 
 @pytest.fixture
