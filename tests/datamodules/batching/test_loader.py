@@ -200,8 +200,12 @@ def test_a_limit_in_the_middle_of_a_step(limit, told, make_all):
         match=rf"trainer\.limit_train_batches: {limit} .* ends an epoch behind {told} micro-batches",
     ):
         module.train_dataloader()
-    assert make_all(36, accumulate=2, batch_size=4, limit=4)[0].train_dataloader().micro_batches_per_epoch == 4
-    assert make_all(36, accumulate=2, batch_size=4, limit=50)[0].train_dataloader().micro_batches_per_epoch == 18
+    assert (
+        make_all(36, accumulate=2, batch_size=4, limit=4)[0].train_dataloader().micro_batches_per_epoch == 4
+    )
+    assert (
+        make_all(36, accumulate=2, batch_size=4, limit=50)[0].train_dataloader().micro_batches_per_epoch == 18
+    )
 
 
 def test_too_few_rows_for_one_step(make_all):

@@ -29,7 +29,9 @@ class _Indices(torch.utils.data.Dataset):
 
 
 def _loader(steps=STEPS, accumulate=ACCUMULATE, *, seed=3, workers=0, limit=None):
-    return ResumableLoader(_Indices(steps, accumulate), seed=seed, num_workers=workers, micro_batches_per_epoch=limit)
+    return ResumableLoader(
+        _Indices(steps, accumulate), seed=seed, num_workers=workers, micro_batches_per_epoch=limit
+    )
 
 
 def _epochs(loader, count):

@@ -1,4 +1,4 @@
-"""Packing: which rows stand behind each other, and that a packed batch says of each row what an unpacked one says."""
+"""Packing: which sequences share a row, and that packed batches hold the same sequences as unpacked ones."""
 
 import random
 
@@ -13,33 +13,31 @@ from gatera_lightning.datamodules.batching.datasets import TokenTable
 from gatera_lightning.datamodules.batching.packing import pack_sequences
 from gatera_lightning.datamodules.batching.statistics import gold_lengths, padding_share, scheduled_lengths
 
-# --- lines ---
+# --- choice of packed sequences ---
 
 
-def _area(lines, lengths):
-    return len(lines) * max(sum(lengths[row] for row in line) for line in lines)
+def _area(packs, lengths):
+    return len(packs) * max(sum(lengths[i] for i in pack) for pack in packs)
 
 
-def _partitions(rows):
-    """Every way to put rows into lines."""
-    if not rows:
+def _partitions(items):
+    """Yield every partition of a list."""
+    if not items:
         yield []
         return
-    for lines in _partitions(rows[1:]):
-        yield [[rows[0]], *lines]
-        yield from (
-            [*lines[:place], [rows[0], *lines[place]], *lines[place + 1 :]] for place in range(len(lines))
-        )
+    first, *others = items
+    for packs in _partitions(others):
+        yield [[first], *packs]
+        yield from ([*packs[:i], [first, *packs[i]], *packs[i + 1 :]] for i in range(len(packs)))
 
 
-def _smallest(lengths, capacity):
-    """The least area of all layouts whose lines hold at most ``capacity``, or the longest row."""
-    room = max(capacity, *lengths)
-    layouts = _partitions(list(range(len(lengths))))
+def _smallest_area(lengths, capacity):
+    """The smallest area of all partitions, by exhaustive search."""
+    capacity = max(capacity, *lengths)
     return min(
-        _area(lines, lengths)
-        for lines in layouts
-        if all(sum(lengths[row] for row in line) <= room for line in lines)
+        _area(packs, lengths)
+        for packs in _partitions(list(range(len(lengths))))
+        if all(sum(lengths[i] for i in pack) <= capacity for pack in packs)
     )
 
 
@@ -47,18 +45,18 @@ def _smallest(lengths, capacity):
     ("lengths", "capacity", "expected"),
     [
         ([5], 9, [[0]]),
-        ([5], 1, [[0]]),  # longer than a line
+        ([5], 1, [[0]]),  # the longest sequence raises the capacity
         ([3, 5], 9, [[0, 1]]),
         ([3, 5], 7, [[0], [1]]),
         ([5, 2, 3], 6, [[0], [1, 2]]),
-        ([5, 2, 3], 3, [[0], [1, 2]]),  # the longest row makes the room
-        ([4, 4, 4], 8, [[0], [1], [2]]),  # two lines of 8 are more than three of 4
-        ([4, 4, 4, 4], 8, [[0], [1], [2], [3]]),  # the same area in shorter lines
+        ([5, 2, 3], 3, [[0], [1, 2]]),
+        ([4, 4, 4], 8, [[0], [1], [2]]),  # two rows of 8 are larger than three of 4
+        ([4, 4, 4, 4], 8, [[0], [1], [2], [3]]),  # the same area with shorter rows
         ([7, 1, 6, 2, 3], 9, [[0], [1, 3, 4], [2]]),
         ([6, 1, 1, 1, 3], 6, [[0], [1, 2, 3, 4]]),
     ],
 )
-def test_lines_by_hand(lengths, capacity, expected):
+def test_pack_sequences_by_hand(lengths, capacity, expected):
     assert sorted(map(sorted, pack_sequences(lengths, capacity))) == expected
 
 
@@ -67,110 +65,101 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(lengths=SIZES, capacity=st.integers(1, 200))
-def test_every_row_once_within_capacity_and_never_more_positions(lengths, capacity):
-    lines = pack_sequences(lengths, capacity)
-    assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
-    assert all(lines)
-    assert max(sum(lengths[row] for row in line) for line in lines) <= max(capacity, *lengths)
-    assert sum(lengths) <= _area(lines, lengths) <= len(lengths) * max(lengths)
-    assert lines == pack_sequences(lengths, capacity)
+def test_pack_sequences_properties(lengths, capacity):
+    packs = pack_sequences(lengths, capacity)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    assert all(packs)
+    assert max(sum(lengths[i] for i in pack) for pack in packs) <= max(capacity, *lengths)
+    assert sum(lengths) <= _area(packs, lengths) <= len(lengths) * max(lengths)
+    if sum(lengths) <= capacity:
+        assert len(packs) == 1 or _area(packs, lengths) == sum(lengths)
+    assert packs == pack_sequences(lengths, capacity)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), capacity=st.integers(1, 40))
-def test_small_cases_against_every_layout(lengths, capacity):
-    """Longest first into the emptiest line is not always the best, and never far from it."""
-    least = _smallest(lengths, capacity)
-    assert least <= _area(pack_sequences(lengths, capacity), lengths) <= 4 / 3 * least
+def test_pack_sequences_is_near_optimum(lengths, capacity):
+    smallest = _smallest_area(lengths, capacity)
+    assert smallest <= _area(pack_sequences(lengths, capacity), lengths) <= 4 / 3 * smallest
 
 
-def test_most_small_cases_are_the_best():
+def test_pack_sequences_is_mostly_optimal():
     draw = random.Random(0)
     cases = [
         ([draw.randint(1, 12) for _ in range(draw.randint(1, 6))], draw.randint(1, 40)) for _ in range(150)
     ]
-    best = [_area(pack_sequences(*case), case[0]) == _smallest(*case) for case in cases]
+    best = [_area(pack_sequences(*case), case[0]) == _smallest_area(*case) for case in cases]
     assert sum(best) > 0.9 * len(best)
 
 
 @pytest.mark.parametrize("capacity", [24, 60])
-def test_rows_of_one_length_have_no_padding(capacity):
-    assert pack_sequences([12] * 7, capacity) == [[row] for row in range(7)]
+def test_pack_sequences_leaves_equal_lengths_unpacked(capacity):
+    assert pack_sequences([12] * 7, capacity) == [[i] for i in range(7)]
 
 
-def test_a_line_with_room_for_all_has_no_padding():
-    lengths = [9, 2, 30, 4, 4]
-    assert sorted(pack_sequences(lengths, 49)[0]) == [0, 1, 2, 3, 4]
+# --- packed batches by hand ---
 
 
-# --- a packed batch by hand ---
-
-
-def test_a_packed_batch_by_hand():
-    rows = [
+def test_collate_packed_sequences_by_hand():
+    sequences = [
         TokenSequence([3, 4, 5], [6, 0], earlier_responses=[(1, 2)], example_id=7, characters=9),
         TokenSequence([8], [0], example_id=4),
         TokenSequence([9, 9], [0], example_id=2, answer=1, gold=1),
     ]
-    batch = collate(rows, pad_id=77, train_on="every_response", packs=[[2, 1], [0]])
+    batch = collate(sequences, pad_id=77, train_on="every_response", packs=[[2, 1], [0]])
     x = IGNORE_INDEX
     assert batch["input_ids"].tolist() == [[9, 9, 0, 8, 0], [3, 4, 5, 6, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 5] * 2
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
     assert batch["labels"].tolist() == [[x, x, 0, x, 0], [x, 4, x, 6, 0]]
     assert batch["response_mask"].int().tolist() == [[0, 0, 1, 0, 1], [0, 0, 0, 1, 1]]
-    assert batch["example_ids"].tolist() == [7, 4, 2]  # in order of the rows
+    assert batch["example_ids"].tolist() == [7, 4, 2]
     assert batch["answer_ids"].tolist() == batch["gold_ids"].tolist() == [0, 0, 1]
     assert batch["answer_characters"].tolist() == [9, 1, 1]
     assert (batch["step_supervised_tokens"], batch["step_tokens"]) == (5, 10)
 
-    batch = collate(rows, pad_id=77, train_on="response", packs=[[0, 2], [1]])
+    batch = collate(sequences, pad_id=77, train_on="response", packs=[[0, 2], [1]])
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 0, 9, 9, 0], [8, 0, *[77] * 6]]
     assert batch["attention_mask"].tolist() == [[1] * 8, [1, 1, *[0] * 6]]
-    assert batch["position_ids"].tolist() == [
-        [0, 1, 2, 3, 4, 0, 1, 2],
-        [0, 1, 0, 1, 2, 3, 4, 5],
-    ]  # padding is a row too
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [[x, x, x, 6, 0, x, x, 0], [x, 0, *[x] * 6]]
     assert batch["response_mask"][1].tolist() == [False, True, *[False] * 6]
 
 
-def test_no_row_learns_from_the_one_before():
-    """Labels are shifted by one when the loss is computed: the first token of a row must have none."""
-    rows = [TokenSequence([], [5, 0], example_id=0), TokenSequence([6], [7, 0], example_id=1)]
+def test_first_token_of_packed_sequence_is_not_supervised():
+    """The loss shifts labels by one, so a label there would be predicted from the previous sequence."""
+    sequences = [TokenSequence([], [5, 0], example_id=0), TokenSequence([6], [7, 0], example_id=1)]
     for train_on in ("response", "all"):
-        batch = collate(rows, pad_id=0, train_on=train_on, packs=[[0, 1]])
+        batch = collate(sequences, pad_id=0, train_on=train_on, packs=[[0, 1]])
         assert batch["labels"][0, [0, 2]].tolist() == [IGNORE_INDEX] * 2
 
 
-def test_an_unpacked_batch_has_no_positions():
+def test_unpacked_batch_has_no_position_ids():
     assert "position_ids" not in collate([TokenSequence([5], [6], example_id=0)], pad_id=0, train_on="all")
 
 
 # --- packed and unpacked batches ---
 
-EACH = ("input_ids", "labels", "response_mask")
 
-
-def _rows_of(batch):
-    """What a batch says of each row, by its tokens' positions: rows begin where they are 0."""
-    found = []
-    for line in range(len(batch["input_ids"])):
-        real = int(batch["attention_mask"][line].sum())
-        assert not batch["attention_mask"][line, real:].any()
-        positions = batch["position_ids"][line] if "position_ids" in batch else torch.arange(real)
-        starts = [place for place in range(real) if positions[place] == 0]
-        for start, end in zip(starts, [*starts[1:], real], strict=True):
+def _sequences(batch):
+    """Tokens, labels and response mask of each sequence; sequences start at position 0."""
+    names, found = ("input_ids", "labels", "response_mask"), []
+    for row in range(len(batch["input_ids"])):
+        length = int(batch["attention_mask"][row].sum())
+        assert not batch["attention_mask"][row, length:].any()
+        positions = batch["position_ids"][row] if "position_ids" in batch else torch.arange(length)
+        starts = [i for i in range(length) if positions[i] == 0]
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
             assert positions[start:end].tolist() == list(range(end - start))
-            found.append(tuple(tuple(batch[name][line, start:end].tolist()) for name in EACH))
-        assert (batch["labels"][line, real:] == IGNORE_INDEX).all()
-        assert not batch["response_mask"][line, real:].any()
+            found.append(tuple(tuple(batch[name][row, start:end].tolist()) for name in names))
+        assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
+        assert not batch["response_mask"][row, length:].any()
     return sorted(found)
 
 
 @pytest.fixture
 def chats(write):
-    """A file with 23 chats of one to four turns and 8 instructions."""
+    """A file of 23 chats with one to four turns, and 8 instructions."""
     rows = []
     for number in range(23):
         turns = [
@@ -183,12 +172,11 @@ def chats(write):
     return write("chats.json", rows)
 
 
-LAYOUTS = [(1, 1), (1, 3), (2, 1), (2, 2)]
-
-
 @pytest.mark.parametrize("train_on", ["response", "every_response", "all"])
-@pytest.mark.parametrize(("ranks", "accumulate"), LAYOUTS)
-def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate, train_on, chats, make_instruction_data):
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 2)])
+def test_packed_epoch_has_same_sequences_per_micro_batch(
+    ranks, accumulate, train_on, chats, make_instruction_data
+):
     settings = {
         "train": [chats],
         "validation": [chats],
@@ -199,14 +187,16 @@ def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate
     padding = {True: 0, False: 0}
     for rank in range(ranks):
         plain, packed = (
-            make_instruction_data(ranks=ranks, rank=rank, accumulate=accumulate, packing=packing, stage="fit", **settings)
+            make_instruction_data(
+                ranks=ranks, rank=rank, accumulate=accumulate, packing=packing, stage="fit", **settings
+            )
             for packing in (False, True)
         )
         one, other = plain.train_dataloader(), packed.train_dataloader()
         assert one.dataset.steps == other.dataset.steps
         assert one.state_dict() == other.state_dict()
         for unpacked, batch in zip(one, other, strict=True):
-            assert _rows_of(batch) == _rows_of(unpacked)
+            assert _sequences(batch) == _sequences(unpacked)
             for name in ("example_ids", "answer_ids", "gold_ids", "answer_characters"):
                 assert batch[name].tolist() == unpacked[name].tolist()
             assert (batch["step_supervised_tokens"], batch["step_tokens"]) == (
@@ -221,7 +211,7 @@ def test_a_packed_epoch_holds_the_same_rows_in_the_same_places(ranks, accumulate
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_instruction_data):
+def test_step_totals_match_packed_batches(accumulate, chats, make_instruction_data):
     data = make_instruction_data(
         train=[chats],
         validation=1,
@@ -233,23 +223,23 @@ def test_step_totals_are_those_of_the_packed_batches(accumulate, chats, make_ins
     batches = list(data.train_dataloader())
     for start in range(0, len(batches), accumulate):
         step = batches[start : start + accumulate]
-        targets, tokens = (
+        supervised, tokens = (
             sum(int(found.sum()) for found in each)
             for each in zip(
                 *((batch["labels"] != IGNORE_INDEX, batch["attention_mask"]) for batch in step), strict=True
             )
         )
         assert {(batch["step_supervised_tokens"], batch["step_tokens"]) for batch in step} == {
-            (targets, tokens)
+            (supervised, tokens)
         }
 
 
-@pytest.mark.parametrize("room", [90, 160, 512])
-def test_lines_have_at_most_max_length_tokens(room, chats, make_instruction_data):
+@pytest.mark.parametrize("max_length", [90, 160, 512])
+def test_packed_sequences_respect_max_length(max_length, chats, make_instruction_data):
     settings = {
         "train": [chats],
         "validation": 1,
-        "max_length": room,
+        "max_length": max_length,
         "batch_size": 10,
         "group_by_length": False,
     }
@@ -257,13 +247,13 @@ def test_lines_have_at_most_max_length_tokens(room, chats, make_instruction_data
         batch["input_ids"].shape[1]
         for batch in make_instruction_data(packing=True, stage="fit", **settings).train_dataloader()
     ]
-    assert max(widths) <= room
-    assert max(widths) > room // 2
+    assert max(widths) <= max_length
+    assert max(widths) > max_length // 2
 
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_instruction_data):
+def test_padding_share_matches_packed_batches(grouped, accumulate, chats, make_instruction_data):
     settings = {
         "train": [chats],
         "validation": 3,
@@ -275,13 +265,13 @@ def test_padding_of_packed_micro_batches(grouped, accumulate, chats, make_instru
     loader = data.train_dataloader()
     lengths = scheduled_lengths(loader.dataset.steps, gold_lengths(data.tables["train"]), 200)
     masks = [batch["attention_mask"] for batch in loader]
-    computed, real = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
-    assert padding_share(lengths) == pytest.approx(1 - real / computed, abs=1e-12)
-    in_order = {tuple(sorted(mask.sum(1).tolist())) for mask in masks}
-    assert in_order == {tuple(sorted(found)) for found in lengths}
+    computed, tokens = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
+    assert padding_share(lengths) == pytest.approx(1 - tokens / computed, abs=1e-12)
+    row_lengths = {tuple(sorted(mask.sum(1).tolist())) for mask in masks}
+    assert row_lengths == {tuple(sorted(found)) for found in lengths}
 
 
-def test_what_is_not_trained_on_is_not_packed(chats, make_instruction_data):
+def test_evaluation_batches_are_not_packed(chats, make_instruction_data):
     data = make_instruction_data(train=[chats], validation=[chats], test=[chats], packing=True, stage="fit")
     data.setup("test")
     for batch in [*data.val_dataloader(), *data.test_dataloader()[0]]:
@@ -289,15 +279,17 @@ def test_what_is_not_trained_on_is_not_packed(chats, make_instruction_data):
         assert len(batch["input_ids"]) == len(batch["example_ids"])
 
 
-def test_a_packed_batch_of_no_rows_counts_for_nothing(chats, make_instruction_data):
+def test_packed_batch_without_examples_is_dummy(chats, make_instruction_data):
     data = make_instruction_data(test=[chats], stage="test")
-    batch = TokenTable(data.tables["test"], pad_id=5, eos_id=6).batch([], "all", all_candidates=False, pack_length=99)
+    batch = TokenTable(data.tables["test"], pad_id=5, eos_id=6).batch(
+        [], "all", all_candidates=False, pack_length=99
+    )
     assert batch["example_ids"].tolist() == [-1]
     assert (batch["step_supervised_tokens"], len(batch["input_ids"])) == (0, 1)
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
-def test_packing_changes_no_token(chats, make_instruction_data, tokenised):
+def test_packing_reads_the_same_cache(chats, make_instruction_data, tokenised):
     for packing in (False, True):
         make_instruction_data(train=[chats], validation=1, packing=packing, stage="fit")
     assert len(tokenised) == 31
