@@ -1,4 +1,4 @@
-"""Predicted memory of one device and what it receives in an optimizer step, for every way to distribute a model."""
+"""Predicted memory and communication of one device, for every way to distribute a model."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,9 @@ class Layout:
 
     def __str__(self) -> str:
         if self.shards == 1:
-            return "1 rank" if self.replicas == 1 else f"{self.replicas} ranks, each with the full model (DDP)"
+            return (
+                "1 rank" if self.replicas == 1 else f"{self.replicas} ranks, each with the full model (DDP)"
+            )
         kind = "FSDP2" if self.replicas == 1 else f"HSDP, {self.replicas} copies"
         where = ", stored on the CPU" if self.offload else ""
         return f"{self.replicas * self.shards} ranks, {self.shards} shards ({kind}{where})"
@@ -43,12 +45,12 @@ class Memory:
 def predict_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout) -> Memory:
     """Predict the memory of one device.
 
-    - Weights: the device's shard, and what is gathered in full: the root group, which stays until its backward, and two
-      decoder layers, the one that is computed and the next one, which is prefetched.
+    - Weights: the device's shard, and what is gathered in full: the root group, which stays until its
+      backward, and two decoder layers, the one that is computed and the next one, which is prefetched.
     - Moments: AdamW's two, in fp32.
-    - Peak: what is always allocated, and the largest of these: the peak of a micro-batch; AdamW's two temporaries with the
-      gradients; the start of a sharded forward pass, when the buffer that received the root group lives until the first
-      layer has been received.
+    - Peak: what is always allocated, and the largest of these: the peak of a micro-batch; AdamW's two
+      temporaries with the gradients; the start of a sharded forward pass, when the buffer that received the
+      root group lives until the first layer has been received.
 
     Args:
         sizes: Bytes of the model's parameters.
@@ -60,7 +62,9 @@ def predict_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout) -> Memor
     gathered = 0 if shards == 1 else sizes.root + 2 * max(sizes.layers)
     adapter = 0 if layout.offload else sizes.adapter // shards
     forward_start = 0 if shards == 1 else 2 * sizes.root + max(sizes.layers)
-    step_peak = costs.peak - sizes.adapter + sizes.adapter // shards  # it includes gradients, which are sharded too
+    step_peak = (
+        costs.peak - sizes.adapter + sizes.adapter // shards
+    )  # it includes gradients, which are sharded too
     parts = {
         "weights": resident + gathered,
         "adapter": adapter,
@@ -106,7 +110,8 @@ def verdict(memory: Memory, limit: float | None) -> str:
     largest = max(memory.parts, key=lambda name: memory.parts[name])
     hints = {
         "weights": "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload",
-        "activations": "model.backbone.gradient_checkpointing: true if it is not, or more trainer.accumulate_grad_batches",
+        "activations": "model.backbone.gradient_checkpointing: true if it is not, or more "
+        "trainer.accumulate_grad_batches",
         "logits": "more trainer.accumulate_grad_batches",
     }
     advice = hints.get(largest, "a smaller model.adapter.rank")

@@ -1,8 +1,9 @@
-"""Memory and FLOPs of one micro-batch, found by running it on the meta device, where tensors have shapes but no data.
+"""Memory and FLOPs of one micro-batch, found by running it on the meta device.
 
-The model's own code, its adapter and the training objectives run as in training, gradient checkpointing included. Every
-allocation is counted when it is made and when it is freed, and every matmul by its FLOPs. Attention is assumed to be a fused
-kernel, which saves its inputs and its output.
+Tensors have shapes but no data there. The model's own code, its adapter and the training objectives run as in
+training, gradient checkpointing included. Every allocation is counted when it is made and when it is freed,
+and every matmul by its FLOPs. Attention is assumed to be a fused kernel, which saves its inputs and its
+output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,7 @@ class StepCosts:
     """Bytes alive between forward and backward, without logits."""
 
     logits: int
-    """Bytes of logits and of what the loss computes from them; of one chunk, if the head computes the loss."""
+    """Bytes of logits and of what the loss computes from them; of a chunk, if the head computes the loss."""
 
     peak: int
     """Peak allocated bytes without weights, adapter and optimizer moments."""
@@ -166,7 +167,8 @@ def step_costs(
         logits=logits,
         peak=live.peak,
         forward_flops=forward,
-        # A fused backward recomputes the scores, one of the forward's two matmuls; a checkpointed layer repeats both.
+        # A fused backward recomputes the scores, one of the forward's two matmuls; a checkpointed layer
+        # repeats both.
         backward_flops=backward + attention * (3 if recomputed else 1) // 2,
     )
 
@@ -201,7 +203,7 @@ def step_flops(
 
 @contextmanager
 def _needs_no_values(model: str) -> Iterator[None]:
-    """Turn whatever a model's own code raises on the meta device, which may be anything, into a ConfigError."""
+    """Turn whatever a model's own code raises on the meta device into a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -238,11 +240,13 @@ def _drop_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, di
 
 
 def _meta_batch(batch: MicroBatch) -> Batch:
-    """A batch on the meta device; only its labels have values, because the number of supervised ones is a shape."""
+    """A batch on the meta device; only its labels have values, because their number is a shape."""
     shape = (batch.sequences, batch.length)
     ids, mask = torch.zeros(2, *shape, dtype=torch.long, device="meta").unbind()
     labels = torch.full(shape, IGNORE_INDEX)
-    following = torch.zeros(batch.sequences, batch.length - 1, dtype=torch.bool)  # a first token is never supervised
+    following = torch.zeros(
+        batch.sequences, batch.length - 1, dtype=torch.bool
+    )  # a first token is never supervised
     following.view(-1)[: batch.supervised_tokens] = True
     labels[:, 1:][following] = 0
     found: dict[str, Any] = {
@@ -256,7 +260,7 @@ def _meta_batch(batch: MicroBatch) -> Batch:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The shapes of a fused attention kernel: it saves q, k, v, its output, and one number per query and head."""
+    """The shapes of a fused kernel, which saves q, k, v, its output, and a number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -283,7 +287,7 @@ AttentionInterface.register(_FUSED, _fused)
 
 
 def _grouped_flops(a: torch.Size, b: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """FLOPs of tokens (n, in) through one expert each, (experts, in, out), or of its gradient: ``2 · n · in · out``."""
+    """FLOPs ``2 · n · in · out`` of tokens (n, in) through an expert (in, out) each, or of its gradient."""
     return 2 * a[0] * a[1] * b[-1]
 
 
@@ -292,7 +296,7 @@ _GROUPED = {torch.ops.aten._grouped_mm: _grouped_flops}
 
 
 def _attention_flops(model: PreTrainedModel, batch: MicroBatch) -> int:
-    """FLOPs of one forward pass: two matmuls over the unmasked half of the scores, ``2 · 2 · T²/2 · heads · width``."""
+    """FLOPs of a forward pass, two matmuls over half of the scores: ``2 · 2 · T²/2 · heads · width``."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", 0)  # a state-space model has none
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)

@@ -1,12 +1,14 @@
 """What a training objective is, and how the terms of several objectives become one loss.
 
-An optimizer step is one large batch that is divided into micro-batches, over gradient accumulation and ranks. Each term of the
-loss is a sum over some elements (tokens, gates, …) divided by their number in the whole optimizer step:
+An optimizer step is one large batch that is divided into micro-batches, over gradient accumulation and ranks.
+Each term of the loss is a sum over some elements (tokens, gates, …) divided by their number in the whole
+optimizer step:
 
     loss = Σ weight · total / count
 
-``total`` is summed over a micro-batch and ``count`` belongs to the whole step, so the losses of the micro-batches add up to the
-loss of the step. A mean over each micro-batch would weight a token by the size of the micro-batch that it happens to be in.
+``total`` is summed over a micro-batch and ``count`` belongs to the whole step, so the losses of the
+micro-batches add up to the loss of the step. A mean over each micro-batch would weight a token by the size of
+the micro-batch that it happens to be in.
 """
 
 import functools
@@ -41,8 +43,8 @@ class Term:
 class Objective(ABC):
     """A part of the training loss.
 
-    Subclasses implement :meth:`terms`. The objectives of a step are evaluated in order; the first one that runs the model
-    decides which gates the others receive.
+    Subclasses implement :meth:`terms`. The objectives of a step are evaluated in order; the first one that
+    runs the model decides which gates the others receive.
     """
 
     def prepare(self, model: PreTrainedModel) -> None:
@@ -60,8 +62,8 @@ class Objective(ABC):
         Args:
             model: The adapted model, in training mode.
             batch: The micro-batch; its ``step_*`` entries count over the whole optimizer step.
-            gates: Gate logits of the step's forward pass, part of the autograd graph. Empty for the objective that runs the
-                model, since its own forward pass fills them.
+            gates: Gate logits of the step's forward pass, part of the autograd graph. Empty for the objective
+                that runs the model, since its own forward pass fills them.
 
         Returns:
             Terms by name, logged as ``train/<name>``. The names must be the same for every micro-batch.
@@ -76,7 +78,7 @@ class MicroBatchLoss:
     """Scalar ``Σ weight · total / count``, part of the autograd graph."""
 
     values: dict[str, Tensor]
-    """``total / count`` of each term, detached; summed over the micro-batches of a step, they are the step's values."""
+    """``total / count`` of each term, detached; the values of a step's micro-batches add up to the step's."""
 
     weights: dict[str, float]
     """Weight of each term."""
@@ -116,7 +118,9 @@ def evaluate_objectives(
             found = objective.terms(model, batch, gates)
         gates = recorded
         if duplicates := terms.keys() & found.keys():
-            raise ValueError(f"{type(objective).__name__}: another objective already has {sorted(duplicates)}")
+            raise ValueError(
+                f"{type(objective).__name__}: another objective already has {sorted(duplicates)}"
+            )
         terms |= found
     values = {name: term.total / term.count for name, term in terms.items()}
     weights = {name: term.weight for name, term in terms.items()}

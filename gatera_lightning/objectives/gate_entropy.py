@@ -1,4 +1,4 @@
-"""The entropy term of GateRA's loss, which pushes every gate towards 0 or 1 (Ou et al., AAAI 2026, arXiv 2511.17582)."""
+"""The entropy term of GateRA's loss, which pushes gates towards 0 or 1 (Ou et al., arXiv 2511.17582)."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ from gatera_lightning.objectives.base import Objective, Term
 
 @dataclass(frozen=True)
 class GateEntropy(Objective):
-    """Mean entropy of the gates over all gated layers and non-padding tokens, ``λ · Σ H(g) / (tokens · layers)``.
+    """Mean entropy of the gates over gated layers and non-padding tokens: ``λ · Σ H(g) / (tokens · layers)``.
 
-    Logged as ``train/gate_entropy``, together with the mean gate as ``train/gate_mean``. Place it after the objective that
-    runs the model; without gates it has no terms.
+    Logged as ``train/gate_entropy``, together with the mean gate as ``train/gate_mean``. Place it after the
+    objective that runs the model; without gates it has no terms.
     """
 
     weight: float

@@ -1,7 +1,8 @@
 """The output head and the cross-entropy as one operation that never stores the logits of all positions.
 
-A frozen head needs no gradient of its own. For one chunk of positions at a time, the forward pass computes the logits, the loss
-and the gradient with respect to the hidden states, and stores only that gradient. No matmul is computed twice.
+A frozen head needs no gradient of its own. For one chunk of positions at a time, the forward pass computes
+the logits, the loss and the gradient with respect to the hidden states, and stores only that gradient. No
+matmul is computed twice.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from gatera_lightning.backbone.probes import replaced_forward
 LOGITS_PER_CHUNK = 2**25
 """Number of logits in a chunk: in bf16 with their fp32 copy 200 MB, for any number of positions.
 
-With a vocabulary of 128k that is 256 positions; with far fewer, a GPU takes longer to read the head's weight than to multiply.
+With a vocabulary of 128k that is 256 positions; with far fewer, a GPU takes longer to read the head's weight
+than to multiply.
 """
 
 
@@ -34,11 +36,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     Returns:
         A scalar in fp32 or wider; exactly 0 for n = 0.
     """
-    return cast(Tensor, _LinearCrossEntropy.apply(hidden, weight, bias, labels))  # type: ignore[no-untyped-call]
+    loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    return cast(Tensor, loss)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """``dh = (softmax(W h + b) − onehot(label)) W``, computed in forward and saved for backward in ``hidden``'s dtype."""
+    """``dh = (softmax(W h + b) − onehot(label)) W``, computed in forward and saved in ``hidden``'s dtype."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -56,12 +59,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
-        # In dloss's dtype: a GPU would cast dloss to bf16 to multiply a bf16 tensor, which scales every gradient wrongly.
+        # In dloss's dtype: a GPU would cast dloss to bf16 to multiply a bf16 tensor, which scales every
+        # gradient wrongly.
         return (dhidden.to(dloss.dtype) * dloss).to(dhidden.dtype), None, None, None
 
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dhidden: Tensor) -> Tensor:
-    """Summed loss of a chunk; writes its gradient to ``dhidden`` (rows, width). In place, since logits are large."""
+def _chunk_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dhidden: Tensor
+) -> Tensor:
+    """Summed loss of a chunk; its gradient goes to ``dhidden`` (rows, width). In place: logits are large."""
     at = labels.unsqueeze(1)  # (rows, 1)
     logits = F.linear(hidden, weight, bias)  # (rows, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -78,11 +84,13 @@ def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Ten
 def summed_loss_in_head(model: PreTrainedModel, labels: Tensor, forward: Callable[[], Tensor]) -> Tensor:
     """Run a forward pass whose output head computes the summed cross-entropy instead of logits.
 
-    This happens inside the model's own forward pass, because only there does a sharded head have its full weight, and the
-    loss leaves the model as its output, because sharded models prepare their backward pass from that.
+    This happens inside the model's own forward pass, because only there does a sharded head have its full
+    weight, and the loss leaves the model as its output, because sharded models prepare their backward pass
+    from that.
 
     Args:
-        model: A model whose output is what its head computes (:func:`~gatera_lightning.backbone.probes.returns_head_output`).
+        model: A model whose output is what its head computes
+            (:func:`~gatera_lightning.backbone.probes.returns_head_output`).
         labels: (n,), for the n positions that the head receives.
         forward: Calls ``model`` and returns ``logits`` of its output.
 

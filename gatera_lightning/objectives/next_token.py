@@ -21,19 +21,22 @@ from gatera_lightning.objectives.linear_cross_entropy import summed_loss_in_head
 
 @dataclass(frozen=True)
 class NextToken(Objective):
-    """Cross-entropy loss (nats per supervised token), logged as ``train/task_loss``; runs the model's forward pass.
+    """Cross-entropy loss (nats per token), logged as ``train/task_loss``; runs the model's forward pass.
 
-    The output head computes the loss itself, without storing logits, where :meth:`prepare` found that the model allows it.
+    The output head computes the loss itself, without storing logits, where :meth:`prepare` found that the
+    model allows it.
     """
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Try once whether the model returns exactly what its head computes; a collective if the model is sharded."""
+        """Try once whether the model returns just what its head computes; a collective if it is sharded."""
         if model not in _RETURNS_HEAD_OUTPUT:
             _RETURNS_HEAD_OUTPUT[model] = returns_head_output(model)
 
     def terms(self, model: PreTrainedModel, batch: Batch, gates: GateRecord) -> dict[str, Term]:
         """Run the model and compute the loss."""
-        return {"task_loss": Term(summed_next_token_loss(model, batch), max(1, batch["step_supervised_tokens"]))}
+        return {
+            "task_loss": Term(summed_next_token_loss(model, batch), max(1, batch["step_supervised_tokens"]))
+        }
 
 
 _RETURNS_HEAD_OUTPUT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -59,14 +62,15 @@ def supervised_logits(model: PreTrainedModel, batch: Batch) -> SupervisedLogits:
 
     Args:
         model: A causal language model, adapted or not.
-        batch: ``input_ids``, ``labels`` and ``attention_mask`` (batch, tokens); packed sequences have ``position_ids`` too.
+        batch: ``input_ids``, ``labels`` and ``attention_mask`` (batch, tokens); packed sequences have
+            ``position_ids`` too.
     """
     labels, positions = _shifted(batch)
     return SupervisedLogits(_logits(model, batch, positions), labels, positions)
 
 
 def summed_next_token_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Run the model's forward pass and return ``Σ −log p(label)`` over the supervised tokens, a scalar in fp32 or wider.
+    """Run the model's forward pass and return ``Σ −log p(label)`` over its supervised tokens.
 
     Args:
         model: The adapted model. After :meth:`NextToken.prepare` its head computes the loss if it can.
@@ -108,8 +112,9 @@ def shift_mask(mask: Tensor) -> Tensor:
 def head_only_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """Apply the output head at some positions only: inside, the model returns logits (1, n, vocabulary).
 
-    The selection happens inside the model's own forward pass, so that soft caps and scales that follow the head still apply.
-    Most positions of instruction data are not supervised, and the head is the largest matmul of all.
+    The selection happens inside the model's own forward pass, so that soft caps and scales that follow the
+    head still apply. Most positions of instruction data are not supervised, and the head is the largest
+    matmul of all.
 
     Args:
         model: A causal language model.

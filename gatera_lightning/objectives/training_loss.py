@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
 from gatera_lightning.objectives.base import Objective, evaluate_objectives
@@ -17,7 +18,7 @@ from gatera_lightning.objectives.next_token import NextToken
 def training_loss(
     model: PreTrainedModel, batch: Mapping[str, Any], *, objectives: Sequence[Objective] | None = None
 ) -> Tensor:
-    """Compute the loss of one batch, as ``GateRAModule`` does: ``L = L_task + λ · L_ent`` (GateRA, AAAI 2026).
+    """Compute the loss of one batch as GateRAModule does: ``L = L_task + λ · L_ent`` (GateRA, AAAI 2026).
 
     ::
 
@@ -29,14 +30,16 @@ def training_loss(
             optimizer.step()
             optimizer.zero_grad()
 
-    The output head runs at supervised positions only and computes the loss itself where the model allows it; cheap
-    elementwise outputs are recomputed in the backward pass instead of being saved. So call ``backward`` once per loss.
+    The output head runs at supervised positions only and computes the loss itself where the model allows it;
+    cheap elementwise outputs are recomputed in the backward pass instead of being saved. So call ``backward``
+    once per loss.
 
     Args:
         model: A model with an adapter, in training mode.
-        batch: ``input_ids``, ``attention_mask`` (1 = not padding) and ``labels`` (-100 = not supervised), each (batch, tokens),
-            on the model's device; labels are not shifted. ``step_supervised_tokens`` and ``step_tokens`` say over how many
-            tokens to average if the batch is a part of an optimizer step; they default to the numbers of this batch.
+        batch: ``input_ids``, ``attention_mask`` (1 = not padding) and ``labels`` (-100 = not supervised),
+            each (batch, tokens), on the model's device; labels are not shifted. ``step_supervised_tokens``
+            and ``step_tokens`` say over how many tokens to average if the batch is a part of an optimizer
+            step; they default to the numbers of this batch.
         objectives: What to train; default: :func:`default_objectives` of the model.
 
     Returns:
@@ -57,7 +60,7 @@ def training_loss(
 
 
 def default_objectives(model: PreTrainedModel) -> list[Objective]:
-    """Return next-token cross-entropy and the gate entropy with the weight in the adapter's own gate settings.
+    """Return next-token cross-entropy, and the gate entropy with the weight in the adapter's gate settings.
 
     Raises:
         ValueError: If the model has no adapter.
@@ -65,8 +68,13 @@ def default_objectives(model: PreTrainedModel) -> list[Objective]:
     layers = adapted_linears(model)
     if not layers:
         raise ValueError("the model has no adapted layers; call inject_adapters or load_adapter first")
-    gate = next(iter(layers.values())).config.gate
-    return [NextToken(), GateEntropy(gate.entropy_weight)]
+    return objectives_for(next(iter(layers.values())).config)
+
+
+def objectives_for(adapter: AdapterConfig) -> list[Objective]:
+    """Return what an adapter with these settings is trained on by default; see :func:`default_objectives`."""
+    weight = getattr(adapter.gate, "entropy_weight", 0.0)  # the gate may be an unknown name, not yet reported
+    return [NextToken(), GateEntropy(weight)]
 
 
 _DEFAULTS: WeakKeyDictionary[PreTrainedModel, list[Objective]] = WeakKeyDictionary()

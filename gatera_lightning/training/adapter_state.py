@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import lightning as L
 from torch import nn
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import backbone_identity, check_fit
 from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.checkpointing.resume import begin_next_epoch, recount_batches
 from gatera_lightning.errors import AdapterFileError, CheckpointError
 
 _MODEL = "model."  # the prefix of the model's tensors in the state of a LightningModule
@@ -30,7 +33,7 @@ def keep_adapter_tensors(state: dict[str, Any], model: nn.Module | None, prefix:
 def adapter_key_problems(
     model: nn.Module, missing: list[str], unexpected: list[str], *, strict: bool
 ) -> tuple[list[str], list[str]]:
-    """Return which keys of a loaded state dict are missing or unexpected; frozen tensors are expected to be missing.
+    """Return the missing and unexpected keys of a loaded state dict; frozen tensors may be missing.
 
     Raises:
         RuntimeError: If ``strict`` and there is any.
@@ -42,22 +45,19 @@ def adapter_key_problems(
     return missing, unexpected
 
 
-def describe_adapter(
-    model: nn.Module, adapter: AdapterConfig, *, backbone_id: str, revision: str | None
-) -> dict[str, Any]:
+def describe_adapter(model: nn.Module, adapter: AdapterConfig, backbone: BackboneConfig) -> dict[str, Any]:
     """Return the entries ``adapter`` and ``backbone`` of a checkpoint.
 
     Args:
         model: The adapted model.
         adapter: Its adapter's settings.
-        backbone_id: Where the frozen weights came from.
-        revision: Their revision; default: the one that the Hugging Face config knows.
+        backbone: Where its frozen weights came from; the Hugging Face config may know their revision.
     """
     return {
         "adapter": adapter.to_dict(),
         "backbone": {
-            "id": backbone_id,
-            "revision": revision or getattr(model.config, "_commit_hash", None),
+            "id": backbone.id,
+            "revision": backbone.revision or getattr(model.config, "_commit_hash", None),
             "fingerprint": backbone_identity(model),
         },
     }
@@ -67,6 +67,15 @@ def check_is_adapter_checkpoint(checkpoint: dict[str, Any]) -> None:
     """Raise CheckpointError unless the checkpoint holds an adapter and says where it belongs."""
     if missing := [name for name in ("state_dict", "adapter", "backbone") if name not in checkpoint]:
         raise CheckpointError(f"this is not a checkpoint of an adapter; it lacks {', '.join(missing)}")
+
+
+def adjust_position(checkpoint: dict[str, Any], trainer: L.Trainer | None) -> None:
+    """Adjust a checkpoint's position in the data to this run's micro-batches per step, if there is a run."""
+    if trainer is None:
+        return
+    recount_batches(checkpoint, trainer.accumulate_grad_batches)
+    if trainer.max_steps != -1 and "loops" in checkpoint:
+        begin_next_epoch(checkpoint)
 
 
 def check_checkpoint_fits(checkpoint: dict[str, Any], model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A module's settings as plain values in checkpoints, and back; checkpoints of version 0.1 included.
 
-Checkpoints of version 0.1 hold pickled settings classes under the names of modules that have moved, or, if the run was started
-from the command line, plain values in the places of that version.
+Checkpoints of version 0.1 hold pickled settings classes under the names of modules that have moved, or, if
+the run was started from the command line, plain values in the places of that version.
 """
 
 import warnings
@@ -46,7 +46,8 @@ def from_plain(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``GateRAModule`` for the hyperparameters of a checkpoint.
 
     Args:
-        hyperparameters: What :func:`to_plain` returned, what the command line saved, or either of version 0.1.
+        hyperparameters: What :func:`to_plain` returned, what the command line saved, or either of version
+            0.1.
 
     Returns:
         The settings classes, the other values unchanged, without Lightning's own entries.
@@ -68,7 +69,7 @@ def from_plain(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_hyperparameters(
-    checkpoint: Any, hparams_file: Any = None, *, weights_only: bool | None = None
+    checkpoint: Any, hparams_file: Any = None, weights_only: bool | None = None
 ) -> dict[str, Any]:
     """Read the arguments of ``GateRAModule`` from a checkpoint.
 
@@ -78,7 +79,8 @@ def read_hyperparameters(
         weights_only: As for ``torch.load``.
 
     Returns:
-        What :func:`from_plain` returns, and the entries that turn off Lightning's own way to create the module.
+        What :func:`from_plain` returns, and the entries that turn off Lightning's own way to create the
+        module.
     """
     if hparams_file is not None:
         hyperparameters = load_hparams_from_yaml(hparams_file)
@@ -122,11 +124,13 @@ def move_deprecated(
 
 
 def _with_gate_settings(adapter: AdapterConfig, **given: float | None) -> AdapterConfig:
-    """The adapter's settings with the values that are not None in its gate's; a gate without such a setting ignores it."""
+    """Put the values that are not None into the gate's settings; a gate without such a setting ignores it."""
     if not isinstance(adapter.gate, GateConfig):  # an unknown name, which problems() reports
         return adapter
     known = {field.name for field in fields(adapter.gate)}
-    moved: dict[str, Any] = {name: value for name, value in given.items() if value is not None and name in known}
+    moved: dict[str, Any] = {
+        name: value for name, value in given.items() if value is not None and name in known
+    }
     return replace(adapter, gate=replace(adapter.gate, **moved)) if moved else adapter
 
 
@@ -142,6 +146,8 @@ def _adapter(values: dict[str, Any]) -> AdapterConfig:
         name = str(gate["class_path"]).rpartition(".")[2]
         kinds = {config.__name__: kind for kind, config in GATES.items()}
         if name not in kinds:
-            raise ConfigError(f"adapter.gate.class_path: {name!r} is not registered; accepted: {', '.join(kinds)}")
+            raise ConfigError(
+                f"adapter.gate.class_path: {name!r} is not registered; accepted: {', '.join(kinds)}"
+            )
         values = values | {"gate": {"kind": kinds[name], **gate.get("init_args", {})}}
     return AdapterConfig.from_dict(values)

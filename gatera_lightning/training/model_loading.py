@@ -26,7 +26,8 @@ def load_adapted_model(
 ) -> tuple[PreTrainedModel, InjectionReport]:
     """Load the backbone, inject the adapter, and shard both under AdapterShardingStrategy.
 
-    The adapter's initial values are drawn from the seed of ``seed_everything``, so that they are the same on every rank.
+    The adapter's initial values are drawn from the seed of ``seed_everything``, so that they are the same on
+    every rank.
 
     Args:
         backbone: The frozen model.

@@ -1,56 +1,45 @@
 """GateRAModule: a frozen backbone, its adapter, and the training step."""
 
 from collections.abc import Mapping
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import InjectionReport
-from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import load_tokenizer
-from gatera_lightning.backbone.probes import caches_only_keys_and_values
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
-from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
-from gatera_lightning.checkpointing.resume import begin_next_epoch, recount_batches
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.distributed.consistency import check_ranks_agree
-from gatera_lightning.distributed.sharding import AdapterShardingStrategy
-from gatera_lightning.evaluation.candidate_scoring import candidate_log_likelihoods
-from gatera_lightning.evaluation.likelihood_ranking import answer_log_likelihoods
-from gatera_lightning.generation.decoding import DecodingConfig, generate
-from gatera_lightning.objectives import (
-    GateEntropy,
-    NextToken,
-    Objective,
-    StepOutput,
-    SupervisedLogits,
-    evaluate_objectives,
-    supervised_logits,
-)
+from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
+from gatera_lightning.objectives.next_token import SupervisedLogits, supervised_logits
+from gatera_lightning.objectives.training_loss import objectives_for
 from gatera_lightning.training import adapter_state
+from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer_batch
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
 from gatera_lightning.training.non_finite_guard import NonFiniteGuard
 from gatera_lightning.training.optimizer import OptimizerConfig, build_optimizer, squared_gradient_norms
-from gatera_lightning.training.setting_checks import check_packing, module_problems
+from gatera_lightning.training.setting_checks import check_adapter_parameters, check_packing, module_problems
 from gatera_lightning.training.step_totals import StepTotals
-from gatera_lightning.training.trainer_checks import check_trainer
-from gatera_lightning.training.validation_metrics import ValidationMetrics
+from gatera_lightning.training.trainer_checks import check_trainer, prepare_trainer
+
+AnyBatch = Batch | PromptBatch
 
 
 class GateRAModule(L.LightningModule):
-    """Fine-tunes an adapter on a frozen causal language model with ``L = L_task + λ · L_ent`` (GateRA, AAAI 2026).
+    """Fine-tunes an adapter on a frozen language model with ``L = L_task + λ · L_ent`` (GateRA, AAAI 2026).
 
-    Trains under ``precision="32-true"``: the backbone has the dtype ``backbone.dtype`` and the adapter ``adapter.adapter_dtype``.
+    Trains under ``precision="32-true"``: the backbone has the dtype ``backbone.dtype`` and the adapter
+    ``adapter.adapter_dtype``.
     """
 
     def __init__(
@@ -64,7 +53,7 @@ class GateRAModule(L.LightningModule):
         objectives: list[Objective] | None = None,
         **deprecated: Any,
     ) -> None:
-        """Store the settings; weights are loaded when training, evaluation or :meth:`configure_model` needs them.
+        """Store the settings; :meth:`configure_model` loads weights, when training or evaluation starts.
 
         Args:
             backbone: The frozen model.
@@ -83,7 +72,7 @@ class GateRAModule(L.LightningModule):
         self.optimizer = optimizer
         self.decoding = decoding if decoding is not None else DecodingConfig()
         self.warm_start = warm_start
-        self.objectives = objectives or [NextToken(), GateEntropy(adapter.gate.entropy_weight)]
+        self.objectives = objectives or objectives_for(adapter)
         self.strict_loading = False  # checkpoints hold the adapter only; load_state_dict checks its tensors
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
@@ -102,15 +91,9 @@ class GateRAModule(L.LightningModule):
     # --- set-up ---
 
     def setup(self, stage: str) -> None:
-        """Refuse trainer settings that would silently compute something else, and forget an earlier run of this module."""
+        """Refuse trainer settings that would silently change the result; reset what an earlier run left."""
         check_trainer(self.trainer, stage, self.decoding)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if isinstance(self.trainer.strategy, AdapterShardingStrategy):
-            # FSDP2 keeps the buffers it gathers into. Created in inference mode, they could not be trained through later,
-            # and a single shard could not be gathered at all.
-            for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
-                loop.inference_mode = False
+        prepare_trainer(self.trainer)
         self._reset_step()
         if stage == "fit":
             check_ranks_agree(self, self.trainer)
@@ -135,13 +118,10 @@ class GateRAModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check that nobody has frozen or cast the adapter's parameters."""
-        expected = getattr(torch, self.adapter.adapter_dtype)
-        for name, parameter in adapter_parameters(self.model).items():
-            if parameter.dtype != expected or not parameter.requires_grad:
-                raise RuntimeError(f"{name} should be trainable in {expected}, but is {parameter.dtype}")
+        check_adapter_parameters(self.model, self.adapter)
 
     def on_train_start(self) -> None:
-        """Let the objectives find out what the model supports: before the first batch, so that a resumed run rounds alike."""
+        """Let the objectives probe the model; during training, a resumed run would round differently."""
         for objective in self.objectives:
             objective.prepare(self.model)
 
@@ -169,7 +149,8 @@ class GateRAModule(L.LightningModule):
         found = evaluate_objectives(self.objectives, self.model, batch)
         self._totals.add(found)
         self._guard.add(found.loss.detach(), batch["example_ids"])
-        # Lightning divides by the accumulation and averages gradients over ranks; the losses are parts of a plain sum.
+        # Lightning divides by the accumulation and averages gradients over ranks; the losses are parts of a
+        # plain sum.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return {"loss": parts * found.loss, "gates": found.gates}
 
@@ -180,7 +161,8 @@ class GateRAModule(L.LightningModule):
             squared_gradient_norms(optimizer, self.trainer.world_size),
             lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"),
         )
-        # Norms above 1.8e19 count as well: their squares overflow in fp32, and so would AdamW's second moments.
+        # Norms above 1.8e19 count as well: their squares overflow in fp32, and so would AdamW's second
+        # moments.
         if torch.isfinite(loss + squares.sum()):
             terms = {f"train/{name}": value for name, value in values.items()}
             self.log_dict({"train/loss": loss, **terms}, prog_bar=True)
@@ -194,10 +176,7 @@ class GateRAModule(L.LightningModule):
         self._guard.clear()
 
     def _log_under_step(self, step: int) -> None:
-        """Let Lightning log under the step that is being completed, as callbacks do; otherwise it is one behind.
-
-        A metric named "step" overrides Lightning's own step, and Lightning then no longer adds the epoch.
-        """
+        """Let Lightning log under a given step: its own is one behind. It then no longer adds the epoch."""
         self.log_dict({"step": float(step), "epoch": float(self.current_epoch)})
 
     # --- evaluation ---
@@ -216,27 +195,11 @@ class GateRAModule(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._log_under_step(self.trainer.global_step)
 
-    def test_step(
-        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Tensor]:
-        """Return the log-likelihood of each candidate answer, or what the model generates after each prompt."""
-        if "labels" not in batch:
-            return {
-                "generated": generate(self.model, batch, self.decoding, in_step=self.device_mesh is not None)
-            }
-        batch = cast(Batch, batch)
-        if batch["all_candidates_present"] and self.decoding.use_cache and caches_only_keys_and_values(self.model):
-            log_likelihoods, tokens = candidate_log_likelihoods(self.model, batch)
-        else:
-            found = self(batch)
-            log_likelihoods, tokens = answer_log_likelihoods(
-                found.logits, found.labels, found.positions, answer_mask=found.positions
-            )
-        return {"log_likelihoods": log_likelihoods, "tokens": tokens}
+    def test_step(self, batch: AnyBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return the log-likelihood of each candidate answer, or what is generated after each prompt."""
+        return answer_batch(self.model, batch, self.decoding, sharded=self.device_mesh is not None)
 
-    def predict_step(
-        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Tensor]:
+    def predict_step(self, batch: AnyBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return the same as :meth:`test_step`."""
         return self.test_step(batch, batch_idx, dataloader_idx)
 
@@ -252,48 +215,30 @@ class GateRAModule(L.LightningModule):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load the adapter's tensors; frozen tensors may be missing."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing, unexpected = result
-        return type(result)(*adapter_state.adapter_key_problems(self.model, missing, unexpected, strict=strict))
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        return type(keys)(*adapter_state.adapter_key_problems(self.model, *keys, strict=strict))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the number of skipped steps, the prompt template, and what the adapter belongs to."""
         data = getattr(attached_trainer(self), "datamodule", None)
-        checkpoint["template"] = getattr(data, "template", None)
-        checkpoint["skipped_steps"] = self._guard.skipped_steps
-        checkpoint |= adapter_state.describe_adapter(
-            self.model, self.adapter, backbone_id=self.backbone.id, revision=self.backbone.revision
-        )
+        checkpoint |= {
+            "template": getattr(data, "template", None),
+            "skipped_steps": self._guard.skipped_steps,
+        }
+        checkpoint |= adapter_state.describe_adapter(self.model, self.adapter, self.backbone)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this adapter and backbone, and adjust its position in the data to this run.
-
-        Raises:
-            CheckpointError: If it does not fit.
-        """
+        """Check that the checkpoint fits (else CheckpointError), and adjust its position in the data."""
         adapter_state.check_is_adapter_checkpoint(checkpoint)
         self._guard.restore(checkpoint.get("skipped_steps", 0))
-        trainer = attached_trainer(self)
-        if trainer is not None:
-            recount_batches(checkpoint, trainer.accumulate_grad_batches)
-            if trainer.max_steps != -1 and "loops" in checkpoint:
-                begin_next_epoch(checkpoint)
+        adapter_state.adjust_position(checkpoint, attached_trainer(self))
         self.warm_start = None  # the checkpoint holds every value
         self.configure_model()
         adapter_state.check_checkpoint_fits(checkpoint, self.model)
 
     @classmethod
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Build the module from the settings in a checkpoint, of version 0.1 too; ``kwargs`` replace settings."""
-        settings = read_hyperparameters(checkpoint_path, hparams_file, weights_only=weights_only)
-        return super().load_from_checkpoint(
-            checkpoint_path, map_location, None, strict, weights_only, **(settings | kwargs)
-        )
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Create the module from a checkpoint, of version 0.1 too; ``kwargs`` as for Lightning's method."""
+        options = kwargs.pop("hparams_file", None), kwargs.get("weights_only")
+        settings = read_hyperparameters(checkpoint_path, *options)
+        return super().load_from_checkpoint(checkpoint_path, *args, **(settings | kwargs))

@@ -48,24 +48,27 @@ class NonFiniteGuard:
         A collective: every rank calls it with the same values.
 
         Raises:
-            NonFiniteLossError: On every rank, if ``max_skipped_steps`` steps have been skipped already. The message has
-                the step, the example ids of the micro-batches concerned, and the last checkpoint.
+            NonFiniteLossError: On every rank, if ``max_skipped_steps`` steps have been skipped already. The
+                message has the step, the example ids of the micro-batches concerned, and the last checkpoint.
         """
         reason = self._describe(trainer, loss, gradient_norm)
         if self.skipped_steps >= self.max_skipped_steps:
             last = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written"
             raise NonFiniteLossError(
-                f"{reason} Steps skipped before: {self.skipped_steps} of {self.max_skipped_steps}. Last checkpoint: {last}"
+                f"{reason} Steps skipped before: {self.skipped_steps} of {self.max_skipped_steps}. "
+                f"Last checkpoint: {last}"
             )
         self.skipped_steps += 1
         if trainer.is_global_zero:
-            log.warning("skipped %d of at most %d steps: %s", self.skipped_steps, self.max_skipped_steps, reason)
+            log.warning(
+                "skipped %d of at most %d steps: %s", self.skipped_steps, self.max_skipped_steps, reason
+            )
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     def _describe(self, trainer: L.Trainer, loss: float, gradient_norm: float) -> str:
-        """The step and the example ids to blame, of every rank: those of non-finite losses, or all if only a gradient is."""
+        """The step, and on every rank the examples with a non-finite loss, or all if only a gradient is."""
         loss_is_finite = math.isfinite(loss)
         blamed = [
             int(i)
@@ -75,8 +78,8 @@ class NonFiniteGuard:
         ]
         ids = sorted(i for of_rank in gather_objects(blamed) for i in of_rank)
         return (
-            f"the loss of optimizer step {trainer.global_step} is {loss} and the norm of its gradients {gradient_norm}; "
-            f"example ids of the micro-batches concerned: {ids}. The step was not taken, and earlier checkpoints are "
-            f"unchanged. Usual causes: optimizer.lr is too high ({self.lr}), or gradients are not clipped "
-            "(trainer.gradient_clip_val)."
+            f"the loss of optimizer step {trainer.global_step} is {loss} and the norm of its gradients "
+            f"{gradient_norm}; example ids of the micro-batches concerned: {ids}. The step was not taken, "
+            f"and earlier checkpoints are unchanged. Usual causes: optimizer.lr is too high ({self.lr}), "
+            "or gradients are not clipped (trainer.gradient_clip_val)."
         )

@@ -38,7 +38,7 @@ class OptimizerConfig:
     """How many optimizer steps with a non-finite loss or gradient are skipped before the run stops."""
 
     gate_lr_multiplier: ClassVar[float | None] = None
-    """Deprecated: ``adapter.gate.lr_multiplier`` took its place; not None if the constructor still received it."""
+    """Deprecated, use ``adapter.gate.lr_multiplier``; not None if the constructor received it."""
 
     def problems(self) -> list[str]:
         """Return one message for every value that cannot work; empty if all are valid."""
@@ -85,9 +85,9 @@ def lr_factor(
     Args:
         schedule: Name of the decay.
         warmup_steps: Steps before the factor is 1.
-        total_steps: Returns the number of optimizer steps of the run. Called only after the warm-up, when training runs:
-            Lightning's Trainer answers it by building the training loader, and a loader built before a checkpoint is
-            restored never receives its position.
+        total_steps: Returns the number of optimizer steps of the run. Called only after the warm-up, when
+            training runs: Lightning's Trainer answers it by building the training loader, and a loader built
+            before a checkpoint is restored never receives its position.
     """
 
     def factor(step: int) -> float:
@@ -108,8 +108,8 @@ def build_optimizer(
 
     Args:
         config: Learning rate, weight decay and schedule.
-        model: A model with an adapter. Its gates form a parameter group of their own, whose learning rate is multiplied by
-            ``adapter.gate.lr_multiplier``.
+        model: A model with an adapter. Its gates form a parameter group of their own, whose learning rate is
+            multiplied by ``adapter.gate.lr_multiplier``.
         total_steps: As for :func:`lr_factor`.
 
     Returns:
@@ -125,8 +125,9 @@ def build_optimizer(
             multiplier = next(iter(layers)).config.gate.lr_multiplier
         groups.append({"params": gates, "lr": config.lr * multiplier, "name": "gate"})
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
-    # AdamW steps ordinary GPU parameters with few kernels, but sharded ones one by one unless told: the same numbers in ten
-    # times the time. The flag is set only during a step, so that every strategy writes the same checkpoint.
+    # AdamW steps ordinary GPU parameters with few kernels, but sharded ones one by one unless told: the same
+    # numbers in ten times the time. The flag is set only during a step, so that every strategy writes the
+    # same checkpoint.
     optimizer.register_step_pre_hook(lambda optimizer, *_: _set_foreach(optimizer, True))
     optimizer.register_step_post_hook(lambda optimizer, *_: _set_foreach(optimizer, None))
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
@@ -139,10 +140,10 @@ def _set_foreach(optimizer: Optimizer, foreach: bool | None) -> None:
 
 
 def squared_gradient_norms(optimizer: Optimizer, ranks: int) -> Tensor:
-    """Compute this rank's part of the squared L2 norm of each parameter group's gradients; summed over ranks, they are whole.
+    """Compute this rank's part of the squared L2 norm of each parameter group's gradients; the parts add up.
 
-    A shard contributes its own squared norm. A gradient that several ranks hold, as all of them do without sharding, is
-    divided by their number. Needs no communication and no synchronization with the device.
+    A shard contributes its own squared norm. A gradient that several ranks hold, as all of them do without
+    sharding, is divided by their number. Needs no communication and no synchronization with the device.
 
     Args:
         optimizer: The optimizer after backward.

@@ -1,8 +1,10 @@
 """Checks of GateRAModule's own settings, by themselves and against the model."""
 
+import torch
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.probes import isolates_packed_sequences
@@ -24,7 +26,8 @@ def module_problems(
         gate = adapter.gate.to_dict()
         problems.append(
             f"backbone.compile: true, with adapter.gate.skip_below {gate['skip_below']} and merge_above "
-            f"{gate['merge_above']}, whose matmuls have as many rows as there are saturated gates; accepted: false, or 0 and 1"
+            f"{gate['merge_above']}, whose matmuls have as many rows as there are saturated gates; "
+            "accepted: false, or 0 and 1"
         )
     if warm_start is not None:
         problems += _warm_start_problems(warm_start, adapter)
@@ -49,9 +52,17 @@ def _warm_start_problems(folder: str, adapter: AdapterConfig) -> list[str]:
 
 
 def check_packing(model: PreTrainedModel, backbone: BackboneConfig) -> None:
-    """Raise ConfigError if the model cannot isolate packed sequences; a collective if the model is sharded."""
+    """Raise ConfigError if the model cannot isolate packed sequences; a collective if it is sharded."""
     if not isolates_packed_sequences(model):
         raise ConfigError(
             f"data.packing: true, but packed sequences influence each other in {type(model).__name__} with "
             f"backbone.attn_implementation {backbone.attn_implementation}; accepted: false"
         )
+
+
+def check_adapter_parameters(model: PreTrainedModel, adapter: AdapterConfig) -> None:
+    """Raise RuntimeError if somebody has frozen or cast a parameter of the adapter."""
+    expected = getattr(torch, adapter.adapter_dtype)
+    for name, parameter in adapter_parameters(model).items():
+        if parameter.dtype != expected or not parameter.requires_grad:
+            raise RuntimeError(f"{name} should be trainable in {expected}, but is {parameter.dtype}")

@@ -19,18 +19,21 @@ class StepTotals:
         """Add one micro-batch.
 
         Raises:
-            RuntimeError: If its terms are not those of the micro-batch before it. Ranks add their terms by position.
+            RuntimeError: If its terms are not those of the micro-batch before it. Ranks add their terms by
+                position.
         """
         if self._weights and self._weights.keys() != found.weights.keys():
             raise RuntimeError(
-                f"the objectives returned the terms {list(found.weights)}, and {list(self._weights)} for an earlier "
-                "micro-batch; return every term for every micro-batch, with a total of 0 if it has no elements"
+                f"the objectives returned the terms {list(found.weights)}, and {list(self._weights)} for an "
+                "earlier micro-batch; return every term every time, with a total of 0 if it has no elements"
             )
         values = torch.stack(list(found.values.values()))
         self._sums = values if self._sums is None else self._sums.to(values.device) + values
         self._weights = found.weights
 
-    def reduce(self, squares: Tensor, add_ranks: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def reduce(
+        self, squares: Tensor, add_ranks: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Sum the step over ranks, in one communication.
 
         Args:

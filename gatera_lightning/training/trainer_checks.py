@@ -1,23 +1,26 @@
 """Checks of trainer settings under which training would silently compute something else.
 
-The command line applies them to parsed settings, before it builds a Trainer; GateRAModule applies them to the Trainer it runs in,
-whoever built it. Each check returns messages that name the setting, its value and what is accepted; an empty list means no problem.
+The command line applies them to parsed settings, before it builds a Trainer; GateRAModule applies them to the
+Trainer it runs in, whoever built it. Each check returns messages that name the setting, its value and what is
+accepted; an empty list means no problem.
 """
 
 from datetime import timedelta
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.compatibility.lightning_internals import uses_distributed_sampler, validates_by_time
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig
 
 _TIMED_VALIDATION = (
-    "trainer.val_check_interval: a time, which elapses at a different step on every rank and in a resumed run; accepted: "
-    "a number of micro-batches, or a fraction of an epoch"
+    "trainer.val_check_interval: a time, which elapses at a different step on every rank and in a resumed "
+    "run; accepted: a number of micro-batches, or a fraction of an epoch"
 )
 
 
@@ -38,6 +41,17 @@ def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig) -> N
     problems += strategy_problems(trainer.strategy)
     if problems:
         raise ConfigError(problems)
+
+
+def prepare_trainer(trainer: L.Trainer) -> None:
+    """Let a Trainer write checkpoints atomically, and evaluate sharded weights outside inference mode."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    if isinstance(trainer.strategy, AdapterShardingStrategy):
+        # FSDP2 keeps the buffers that it gathers into. Created in inference mode, they could not be trained
+        # through later, and a single shard could not be gathered at all.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
 
 
 def precision_problems(precision: Any) -> list[str]:
@@ -64,10 +78,12 @@ def validation_interval_problems(interval: Any) -> list[str]:
 
 
 def sampler_problems(use_distributed_sampler: bool) -> list[str]:
-    """Reject Lightning's distributed sampler: the data module already gives every rank its own micro-batches."""
+    """Reject Lightning's distributed sampler: the data module already divides the data among ranks."""
     if not use_distributed_sampler:
         return []
-    return ["trainer.use_distributed_sampler: true would divide the batch schedule a second time; accepted: false"]
+    return [
+        "trainer.use_distributed_sampler: true would divide the batch schedule a second time; accepted: false"
+    ]
 
 
 def strategy_problems(strategy: Any) -> list[str]:
@@ -80,8 +96,8 @@ def strategy_problems(strategy: Any) -> list[str]:
     accepted = "accepted: auto, ddp, or --config overlays/fsdp.yaml (FSDP2, AdapterShardingStrategy)"
     if name.startswith("fsdp") or isinstance(strategy, FSDPStrategy):
         return [
-            f"trainer.strategy: {name!r} is FSDP1, which cannot clip by norm and reserves gradient memory for frozen "
-            f"weights; {accepted}"
+            f"trainer.strategy: {name!r} is FSDP1, which cannot clip by norm and reserves gradient memory "
+            f"for frozen weights; {accepted}"
         ]
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, AdapterShardingStrategy):
         return [f"trainer.strategy: {name!r} does not know which layers to shard; {accepted}"]
@@ -93,6 +109,6 @@ def sharded_decoding_problems(strategy: Any, decoding: DecodingConfig) -> list[s
     if not (isinstance(strategy, AdapterShardingStrategy) and decoding.uses_gate_thresholds):
         return []
     return [
-        f"model.decoding.skip_below: {decoding.skip_below}, merge_above: {decoding.merge_above}, with sharded weights, "
-        "which cannot be merged; accepted: 0 and 1, or trainer.strategy auto or ddp"
+        f"model.decoding.skip_below: {decoding.skip_below}, merge_above: {decoding.merge_above}, with "
+        "sharded weights, which cannot be merged; accepted: 0 and 1, or trainer.strategy auto or ddp"
     ]

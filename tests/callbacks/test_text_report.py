@@ -91,7 +91,7 @@ def asked(monkeypatch, tiny_backbone):
             [ids + [batch["eos_id"]] + [batch["pad_id"]] * (width - 1 - len(ids)) for ids in said]
         )
 
-    monkeypatch.setattr("gatera_lightning.training.module.generate", generate)
+    monkeypatch.setattr("gatera_lightning.training.evaluation_steps.generate", generate)
     return seen
 
 
