@@ -5,10 +5,10 @@ from gatera_lightning import adapter_parameters
 
 
 @pytest.fixture(scope="session")
-def randomise():
-    """A function that moves every adapter parameter away from its start, so that B, gates and magnitudes matter."""
+def randomize():
+    """Return a function that perturbs every adapter parameter, so that B, gates and magnitudes have an effect."""
 
-    def move(module, seed=3, size=0.5):
+    def perturb(module, seed=3, size=0.5):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in adapter_parameters(module).values():
@@ -16,4 +16,4 @@ def randomise():
                 parameter.add_((size * noise).to(parameter.dtype))
         return module
 
-    return move
+    return perturb

@@ -11,11 +11,11 @@ from gatera_lightning.adapters.lookup import adapted_linears
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]
 
 
-def _adapted(tiny_llama, randomise, gate="token", dtype="float32", update="hira"):
+def _adapted(tiny_llama, randomize, gate="token", dtype="float32", update="hira"):
     model = tiny_llama(getattr(torch, dtype), initializer_range=0.2)
     config = AdapterConfig(update=update, gate=gate, rank=3, target_modules=TARGETS, adapter_dtype=dtype)
     inject_adapters(model, config, torch.Generator().manual_seed(0))
-    return randomise(model)
+    return randomize(model)
 
 
 def _tokens(batch=2, length=5):
@@ -28,8 +28,8 @@ def _entropy(z):
 
 
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_logits_are_those_of_every_layer_in_order(tiny_llama, randomise, gate):
-    model, seen = _adapted(tiny_llama, randomise, gate), []
+def test_logits_are_those_of_every_layer_in_order(tiny_llama, randomize, gate):
+    model, seen = _adapted(tiny_llama, randomize, gate), []
     for name, layer in adapted_linears(model).items():
         layer.register_forward_pre_hook(
             lambda layer, args, name=name: seen.append((name, layer.gate, args[0]))
@@ -52,15 +52,15 @@ def test_logits_are_those_of_every_layer_in_order(tiny_llama, randomise, gate):
     assert all(torch.equal(mine, z) for mine, z in zip(stacked, record.logits, strict=True))
 
 
-def test_recording_changes_no_output(tiny_llama, randomise):
-    model, tokens = _adapted(tiny_llama, randomise), _tokens()
+def test_recording_changes_no_output(tiny_llama, randomize):
+    model, tokens = _adapted(tiny_llama, randomize), _tokens()
     expected = model(tokens).logits
     with record_gates(model):
         assert torch.equal(model(tokens).logits, expected)
 
 
-def test_nothing_is_recorded_outside_the_block(tiny_llama, randomise):
-    model = _adapted(tiny_llama, randomise)
+def test_nothing_is_recorded_outside_the_block(tiny_llama, randomize):
+    model = _adapted(tiny_llama, randomize)
     model(_tokens())
     with record_gates(model) as record:
         assert record.names == []
@@ -75,8 +75,8 @@ def test_nothing_is_recorded_outside_the_block(tiny_llama, randomise):
     assert (len(record.names), len(second.names)) == (16, 8)
 
 
-def test_recordings_cannot_be_nested(tiny_llama, randomise):
-    model = _adapted(tiny_llama, randomise)
+def test_recordings_cannot_be_nested(tiny_llama, randomize):
+    model = _adapted(tiny_llama, randomize)
     with record_gates(model) as record:
         with pytest.raises(RuntimeError, match="nested"), record_gates(model):
             pass
@@ -87,22 +87,22 @@ def test_recordings_cannot_be_nested(tiny_llama, randomise):
     assert len(record.names) == 8
 
 
-def test_an_error_inside_the_block_ends_the_recording(tiny_llama, randomise):
-    model = _adapted(tiny_llama, randomise)
+def test_an_error_inside_the_block_ends_the_recording(tiny_llama, randomize):
+    model = _adapted(tiny_llama, randomize)
     with pytest.raises(KeyError), record_gates(model):
         raise KeyError("the step failed")
     assert all(layer.on_gate is None for layer in adapted_linears(model).values())
 
 
-def test_two_models_are_recorded_apart(tiny_llama, randomise):
-    first, second = _adapted(tiny_llama, randomise), _adapted(tiny_llama, randomise, "static")
+def test_two_models_are_recorded_apart(tiny_llama, randomize):
+    first, second = _adapted(tiny_llama, randomize), _adapted(tiny_llama, randomize, "static")
     with record_gates(first) as record, record_gates(second) as other:
         first(_tokens())
         assert (len(record.names), len(other.names)) == (8, 0)
 
 
-def test_without_gates_there_is_nothing_to_record(tiny_llama, randomise):
-    for model in (_adapted(tiny_llama, randomise, "none"), tiny_llama()):
+def test_without_gates_there_is_nothing_to_record(tiny_llama, randomize):
+    for model in (_adapted(tiny_llama, randomize, "none"), tiny_llama()):
         with record_gates(model) as record:
             model(_tokens())
         assert record.names == record.logits == []
@@ -122,8 +122,8 @@ def test_a_layer_that_saw_other_tokens_is_refused():
 
 
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_without_gradients_logits_are_recorded_without_a_graph(tiny_llama, randomise, gate):
-    model = _adapted(tiny_llama, randomise, gate)
+def test_without_gradients_logits_are_recorded_without_a_graph(tiny_llama, randomize, gate):
+    model = _adapted(tiny_llama, randomize, gate)
     with torch.no_grad(), record_gates(model) as record:
         model(_tokens())
     assert len(record.names) == 8
@@ -148,9 +148,9 @@ def _step(model):
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_checkpointing_keeps_the_gradient_of_the_entropy(tiny_llama, randomise, gate, update):
-    plain = _adapted(tiny_llama, randomise, gate, "float64", update).train()
-    checkpointed = _adapted(tiny_llama, randomise, gate, "float64", update).train()
+def test_checkpointing_keeps_the_gradient_of_the_entropy(tiny_llama, randomize, gate, update):
+    plain = _adapted(tiny_llama, randomize, gate, "float64", update).train()
+    checkpointed = _adapted(tiny_llama, randomize, gate, "float64", update).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     expected, _, once = _step(plain)
     actual, record, twice = _step(checkpointed)
@@ -161,8 +161,8 @@ def test_checkpointing_keeps_the_gradient_of_the_entropy(tiny_llama, randomise, 
         torch.testing.assert_close(actual[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_the_entropy_reaches_the_gates_and_through_the_inputs_the_layers_before(tiny_llama, randomise):
-    model = _adapted(tiny_llama, randomise, "token", "float64")
+def test_the_entropy_reaches_the_gates_and_through_the_inputs_the_layers_before(tiny_llama, randomize):
+    model = _adapted(tiny_llama, randomize, "token", "float64")
     with record_gates(model) as record:
         model(_tokens())
     _entropy(record.logits[-1]).backward()
@@ -173,8 +173,8 @@ def test_the_entropy_reaches_the_gates_and_through_the_inputs_the_layers_before(
 
 
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_frozen_gates_of_a_learning_adapter_can_be_recorded(tiny_llama, randomise, gate):
-    model = _adapted(tiny_llama, randomise, gate)
+def test_frozen_gates_of_a_learning_adapter_can_be_recorded(tiny_llama, randomize, gate):
+    model = _adapted(tiny_llama, randomize, gate)
     for layer in adapted_linears(model).values():
         layer.gate.requires_grad_(False)
     with record_gates(model) as record:
@@ -184,8 +184,8 @@ def test_frozen_gates_of_a_learning_adapter_can_be_recorded(tiny_llama, randomis
 
 @pytest.mark.parametrize("inputs_need_grad", [False, True])
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_reentrant_checkpointing_is_refused(tiny_llama, randomise, gate, inputs_need_grad):
-    model = _adapted(tiny_llama, randomise, gate).train()
+def test_reentrant_checkpointing_is_refused(tiny_llama, randomize, gate, inputs_need_grad):
+    model = _adapted(tiny_llama, randomize, gate).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     if inputs_need_grad:
         model.enable_input_require_grads()

@@ -13,7 +13,7 @@ UPDATES = ["lora", "dora", "hira"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def _adapted(tiny_llama, randomise, update, gate, dtype=torch.float32, **settings):
+def _adapted(tiny_llama, randomize, update, gate, dtype=torch.float32, **settings):
     model = tiny_llama(dtype, attention_bias=True, initializer_range=0.2)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -24,7 +24,7 @@ def _adapted(tiny_llama, randomise, update, gate, dtype=torch.float32, **setting
         settings["alpha"] = 6.0
     config = AdapterConfig(update=update, gate=gate, rank=4, target_modules=TARGETS, **settings)
     inject_adapters(model, config, generator)
-    return randomise(model, size=0.2).eval()
+    return randomize(model, size=0.2).eval()
 
 
 def _logits(model):
@@ -35,9 +35,9 @@ def _logits(model):
 @pytest.mark.parametrize("kind", ["float32", "float64"])
 @pytest.mark.parametrize("gate", ["none", "static"])
 @pytest.mark.parametrize("update", UPDATES)
-def test_the_merged_model_equals_the_adapted_one(tiny_llama, randomise, update, gate, kind):
+def test_the_merged_model_equals_the_adapted_one(tiny_llama, randomize, update, gate, kind):
     dtype = getattr(torch, kind)
-    model = _adapted(tiny_llama, randomise, update, gate, dtype, adapter_dtype=kind, gate_bias=-0.5)
+    model = _adapted(tiny_llama, randomize, update, gate, dtype, adapter_dtype=kind, gate_bias=-0.5)
     backbone = tiny_llama(dtype, attention_bias=True, initializer_range=0.2)
     expected, names = _logits(model), set(dict(backbone.named_parameters()))
     assert (expected - _logits(backbone)).abs().max() > 0.1
@@ -56,14 +56,14 @@ def test_the_merged_model_equals_the_adapted_one(tiny_llama, randomise, update, 
 
 @pytest.mark.parametrize("gate", ["none", "static"])
 @pytest.mark.parametrize("update", UPDATES)
-def test_the_merged_weight_is_the_dense_formula(randomise, update, gate):
+def test_the_merged_weight_is_the_dense_formula(randomize, update, gate):
     base = nn.Linear(7, 13).double()
     model = nn.Sequential(base)
     w0, bias = base.weight.detach().clone(), base.bias.detach().clone()
     alpha = None if update == "hira" else 6.0
     settings = {"update": update, "gate": gate, "rank": 3, "alpha": alpha, "adapter_dtype": "float64"}
     inject_adapters(model, AdapterConfig(target_modules=["0"], **settings))
-    randomise(model)
+    randomize(model)
     p = {name: value.detach() for name, value in model[0].adapter_params().items()}
     merge_adapter(model)
     ba, g = p["update.b"] @ p["update.a"], torch.sigmoid(p["gate.bias"]) if gate == "static" else 1
@@ -75,8 +75,8 @@ def test_the_merged_weight_is_the_dense_formula(randomise, update, gate):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_a_token_gate_is_refused_with_the_reason(tiny_llama, randomise, update):
-    model = _adapted(tiny_llama, randomise, update, "token")
+def test_a_token_gate_is_refused_with_the_reason(tiny_llama, randomize, update):
+    model = _adapted(tiny_llama, randomize, update, "token")
     before, modules = _logits(model), [id(module) for module in model.modules()]
     with pytest.raises(
         ValueError, match="q_proj has a 'token' gate, whose weight differs from token to token"
@@ -92,8 +92,8 @@ def test_a_model_without_adapter_is_refused(tiny_llama):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_merging_into_bfloat16_warns_and_rounds_once(tiny_llama, randomise, update):
-    model = _adapted(tiny_llama, randomise, update, "static", torch.bfloat16)
+def test_merging_into_bfloat16_warns_and_rounds_once(tiny_llama, randomize, update):
+    model = _adapted(tiny_llama, randomize, update, "static", torch.bfloat16)
     layer = model.model.layers[1].mlp.up_proj
     expected = layer.weight.float() + torch.sigmoid(layer.gate.bias) * layer.update.delta_weight(layer.weight)
     with pytest.warns(UserWarning, match="16-bit weights"):

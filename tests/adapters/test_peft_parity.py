@@ -31,7 +31,7 @@ def _peft_params(layer):
     return found
 
 
-def _pair(tiny_llama, randomise, update):
+def _pair(tiny_llama, randomize, update):
     """One adapted Llama, twice: ours and PEFT's, with equal (random) parameters; and their layers in pairs."""
     backbone = tiny_llama(initializer_range=0.2, attention_bias=True)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def _pair(tiny_llama, randomise, update):
         target_modules=TARGETS,
     )
     inject_adapters(backbone, config)
-    ours = randomise(backbone, size=0.2).eval()
+    ours = randomize(backbone, size=0.2).eval()
     pairs = []
     for name, layer in adapted_linears(ours).items():
         params = _peft_params(theirs.get_submodule(f"base_model.model.{name}"))
@@ -69,8 +69,8 @@ def _loss(logits, tokens):
 
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
-def test_logits_and_gradients_equal_those_of_peft(tiny_llama, randomise, update):
-    ours, theirs, pairs = _pair(tiny_llama, randomise, update)
+def test_logits_and_gradients_equal_those_of_peft(tiny_llama, randomize, update):
+    ours, theirs, pairs = _pair(tiny_llama, randomize, update)
     tokens = _tokens()
     our_logits, their_logits = ours(tokens).logits, theirs(tokens).logits
     torch.testing.assert_close(our_logits, their_logits, **SIMILAR)
@@ -88,8 +88,8 @@ def test_logits_and_gradients_equal_those_of_peft(tiny_llama, randomise, update)
 
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
-def test_merged_models_equal_each_other_and_the_unmerged_one(tiny_llama, randomise, update):
-    ours, theirs, _ = _pair(tiny_llama, randomise, update)
+def test_merged_models_equal_each_other_and_the_unmerged_one(tiny_llama, randomize, update):
+    ours, theirs, _ = _pair(tiny_llama, randomize, update)
     tokens = _tokens()
     with torch.no_grad():
         unmerged = ours(tokens).logits

@@ -68,9 +68,9 @@ def _refusal(model, folder, error=AdapterFileError):
 
 
 @pytest.fixture
-def folder(tiny_llama, randomise, tmp_path):
+def folder(tiny_llama, randomize, tmp_path):
     """A saved GateRA adapter of the tiny Llama of seed 0."""
-    return save_adapter(randomise(_adapted(tiny_llama())), tmp_path / "adapter")
+    return save_adapter(randomize(_adapted(tiny_llama())), tmp_path / "adapter")
 
 
 @pytest.fixture(params=["adapted", "plain"])
@@ -88,8 +88,8 @@ def _edit(folder, change):
 
 @pytest.mark.parametrize("start", ["plain", "adapted"])
 @pytest.mark.parametrize(("update", "gate"), METHODS)
-def test_what_is_saved_comes_back_bit_by_bit(tiny_llama, randomise, tmp_path, update, gate, start):
-    saved = randomise(_adapted(tiny_llama(), update, gate))
+def test_what_is_saved_comes_back_bit_by_bit(tiny_llama, randomize, tmp_path, update, gate, start):
+    saved = randomize(_adapted(tiny_llama(), update, gate))
     assert save_adapter(saved, tmp_path / "new" / "adapter") == tmp_path / "new" / "adapter"
     loaded = tiny_llama() if start == "plain" else _adapted(tiny_llama(), update, gate, seed=9)
     assert not torch.equal(_logits(loaded), _logits(saved))
@@ -102,9 +102,9 @@ def test_what_is_saved_comes_back_bit_by_bit(tiny_llama, randomise, tmp_path, up
 
 
 @pytest.mark.parametrize(("backbone", "adapter"), [("float64", "float64"), ("bfloat16", "float32")])
-def test_other_dtypes_come_back_bit_by_bit(tiny_llama, randomise, tmp_path, backbone, adapter):
+def test_other_dtypes_come_back_bit_by_bit(tiny_llama, randomize, tmp_path, backbone, adapter):
     dtype = getattr(torch, backbone)
-    saved = randomise(_adapted(tiny_llama(dtype), adapter_dtype=adapter))
+    saved = randomize(_adapted(tiny_llama(dtype), adapter_dtype=adapter))
     loaded = tiny_llama(dtype)
     load_adapter(loaded, save_adapter(saved, tmp_path))
     for name, value in adapter_parameters(saved).items():
@@ -179,8 +179,8 @@ def test_nothing_is_pickled(folder, tiny_llama, monkeypatch):
     load_adapter(model, folder)
 
 
-def test_saving_replaces_an_older_adapter(folder, tiny_llama, randomise):
-    newer = randomise(_adapted(tiny_llama(), "lora", "none"), seed=8)
+def test_saving_replaces_an_older_adapter(folder, tiny_llama, randomize):
+    newer = randomize(_adapted(tiny_llama(), "lora", "none"), seed=8)
     save_adapter(newer, folder)
     assert len(list(folder.iterdir())) == 2
     loaded = tiny_llama()
@@ -188,7 +188,7 @@ def test_saving_replaces_an_older_adapter(folder, tiny_llama, randomise):
     assert torch.equal(_logits(loaded), _logits(newer))
 
 
-def test_a_save_that_fails_leaves_the_older_adapter_whole(folder, tiny_llama, randomise, monkeypatch):
+def test_a_save_that_fails_leaves_the_older_adapter_whole(folder, tiny_llama, randomize, monkeypatch):
     def disk_full(tensors, path, metadata):
         path.write_bytes(b"half a fi")
         raise OSError("no space left on device")
@@ -196,7 +196,7 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(folder, tiny_llama, ra
     older = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(files, "save_file", disk_full)
     with pytest.raises(OSError, match="no space"):
-        save_adapter(randomise(_adapted(tiny_llama()), seed=8), folder)
+        save_adapter(randomize(_adapted(tiny_llama()), seed=8), folder)
     assert {name: (folder / name).read_bytes() for name in older} == older
     load_adapter(tiny_llama(), folder)
 
@@ -359,8 +359,8 @@ def test_one_surplus_or_missing_tensor_is_refused(folder, model, tmp_path):
     )
 
 
-def test_the_same_checkpoint_in_float32_takes_an_adapter_of_bfloat16(tiny_llama, randomise, tmp_path):
-    save_adapter(randomise(_adapted(tiny_llama(torch.bfloat16))), tmp_path)
+def test_the_same_checkpoint_in_float32_takes_an_adapter_of_bfloat16(tiny_llama, randomize, tmp_path):
+    save_adapter(randomize(_adapted(tiny_llama(torch.bfloat16))), tmp_path)
     upcast = tiny_llama(torch.bfloat16).float()
     load_adapter(upcast, tmp_path)
     shutil.rmtree(tmp_path)
@@ -391,8 +391,8 @@ def test_the_fingerprint_of_a_backbone_belongs_to_names_and_not_to_their_order()
 
 
 def test_an_adapter_keeps_the_fingerprint_of_its_backbone_while_it_learns(
-    folder, tiny_llama, randomise, tmp_path
+    folder, tiny_llama, randomize, tmp_path
 ):
-    model = randomise(_adapted(tiny_llama()), seed=8)
+    model = randomize(_adapted(tiny_llama()), seed=8)
     save_adapter(model, tmp_path / "later")
     assert files.read_adapter_config(tmp_path / "later")[1] == files.read_adapter_config(folder)[1]

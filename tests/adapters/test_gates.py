@@ -1,0 +1,90 @@
+"""Gates: initial values, logits, values and registration."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from adapted_layers import GATE_NAMES
+
+from gatera_lightning.adapters.gates import (
+    GATES,
+    GateValues,
+    NoGateConfig,
+    StaticGateConfig,
+    TokenGate,
+    TokenGateConfig,
+    describe_gates,
+    register_gate,
+)
+
+PLACE = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+def test_no_gate_has_no_module():
+    assert NoGateConfig().build(7, **PLACE) is None
+
+
+def test_static_gate_starts_at_bias_for_every_token():
+    gate = StaticGateConfig(bias=-2.0).build(7, **PLACE)
+    x = torch.randn(2, 3, 7)
+    assert torch.equal(gate(x), torch.full((2, 3), -2.0, dtype=torch.float64))
+    assert torch.equal(gate.constant_value(), torch.sigmoid(torch.tensor([-2.0], dtype=torch.float64)))
+    assert not gate.depends_on_token
+    assert gate.linear_logit() is None
+
+
+def test_token_gate_starts_at_bias_and_depends_on_token():
+    gate = TokenGateConfig(bias=-2.0).build(7, **PLACE)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    assert torch.equal(gate(x), torch.full((2, 3), -2.0, dtype=torch.float64))
+    with torch.no_grad():
+        gate.weight.normal_()
+    torch.testing.assert_close(gate(x), x @ gate.weight - 2)
+    assert gate.depends_on_token
+    with pytest.raises(NotImplementedError, match="TokenGate has no constant value"):
+        gate.constant_value()
+
+
+def test_linear_logit_is_offered_only_by_token_gate_itself():
+    gate = TokenGateConfig(bias=0.5).build(7, **PLACE)
+    weight, bias = gate.linear_logit()
+    assert torch.equal(weight, gate.weight)
+    assert bias == 0.5
+
+    class Negated(TokenGate):
+        def forward(self, x, base_out=None, update_out=None):
+            return -super().forward(x)
+
+    assert Negated(7, bias=0.5, **PLACE).linear_logit() is None
+
+
+def test_values_carry_thresholds():
+    gate = TokenGateConfig(skip_below=0.1, merge_above=0.9).build(7, **PLACE)
+    values = gate.values(torch.zeros(3))
+    assert torch.equal(values.values, torch.full((3,), 0.5))
+    assert values[1:] == (0.1, 0.9)
+    assert values.has_thresholds
+    gate.set_thresholds(0.0, 1.0)
+    assert not gate.values(torch.zeros(3)).has_thresholds
+    assert not GateValues(torch.zeros(3)).has_thresholds
+
+
+def test_only_token_gate_has_thresholds():
+    assert TokenGateConfig(skip_below=0.1).has_thresholds
+    assert not TokenGateConfig().has_thresholds
+    assert (StaticGateConfig().thresholds, NoGateConfig().thresholds) == ((0.0, 1.0), (0.0, 1.0))
+
+
+def test_descriptions_list_every_gate():
+    assert tuple(GATES) == GATE_NAMES
+    assert all(f"{kind} = {config.formula}" in describe_gates() for kind, config in GATES.items())
+
+
+def test_register_gate_rejects_taken_name():
+    @dataclass
+    class Other(StaticGateConfig):
+        pass
+
+    with pytest.raises(ValueError, match="a gate named 'static' is already registered: StaticGateConfig"):
+        register_gate(Other)
+    assert GATES["static"] is StaticGateConfig
