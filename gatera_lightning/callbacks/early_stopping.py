@@ -1,4 +1,4 @@
-"""Early stopping that a config can leave off."""
+"""Early stopping that a config can turn off."""
 
 from typing import Any, Literal
 
@@ -6,11 +6,15 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 from typing_extensions import override
 
-from gatera_lightning.callbacks.adapter_checkpoint import better
+from gatera_lightning.callbacks.adapter_checkpoint import default_mode
 
 
 class OptionalEarlyStopping(EarlyStopping):
-    """Lightning's EarlyStopping, off while ``patience`` is null."""
+    """End training when validation stops improving; off while ``patience`` is null.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[OptionalEarlyStopping(patience=3)])
+    """
 
     def __init__(
         self,
@@ -19,25 +23,32 @@ class OptionalEarlyStopping(EarlyStopping):
         mode: Literal["min", "max"] | None = None,
         min_delta: float = 0.0,
     ) -> None:
-        """End training when validation no longer gets better.
+        """End training when validation stops improving.
 
         Args:
-            patience: Validations without improvement after which training ends; null never ends it.
-            monitor: Logged value that should improve: val/loss, or val/accuracy_per_token with data.rank_validation.
-            mode: min or max of the monitored value; null: max for an accuracy, else min.
-            min_delta: What counts as an improvement.
+            patience: Number of validations without improvement after which training ends; null never ends it.
+                A small number saves time, but may stop at a temporary plateau.
+            monitor: Logged value that should improve: val/loss, or val/accuracy_per_token if
+                data.rank_validation is true.
+            mode: min or max, the direction in which the monitored value improves; null means max for an
+                accuracy and min for everything else.
+            min_delta: Smallest change that counts as an improvement.
+
+        Raises:
+            ValueError: ``patience`` is less than 1.
         """
         if patience is not None and patience < 1:
             raise ValueError(
                 f"early_stopping.patience: {patience}; accepted: null, or an integer of at least 1"
             )
         self._on = patience is not None
-        # After each validation: Lightning would guess, and take val_check_interval 1 (every step) for 1.0 (every epoch).
         super().__init__(
             monitor=monitor,
-            mode=mode or better(monitor),
+            mode=mode or default_mode(monitor),
             patience=patience or 1,
             min_delta=min_delta,
+            # Check after each validation. Otherwise Lightning guesses, and confuses val_check_interval 1
+            # (every step) with 1.0 (every epoch).
             check_on_train_epoch_end=False,
         )
 
@@ -47,7 +58,7 @@ class OptionalEarlyStopping(EarlyStopping):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._on and state_dict:  # what was waited for so far; how long to wait is this run's setting
+        if self._on and state_dict:  # restore how long the run has waited, but keep this run's patience
             super().load_state_dict(state_dict | {"patience": self.patience})
 
     @override

@@ -1,31 +1,27 @@
-"""Evaluation on disk: predictions as they come, then a table to read and JSON to keep."""
+"""The results of an evaluation: predictions on disk as they are computed, then a table and a summary file."""
 
-import importlib.metadata
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 from typing_extensions import override
 
-from gatera_lightning.adapters.identity import adapter_identity, backbone_identity
 from gatera_lightning.backbone.source import expand_path
+from gatera_lightning.callbacks.evaluation_record import evaluation_identity, evaluation_record
+from gatera_lightning.callbacks.text_scoring import score_texts
 from gatera_lightning.checkpointing.atomic_files import write_text
-from gatera_lightning.datamodules.tokenization.cache import data_hash
 from gatera_lightning.distributed.gather import gather_objects
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.evaluation.identity import FORMAT_VERSION, IDENTITY_FILE, check_identity
+from gatera_lightning.evaluation.identity import IDENTITY_FILE, check_identity
 from gatera_lightning.evaluation.likelihood_ranking import ranked_questions
 from gatera_lightning.evaluation.prediction_files import (
     PREDICTIONS_FILE,
@@ -43,36 +39,40 @@ from gatera_lightning.evaluation.predictions import (
 )
 from gatera_lightning.evaluation.results import SUMMARY_FILE, EvaluationResult
 from gatera_lightning.evaluation.results_table import print_results
-from gatera_lightning.evaluation.text_metrics import (
-    EXAMPLE_METRICS,
-    ExampleScores,
-    bert_layer_problem,
-    corpus_metrics,
-    example_scores,
-)
+from gatera_lightning.evaluation.text_metrics import bert_layer_problem
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("gatera-lightning", "torch", "lightning", "transformers")
-
 
 class EvaluationReport(L.Callback):
-    """Writes ``predictions.jsonl`` (a line a question), and after ``test`` prints a table and writes ``test_results.json``.
+    """Write ``predictions.jsonl`` with one line per example; after ``test``, also print and save the results.
 
-    Every batch is on disk when it is computed. Given a ``folder``, a run that was killed goes on where it stopped, on
-    any number of processes, and ends with the same files. ``result`` keeps the last one for whoever runs the Trainer.
+    The table of results is printed, and its numbers go to ``test_results.json``. Every batch of predictions
+    is written to disk as soon as it is computed. With a ``folder``, an evaluation that was killed continues
+    where it stopped, on any number of ranks, and ends with the same files. ``result`` holds the last result.
+
+    Example:
+        >>> report = EvaluationReport("results/arc")
+        >>> Trainer(callbacks=[report]).test(module, datamodule=data)
+        >>> report.result.average("per_token")
     """
 
     def __init__(
         self, folder: str | None = None, bert_model: str = "roberta-large", bert_layer: int = 17
     ) -> None:
-        """Where predictions go, and whether earlier ones are kept.
+        """Write predictions and results.
 
         Args:
-            folder: Folder of the evaluation; what it holds is not computed again. null: the run's log folder, anew.
-            bert_model: The model of BERTScore, a hub id that was downloaded before, or a folder; without it the metric is
-                skipped, and the report says so.
-            bert_layer: The layer of it that is compared; 17 is its authors' choice for roberta-large.
+            folder: Folder of the evaluation. Predictions that are already there are not computed again,
+                unless they belong to another model or other data, which is an error. null uses the run's log
+                folder and computes everything again.
+            bert_model: The model of BERTScore: a hub id that is already downloaded, or a folder. If it is
+                missing, the metric is skipped with a remark in the results.
+            bert_layer: The layer of bert_model whose outputs are compared. 17 is the choice of BERTScore's
+                authors for roberta-large; another model needs another layer.
+
+        Raises:
+            ValueError: ``bert_layer`` is less than 1.
         """
         if bert_layer < 1:
             raise ValueError(f"evaluation.bert_layer: {bert_layer}; accepted: an integer of at least 1")
@@ -83,16 +83,15 @@ class EvaluationReport(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Tell the data what need not be computed again; before the loaders are built."""
+        """Read earlier predictions, and make the data module skip their examples in the loaders it builds."""
         if stage not in ("test", "predict"):
             return
-        log_folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a broadcast: every rank asks
+        log_folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: all ranks read it
         self._path = Path(log_folder if self.folder is None else expand_path(self.folder))
         if trainer.is_global_zero:
             self._path.mkdir(parents=True, exist_ok=True)
-            if (
-                self.folder is None and (self._path / IDENTITY_FILE).is_file()
-            ):  # else the files are not ours to drop
+            # Without an identity file, the files there do not come from an evaluation: do not delete them.
+            if self.folder is None and (self._path / IDENTITY_FILE).is_file():
                 delete_predictions(self._path)
         trainer.strategy.barrier()
         self._records: Records = {}
@@ -100,26 +99,16 @@ class EvaluationReport(L.Callback):
             self._records |= records
         self._resumed = frozenset(self._records)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.skip_answered({kind: {row for k, row in self._records if k == kind} for kind in data.answered})
+        data.skip_answered(
+            {kind: {example for k, example in self._records if k == kind} for kind in data.answered}
+        )
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse to mix evaluations; before the first forward."""
-        module, data = _parts(trainer, pl_module)
-        self._identity = {
-            "format": FORMAT_VERSION,
-            "backbone": backbone_identity(module.model),
-            "adapter": adapter_identity(module.model),
-            "method": {
-                name: getattr(module.adapter, name) for name in ("update", "gate", "scale")
-            },  # in no tensor
-            "data": data_hash(data.tables["test"]),
-            "dtype": str(module.model.get_input_embeddings().weight.dtype).removeprefix(
-                "torch."
-            ),  # what auto came to
-            "attn_implementation": module.backbone.attn_implementation,
-            "decoding": asdict(module.decoding),
-        }
+        """Before the first forward, check that earlier predictions belong to the same evaluation."""
+        module: Any = pl_module
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._identity = evaluation_identity(module, data)
         if "generation" in data.evaluate_by and data.free_text:
             if problem := bert_layer_problem(self.bert_model, self.bert_layer):
                 raise ConfigError(f"evaluation.bert_layer: {problem}")
@@ -132,7 +121,7 @@ class EvaluationReport(L.Callback):
         elif trainer.is_global_zero:
             write_text(path, json.dumps(self._identity, indent=2) + "\n")
         if "generation" in data.evaluate_by and trainer.is_global_zero:
-            _warn_of_long_answers(data.tables["test"], module.decoding.max_new_tokens)
+            _warn_about_long_answers(data.tables["test"], module.decoding.max_new_tokens)
         trainer.strategy.barrier()
         self._part = PartFile(self._path, trainer.global_rank)
         self._started = time.perf_counter()
@@ -147,8 +136,8 @@ class EvaluationReport(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep one batch."""
-        _, data = _parts(trainer, pl_module)
+        """Write the predictions of one batch."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(outputs, Mapping)
         records: Records = {}
         if "generated" in outputs:
@@ -171,9 +160,9 @@ class EvaluationReport(L.Callback):
 
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge what every process found, then say it."""
+        """Merge the predictions of all ranks, then log, print and save the results."""
         seconds = time.perf_counter() - self._started
-        result = self._merge(trainer, pl_module)
+        result = self._merge(trainer)
         for measure in result.measures:
             name = "accuracy_generation" if measure == "generation" else f"accuracy_{measure}"
             pl_module.log(f"test/{name}", result.average(measure).value, rank_zero_only=True)
@@ -182,138 +171,91 @@ class EvaluationReport(L.Callback):
         for metric, value in result.text_metrics().items():
             pl_module.log(f"test/{metric}", value, rank_zero_only=True)
         if trainer.is_global_zero:
-            _, data = _parts(trainer, pl_module)
-            print_results(result, ranking=data.ranking)
-            stored = (
-                json.loads((self._path / SUMMARY_FILE).read_text()) if (self._path / SUMMARY_FILE).is_file() else {}
-            )
-            computed = len(self._records) - len(self._resumed)
-            about = (
-                stored  # the record of the run that computed the predictions, where this one only read them
-            )
-            if computed or not stored:
-                about = _about(trainer, *_parts(trainer, pl_module)) | {
-                    "identity": self._identity,
-                    "wall_seconds": seconds,
-                }
-                about |= {"resumed_predictions": len(self._resumed), "computed_predictions": computed}
-            write_text(
-                self._path / SUMMARY_FILE, json.dumps(about | result.summary(), indent=2, default=str) + "\n"
-            )
+            print_results(result, ranking=trainer.datamodule.ranking)  # type: ignore[attr-defined]
+            self._write_summary(trainer, pl_module, result, seconds)
             Console(soft_wrap=True).print(Text(f"every prediction: {self._path / PREDICTIONS_FILE}"))
 
     @override
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge what every process found."""
-        result = self._merge(trainer, pl_module)
+        """Merge the predictions of all ranks."""
+        result = self._merge(trainer)
         if trainer.is_global_zero:
-            Console(soft_wrap=True).print(
-                Text(f"{len(result.examples)} predictions: {self._path / PREDICTIONS_FILE}")
-            )
+            message = f"{len(result.examples)} predictions: {self._path / PREDICTIONS_FILE}"
+            Console(soft_wrap=True).print(Text(message))
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
 
-    def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> EvaluationResult:
-        """The rows of every process, on all of them; rank 0 writes the file. A collective.
+    def _merge(self, trainer: L.Trainer) -> EvaluationResult:
+        """Collect the predictions of all ranks on all ranks; rank 0 writes the file. A collective.
 
-        Raises RuntimeError when two processes predicted the same row.
+        Raises:
+            RuntimeError: Two ranks predicted the same example.
         """
         self._part.close()
         own = {key: record for key, record in self._records.items() if key not in self._resumed}
-        found: Records = {}
-        for records in gather_objects(own):  # the same on every rank, so that all raise or none
-            if twice := found.keys() & records.keys():
+        computed: Records = {}
+        for records in gather_objects(own):  # the same on every rank, so that all ranks raise or none
+            if twice := computed.keys() & records.keys():
                 raise RuntimeError(
-                    f"{len(twice)} rows were predicted by two processes, {min(twice)} among them"
+                    f"{len(twice)} examples were predicted by two ranks, {min(twice)} among them"
                 )
-            found |= records
-        self._records |= found
-        _, data = _parts(trainer, pl_module)
+            computed |= records
+        self._records |= computed
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         table = data.tables["test"]
-        rows = []
-        for question in table.select_columns(["task", "example", "key", "gold"]):
-            keys = {kind: (kind, question["example"]) for kind in data.answered}
+        examples = []
+        for example in table.select_columns(["task", "example", "key", "gold"]):
+            keys = {kind: (kind, example["example"]) for kind in data.answered}
             found = {kind: self._records[key] for kind, key in keys.items() if key in self._records}
             if found:
-                rows.append(question | found)
-        rows.sort(key=lambda row: (row["task"], row["example"]))
-        skipped = self._compare_texts(trainer, [row["generation"] for row in rows if "generation" in row])
-        if trainer.is_global_zero:
-            write_predictions(self._path, rows)
-        trainer.strategy.barrier()
-        self.result = EvaluationResult(rows, len(table), skipped)
-        return self.result
-
-    def _compare_texts(self, trainer: L.Trainer, generations: list[dict[str, Any]]) -> dict[str, str]:
-        """Put ``scores`` beside every text with a reference, each process those of its share; what could not be and why.
-
-        What an earlier run found of all texts is kept, and what it lacked is tried again: a metric whose library has come since
-        costs no new generation, and one whose library is gone stays. A collective.
-        """
-        texts = [generation for generation in generations if "reference" in generation]
-        if not texts:
-            return {}
-        known = [name for name in EXAMPLE_METRICS if all(name in text.get("scores", ()) for text in texts)]
-        share = texts[trainer.global_rank :: trainer.world_size]
-        own = example_scores(
-            [text["text"] for text in share],
-            [text["reference"] for text in share],
-            known=known,
+                examples.append(example | found)
+        examples.sort(key=lambda example: (example["task"], example["example"]))
+        skipped = score_texts(
+            [example["generation"] for example in examples if "generation" in example],
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
             bert_model=self.bert_model,
             bert_layer=self.bert_layer,
         )
-        parts: list[ExampleScores] = gather_objects(own)
-        names = [name for name in EXAMPLE_METRICS if name in known or all(name in part.values for part in parts)]
-        for rank, part in enumerate(parts):
-            for number, text in enumerate(texts[rank :: len(parts)]):
-                text["scores"] = {
-                    name: text["scores"][name] if name in known else part.values[name][number]
-                    for name in names
-                }
-        skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
-        return skipped | corpus_metrics([], [])[1]
+        if trainer.is_global_zero:
+            write_predictions(self._path, examples)
+        trainer.strategy.barrier()
+        self.result = EvaluationResult(examples, len(table), skipped)
+        return self.result
+
+    def _write_summary(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, result: EvaluationResult, seconds: float
+    ) -> None:
+        path = self._path / SUMMARY_FILE
+        computed = len(self._records) - len(self._resumed)
+        # A run that only read predictions keeps the record of the run that computed them.
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        if computed or not record:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            record = evaluation_record(trainer, pl_module, data) | {
+                "identity": self._identity,
+                "wall_seconds": seconds,
+                "resumed_predictions": len(self._resumed),
+                "computed_predictions": computed,
+            }
+        write_text(path, json.dumps(record | result.summary(), indent=2, default=str) + "\n")
 
 
-def _parts(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, Any]:
-    return pl_module, trainer.datamodule  # type: ignore[attr-defined]
-
-
-def _about(trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
-    """What one needs to know to repeat an evaluation."""
-    return {
-        "model": {
-            "backbone": asdict(module.backbone),
-            "adapter": module.adapter.to_flat_dict(),
-            "decoding": asdict(module.decoding),
-            "adapter_from": _origin(trainer, module),
-        },
-        "data": dict(data.hparams),
-        "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
-
-
-def _warn_of_long_answers(table: Dataset, limit: int) -> None:
-    """An answer that cannot be finished cannot be right: say how many there are."""
+def _warn_about_long_answers(table: Dataset, limit: int) -> None:
+    """Warn about correct answers that are too long to be generated."""
     long = Counter(
-        row["task"]
-        for row in table.select_columns(["task", "answers", "gold"])
-        if len(row["answers"][row["gold"]]) > limit
+        example["task"]
+        for example in table.select_columns(["task", "answers", "gold"])
+        if len(example["answers"][example["gold"]]) > limit
     )
     if long:
         by_task = ", ".join(f"{task} {count}" for task, count in sorted(long.items()))
         log.warning(
-            "%d of %d right answers are longer than model.decoding.max_new_tokens %d and will be cut (%s)",
+            "%d of %d correct answers are longer than model.decoding.max_new_tokens %d and cannot be "
+            "generated completely (%s)",
             long.total(),
             len(table),
             limit,
             by_task,
         )
-
-
-def _origin(trainer: L.Trainer, module: Any) -> str:
-    """Where the adapter's values come from."""
-    if trainer.ckpt_path:
-        return str(trainer.ckpt_path)
-    return "this run" if trainer.global_step else module.warm_start or "untrained"

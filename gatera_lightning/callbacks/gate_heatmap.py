@@ -1,4 +1,4 @@
-"""Heatmaps of the same few texts as training goes on: which tokens, in which layers, are adapted."""
+"""Heatmaps of the gates on a few fixed texts during training."""
 
 import logging
 from typing import Any
@@ -19,19 +19,33 @@ log = logging.getLogger(__name__)
 
 
 class GateHeatmap(L.Callback):
-    """TensorBoard images ``gate_heatmap/<number>``, layer × token, of probe texts: at the first step, every so many, the last.
+    """Log layer × token heatmaps of the gates on fixed texts to TensorBoard, as ``gate_heatmap/<number>``.
 
-    One forward a text, without dropout, so nothing in training changes by it. A sharded model takes part on every process.
-    With a logger other than TensorBoard the pictures are skipped, with one line, and so is a text longer than the model's
-    context; without token gates there is nothing to do.
+    Heatmaps are drawn at the first step, every ``every_n_steps`` steps, and at the last step. Each text takes
+    one forward pass without dropout, so training does not change. With a sharded model, every rank takes
+    part.
+
+    With a logger other than TensorBoard there are no heatmaps, and one warning says so. A text longer than
+    the model's context is skipped with a warning. Without token gates the callback does nothing.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[GateHeatmap(texts=["Question: What do bees make?\\nAnswer: honey"])])
     """
 
-    def __init__(self, every_n_steps: int = 100, texts: list[str] = list(EXAMPLE_TEXTS)) -> None:  # noqa: B006  # never changed
-        """Draw the gates.
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        texts: list[str] = list(EXAMPLE_TEXTS),  # noqa: B006  # never mutated
+    ) -> None:
+        """Draw heatmaps of the gates.
 
         Args:
-            every_n_steps: Optimizer steps between two pictures; 0 switches them off.
-            texts: What to look at.
+            every_n_steps: Optimizer steps between two heatmaps; 0 turns them off. Each heatmap costs one
+                forward pass and one drawing for every text.
+            texts: The texts whose gates are drawn.
+
+        Raises:
+            ValueError: ``every_n_steps`` is negative, or a text is empty.
         """
         if every_n_steps < 0:
             raise ValueError(
@@ -43,7 +57,7 @@ class GateHeatmap(L.Callback):
         self.texts = texts
         self._probes: list[ProbeText] = []
         self._labels: list[list[str]] = []
-        self._drawn = 0
+        self._drawn_step = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -51,11 +65,11 @@ class GateHeatmap(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
         self._probes, self._labels = [], []
-        self._drawn = trainer.global_step  # where a run goes on, the run before has drawn this step
+        self._drawn_step = trainer.global_step  # a run that is resumed here has already drawn this step
         if not self.every_n_steps or tokenizer is None or not has_token_gates(module.model):
             return
         if not tensorboard_loggers(
-            trainer, missing="gate heatmaps need the TensorBoard logger: skipping the pictures"
+            trainer, missing="gate heatmaps need the TensorBoard logger: no heatmaps are drawn"
         ):
             return
         limit = context_length(module.model.config)
@@ -64,10 +78,13 @@ class GateHeatmap(L.Callback):
             if limit is not None and len(ids) > limit:
                 if trainer.is_global_zero:
                     log.warning(
-                        "gate heatmaps: left out %.40r…, %d tokens of at most %d", text, len(ids), limit
+                        "gate heatmaps: skipped the text %.40r…: %d tokens, but the model accepts at most %d",
+                        text,
+                        len(ids),
+                        limit,
                     )
                 continue
-            self._probes.append(ProbeText(text, ids, len(ids)))
+            self._probes.append(ProbeText(text, ids, prompt_length=len(ids)))
             self._labels.append(token_labels(tokenizer, ids))
 
     @override
@@ -84,19 +101,16 @@ class GateHeatmap(L.Callback):
 
     def _draw(self, trainer: L.Trainer, module: Any) -> None:
         step = trainer.global_step
-        if not self._probes or step == self._drawn:
+        if not self._probes or step == self._drawn_step:
             return
-        self._drawn = step
-        reading = profile_gates(
-            module.model, self._probes
-        )  # every process of a sharded model has to take part
+        self._drawn_step = step
+        profile = profile_gates(module.model, self._probes)  # on every rank, for a sharded model
         if not trainer.is_global_zero:
             return
         for number, (probe, gates, labels) in enumerate(
-            zip(self._probes, reading.gates, self._labels, strict=True), 1
+            zip(self._probes, profile.gates, self._labels, strict=True), 1
         ):
-            picture = draw_pixels(
-                draw_heatmap(reading.modules, gates, labels, probe.prompt_length, f"step {step}")
-            )
+            figure = draw_heatmap(profile.modules, gates, labels, probe.prompt_length, f"step {step}")
+            picture = draw_pixels(figure)
             for logger in tensorboard_loggers(trainer):
                 logger.experiment.add_image(f"gate_heatmap/{number}", picture, step, dataformats="HWC")

@@ -1,4 +1,4 @@
-"""What the model writes, validation after validation, with the gates of what it reads and writes."""
+"""Samples of what the model generates during training, with the gates of their tokens."""
 
 import html
 import logging
@@ -30,36 +30,52 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what was written after it; tokens from ``prompt`` on are the response."""
+    """A prompt and the response that the model generated."""
 
-    ids: list[int]
-    prompt: int
+    token_ids: list[int]
+    """The prompt and the response."""
+
+    prompt_length: int
+    """The number of prompt tokens."""
+
     gates: np.ndarray | None
-    """(tokens,): the mean over modules; None without token gates."""
+    """(tokens,): the mean gate over all modules; None without token gates."""
 
 
 class GeneratedSamples(L.Callback):
-    """After every validation of ``fit``, what the model writes after a few prompts, to TensorBoard.
+    """After every validation, log what the model generates from a few prompts, to TensorBoard.
 
-    Texts ``samples/<number>``, in which tokens of the response with a mean gate of at least 0.5 are bold, and pictures
-    ``samples/<number>`` with every token on the colour of its gate, where gates depend on tokens. The most likely tokens are
-    taken, so nothing is drawn at random, and nothing in training changes by it. All prompts are one batch; every process takes
-    part, as a sharded model needs. With a logger other than TensorBoard samples are skipped, with one line; a model that cannot
-    write ends the samples, with another, and not the run.
+    Logs texts ``samples/<number>``, in which response tokens with a mean gate of at least 0.5 are bold. If
+    gates depend on the token, also logs images ``samples/<number>`` with each token on the color of its gate.
+
+    Decoding is greedy and draws no random numbers, so training does not change. All prompts form one batch.
+    With a sharded model, every rank takes part.
+
+    With a logger other than TensorBoard there are no samples, and one warning says so. If the model's own
+    code fails to generate, one warning says why and no more samples are generated; training continues.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[GeneratedSamples(prompts=["Question: Why?\\nAnswer:"])])
     """
 
     def __init__(self, prompts: int | list[str] = 3, max_new_tokens: int = 16) -> None:
-        """Let the model write.
+        """Log what the model generates after each validation.
 
         Args:
-            prompts: How many of the first validation rows to answer, or texts to go on from; 0 for none.
-            max_new_tokens: Tokens after which a response is cut. Each costs a forward: a validation takes longer by as much as
-                a step or two.
+            prompts: Number of validation examples whose prompts are completed, or texts to complete; 0 turns
+                the samples off.
+            max_new_tokens: Maximum length of a response in tokens. Every token costs one forward pass, so
+                each validation takes longer by about one or two training steps with the default.
+
+        Raises:
+            ValueError: ``prompts`` is negative, a boolean or contains an empty text, or ``max_new_tokens`` is
+                less than 1.
         """
         usable = prompts >= 0 if isinstance(prompts, int) else all(text.strip() for text in prompts)
         if not usable or isinstance(prompts, bool):
             raise ValueError(
-                f"generated_samples.prompts: {prompts}; accepted: 0, a number of rows, or texts, none of them empty"
+                f"generated_samples.prompts: {prompts}; accepted: 0, a number of examples, or texts, none of "
+                "them empty"
             )
         if max_new_tokens < 1:
             raise ValueError(
@@ -78,26 +94,25 @@ class GeneratedSamples(L.Callback):
         if not self.prompts or tokenizer is None:
             return
         if not tensorboard_loggers(
-            trainer, missing="generated samples need the TensorBoard logger: skipping them"
+            trainer, missing="generated samples need the TensorBoard logger: no samples are generated"
         ):
             return
-        if isinstance(self.prompts, int):
-            found = (
-                list(data.tables["validation"][: self.prompts]["prompt"])
-                if "validation" in data.tables
-                else []
-            )
+        if not isinstance(self.prompts, int):
+            prompts = [tokenize_prompt(tokenizer, text) for text in self.prompts]
+        elif "validation" in data.tables:
+            prompts = list(data.tables["validation"][: self.prompts]["prompt"])
         else:
-            found = [tokenize_prompt(tokenizer, text) for text in self.prompts]
+            prompts = []
         limit = context_length(module.model.config)
-        room = None if limit is None else limit - self.max_new_tokens
-        self._prompts = [ids for ids in found if room is None or len(ids) <= room]
-        if len(self._prompts) < len(found) and trainer.is_global_zero:
+        longest = None if limit is None else limit - self.max_new_tokens
+        self._prompts = [ids for ids in prompts if longest is None or len(ids) <= longest]
+        if len(self._prompts) < len(prompts) and trainer.is_global_zero:
             log.warning(
-                "generated samples: left out %d of %d prompts, longer than the %d tokens that max_new_tokens %d leaves them",
-                len(found) - len(self._prompts),
-                len(found),
-                room,
+                "generated samples: skipped %d of %d prompts, which are longer than %d tokens (the model's "
+                "context minus max_new_tokens %d)",
+                len(prompts) - len(self._prompts),
+                len(prompts),
+                longest,
                 self.max_new_tokens,
             )
 
@@ -107,18 +122,20 @@ class GeneratedSamples(L.Callback):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._prompts:  # also outside of training
+        if not self._prompts:  # turned off, or a validation outside of training
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # there when there are prompts
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # exists if there are prompts
         module: Any = pl_module
         try:
-            samples = self._samples(module, data.tokenizer)
-        except Exception as error:  # of the model's own code, which nothing else asks to go on from a cache
+            samples = self._generate(module, data.tokenizer)
+        except (
+            Exception
+        ) as error:  # training never runs the model's own code for cached decoding, which may be wrong
             if module.device_mesh is not None and isinstance(error, torch.OutOfMemoryError):
-                raise  # the other processes may have had room, and would wait
+                raise  # other ranks may have enough memory, and would wait for this one
             self._prompts = []
             log.warning(
-                "generated samples: %s cannot write them (%s: %s); none from here on",
+                "generated samples: %s failed to generate (%s: %s); no more samples are generated",
                 type(module.model).__name__,
                 type(error).__name__,
                 " ".join(str(error).split())[:300],
@@ -130,12 +147,12 @@ class GeneratedSamples(L.Callback):
         for number, sample in enumerate(samples, 1):
             picture = None if sample.gates is None else _picture(sample, data.tokenizer, f"step {step}")
             for logger in tensorboard_loggers(trainer):
-                logger.experiment.add_text(f"samples/{number}", markup(sample, data.tokenizer), step)
+                logger.experiment.add_text(f"samples/{number}", sample_html(sample, data.tokenizer), step)
                 if picture is not None:
                     logger.experiment.add_image(f"samples/{number}", picture, step, dataformats="HWC")
 
-    def _samples(self, pl_module: L.LightningModule, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-        """A collective for a sharded model. In validation, models are in eval mode."""
+    def _generate(self, pl_module: L.LightningModule, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+        """Complete all prompts; a collective for a sharded model. Validation has set the eval mode."""
         module: Any = pl_module
         batch: PromptBatch = collate_prompts(
             self._prompts,
@@ -145,25 +162,34 @@ class GeneratedSamples(L.Callback):
         )
         batch["input_ids"] = batch["input_ids"].to(module.device)
         batch["attention_mask"] = batch["attention_mask"].to(module.device)
-        # One token more than is kept: by then the last one that is kept has been read, and its gates are known.
+        # Generate one token more than is shown: only then has the model read the last shown token, and
+        # computed its gates.
         decoding = DecodingConfig(max_new_tokens=self.max_new_tokens + 1)
         with capture_gates(module.model) as captured:
-            written = generate(module.model, batch, decoding, in_step=module.device_mesh is not None).tolist()
+            generated = generate(
+                module.model, batch, decoding, in_step=module.device_mesh is not None
+            ).tolist()
         gated = has_token_gates(module.model)
         ends = end_tokens(module.model, batch["eos_id"])
         samples = []
-        for row, (prompt, response) in enumerate(zip(self._prompts, written, strict=True)):
-            length = next(
-                (place for place, token in enumerate(response) if token in ends), self.max_new_tokens
-            )
+        for row, (prompt, response) in enumerate(zip(self._prompts, generated, strict=True)):
+            length = next((i for i, token in enumerate(response) if token in ends), self.max_new_tokens)
             ids = prompt + response[: min(length, self.max_new_tokens)]
             gates = captured.row(row)[1][:, : len(ids)].mean(0, dtype=float) if gated else None
             samples.append(Sample(ids, len(prompt), gates))
         return samples
 
 
-def markup(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A sample as the few tags that TensorBoard lets through; open tokens of the response are bold."""
+def sample_html(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Format a sample with the few HTML tags that TensorBoard allows.
+
+    Args:
+        sample: The sample.
+        tokenizer: The tokenizer of the model.
+
+    Returns:
+        The prompt as a quotation, then the response with tokens of mean gate ≥ 0.5 in bold.
+    """
     pieces: list[str] = []
 
     def add(piece: str, gate: float | None) -> None:
@@ -171,18 +197,18 @@ def markup(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
         pieces.append(f"<strong>{text}</strong>" if gate is not None and gate >= 0.5 else text)
 
     stream = TextStream(tokenizer, add)
-    for place, token in enumerate(sample.ids[sample.prompt :], sample.prompt):
-        stream.read(token, None if sample.gates is None else float(sample.gates[place]))
+    for index, token in enumerate(sample.token_ids[sample.prompt_length :], sample.prompt_length):
+        stream.read(token, None if sample.gates is None else float(sample.gates[index]))
     stream.end()
-    prompt = html.escape(str(tokenizer.decode(sample.ids[: sample.prompt]))).replace("\n", "<br>")
-    return f"<blockquote>{prompt}</blockquote><p>{''.join(pieces)}</p>"
+    prompt = html.escape(str(tokenizer.decode(sample.token_ids[: sample.prompt_length])))
+    return f"<blockquote>{prompt.replace(chr(10), '<br>')}</blockquote><p>{''.join(pieces)}</p>"
 
 
 def _picture(sample: Sample, tokenizer: PreTrainedTokenizerBase, title: str) -> np.ndarray:
     assert sample.gates is not None
-    figure = draw_colored_text(token_labels(tokenizer, sample.ids), sample.gates, sample.prompt, title)
+    labels = token_labels(tokenizer, sample.token_ids)
+    figure = draw_colored_text(labels, sample.gates, sample.prompt_length, title)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing"
-        )  # a box in its place; the text has the character
+        # A box replaces a character that the font lacks; the logged text has the character itself.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         return draw_pixels(figure)

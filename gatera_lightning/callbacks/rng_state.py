@@ -1,4 +1,4 @@
-"""Random state in checkpoints, so that a resumed run draws the dropout it would have drawn."""
+"""Random states in checkpoints: a resumed run draws the same dropout masks as an uninterrupted one."""
 
 import logging
 import random
@@ -9,14 +9,20 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from gatera_lightning.distributed.gather import gather_objects
+
 log = logging.getLogger(__name__)
 
 
 class RNGState(L.Callback):
-    """Saves torch's, numpy's and Python's generators of every rank; Lightning saves none.
+    """Save the random states of torch, numpy and Python on every rank, and restore them when resuming.
 
-    Restored at the first training batch after resuming, because set-up in between may draw numbers that the uninterrupted run
-    never drew. With another number of processes the states fit no rank: the run draws anew, and the log says so.
+    Lightning saves no random states. They are restored at the first training batch, because the setup before
+    it may draw numbers that the uninterrupted run did not draw. A run that resumes on a different number of
+    ranks cannot restore them, and logs a warning.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[RNGState()])
     """
 
     def __init__(self) -> None:
@@ -25,12 +31,8 @@ class RNGState(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        states: list[Any] = [_current()]
-        if torch.distributed.is_initialized():
-            own = states[0]
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, own)
-        return {"ranks": states}
+        """Return the random states of all ranks; a collective."""
+        return {"ranks": gather_objects(_current())}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -38,7 +40,7 @@ class RNGState(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._saved = None  # what an earlier evaluation loaded is not this run's
+        self._saved = None  # the states of a checkpoint that was only evaluated do not belong to this run
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,8 +50,8 @@ class RNGState(L.Callback):
             self._pending = self._saved[trainer.global_rank]
         elif trainer.is_global_zero:
             log.warning(
-                "the checkpoint holds the random state of %d processes and this run has %d: dropout, where there is any, is "
-                "drawn anew; adapter, optimizer and data go on where they were",
+                "the checkpoint holds the random states of %d ranks, but this run has %d: dropout masks, if "
+                "any, differ from those of an uninterrupted run; adapter, optimizer and data resume exactly",
                 len(self._saved),
                 trainer.world_size,
             )
@@ -65,7 +67,7 @@ class RNGState(L.Callback):
 
 
 def _current() -> dict[str, Any]:
-    """The generators' states as tensors and plain numbers, which load without unpickling."""
+    """The random states as tensors and plain numbers, which load without unpickling."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),

@@ -1,4 +1,4 @@
-"""What is about to be trained, said once before it starts."""
+"""A summary of the run, printed before training starts."""
 
 from collections import Counter
 from typing import Any
@@ -8,18 +8,24 @@ from rich.console import Console
 from rich.text import Text
 from typing_extensions import override
 
-from gatera_lightning.datamodules.loss_mask_view import masked_text
+from gatera_lightning.datamodules.loss_mask_view import highlight_supervised
 
 
 class RunSummary(L.Callback):
-    """Prints one decoded training example with its loss mask, parameter counts by dtype, and where the logs go.
+    """Print the adapted layers, parameter counts by dtype, one training example and the log folder.
 
-    Tokens that carry loss are green; where there is no colour they stand between ``⟦`` and ``⟧``.
+    The example shows the loss mask: supervised tokens are green, or between ``⟦`` and ``⟧`` if the output is
+    not a terminal.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[RunSummary()])
     """
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a broadcast: every rank asks
+        folder = (
+            trainer.log_dir or trainer.default_root_dir
+        )  # log_dir is a collective: all ranks have to read it
         if not trainer.is_global_zero:
             return
         console = Console(highlight=False, soft_wrap=True)
@@ -34,6 +40,6 @@ class RunSummary(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if data is not None and trainer.train_dataloader is not None:
             batch = trainer.train_dataloader.dataset[0]
-            console.print("a training example, tokens with loss marked:")
-            console.print(masked_text(data.tokenizer, batch, row=0, colour=console.is_terminal))
+            console.print("a training example, with its supervised tokens marked:")
+            console.print(highlight_supervised(data.tokenizer, batch, row=0, color=console.is_terminal))
         console.print(Text(f"logs and checkpoints: {folder}"))

@@ -1,4 +1,4 @@
-"""Saying so when a step takes far longer than usual: a hung process is silent by itself."""
+"""A warning when a step takes far longer than usual, because a hung process prints nothing."""
 
 import logging
 import statistics
@@ -14,68 +14,76 @@ from typing_extensions import override
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED = 50  # steps that say what is usual
+_WINDOW = 50  # number of recent micro-batches that define the usual time
 
 
 class StepWatchdog(L.Callback):
-    """Warns, once a step, when a micro-batch has been running for ``factor`` times the usual time, and says in which line.
+    """Warn when a micro-batch runs for ``factor`` times the usual time, and name the line that is running.
 
-    Usual is the median of the last 50. Waiting for data and for other processes counts, validation does not. Each process
-    watches itself: the one whose line is no collective is the one the others wait for.
+    The usual time is the median of the last 50 micro-batches. Time spent waiting for data or for other ranks
+    counts, validation does not. There is one warning for each slow micro-batch. Each rank watches itself: the
+    rank whose warning does not name a collective is the one that the others wait for.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[StepWatchdog(factor=20)])
     """
 
     def __init__(self, factor: float = 10.0, seconds: float = 60.0) -> None:
-        """Watch the time of steps.
+        """Warn when a micro-batch takes far longer than usual.
 
         Args:
-            factor: Multiple of the usual time after which a warning is due; 0 switches it off.
-            seconds: No warning before so many, however quick the usual step is.
+            factor: Warn when a micro-batch has taken this many times the usual time; 0 turns the warnings
+                off. A small factor also warns about micro-batches that are merely large.
+            seconds: Never warn before this many seconds, however short the usual time is.
+
+        Raises:
+            ValueError: ``factor`` or ``seconds`` is negative.
         """
         for name, value in (("factor", factor), ("seconds", seconds)):
             if value < 0:
                 raise ValueError(f"watchdog.{name}: {value}; accepted: a number of at least 0")
         self.factor = factor
         self.seconds = seconds
-        self._times: deque[float] = deque(maxlen=_REMEMBERED)
+        self._times: deque[float] = deque(maxlen=_WINDOW)
         self._timer: threading.Timer | None = None
         self._since = 0.0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer)
+        self._start_timer(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._times.append(time.perf_counter() - self._since)
-        self._begin(trainer)
+        self._start_timer(trainer)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end()
+        self._cancel_timer()
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._begin(trainer)
+            self._start_timer(trainer)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end()  # the last checkpoint is no step
+        self._cancel_timer()  # writing the last checkpoint is not a step
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._end()
+        self._cancel_timer()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._end()
+        self._cancel_timer()
 
-    def _begin(self, trainer: L.Trainer) -> None:
-        self._end()
+    def _start_timer(self, trainer: L.Trainer) -> None:
+        self._cancel_timer()
         self._since = time.perf_counter()
         if self.factor and self._times:
             usual = statistics.median(self._times)
@@ -85,7 +93,7 @@ class StepWatchdog(L.Callback):
             self._timer.daemon = True
             self._timer.start()
 
-    def _end(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -94,10 +102,11 @@ class StepWatchdog(L.Callback):
         frame = sys._current_frames().get(thread)
         place = traceback.extract_stack(frame)[-1] if frame is not None else None
         log.warning(
-            "process %d: the micro-batch after optimizer step %d has taken %.0f s so far (usual: %.2g s); now in %s",
+            "rank %d: the micro-batch after optimizer step %d has taken %.0f s so far (usual: %.2g s); "
+            "now in %s",
             trainer.global_rank,
             trainer.global_step,
             time.perf_counter() - self._since,
             usual,
-            f"{place.name} ({place.filename}:{place.lineno})" if place else "a place that is not known",
+            f"{place.name} ({place.filename}:{place.lineno})" if place else "an unknown line",
         )

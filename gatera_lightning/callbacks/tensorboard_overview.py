@@ -41,7 +41,8 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
     },
 }
 
-# TensorBoard takes the columns of its table from one run, whichever it reads first, so all runs declare the same.
+# TensorBoard takes the columns of its table from one run, whichever it reads first, so all runs declare the
+# same.
 _SETTINGS: dict[str, type] = {
     "backbone": str,
     "update": str,
@@ -77,10 +78,10 @@ _RESULTS = (
 class TensorBoardOverview(L.Callback):
     """Give each run an overview in TensorBoard.
 
-    When training or a test starts, writes the layout of the Custom Scalars tab, and the run's row in the table of the
-    HParams tab: its settings beside its results. A result is the last value of a scalar, so a run that fails has
-    results too. A resumed run that logs to the same folder writes nothing twice. Without a TensorBoard logger the
-    callback does nothing.
+    When training or a test starts, writes the layout of the Custom Scalars tab, and the run's row in the
+    table of the HParams tab: its settings beside its results. A result is the last value of a scalar, so a
+    run that fails has results too. A resumed run that logs to the same folder writes nothing twice. Without a
+    TensorBoard logger the callback does nothing.
 
     Example:
         >>> trainer = Trainer(callbacks=[TensorBoardOverview()])
@@ -139,9 +140,7 @@ class TensorBoardOverview(L.Callback):
             write_hparams_start(logger, settings, _SETTINGS, _RESULTS)
 
     def _write_success(self, trainer: L.Trainer) -> None:
-        """Mark the run as successful. A failure is not recorded: TensorBoard shows the first end of a run for good,
-        but a failed run may be resumed.
-        """
+        # A failure is not recorded: TensorBoard shows only the first end, and a failed run may resume.
         if not trainer.is_global_zero:
             return
         for logger in tensorboard_loggers(trainer):
@@ -151,7 +150,7 @@ class TensorBoardOverview(L.Callback):
 
 
 def run_settings(trainer: L.Trainer, module: Any) -> dict[str, Any]:
-    """Return the settings that distinguish runs; settings that are null, or have no meaning without gates, are omitted.
+    """Return the settings that distinguish runs, without those that are null or need a missing gate.
 
     Args:
         trainer: The trainer of the run.

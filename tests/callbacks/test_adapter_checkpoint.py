@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, what lies beside them, what is removed."""
+"""Tests of AdapterCheckpoint: the content of checkpoints, their adapter folders, and which of them are kept."""
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 
 def fit(folder, root, checkpoint, **settings):
-    module = tiny_module(folder, warmup_steps=100)  # so that the learning rate rises: something to monitor
+    module = tiny_module(
+        folder, warmup_steps=100
+    )  # the learning rate rises, so that there is a value to monitor
     defaults = {"limit_val_batches": 1.0, "val_check_interval": 2}
     trainer = tiny_trainer(root, checkpoint, **(defaults | settings))
     trainer.fit(module, datamodule=tiny_data(folder))
@@ -27,7 +29,7 @@ def names(root):
 
 
 def tensors(value):
-    """Every tensor inside nested dicts, lists and tuples."""
+    """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -40,13 +42,13 @@ def tensors(value):
 
 @pytest.fixture(scope="module")
 def trained(tiny_backbone, tmp_path_factory):
-    """Four steps with validation after every second; best and last by the default settings."""
+    """A run of four steps with a validation after every second one, and the default settings."""
     root = tmp_path_factory.mktemp("run")
     module, trainer = fit(tiny_backbone, root, AdapterCheckpoint())
     return root, module, trainer
 
 
-def test_best_and_last_lie_beside_their_adapter_folders(trained):
+def test_checkpoints_have_adapter_folders_beside_them(trained):
     root, _, trainer = trained
     (best,) = (name for name in names(root) if name.startswith("best-step=") and name.endswith(".ckpt"))
     assert names(root) == sorted([best, best.removesuffix(".ckpt"), "last", "last-1.ckpt", "last.ckpt"])
@@ -55,7 +57,7 @@ def test_best_and_last_lie_beside_their_adapter_folders(trained):
         assert {path.name for path in (root / "checkpoints" / folder).iterdir()} == FILES
 
 
-def test_best_is_the_lowest_validation_loss(tiny_backbone, trained):
+def test_best_checkpoint_has_lowest_validation_loss(tiny_backbone, trained):
     root, _, trainer = trained
     losses = {}
     for name in names(root):
@@ -70,7 +72,7 @@ def test_best_is_the_lowest_validation_loss(tiny_backbone, trained):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_a_checkpoint_holds_no_tensor_of_the_backbone(trained, name):
+def test_checkpoint_contains_no_backbone_tensor(trained, name):
     root, module, _ = trained
     path = min((root / "checkpoints").glob(f"{name}*.ckpt"), key=lambda path: -len(path.name))
     checkpoint = torch.load(path, weights_only=True)
@@ -82,7 +84,7 @@ def test_a_checkpoint_holds_no_tensor_of_the_backbone(trained, name):
     random_state = sum(t.numel() * t.element_size() for t in tensors(checkpoint["callbacks"]))
     assert 0 < random_state < 12_000
     everything = sum(t.numel() * t.element_size() for t in tensors(checkpoint))
-    assert everything <= 3 * size + random_state + 4096  # loader position, step counters, last metrics
+    assert everything <= 3 * size + random_state + 4096  # position of the loader, step counters, last metrics
     backbone = [p for key, p in module.model.named_parameters() if key not in adapter]
     assert everything < sum(p.numel() * p.element_size() for p in backbone)
     assert not any(
@@ -91,7 +93,7 @@ def test_a_checkpoint_holds_no_tensor_of_the_backbone(trained, name):
     assert path.stat().st_size < everything + 100_000
 
 
-def test_last_is_the_module_as_it_is(tiny_backbone, trained):
+def test_last_checkpoint_matches_module(tiny_backbone, trained):
     root, module, _ = trained
     checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4
@@ -101,7 +103,7 @@ def test_last_is_the_module_as_it_is(tiny_backbone, trained):
         assert torch.equal(files[key], parameter)
 
 
-def test_the_folder_gives_the_modules_logits(tiny_backbone, trained):
+def test_adapter_folder_reproduces_logits(tiny_backbone, trained):
     root, module, _ = trained
     fresh = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
     untrained = fresh(IDS).logits
@@ -111,19 +113,19 @@ def test_the_folder_gives_the_modules_logits(tiny_backbone, trained):
         assert not torch.allclose(fresh(IDS).logits, untrained)
 
 
-def test_a_module_loads_from_the_checkpoint_alone(trained):
+def test_module_loads_from_checkpoint_alone(trained):
     root, module, _ = trained
-    again = GateRAModule.load_from_checkpoint(root / "checkpoints" / "last.ckpt", map_location="cpu")
-    assert (again.backbone, again.adapter, again.optimizer) == (
+    loaded = GateRAModule.load_from_checkpoint(root / "checkpoints" / "last.ckpt", map_location="cpu")
+    assert (loaded.backbone, loaded.adapter, loaded.optimizer) == (
         module.backbone,
         module.adapter,
         module.optimizer,
     )
     with torch.no_grad():
-        assert torch.equal(again.model.eval()(IDS).logits, module.model.eval()(IDS).logits)
+        assert torch.equal(loaded.model.eval()(IDS).logits, module.model.eval()(IDS).logits)
 
 
-def test_another_adapters_checkpoint_is_refused(tiny_backbone, trained):
+def test_checkpoint_of_other_adapter_is_rejected(tiny_backbone, trained):
     root, *_ = trained
     other = tiny_module(tiny_backbone, update="lora", gate="none")
     with pytest.raises(
@@ -134,18 +136,18 @@ def test_another_adapters_checkpoint_is_refused(tiny_backbone, trained):
         )
 
 
-def test_a_beaten_checkpoint_goes_with_its_folder(tiny_backbone, tmp_path):
+def test_worse_checkpoint_is_removed_with_its_folder(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr/update", mode="max"))
     assert names(tmp_path) == ["best-step=4", "best-step=4.ckpt", "last", "last-1.ckpt", "last.ckpt"]
 
 
-def test_an_unbeaten_checkpoint_stays(tiny_backbone, tmp_path):
+def test_best_checkpoint_is_kept(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr/update", mode="min"))
     assert names(tmp_path) == ["best-step=2", "best-step=2.ckpt", "last", "last-1.ckpt", "last.ckpt"]
     assert torch.load(tmp_path / "checkpoints" / "best-step=2.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_several_best(tiny_backbone, tmp_path):
+def test_save_top_k_keeps_several_checkpoints(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor="lr/update", mode="max", save_top_k=2))
     assert names(tmp_path) == [
         "best-step=2",
@@ -158,14 +160,14 @@ def test_several_best(tiny_backbone, tmp_path):
     ]
 
 
-def test_without_a_monitor_only_the_last_is_kept(tiny_backbone, tmp_path):
+def test_without_monitor_only_last_checkpoints_are_kept(tiny_backbone, tmp_path):
     fit(tiny_backbone, tmp_path, AdapterCheckpoint(monitor=None))
     assert names(tmp_path) == ["last", "last-1.ckpt", "last.ckpt"]
 
 
-@pytest.mark.parametrize(("interval", "steps"), [(2, 6), (4, 6)], ids=["on a validation", "between two"])
-def test_last_is_where_training_ended_though_nothing_got_better(tiny_backbone, tmp_path, interval, steps):
-    """The learning rate rises, so its lowest value is the first one."""
+@pytest.mark.parametrize(("interval", "steps"), [(2, 6), (4, 6)], ids=["at a validation", "between two"])
+def test_last_checkpoint_is_end_of_training_without_improvement(tiny_backbone, tmp_path, interval, steps):
+    """The learning rate rises, so its lowest value is the first."""
     fit(
         tiny_backbone,
         tmp_path,

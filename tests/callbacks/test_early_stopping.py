@@ -1,4 +1,4 @@
-"""Choosing by validation: accuracies beside an unchanged loss, a run that ends in time, the best checkpoint kept."""
+"""Tests of choosing by validation: accuracies, early stopping and the best checkpoint."""
 
 import json
 
@@ -20,8 +20,8 @@ SCORES = ("sum", "per_token", "per_character")
 
 
 @pytest.fixture(scope="module")
-def moved(tiny_backbone):
-    """A module whose adapter has learned something."""
+def trained(tiny_backbone):
+    """A module whose adapter has random values."""
     module = tiny_module(tiny_backbone, gate=TokenGateConfig(bias=1.0))
     module.configure_model()
     with torch.no_grad():
@@ -34,7 +34,7 @@ def moved(tiny_backbone):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """A file of fourteen questions, to validate and to test on."""
+    """A file of fourteen examples, to validate and to test on."""
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     path.write_text(json.dumps(sample_rows("test")[:14]))
     return [str(path)]
@@ -49,13 +49,13 @@ def validated(module, root, rows, **settings):
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
 @pytest.mark.parametrize("eval_batch_size", [1, 9])
-def test_validation_accuracies_are_those_of_a_test_on_the_same_rows(
-    moved, rows, tmp_path, train_on, eval_batch_size
+def test_validation_accuracies_match_test_on_same_examples(
+    trained, rows, tmp_path, train_on, eval_batch_size
 ):
     settings = {"train_on": train_on, "eval_batch_size": eval_batch_size, "rank_validation": True}
-    found = validated(moved, tmp_path, rows, **settings)
+    found = validated(trained, tmp_path, rows, **settings)
     trainer = tiny_trainer(tmp_path, EvaluationReport())
-    (expected,) = trainer.test(moved, datamodule=tiny_data(moved.backbone.id, test=rows), verbose=False)
+    (expected,) = trainer.test(trained, datamodule=tiny_data(trained.backbone.id, test=rows), verbose=False)
     assert set(found) == {"val/loss", *(f"val/accuracy_{score}" for score in SCORES)}
     for score in SCORES:
         assert found[f"val/accuracy_{score}"] == pytest.approx(expected[f"test/accuracy_{score}"])
@@ -65,16 +65,16 @@ def test_validation_accuracies_are_those_of_a_test_on_the_same_rows(
 
 
 @pytest.mark.parametrize("train_on", ["response", "all"])
-def test_validation_loss_does_not_see_the_wrong_answers(moved, rows, tmp_path, train_on):
+def test_validation_loss_ignores_wrong_candidates(trained, rows, tmp_path, train_on):
     ranked, plain = (
-        validated(moved, tmp_path, rows, train_on=train_on, rank_validation=rank) for rank in (True, False)
+        validated(trained, tmp_path, rows, train_on=train_on, rank_validation=rank) for rank in (True, False)
     )
     assert set(plain) == {"val/loss"}
     assert ranked["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-6)
 
 
-class Watch(L.Callback):
-    """What every validation found, by optimizer step."""
+class RecordMetrics(L.Callback):
+    """Records the metrics of every validation, by optimizer step."""
 
     def __init__(self):
         self.found = {}
@@ -86,23 +86,23 @@ class Watch(L.Callback):
 
 
 def fit(folder, root, *callbacks, lr=1e-2, steps=5, **settings):
-    """Validations after every step of a short fit."""
+    """Train for a few steps with a validation after each; returns the trainer and the metrics by step."""
     L.seed_everything(0, verbose=False)
-    module, watch = tiny_module(folder), Watch()
+    module, recording = tiny_module(folder), RecordMetrics()
     module.optimizer.lr = lr
     trainer = tiny_trainer(
-        root, watch, *callbacks, max_steps=steps, limit_val_batches=1.0, val_check_interval=1
+        root, recording, *callbacks, max_steps=steps, limit_val_batches=1.0, val_check_interval=1
     )
     trainer.fit(module, datamodule=tiny_data(folder, **settings))
-    return trainer, watch.found
+    return trainer, recording.found
 
 
 @pytest.mark.parametrize(
     ("patience", "lr", "last_step"),
     [(1, 0.0, 2), (3, 0.0, 4), (1, 1e-2, 5), (None, 0.0, 5)],
-    ids=["no better", "no better, more patience", "better", "never"],
+    ids=["no improvement", "no improvement, more patience", "improvement", "off"],
 )
-def test_patience_ends_what_does_not_improve(tiny_backbone, tmp_path, patience, lr, last_step):
+def test_patience_ends_run_without_improvement(tiny_backbone, tmp_path, patience, lr, last_step):
     trainer, found = fit(tiny_backbone, tmp_path, OptionalEarlyStopping(patience=patience), lr=lr)
     losses = [metrics["val/loss"] for metrics in found.values()]
     assert (trainer.global_step, list(found)) == (last_step, list(range(1, last_step + 1)))
@@ -110,20 +110,20 @@ def test_patience_ends_what_does_not_improve(tiny_backbone, tmp_path, patience, 
     assert lr == 0.0 or losses == sorted(losses, reverse=True)
 
 
-def test_a_small_improvement_may_be_none(tiny_backbone, tmp_path):
+def test_improvement_below_min_delta_does_not_count(tiny_backbone, tmp_path):
     trainer, found = fit(tiny_backbone, tmp_path, OptionalEarlyStopping(patience=1, min_delta=10.0))
     assert trainer.global_step == 2
     assert found[2]["val/loss"] < found[1]["val/loss"]
 
 
-def test_accuracies_can_end_a_run(tiny_backbone, tmp_path):
+def test_run_can_stop_by_accuracy(tiny_backbone, tmp_path):
     stopping = OptionalEarlyStopping(patience=2, monitor="val/accuracy_sum", mode="max")
     trainer, found = fit(tiny_backbone, tmp_path, stopping, lr=0.0, rank_validation=True)
     assert (trainer.global_step, len(found)) == (3, 3)
 
 
 @pytest.mark.parametrize("patience", [0, -1])
-def test_no_patience_is_no_setting(patience):
+def test_patience_below_one_is_rejected(patience):
     with pytest.raises(
         ValueError,
         match=rf"early_stopping\.patience: {patience}; accepted: null, or an integer of at least 1",
@@ -131,21 +131,21 @@ def test_no_patience_is_no_setting(patience):
         OptionalEarlyStopping(patience=patience)
 
 
-def test_the_most_accurate_checkpoint_is_kept(tiny_backbone, tmp_path):
+def test_most_accurate_checkpoint_is_kept(tiny_backbone, tmp_path):
     keeping = AdapterCheckpoint(monitor="val/accuracy_per_token", mode="max")
     _, found = fit(
         tiny_backbone, tmp_path, keeping, lr=1.0, steps=5, rank_validation=True, validation=["everyday[:20]"]
     )
     accuracies = {step: metrics["val/accuracy_per_token"] for step, metrics in found.items()}
-    best = max(accuracies, key=accuracies.__getitem__)  # the first of equals
-    assert accuracies[best] > accuracies[5]  # else the last one would do
+    best = max(accuracies, key=accuracies.__getitem__)  # the first one if several are equal
+    assert accuracies[best] > accuracies[5]  # otherwise keeping the last would pass as well
     assert accuracies[best] > accuracies[1]
     assert float(keeping.best_model_score) == pytest.approx(accuracies[best])
     assert keeping.best_model_path.endswith(f"best-step={best}.ckpt")
     assert torch.load(keeping.best_model_path, weights_only=True)["global_step"] == best
 
 
-# --- on the command line ---
+# --- command line ---
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def args(tiny_backbone, tmp_path, monkeypatch):
     return ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)]
 
 
-def test_what_only_ranking_knows_is_refused_without_it_before_anything_is_loaded(args, capsys, monkeypatch):
+def test_accuracy_monitor_without_ranking_is_rejected_before_loading(args, capsys, monkeypatch):
     def loaded(*_):
         raise AssertionError("weights or tokenizer were loaded")
 
@@ -163,14 +163,14 @@ def test_what_only_ranking_knows_is_refused_without_it_before_anything_is_loaded
     wrong = ["--checkpoint.monitor", "val/accuracy_per_token", "--early_stopping.monitor", "val/accuracy_sum"]
     assert main([*args, *wrong, "--early_stopping.patience", "0"]) == 2
     error = capsys.readouterr().err
-    needs = "is only known with data.rank_validation: true; accepted: that, or val/loss"
+    needs = "is logged only with data.rank_validation: true; accepted: that setting, or val/loss"
     assert f"checkpoint.monitor: val/accuracy_per_token {needs}" in error
     assert "early_stopping.patience: 0; accepted: null, or an integer of at least 1" in error
     assert main([*args, *wrong]) == 2
     assert f"early_stopping.monitor: val/accuracy_sum {needs}" in capsys.readouterr().err
 
 
-def test_a_run_that_chooses_by_accuracy_and_stops(args, tmp_path):
+def test_command_line_run_monitors_accuracy_and_stops(args, tmp_path):
     flags = ["--data.init_args.rank_validation", "true", "--trainer.val_check_interval", "1"]
     flags += ["--checkpoint.monitor", "val/accuracy_per_token", "--checkpoint.mode", "max"]
     assert main([*args, *flags, "--early_stopping.patience", "1", "--early_stopping.min_delta", "99"]) == 0
@@ -181,7 +181,7 @@ def test_a_run_that_chooses_by_accuracy_and_stops(args, tmp_path):
     assert (state["monitor"], 0 <= float(state["best_model_score"]) <= 1) == ("val/accuracy_per_token", True)
 
 
-def test_patience_is_this_runs_setting_after_resuming():
+def test_patience_is_not_restored_from_checkpoint():
     saved = OptionalEarlyStopping(patience=2).state_dict() | {"wait_count": 1}
     resumed = OptionalEarlyStopping(patience=5)
     resumed.load_state_dict(saved)
@@ -193,7 +193,7 @@ def test_patience_is_this_runs_setting_after_resuming():
 
 
 @pytest.mark.parametrize(("monitor", "mode"), [("val/loss", "min"), ("val/accuracy_per_token", "max")])
-def test_accuracies_get_better_upwards(monitor, mode):
+def test_default_mode_is_max_for_accuracies(monitor, mode):
     assert OptionalEarlyStopping(patience=1, monitor=monitor).mode == mode
     assert AdapterCheckpoint(monitor=monitor).mode == mode
     assert AdapterCheckpoint(monitor=monitor, mode="min").mode == "min"

@@ -1,4 +1,4 @@
-"""Gate heatmaps: a picture of every probe text at the promised steps, drawn without touching the run."""
+"""Tests of GateHeatmap: when heatmaps are drawn, and that training does not change."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def images(folder):
     return {tag: events.Images(tag) for tag in events.Tags()["images"]}
 
 
-def test_a_picture_of_each_text_at_the_first_step_and_every_two(tiny_backbone, tmp_path):
+def test_heatmaps_are_drawn_at_first_step_and_interval(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, logger, every_n_steps=2, texts=["What do bees make?", "$5 and $6"])
     found = images(logger.log_dir)
@@ -37,13 +37,13 @@ def test_a_picture_of_each_text_at_the_first_step_and_every_two(tiny_backbone, t
     assert first.encoded_image_string != last.encoded_image_string
 
 
-def test_the_last_step_is_drawn_whatever_the_interval(tiny_backbone, tmp_path):
+def test_heatmap_is_drawn_at_last_step(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, logger, every_n_steps=3, texts=["What do bees make?"])
     assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [1, 3, 4]
 
 
-def test_a_second_run_with_the_same_callback_draws_its_own(tiny_backbone, tmp_path):
+def test_callback_can_be_used_for_second_run(tiny_backbone, tmp_path):
     callback = GateHeatmap(2, ["What do bees make?"])
     for name in ("one", "two"):
         logger = TensorBoardLogger(tmp_path, name)
@@ -53,8 +53,8 @@ def test_a_second_run_with_the_same_callback_draws_its_own(tiny_backbone, tmp_pa
         assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [1, 2, 4]
 
 
-def test_a_step_is_drawn_once_whether_the_run_begins_or_goes_on(tiny_backbone, tmp_path):
-    """With two micro-batches a step, the first one ends at the step that the run before has drawn."""
+def test_each_step_is_drawn_once_also_after_resuming(tiny_backbone, tmp_path):
+    """With two micro-batches per step, the first one ends at the step that the earlier run has drawn."""
     settings = {"accumulate_grad_batches": 2, "limit_train_batches": 6}
     logger = TensorBoardLogger(tmp_path, "one")
     trainer = tiny_trainer(tmp_path, GateHeatmap(2), logger=logger, max_steps=2, **settings)
@@ -69,22 +69,22 @@ def test_a_step_is_drawn_once_whether_the_run_begins_or_goes_on(tiny_backbone, t
     assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [4]
 
 
-def test_a_text_longer_than_the_context_is_left_out_and_said(tiny_backbone, tmp_path, caplog):
+def test_text_longer_than_context_is_skipped_with_warning(tiny_backbone, tmp_path, caplog):
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, logger, every_n_steps=4, texts=["a b " * 300, "Why?"])
-    assert "gate heatmaps: left out 'a b a b" in caplog.text
-    assert "tokens of at most 512" in caplog.text
+    assert "gate heatmaps: skipped the text 'a b a b" in caplog.text
+    assert "tokens, but the model accepts at most 512" in caplog.text
     assert list(images(logger.log_dir)) == ["gate_heatmap/1"]
 
 
-def test_a_run_is_the_same_with_and_without_pictures(tiny_backbone, tmp_path):
+def test_heatmaps_do_not_change_training(tiny_backbone, tmp_path):
     with_pictures = fit(tiny_backbone, tmp_path / "with", TensorBoardLogger(tmp_path), every_n_steps=1)
     without = fit(tiny_backbone, tmp_path / "without", False)
     for name, parameter in adapter_parameters(with_pictures.model).items():
         assert torch.equal(parameter, adapter_parameters(without.model)[name])
 
 
-def test_other_loggers_go_without_and_are_told_once(tiny_backbone, tmp_path, caplog):
+def test_other_loggers_cause_one_warning(tiny_backbone, tmp_path, caplog):
     fit(tiny_backbone, tmp_path, CSVLogger(tmp_path), every_n_steps=1)
     assert caplog.text.count("gate heatmaps need the TensorBoard logger") == 1
 
@@ -93,19 +93,19 @@ def test_other_loggers_go_without_and_are_told_once(tiny_backbone, tmp_path, cap
     "settings",
     [{"gate": "static", "every_n_steps": 1}, {"gate": "none", "every_n_steps": 1}, {"every_n_steps": 0}],
 )
-def test_without_token_gates_or_switched_off_nothing_is_drawn(tiny_backbone, tmp_path, settings):
+def test_nothing_is_drawn_without_token_gates_or_turned_off(tiny_backbone, tmp_path, settings):
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, logger, **settings)
     assert images(logger.log_dir) == {}
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"every_n_steps": -1}, r"gate_heatmap\.every_n_steps: -1; accepted: at least 1, or 0 for never"),
         ({"texts": ["a", " "]}, r"gate_heatmap\.texts: \['a', ' '\]; accepted: texts, none of them empty"),
     ],
 )
-def test_what_cannot_work_is_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments_are_rejected(settings, message):
+    with pytest.raises(ValueError, match=message):
         GateHeatmap(**settings)

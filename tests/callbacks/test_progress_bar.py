@@ -240,14 +240,9 @@ def test_quiet_is_neither_bar_nor_lines(tiny_backbone, tmp_path, monkeypatch, ca
 
 def test_a_bar_of_ones_own_takes_its_place(tiny_backbone, monkeypatch):
     monkeypatch.setattr(GateRACLI, "_run_subcommand", lambda *_: None)
-    own = GateRACLI(
-        program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar")
-    ).trainer
+    own = GateRACLI(program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar")).trainer
     assert type(own.progress_bar_callback) is TQDMProgressBar
-    assert (
-        type(GateRACLI(program(tiny_backbone)).trainer.progress_bar_callback)
-        is StepProgressBar
-    )
+    assert type(GateRACLI(program(tiny_backbone)).trainer.progress_bar_callback) is StepProgressBar
 
 
 @pytest.mark.slow

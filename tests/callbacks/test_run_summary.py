@@ -30,7 +30,10 @@ def test_the_answer_is_marked_and_padding_left_out(tokenizer):
         ("Question: why?\nAnswer:", " so"),
         ("Question: what on earth?\nAnswer:", " a very long one"),
     )
-    assert str(highlight_supervised(tokenizer, batch, 0, color=False)) == "  Question: why?\n  Answer:⟦ so<|eos|>⟧"
+    assert (
+        str(highlight_supervised(tokenizer, batch, 0, color=False))
+        == "  Question: why?\n  Answer:⟦ so<|eos|>⟧"
+    )
     assert (
         str(highlight_supervised(tokenizer, batch, 1, color=False))
         == "  Question: what on earth?\n  Answer:⟦ a very long one<|eos|>⟧"
@@ -90,7 +93,9 @@ def test_what_a_run_prints(tiny_backbone, tmp_path, capsys, gate, trainable):
     assert lines[2].split() == ["frozen", "float32", "41,120"]
     assert lines[-1] == f"logs and checkpoints: {tmp_path}"
     example = "\n".join(lines[4:-1])
-    assert example == str(highlight_supervised(data.tokenizer, trainer.train_dataloader.dataset[0], 0, color=False))
+    assert example == str(
+        highlight_supervised(data.tokenizer, trainer.train_dataloader.dataset[0], 0, color=False)
+    )
     assert example.count("⟦") == example.count("⟧") == 1
     assert example.endswith("<|eos|>⟧")
 

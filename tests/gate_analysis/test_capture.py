@@ -1,4 +1,4 @@
-"""Captured gates are those computed by hand from every layer's input; rows, positions and phases are the generation's."""
+"""Tests of capture_gates: gates, positions and phases of forward passes and of generation."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def model(tiny_llama):
     return model.eval()
 
 
-def by_hand(model, forward):
-    """σ(w·x + b) of every layer's own input, (modules, rows, tokens) a forward."""
+def expected_gates(model, forward):
+    """Compute σ(w·x + b) from the input of every layer; (modules, batch, tokens) for each forward."""
     calls, inputs = [], {}
     layers = adapted_linears(model)
     handles = [
@@ -50,11 +50,11 @@ def by_hand(model, forward):
     return [call.detach() for call in calls]
 
 
-def test_one_forward_by_hand(model):
+def test_capture_matches_gates_of_one_forward(model):
     with capture_gates(model) as captured:
         model(input_ids=PROMPTS, attention_mask=MASK)
     (call,) = captured.calls
-    (expected,) = by_hand(model, lambda: model(input_ids=PROMPTS, attention_mask=MASK))
+    (expected,) = expected_gates(model, lambda: model(input_ids=PROMPTS, attention_mask=MASK))
     assert [module.path for module in captured.modules] == [
         f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")
     ]
@@ -65,7 +65,7 @@ def test_one_forward_by_hand(model):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_by_hand(model, use_cache):
+def test_capture_matches_gates_of_generation(model, use_cache):
     def generate():
         return model.generate(
             input_ids=PROMPTS,
@@ -78,7 +78,7 @@ def test_generation_by_hand(model, use_cache):
 
     with capture_gates(model) as captured:
         ids = generate()
-    expected = by_hand(model, generate)
+    expected = expected_gates(model, generate)
     assert len(captured.calls) == len(expected) == 3
     for call, gates in zip(captured.calls, expected, strict=True):
         assert (call.gates - gates).abs().max() < 1e-6
@@ -86,20 +86,20 @@ def test_generation_by_hand(model, use_cache):
         assert [call.phase for call in captured.calls] == ["prefill", "decoding", "decoding"]
         assert [call.positions.tolist() for call in captured.calls[1:]] == [[[4], [2]], [[5], [3]]]
         row, gates = captured.row(1)
-        assert row == [5, 6, *ids[1, 4:6].tolist()]  # the last token is never read
+        assert row == [5, 6, *ids[1, 4:6].tolist()]  # the model never reads the last token
         assert gates.shape == (4, 4)
     else:
         assert [call.gates.shape[2] for call in captured.calls] == [4, 5, 6]
 
 
-class StateOnly:
-    """What a recurrent model goes on from: it counts no tokens."""
+class RecurrentCache:
+    """The cache of a recurrent model, which does not count tokens."""
 
     def get_seq_length(self):
         raise ValueError("`get_seq_length` can only be called on Attention layers")
 
 
-class Recurrent(nn.Module):
+class RecurrentModel(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -109,37 +109,37 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "going_on",
-    [{"past_key_values": StateOnly()}, {"past_key_values": (1, 2)}, {"state": [1, 2]}],
-    ids=["without attention", "a tuple", "by another name"],
+    "cache_arguments",
+    [{"past_key_values": RecurrentCache()}, {"past_key_values": (1, 2)}, {"state": [1, 2]}],
+    ids=["recurrent cache", "tuple", "other argument name"],
 )
-def test_a_cache_that_counts_no_tokens_leaves_that_to_the_mask(model, going_on):
-    model = Recurrent(model)
+def test_capture_counts_cached_tokens_by_mask_if_cache_cannot(model, cache_arguments):
+    model = RecurrentModel(model)
     with capture_gates(model) as captured:
-        model(input_ids=PROMPTS, attention_mask=MASK, **going_on)
+        model(input_ids=PROMPTS, attention_mask=MASK, **cache_arguments)
         model(
             input_ids=PROMPTS[:, :1],
             attention_mask=torch.cat([MASK, torch.ones(2, 1, dtype=torch.long)], 1),
-            **going_on,
+            **cache_arguments,
         )
-        model(input_ids=PROMPTS, **going_on)
+        model(input_ids=PROMPTS, **cache_arguments)
     assert [call.phase for call in captured.calls] == ["prefill", "decoding", "prefill"]
     assert captured.calls[1].positions.tolist() == [[4], [2]]
     assert captured.row(1)[0][:3] == [5, 6, 0]
 
 
-def test_a_table_has_a_line_for_each_module_and_real_token(model):
+def test_columns_have_one_line_per_module_and_token(model):
     with capture_gates(model) as captured:
         model(input_ids=PROMPTS, attention_mask=MASK)
     table = captured.columns()
     assert {name: len(column) for name, column in table.items()} == dict.fromkeys(table, 4 * 6)
-    of_one = (table["layer"] == 1) & (table["module"] == "down_proj") & (table["row"] == 1)
-    assert table["token_id"][of_one].tolist() == [5, 6]
-    assert table["position"][of_one].tolist() == [0, 1]
-    np.testing.assert_array_equal(table["gate"][of_one], captured.calls[0].gates[3, 1, 2:])
+    selected = (table["layer"] == 1) & (table["module"] == "down_proj") & (table["row"] == 1)
+    assert table["token_id"][selected].tolist() == [5, 6]
+    assert table["position"][selected].tolist() == [0, 1]
+    np.testing.assert_array_equal(table["gate"][selected], captured.calls[0].gates[3, 1, 2:])
 
 
-def test_capturing_changes_no_output_and_ends_with_the_block(model):
+def test_capture_leaves_outputs_unchanged_and_ends_with_block(model):
     expected = model(input_ids=PROMPTS, attention_mask=MASK).logits
     with capture_gates(model) as captured:
         assert torch.equal(model(input_ids=PROMPTS, attention_mask=MASK).logits, expected)
@@ -147,16 +147,16 @@ def test_capturing_changes_no_output_and_ends_with_the_block(model):
     assert len(captured.calls) == 1
 
 
-def test_a_forward_from_embeddings_has_gates_and_no_tokens(model):
+def test_capture_of_embeddings_has_gates_but_no_token_ids(model):
     embedded = model.get_input_embeddings()(PROMPTS)
     with capture_gates(model) as captured:
         model(inputs_embeds=embedded, attention_mask=MASK)
     assert set(captured.columns()["token_id"]) == {-1}
-    with pytest.raises(ValueError, match="from embeddings: its tokens are unknown"):
+    with pytest.raises(ValueError, match="token ids are unknown: a forward was run from embeddings"):
         captured.row(0)
 
 
-def test_without_gates_nothing_is_captured(tiny_llama):
+def test_capture_is_empty_without_gates(tiny_llama):
     model = tiny_llama()
     inject_adapters(model, AdapterConfig(update="lora", gate="none", rank=3))
     with capture_gates(model) as captured:
@@ -168,6 +168,6 @@ def test_without_gates_nothing_is_captured(tiny_llama):
 @pytest.mark.parametrize(
     ("path", "layer", "name"), [("model.layers.11.mlp.up_proj", 11, "up_proj"), ("lm_head", -1, "lm_head")]
 )
-def test_a_module_by_its_path(path, layer, name):
+def test_gated_module_parses_path(path, layer, name):
     module = GatedModule(path)
     assert (module.layer, module.projection) == (layer, name)

@@ -1,4 +1,4 @@
-"""Every token becomes a label that can be read, whatever its bytes are."""
+"""Tests of readable token labels."""
 
 import pytest
 from tiny_backbone import tiny_tokenizer
@@ -13,10 +13,10 @@ from gatera_lightning.gate_analysis.token_labels import token_labels
         ("x\ty\n", ["x", "⇥", "y", "↵"]),
         ("\x07", ["\\x07"]),
         ("<script>", list("<script>")),
-        ("é", ["⟨Ã⟩", "⟨©⟩"]),  # two bytes, neither of which is text
+        ("é", ["⟨Ã⟩", "⟨©⟩"]),  # two bytes, neither of which is a character
     ],
 )
-def test_a_text_token_by_token(text, expected):
+def test_token_labels_of_text(text, expected):
     tokenizer = tiny_tokenizer()
     ids = (
         [i for c in text for i in tokenizer(c).input_ids]
@@ -26,6 +26,6 @@ def test_a_text_token_by_token(text, expected):
     assert token_labels(tokenizer, ids) == expected
 
 
-def test_special_tokens_keep_their_names():
+def test_token_labels_of_special_tokens():
     tokenizer = tiny_tokenizer()
     assert token_labels(tokenizer, [tokenizer.bos_token_id, tokenizer.eos_token_id]) == ["<|bos|>", "<|eos|>"]

@@ -1,4 +1,4 @@
-"""An adapter on the tiny backbone, and the ``gates`` subcommand run on it."""
+"""An adapter with random values on the tiny backbone, and runs of the ``gates`` subcommand on it."""
 
 import torch
 
@@ -9,7 +9,8 @@ from gatera_lightning.cli.main import main
 TEXTS = ["Question: what do <script>document.title = 'run'</script> make?", "We ride $5 bikes."]
 
 
-def adapter(folder, backbone, gate="token", seed=0):
+def save_random_adapter(folder, backbone, gate="token", seed=0):
+    """Save an adapter of rank 2 with random values; returns the adapted model in eval mode."""
     model = load_backbone(BackboneConfig(id=str(backbone), dtype="float32"), "cpu")
     inject_adapters(model, AdapterConfig(gate=gate, rank=2))
     generator = torch.Generator().manual_seed(seed)
@@ -20,18 +21,8 @@ def adapter(folder, backbone, gate="token", seed=0):
     return model.eval()
 
 
-def asked(tmp_path, *args, out="report.json", texts=TEXTS):
-    given = [arg for text in texts for arg in ("--text", text)]
-    return main(
-        [
-            "gates",
-            "--adapter",
-            str(tmp_path / "tuned"),
-            *given,
-            "--dtype",
-            "float32",
-            "--out",
-            str(tmp_path / out),
-            *args,
-        ]
-    )
+def run_gates(folder, *args, out="report.json", texts=TEXTS):
+    """Run ``gates`` on the adapter ``folder/tuned``, writing ``folder/out``; returns the exit status."""
+    text_args = [arg for text in texts for arg in ("--text", text)]
+    adapter, out = str(folder / "tuned"), str(folder / out)
+    return main(["gates", "--adapter", adapter, *text_args, "--dtype", "float32", "--out", out, *args])
