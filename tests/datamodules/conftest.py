@@ -1,4 +1,4 @@
-"""Tokenizers built on the spot, rows written to disk, and a token cache of its own for every test."""
+"""Small tokenizers, data files and connected data modules; every test has its own token cache."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SENTENCES = [
 SPECIAL = ["<eos>", "<bos>", "<unk>"]  # ids 0, 1, 2
 
 
-def _wrap(backend, template=None, **names):
+def _fast_tokenizer(backend, template=None, **names):
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
@@ -29,8 +29,8 @@ def _wrap(backend, template=None, **names):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def _bytes():
-    """Byte-level BPE, as GPT-2 and Llama 3 have it."""
+def _byte_level():
+    """Byte-level BPE, as in GPT-2 and Llama 3."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -44,8 +44,8 @@ def _bytes():
     return backend
 
 
-def _pieces():
-    """Metaspace BPE, as sentencepiece models have it: a text begins with ``▁`` even where no space is."""
+def _metaspace():
+    """Metaspace BPE, as in sentencepiece models: every text starts with ``▁``, with or without a space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -59,7 +59,7 @@ def _pieces():
 
 
 def _characters(*merges):
-    """One token per character, plus the given merges; no pre-tokenizer, so a merge may span anything."""
+    """One token per character, plus merges, which may span spaces and line breaks (no pre-tokenizer)."""
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {
@@ -72,7 +72,7 @@ def _characters(*merges):
 
 
 def _words():
-    """Words by hand: 3 Question: · 4 cat? · 5 Answer: · 6 yes · 7 no · 8 never"""
+    """Six words: 3 Question: · 4 cat? · 5 Answer: · 6 yes · 7 no · 8 never."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*SPECIAL, "Question:", "cat?", "Answer:", "yes", "no", "never"]
@@ -85,23 +85,23 @@ def _words():
 
 @pytest.fixture(scope="session")
 def tokenizers_by_kind():
-    """Every kind of tokenizer whose habits matter; pad is EOS (id 0) in all of them."""
+    """Tokenizers that differ in special tokens and boundaries; all of them pad with EOS (id 0)."""
     bos = {"bos_token": "<bos>"}
     return {
-        "plain": _wrap(_bytes()),
-        "bos": _wrap(_bytes(), "<bos> $A", **bos),
-        "closing": _wrap(_bytes(), "<bos> $A <eos>", **bos),
-        "closing_without_bos": _wrap(_bytes(), "$A <eos>"),
-        "bos_is_eos": _wrap(_bytes(), "<eos> $A", bos_token="<eos>"),
-        "bos_is_eos_closing": _wrap(_bytes(), "<eos> $A <eos>", bos_token="<eos>"),
-        "pieces": _wrap(_pieces(), "<bos> $A", **bos),
-        "spanning": _wrap(_characters(("\n", "t"), (":", " "))),
-        "words": _wrap(_words()),
-        "words_bos": _wrap(_words(), "<bos> $A", **bos),
+        "plain": _fast_tokenizer(_byte_level()),
+        "bos": _fast_tokenizer(_byte_level(), "<bos> $A", **bos),
+        "closing": _fast_tokenizer(_byte_level(), "<bos> $A <eos>", **bos),
+        "closing_without_bos": _fast_tokenizer(_byte_level(), "$A <eos>"),
+        "bos_is_eos": _fast_tokenizer(_byte_level(), "<eos> $A", bos_token="<eos>"),
+        "bos_is_eos_closing": _fast_tokenizer(_byte_level(), "<eos> $A <eos>", bos_token="<eos>"),
+        "pieces": _fast_tokenizer(_metaspace(), "<bos> $A", **bos),
+        "spanning": _fast_tokenizer(_characters(("\n", "t"), (":", " "))),
+        "words": _fast_tokenizer(_words()),
+        "words_bos": _fast_tokenizer(_words(), "<bos> $A", **bos),
     }
 
 
-CHAT = {  # the tokens of a template, and the template
+CHAT = {  # special tokens of a chat template, and the template
     "turn_ends_in_eos": (
         ["<im_start>"],
         "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
@@ -130,28 +130,30 @@ CHAT = {  # the tokens of a template, and the template
 
 @pytest.fixture(scope="session")
 def chat_tokenizers():
-    """Tokenizers by the habits of their chat templates; all but the first put BOS before every text of their own accord.
+    """Tokenizers with different chat templates; all but the first add BOS to every text.
 
-    The tokens of a template are special, but have no name among the special tokens, as in Llama 3 and Gemma 3.
+    The tokens of a template are special without being named special tokens, as in Llama 3 and Gemma 3.
     """
     found = {}
     for kind, (tokens, template) in CHAT.items():
-        backend = _bytes()
+        backend = _byte_level()
         backend.add_special_tokens(tokens)
-        found[kind] = _wrap(backend, None if kind == "turn_ends_in_eos" else "<bos> $A", bos_token="<bos>")
+        found[kind] = _fast_tokenizer(
+            backend, None if kind == "turn_ends_in_eos" else "<bos> $A", bos_token="<bos>"
+        )
         found[kind].chat_template = template
     return found
 
 
 @pytest.fixture
 def tokenizer(tokenizers_by_kind):
-    """The common case: BOS in front, EOS not added, pad == EOS."""
+    """The common case: BOS is added, EOS is not, and padding is EOS."""
     return tokenizers_by_kind["bos"]
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The real tokenizer of SmolLM2, from the installed package."""
+    """SmolLM2's tokenizer, from the installed package."""
     from gatera_lightning.backbone.config import BackboneConfig
     from gatera_lightning.backbone.loading import load_tokenizer
 
@@ -163,7 +165,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder of real rows, ``$GATERA_DATA/commonsense``."""
+    """The folder ``$GATERA_DATA/commonsense`` with the published data sets."""
     from pathlib import Path
 
     if "GATERA_DATA" not in os.environ:
@@ -173,7 +175,7 @@ def real_data():
 
 @pytest.fixture(autouse=True)
 def token_cache(tmp_path, monkeypatch):
-    """A fresh folder for token tables."""
+    """An empty folder for token tables."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -181,8 +183,8 @@ def token_cache(tmp_path, monkeypatch):
     return tmp_path / "token_cache" / "gatera_lightning"
 
 
-def _row(number):
-    """Row ``number``: 2 to 4 options of growing length, the gold moving through them."""
+def _question(number):
+    """A question with 2 to 4 options of different lengths; the correct one varies."""
     count = 2 + number % 3
     options = " ".join(f"Answer{k + 1}: {'very ' * (number % 4 * k)}thing {number}" for k in range(count))
     labels = [f"answer{k + 1}" for k in range(count)]
@@ -198,13 +200,13 @@ def _row(number):
 
 @pytest.fixture
 def rows():
-    """``rows(5)``: five rows in the LLM-Adapters schema, with 2, 3, 4, 2 and 3 options."""
-    return lambda count: [_row(number) for number in range(count)]
+    """``rows(5)``: five questions in the LLM-Adapters schema, with 2, 3, 4, 2 and 3 options."""
+    return lambda count: [_question(number) for number in range(count)]
 
 
 @pytest.fixture
 def write(tmp_path):
-    """``write("train.json", rows)`` gives the path of a file that holds them."""
+    """``write("train.json", rows)`` writes a file and returns its path."""
 
     def store(name, content):
         path = tmp_path / "data" / name
@@ -215,9 +217,11 @@ def write(tmp_path):
     return store
 
 
-def _connected(family, defaults, own_tokenizer):
-    def build(*, ranks=1, rank=0, accumulate=1, limit=1.0, tokenizer=own_tokenizer, stage=None, **settings):
-        module = family(**({"train_on": "response", "max_length": 512} | defaults | settings))
+def _connected(task, defaults, default_tokenizer):
+    def build(
+        *, ranks=1, rank=0, accumulate=1, limit=1.0, tokenizer=default_tokenizer, stage=None, **settings
+    ):
+        module = task(**({"train_on": "response", "max_length": 512} | defaults | settings))
         module.connect(tokenizer)
         module.trainer = SimpleNamespace(
             world_size=ranks,
@@ -235,10 +239,24 @@ def _connected(family, defaults, own_tokenizer):
 
 @pytest.fixture
 def make_data(tokenizer):
-    """A connected data module; ``world`` and ``accumulate`` stand for the Trainer's, ``rank`` for this process."""
+    """Build a connected data module in place of a Trainer with ``ranks``, ``rank`` and ``accumulate``."""
     from gatera_lightning.datamodules import CommonsenseDataModule
 
     return _connected(CommonsenseDataModule, {"template": "alpaca", "answer_format": "label"}, tokenizer)
+
+
+@pytest.fixture
+def make_ranks(make_data, write, rows):
+    """``make_ranks(11, ranks=2)``: one data module per rank, each split the same 11 questions."""
+
+    def build(count, *, ranks=1, stage="fit", **options):
+        source = [write("rows.json", rows(count))]
+        sources = {"train": source, "validation": source, "test": source}
+        return [
+            make_data(ranks=ranks, rank=rank, stage=stage, **(sources | options)) for rank in range(ranks)
+        ]
+
+    return build
 
 
 @pytest.fixture
@@ -267,8 +285,8 @@ def make_math_data(tokenizer):
 
 
 @pytest.fixture
-def tokenised(monkeypatch):
-    """Prompts that were really tokenised, in order."""
+def tokenized_prompts(monkeypatch):
+    """The prompts that were tokenized instead of read from the cache, in order."""
     from gatera_lightning.datamodules.tokenization import cache as tables
 
     seen = []

@@ -238,12 +238,12 @@ def test_weights_are_checked_for_training_only(stage, count, own_sources, make_i
     )
 
 
-def test_weights_read_the_same_cache(own_sources, make_instruction_data, tokenised):
+def test_weights_read_the_same_cache(own_sources, make_instruction_data, tokenized_prompts):
     for weights in (None, {"a": 1, "b": 1}, {"a": 3, "b": 1}):
         make_instruction_data(
             train=own_sources, validation=4, test=own_sources[:1], weights=weights, stage="fit"
         )
-    assert len(tokenised) == 18
+    assert len(tokenized_prompts) == 18
 
 
 def test_second_setup_does_not_mix_again(own_sources, make_instruction_data):

@@ -289,7 +289,7 @@ def test_packed_batch_without_examples_is_dummy(chats, make_instruction_data):
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
-def test_packing_reads_the_same_cache(chats, make_instruction_data, tokenised):
+def test_packing_reads_the_same_cache(chats, make_instruction_data, tokenized_prompts):
     for packing in (False, True):
         make_instruction_data(train=[chats], validation=1, packing=packing, stage="fit")
-    assert len(tokenised) == 31
+    assert len(tokenized_prompts) == 31
