@@ -16,8 +16,8 @@ from gatera_lightning import BackboneConfig
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.datamodules import DialogueDataModule
-from gatera_lightning.datamodules.tasks.convai2_files import parlai_dialogues
-from gatera_lightning.datamodules.tasks.personas import persona_numbers
+from gatera_lightning.datamodules.tasks.convai2_files import read_parlai
+from gatera_lightning.datamodules.tasks.personas import persona_ids
 from gatera_lightning.errors import ConfigError
 
 SAMPLES = Path(str(resources.files("gatera_lightning.datamodules"))) / "samples" / "smalltalk"
@@ -278,7 +278,7 @@ def test_candidates_are_kept_where_they_are_ranked(settings, counts, make_dialog
 
 def test_a_reply_is_recognised_by_its_text(make_dialogue):
     data = make_dialogue()
-    read = [data.read_answer(text, ["no .", "a dog ."]).choice for text in (" A dog .\nno .", "cat", "no")]
+    read = [data.parse_answer(text, ["no .", "a dog ."]).choice for text in (" A dog .\nno .", "cat", "no")]
     assert read == [1, None, 0]
 
 
@@ -339,7 +339,7 @@ def test_dialogues_of_two_files_are_not_one(make_dialogue, write):
 def test_one_group_cannot_be_halved(split_by, make_dialogue, write):
     dialogues = [DOG] if split_by == "dialogue" else [DOG, DOG]
     with pytest.raises(
-        ConfigError, match=r"^data.validation: 1 held out of \d rows, in groups .* leave none to train on$"
+        ConfigError, match=r"^data.validation: 1 held out of \d examples leaves none to train on, because"
     ):
         make_dialogue(train=[write("a.txt", _text(*dialogues))], validation=1, split_by=split_by, stage="fit")
 
@@ -366,20 +366,20 @@ def test_a_slice_counts_dialogues_or_personas(split_by, part, numbers, make_dial
 @pytest.mark.parametrize("sources", [[], ["{}[99:]"], ["{}[2:2]"]])
 def test_a_split_without_rows(sources, make_dialogue, write):
     path = write("a.txt", _text(DOG))
-    with pytest.raises(ConfigError, match=r"^data\.test: the split is empty; give at least one row$"):
+    with pytest.raises(ConfigError, match=r"^data\.test: the split is empty; give at least one example$"):
         make_dialogue(test=[source.format(path) for source in sources], stage="test")
 
 
 def _leakage(make_dialogue, **settings):
-    return [str(found) for found in make_dialogue(**settings, stage="fit").leakage()]
+    return [str(found) for found in make_dialogue(**settings, stage="fit").overlaps()]
 
 
 def test_personas_on_both_sides_are_said(make_dialogue, write):
     path = write("a.txt", _text(*_numbered(5)))
     settings = {"train": [f"{path}[:3]"], "validation": [f"{path}[3:5]"], "test": [f"{path}[5:]"]}
     of_rows = [
-        "leakage: none of the 6 validation rows is a training row",
-        "leakage: none of the 15 test rows is a training row",
+        "train/validation overlap: none of 6 validation examples",
+        "train/test overlap: none of 15 test examples",
     ]
     assert _leakage(make_dialogue, **settings) == of_rows
     other = write("b.txt", _text(*_numbered(5)[7:], CAT))
@@ -441,9 +441,9 @@ def test_the_sample(make_dialogue):
         "test": 32,
     }
     assert set(data.tables["test"]["task"]) == {"smalltalk"}
-    assert [found.rows for found in data.leakage()] == [()] * 4
+    assert [found.rows for found in data.overlaps()] == [()] * 4
     for split, count in (("train", 24), ("validation", 6), ("test", 8)):
-        dialogues = list(parlai_dialogues(str(SAMPLES / f"{split}.txt")))
+        dialogues = list(read_parlai(str(SAMPLES / f"{split}.txt")))
         assert len(dialogues) == count
         replies = {turn.reply for dialogue in dialogues for turn in dialogue.turns}
         for dialogue in dialogues:
@@ -533,8 +533,8 @@ def test_a_problem_names_setting_value_and_what_is_accepted(setting, value, acce
 
 def test_real_personas_are_kept_apart(real_source, make_dialogue):
     """702 dialogues of 68 personas with 5 to 10 sentences each, of which a dialogue shows 4 or 5."""
-    dialogues = list(parlai_dialogues(os.path.expandvars(real_source)))
-    numbers = persona_numbers([dialogue.persona for dialogue in dialogues])
+    dialogues = list(read_parlai(os.path.expandvars(real_source)))
+    numbers = persona_ids([dialogue.persona for dialogue in dialogues])
     sentences = [
         {s for d, n in zip(dialogues, numbers, strict=True) if n == k for s in d.persona} for k in range(68)
     ]
@@ -547,7 +547,7 @@ def test_real_personas_are_kept_apart(real_source, make_dialogue):
     assert len(rows["train"]) + len(rows["test"]) == 5466
     data.setup("fit")
     assert 120 <= len(data.tables["validation"]) < 240
-    found = data.leakage()
+    found = data.overlaps()
     assert not found[2].rows
     assert not found[3].rows
 
@@ -566,7 +566,7 @@ def test_real_rows_fit_with_their_personas(template, real_source, make_dialogue,
     assert max(map(max, table["lengths"])) <= 144
     assert {len(labels) for labels in table["labels"]} == {20}
     path = os.path.expandvars(real_source)
-    personas = [" ".join(d.persona) for d in parlai_dialogues(path) for _ in d.turns]
+    personas = [" ".join(d.persona) for d in read_parlai(path) for _ in d.turns]
     texts = smollm2.batch_decode(table["prompt"][:])
     assert all(persona in text for persona, text in zip(personas, texts, strict=False))
 
@@ -583,13 +583,13 @@ def test_hits_at_1_is_the_hand_computation_on_20_rows(tiny_backbone, tmp_path):
     report = EvaluationReport(str(tmp_path))
     tiny_trainer(tmp_path, report).test(tiny_module(tiny_backbone), datamodule=data, verbose=False)
     assert report.result is not None
-    assert len(report.result.rows) == 20
+    assert len(report.result.examples) == 20
 
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tiny_backbone),
         AutoTokenizer.from_pretrained(tiny_backbone),
     )
-    rows = sorted(report.result.rows, key=lambda row: row["example"])
+    rows = sorted(report.result.examples, key=lambda row: row["example"])
     prompt, personas, hits, nats, tokens = "", [], 0, 0.0, 0
     for line in (SAMPLES / "test.txt").read_text().splitlines():
         text = line.partition(" ")[2]

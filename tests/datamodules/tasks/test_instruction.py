@@ -13,7 +13,7 @@ import pytest
 from tiny_backbone import tiny_args
 
 from gatera_lightning.cli.main import main
-from gatera_lightning.datamodules import OwnDataModule
+from gatera_lightning.datamodules import InstructionDataModule
 from gatera_lightning.datamodules.prompts.conversations import Chat, parse_conversation
 from gatera_lightning.errors import ConfigError
 
@@ -74,23 +74,25 @@ def _problem(data, split="train"):
     [(NOTES, (".json", ".jsonl", ".csv", ".parquet")), (CHATS, (".json", ".jsonl", ".parquet"))],
     ids=["notes", "chats"],
 )
-def test_every_format_gives_the_same_examples(rows, suffixes, template, save, make_own, chat_tokenizers):
+def test_every_format_gives_the_same_examples(
+    rows, suffixes, template, save, make_instruction_data, chat_tokenizers
+):
     if template == "alpaca":
         rows = rows[:1] if "messages" in rows[0] else rows
     settings = {"template": template, "train_on": "every_response", "tokenizer": chat_tokenizers["gemma"]}
     found = [
-        list(make_own(train=[save(f"rows{suffix}", rows)], **settings).examples("train"))
+        list(make_instruction_data(train=[save(f"rows{suffix}", rows)], **settings).examples("train"))
         for suffix in suffixes
     ]
     assert len(found[0]) == len(rows)
     assert all(examples == found[0] for examples in found[1:])
 
 
-def test_both_kinds_of_rows_in_one_file(save, make_own):
+def test_both_kinds_of_rows_in_one_file(save, make_instruction_data):
     """Parquet gives every row every column, with nothing in it."""
     rows = [NOTES[0], CHATS[1], NOTES[1], CHATS[0]]
     for suffix in (".json", ".jsonl", ".parquet"):
-        examples = list(make_own(train=[save(f"mixed{suffix}", rows)]).examples("train"))
+        examples = list(make_instruction_data(train=[save(f"mixed{suffix}", rows)]).examples("train"))
         assert [example.answers for example in examples] == [
             [" bonjour à tous"],
             [" assistant 2"],
@@ -106,28 +108,30 @@ def test_both_kinds_of_rows_in_one_file(save, make_own):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_columns_of_other_names(suffix, save, make_own):
+def test_columns_of_other_names(suffix, save, make_instruction_data):
     names = {"instruction": "question", "input": "about", "output": "answer"}
     renamed = [
         {names[name]: text for name, text in row.items()} | {"instruction": "not this"} for row in NOTES
     ]
-    data = make_own(train=[save(f"other{suffix}", renamed)], columns=names)
-    expected = make_own(train=[save("rows.json", NOTES)])
+    data = make_instruction_data(train=[save(f"other{suffix}", renamed)], columns=names)
+    expected = make_instruction_data(train=[save("rows.json", NOTES)])
     for one, other in zip(data.examples("train"), expected.examples("train"), strict=True):
         assert (one.prompt, one.answers, one.key) == (other.prompt, other.answers, other.key)
 
 
 @pytest.mark.parametrize("column", ["input", "messages"])
-def test_a_column_that_no_row_has_is_not_left_out_silently(column, save, make_own):
-    data = make_own(train=[save("rows.json", NOTES)], columns={column: "contxt", "output": "output"})
+def test_a_column_that_no_row_has_is_not_left_out_silently(column, save, make_instruction_data):
+    data = make_instruction_data(
+        train=[save("rows.json", NOTES)], columns={column: "contxt", "output": "output"}
+    )
     with pytest.raises(
         ConfigError, match=rf"^data.columns: {column}: contxt, and no row of data.train has that column$"
     ):
         list(data.examples("train"))
 
 
-def test_messages_of_another_name(save, make_own):
-    data = make_own(
+def test_messages_of_another_name(save, make_instruction_data):
+    data = make_instruction_data(
         train=[save("rows.parquet", [{"turns": CHATS[1]["messages"]}])], columns={"messages": "turns"}
     )
     (example,) = data.examples("train")
@@ -159,9 +163,11 @@ PROMPTS = {  # by hand: a note with an input, one without, and how an answer fol
 
 
 @pytest.mark.parametrize("template", PROMPTS)
-def test_an_instruction_with_and_without_input(template, save, make_own, chat_tokenizers):
+def test_an_instruction_with_and_without_input(template, save, make_instruction_data, chat_tokenizers):
     settings = {"template": template, "tokenizer": chat_tokenizers["turn_ends_in_eos"]}
-    examples = list(make_own(train=[save("my_notes.csv", NOTES[:2])], **settings).examples("train"))
+    examples = list(
+        make_instruction_data(train=[save("my_notes.csv", NOTES[:2])], **settings).examples("train")
+    )
     *prompts, space = PROMPTS[template]
     assert [example.prompt for example in examples] == prompts
     assert [example.answers for example in examples] == [[f"{space}bonjour à tous"], [f"{space}hi\n\nhi"]]
@@ -171,10 +177,14 @@ def test_an_instruction_with_and_without_input(template, save, make_own, chat_to
     }
 
 
-def test_places_of_earlier_responses_are_asked_for_with_every_response_alone(save, make_own, chat_tokenizers):
+def test_places_of_earlier_responses_are_asked_for_with_every_response_alone(
+    save, make_instruction_data, chat_tokenizers
+):
     source = [save("rows.json", CHATS[1:])]
     for train_on, count in (("every_response", 2), ("response", 0), ("all", 0)):
-        data = make_own(train=source, template="chat", tokenizer=chat_tokenizers["llama3"], train_on=train_on)
+        data = make_instruction_data(
+            train=source, template="chat", tokenizer=chat_tokenizers["llama3"], train_on=train_on
+        )
         (example,) = data.examples("train")
         assert len(example.earlier_responses) == count
 
@@ -183,18 +193,20 @@ def test_places_of_earlier_responses_are_asked_for_with_every_response_alone(sav
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_a_task_may_have_any_format(suffix, save, make_own, make_data, tmp_path):
+def test_a_task_may_have_any_format(suffix, save, make_instruction_data, make_data, tmp_path):
     save(f"calendar/train{suffix}", NOTES)
     save(f"calendar/test{'.json' if suffix == '.csv' else '.csv'}", NOTES[:2])
     settings = {"train": ["calendar"], "test": ["calendar"], "validation": 1, "data_dir": f"{tmp_path}/own/"}
-    data = make_own(**settings)
+    data = make_instruction_data(**settings)
     assert data.problems("fit") == data.problems("test") == []
     assert [len(list(data.examples(split))) for split in ("train", "test")] == [3, 2]
     assert {example.task for example in data.examples("train")} == {"calendar"}
 
 
-def test_a_task_without_any_file(make_own, tmp_path):
-    (problem,) = make_own(train=["calendar"], validation=1, data_dir=str(tmp_path)).problems("fit")
+def test_a_task_without_any_file(make_instruction_data, tmp_path):
+    (problem,) = make_instruction_data(train=["calendar"], validation=1, data_dir=str(tmp_path)).problems(
+        "fit"
+    )
     assert problem.startswith(f"data.train: task 'calendar' needs the file {tmp_path}/calendar/train.json")
     assert "does not exist" in problem
 
@@ -224,14 +236,14 @@ def test_a_task_without_any_file(make_own, tmp_path):
         ("template", "vicuna", "data.template: 'vicuna' is unknown; accepted: alpaca, plain, chat"),
     ],
 )
-def test_a_setting_that_cannot_work(setting, value, problem, make_own):
-    assert make_own(**{setting: value}).problems("fit") == [problem]
+def test_a_setting_that_cannot_work(setting, value, problem, make_instruction_data):
+    assert make_instruction_data(**{setting: value}).problems("fit") == [problem]
 
 
-def test_problems_come_at_once_and_before_any_row_is_read(save, make_own):
+def test_problems_come_at_once_and_before_any_row_is_read(save, make_instruction_data):
     bad = save("bad.jsonl", [{}])
     weights = {"bad": 1, "gone": -2}
-    data = make_own(
+    data = make_instruction_data(
         train=[bad, "gone.csv"], validation=1, columns={"x": "y"}, weights=weights, template="vicuna"
     )
     found = data.problems("fit")
@@ -245,75 +257,79 @@ def test_problems_come_at_once_and_before_any_row_is_read(save, make_own):
     assert found[2] == "data.weights: gone: -2; accepted: a number of at least 0"
 
 
-def test_a_file_that_holds_no_rows_by_its_name(write, make_own):
-    problems = make_own(train=[write("notes.txt", "a note")], validation=1).problems("fit")
+def test_a_file_that_holds_no_rows_by_its_name(write, make_instruction_data):
+    problems = make_instruction_data(train=[write("notes.txt", "a note")], validation=1).problems("fit")
     assert [problem.partition(": ")[2].rpartition("' ")[2] for problem in problems] == [
         "is no file of rows; accepted: .jsonl, .json, .csv, .parquet"
     ]
 
 
-def test_columns_may_be_left_out(make_own):
-    assert make_own(columns={}).problems("fit") == make_own(columns=None).problems("test") == []
+def test_columns_may_be_left_out(make_instruction_data):
+    assert (
+        make_instruction_data(columns={}).problems("fit")
+        == make_instruction_data(columns=None).problems("test")
+        == []
+    )
 
 
 @pytest.mark.parametrize("train_on", ["response", "every_response"])
-def test_chat_needs_a_template_in_the_tokenizer(train_on, make_own, tokenizers_by_kind):
+def test_chat_needs_a_template_in_the_tokenizer(train_on, make_instruction_data, tokenizers_by_kind):
     message = r"data\.template: chat needs a tokenizer with a chat template, and this one has none; use alpaca, plain$"
     with pytest.raises(ConfigError, match=message):
-        make_own(template="chat", tokenizer=tokenizers_by_kind["bos"], train_on=train_on)
+        make_instruction_data(template="chat", tokenizer=tokenizers_by_kind["bos"], train_on=train_on)
 
 
 def test_a_tokenizer_is_needed():
     with pytest.raises(RuntimeError, match=r"call connect\(tokenizer\) first"):
-        next(OwnDataModule(template="plain", train_on="response").examples("train"))
+        next(InstructionDataModule(template="plain", train_on="response").examples("train"))
 
 
 # --- rows that cannot be used ---
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_a_missing_column_is_named_with_those_that_are_there(suffix, save, make_own):
+def test_a_missing_column_is_named_with_those_that_are_there(suffix, save, make_instruction_data):
     path = save(f"rows{suffix}", [{"question": "Why?", "output": "So.", "id": "7"}] * 2)
-    assert _problem(make_own(train=[f"{path}[1:]"])) == (
+    assert _problem(make_instruction_data(train=[f"{path}[1:]"])) == (
         f"{path}, row 2: column 'instruction' is missing; the row has question, output, id. "
         "data.columns: {instruction: NAME} reads another one"
     )
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_an_empty_output_is_named_by_file_and_row(suffix, save, make_own):
+def test_an_empty_output_is_named_by_file_and_row(suffix, save, make_instruction_data):
     path = save(f"rows{suffix}", [*NOTES, NOTES[0] | {"output": " "}])
-    assert _problem(make_own(train=[path])) == f"{path}, row 4: column 'output' is empty"
+    assert _problem(make_instruction_data(train=[path])) == f"{path}, row 4: column 'output' is empty"
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_a_chat_that_is_none_is_named_by_file_and_row(suffix, save, make_own):
+def test_a_chat_that_is_none_is_named_by_file_and_row(suffix, save, make_instruction_data):
     asked = {"messages": CHATS[0]["messages"][:1]}
     path = save(f"rows{suffix}", [*CHATS, asked])
-    found = _problem(make_own(train=[path]))
+    found = _problem(make_instruction_data(train=[path]))
     assert (
         found
         == f"{path}, row 3: the last message is the user's; expected the assistant's, which is the response"
     )
 
 
-def test_a_chat_cannot_stand_in_csv(save, make_own):
+def test_a_chat_cannot_stand_in_csv(save, make_instruction_data):
     path = save("rows.csv", [{"messages": json.dumps(CHATS[0]["messages"])}])
-    assert _problem(make_own(train=[path])).startswith(
+    assert _problem(make_instruction_data(train=[path])).startswith(
         f"{path}, row 1: messages: expected a list of objects with role and content, found '[{{"
     )
 
 
-def test_a_table_without_a_header_shows_what_was_taken_for_one(save, make_own):
+def test_a_table_without_a_header_shows_what_was_taken_for_one(save, make_instruction_data):
     path = Path(save("rows.csv", NOTES))
     path.write_text("Why?,So.\nHow?,Thus.\n")
-    assert "the row has Why?, So." in _problem(make_own(train=[str(path)]))
+    assert "the row has Why?, So." in _problem(make_instruction_data(train=[str(path)]))
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_alpaca_has_no_place_for_a_chat_of_several_turns(number, save, make_own):
+def test_alpaca_has_no_place_for_a_chat_of_several_turns(number, save, make_instruction_data):
     path = save("rows.jsonl", [*CHATS[:1] * number, CHATS[1]])
-    assert _problem(make_own(train=[path], template="alpaca")) == (
+    assert _problem(make_instruction_data(train=[path], template="alpaca")) == (
         f"{path}, row {number + 1}: a chat of 7 messages; template alpaca has one turn: use chat or plain"
     )
 
@@ -323,26 +339,26 @@ def test_alpaca_has_no_place_for_a_chat_of_several_turns(number, save, make_own)
     [("a.json", "[]"), ("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", "instruction,output\n")],
 )
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_a_split_without_rows(name, content, split, write, save, make_own):
+def test_a_split_without_rows(name, content, split, write, save, make_instruction_data):
     full, empty = [save("full.json", NOTES)], [write(name, content)]
     settings = {"train": full, "validation": full, "test": full} | {split: empty}
-    with pytest.raises(ConfigError, match=rf"^data\.{split}: the split is empty; give at least one row$"):
-        make_own(stage="test" if split == "test" else "fit", **settings)
+    with pytest.raises(ConfigError, match=rf"^data\.{split}: the split is empty; give at least one example$"):
+        make_instruction_data(stage="test" if split == "test" else "fit", **settings)
 
 
-def test_a_slice_or_a_table_without_rows(save, make_own, tmp_path):
+def test_a_slice_or_a_table_without_rows(save, make_instruction_data, tmp_path):
     pyarrow.parquet.write_table(
         pyarrow.table({"instruction": [""], "output": [""]}).slice(1), tmp_path / "none.parquet"
     )
     for source in (f"{save('rows.csv', NOTES)}[3:]", str(tmp_path / "none.parquet")):
-        with pytest.raises(ConfigError, match=r"^data\.test: the split is empty; give at least one row$"):
-            make_own(test=[source], stage="test")
+        with pytest.raises(ConfigError, match=r"^data\.test: the split is empty; give at least one example$"):
+            make_instruction_data(test=[source], stage="test")
 
 
-def test_a_row_that_cannot_be_used_stops_the_fit(save, make_own):
+def test_a_row_that_cannot_be_used_stops_the_fit(save, make_instruction_data):
     path = save("rows.jsonl", [*NOTES, NOTES[0] | {"input": 5}])
     with pytest.raises(ConfigError, match=r"rows\.jsonl, row 4: column 'input': expected a text, found 5$"):
-        make_own(train=[path], validation=1, stage="fit")
+        make_instruction_data(train=[path], validation=1, stage="fit")
 
 
 # --- the sample ---
@@ -352,8 +368,8 @@ def _sample(split):
     return [json.loads(line) for line in (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_sample(make_own):
-    data = make_own(template="plain", train_on="every_response", stage="fit")
+def test_the_sample(make_instruction_data):
+    data = make_instruction_data(template="plain", train_on="every_response", stage="fit")
     data.setup("test")
     assert data.problems("fit") == data.problems("test") == []
     assert {split: len(table) for split, table in data.tables.items()} == {
@@ -361,7 +377,7 @@ def test_the_sample(make_own):
         "validation": 24,
         "test": 36,
     }
-    assert [found.rows for found in data.leakage()] == [()] * 2
+    assert [found.rows for found in data.overlaps()] == [()] * 2
     assert not any(any(table["truncated"]) for table in data.tables.values())
     assert {task for table in data.tables.values() for task in table["task"]} == {"calendar"}
 
@@ -413,6 +429,6 @@ def test_the_recipe_trains_and_tests(tiny_backbone, tmp_path, monkeypatch, capsy
     assert all(row["likelihood"]["log_likelihoods"][0] < 0 for row in found)
     assert all(row["generation"]["reference"] and "token_f1" in row["generation"]["scores"] for row in found)
     said = capsys.readouterr().out
-    assert "nats per target token" in said
-    assert "generated texts against their references" in said
+    assert "nats per token" in said
+    assert "generated texts compared with their references" in said
     assert "accuracy" not in said

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import gatera_lightning.datamodules.tasks.math as math_data
-from gatera_lightning.datamodules.answers.numbers import number
-from gatera_lightning.datamodules.answers.options import Reading
+from gatera_lightning.datamodules.answers.numbers import parse_number
+from gatera_lightning.datamodules.answers.options import ParsedAnswer
 from gatera_lightning.datamodules.tasks.math import TASKS, MathDataModule, Problem, parse_problem
 from gatera_lightning.errors import ConfigError
 
@@ -177,15 +177,15 @@ def test_the_rationale_of_llm_adapters_is_never_read(example):
     ],
 )
 def test_an_answer_is_right_by_its_value(gold, text, answer, choice, make_math):
-    assert make_math().read_answer(text, [gold]) == Reading(answer, choice)
+    assert make_math().parse_answer(text, [gold]) == ParsedAnswer(answer, choice)
 
 
 @pytest.mark.parametrize("gold", ["x + 1", "", "F", "AB", "3 or 4"])
 def test_a_gold_without_a_value_judges_nothing(gold, make_math):
     with pytest.raises(
-        ValueError, match=f"label {re.escape(repr(gold))}: expected a number or a letter of ABCDE"
+        ValueError, match=f"label {re.escape(repr(gold))}: expected a parse_number or a letter of ABCDE"
     ):
-        make_math().read_answer("#### 5", [gold])
+        make_math().parse_answer("#### 5", [gold])
 
 
 # --- rows without a gold, and rows of no schema ---
@@ -247,7 +247,7 @@ def test_an_expression_trains_and_is_never_judged(make_math, write, caplog):
         "data.test: 2",
     ]
     assert (
-        "row 2: field 'response': expected a number or a letter of ABCDE at its end, found '$2x + 1$'"
+        "row 2: field 'response': expected a parse_number or a letter of ABCDE at its end, found '$2x + 1$'"
         in caplog.text
     )
 
@@ -372,13 +372,13 @@ def test_real_rows_of_llm_adapters(task, real_math, make_math, caplog):
         (label,) = example.labels
         assert example.answers == [f" #### {label}"]
         assert example.prompt == f"Question: {row['instruction'].strip()}\nAnswer:"
-        assert data.read_answer(example.answers[0], example.labels) == Reading(label, 0)
+        assert data.parse_answer(example.answers[0], example.labels) == ParsedAnswer(label, 0)
         if task == "AQuA":
             assert label == row["answer"]
             told = re.search(r"[Tt]he answer is \(?([A-E])\)?\.?$", row["output"])
-            assert data.read_answer(row["output"], example.labels).answer == (told[1] if told else None)
+            assert data.parse_answer(row["output"], example.labels).answer == (told[1] if told else None)
         else:
-            assert number(label) == Fraction(Decimal(row["answer"]))
+            assert parse_number(label) == Fraction(Decimal(row["answer"]))
             assert not label.endswith(".0")
 
 
@@ -386,11 +386,11 @@ def test_real_rows_of_llm_adapters(task, real_math, make_math, caplog):
     ("task", "wrong"), [("SVAMP", (150, 250)), ("AddSub", (10, 100)), ("MultiArith", (0, 60))]
 )
 def test_real_rationales_read_as_a_models_text(task, wrong, real_math, make_math):
-    """By another reading, the first number after the words; SVAMP's rationales are wrong in about one row of five."""
+    """By another reading, the first parse_number after the words; SVAMP's rationales are wrong in about one row of five."""
     rows = json.loads((real_math / task / "test.json").read_text())
     data, disagree = make_math(), 0
     for row in rows:
-        reading = data.read_answer(row["output"], [row["answer"]])
+        reading = data.parse_answer(row["output"], [row["answer"]])
         *_, told = re.split("[Tt]he answer is", row["output"].replace(",", ""))
         numbers = re.findall(r"-?\d+\.?\d*", told)
         if row["output"].count("he answer is") == 1 and "/" not in told:
@@ -405,7 +405,7 @@ def test_real_rationales_read_as_a_models_text(task, wrong, real_math, make_math
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 660)])
 @pytest.mark.parametrize("style", ["gsm8k", "metamath"])
 def test_real_rows_of_gsm8k(split, count, style, real_math, make_math, caplog):
-    """By another reading: split at the last line, annotations cut out by hand, GSM8K's own expression for the number."""
+    """By another reading: split at the last line, annotations cut out by hand, GSM8K's own expression for the parse_number."""
     rows = [json.loads(line) for line in (real_math / "gsm8k" / f"{split}.jsonl").read_text().splitlines()]
     data = make_math(data_dir=str(real_math), answer_style=style, **{split: ["gsm8k"]})
     examples = list(data.examples(split))
@@ -420,8 +420,8 @@ def test_real_rows_of_gsm8k(split, count, style, real_math, make_math, caplog):
         )
         assert example.answers[0].strip() == f"{plain.strip()}\n{mark} {gold}"
         assert example.labels == [gold]
-        assert data.read_answer(example.answers[0], example.labels) == Reading(gold, 0)
-        assert data.read_answer(row["answer"], example.labels) == Reading(gold, 0)
+        assert data.parse_answer(example.answers[0], example.labels) == ParsedAnswer(gold, 0)
+        assert data.parse_answer(row["answer"], example.labels) == ParsedAnswer(gold, 0)
 
 
 # --- the embedded sample ---
@@ -436,7 +436,7 @@ def test_the_sample(make_math):
         assert {example.task for example in examples} == {"arithmetic"}
         questions += [example.identity for example in examples]
         for example in examples:
-            assert data.read_answer(example.answers[0], example.labels) == Reading(example.labels[0], 0)
+            assert data.parse_answer(example.answers[0], example.labels) == ParsedAnswer(example.labels[0], 0)
     assert len(set(questions)) == len(questions)
     labels = [
         label for split in ("train", "test") for example in data.examples(split) for label in example.labels
@@ -456,7 +456,7 @@ def test_solutions_of_the_sample_add_up(make_math):
                 assert eval(
                     re.sub(r"([0-9.]+)", r"Fraction('\1')", sum_), {"Fraction": Fraction}
                 ) == Fraction(result)
-            assert Fraction(sums[-1][1]) == number(example.labels[0])
+            assert Fraction(sums[-1][1]) == parse_number(example.labels[0])
 
 
 def test_it_trains_validates_and_tests_on_the_sample(make_math):
@@ -467,7 +467,7 @@ def test_it_trains_validates_and_tests_on_the_sample(make_math):
         "validation": 20,
         "test": 40,
     }
-    assert not any(row for found in data.leakage() for row in found.rows)
+    assert not any(row for found in data.overlaps() for row in found.rows)
     assert next(iter(data.train_dataloader()))
 
 
