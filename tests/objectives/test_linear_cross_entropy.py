@@ -1,118 +1,102 @@
-"""Loss and gradient of all logits at once, without ever having them; and which models let the head compute the loss."""
+"""Loss and gradient without ever storing all logits, alone and inside a model's own head."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model_families import FAMILIES, SIZES
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
-from gatera_lightning.objectives.linear_cross_entropy import (
-    cross_entropy_in_head,
-    linear_cross_entropy,
-    returns_what_its_head_does,
-)
-from gatera_lightning.objectives.next_token import (
-    next_token_labels,
-    summed_cross_entropy,
-    target_positions_only,
-)
+from gatera_lightning.objectives.linear_cross_entropy import linear_cross_entropy, summed_loss_in_head
+from gatera_lightning.objectives.next_token import head_only_at, shift_labels, summed_cross_entropy
 
 N, WIDTH, VOCABULARY = 7, 5, 11
-PLAIN = {"llama", "qwen2", "phi3"}
+CHUNK = "gatera_lightning.objectives.linear_cross_entropy.LOGITS_PER_CHUNK"
 
 
 @pytest.fixture(
-    params=[1, 3 * VOCABULARY + 2, 1000], ids=["a position each", "chunks of 3, 3 and 1", "one chunk"]
+    params=[1, 3 * VOCABULARY + 2, 1000], ids=["one position each", "chunks of 3, 3 and 1", "one chunk"]
 )
-def chunked(request, monkeypatch):
-    monkeypatch.setattr("gatera_lightning.objectives.linear_cross_entropy.LOGITS_AT_A_TIME", request.param)
+def chunk_size(request, monkeypatch):
+    monkeypatch.setattr(CHUNK, request.param)
 
 
-def drawn(dtype, bias, n=N):
+def random_inputs(dtype, bias, n=N):
     torch.manual_seed(0)
     hidden = torch.randn(n, WIDTH, dtype=torch.float64).to(dtype).requires_grad_()
     weight = 2 * torch.randn(VOCABULARY, WIDTH, dtype=torch.float64).to(dtype)
-    return (
-        hidden,
-        weight,
-        torch.randn(VOCABULARY, dtype=torch.float64).to(dtype) if bias else None,
-        torch.arange(n),
-    )
+    drawn_bias = torch.randn(VOCABULARY, dtype=torch.float64).to(dtype) if bias else None
+    return hidden, weight, drawn_bias, torch.arange(n)
 
 
-def by_definition(hidden, weight, bias, targets):
+def reference_loss(hidden, weight, bias, labels):
+    """The definition."""
     p = torch.softmax(F.linear(hidden, weight, bias), -1)
-    return -p[range(len(targets)), targets].log().sum()
+    return -p[range(len(labels)), labels].log().sum()
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("chunk_size")
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_loss_and_gradient_in_double_precision(bias):
-    hidden, weight, b, targets = drawn(torch.float64, bias)
-    loss, reference = (
-        linear_cross_entropy(hidden, weight, b, targets),
-        by_definition(hidden, weight, b, targets),
-    )
+def test_loss_and_gradient_match_definition(bias):
+    inputs = random_inputs(torch.float64, bias)
+    loss, reference = linear_cross_entropy(*inputs), reference_loss(*inputs)
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(reference.item(), rel=1e-14)
-    ours, theirs = (torch.autograd.grad(0.3 * each, hidden)[0] for each in (loss, reference))
+    ours, theirs = (torch.autograd.grad(0.3 * each, inputs[0])[0] for each in (loss, reference))
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda h: linear_cross_entropy(h, weight, b, targets), hidden)
+    assert torch.autograd.gradcheck(lambda hidden: linear_cross_entropy(hidden, *inputs[1:]), inputs[0])
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("chunk_size")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rounding_is_that_of_autograd(dtype):
-    """Compared with the same numbers in fp64: the loss in fp32, the gradient as far off as autograd's of all logits."""
-    hidden, weight, bias, targets = drawn(dtype, True, n=VOCABULARY)
+def test_gradient_is_as_exact_as_autograd(dtype):
+    """Both are compared with float64: the loss is in fp32, the gradient as exact as autograd's with all logits."""
+    hidden, weight, bias, labels = random_inputs(dtype, True, n=VOCABULARY)
     wide = hidden.detach().double().requires_grad_()
-    exact = torch.autograd.grad(by_definition(wide, weight.double(), bias.double(), targets) / 13, wide)[0]
-    logits = F.linear(hidden, weight, bias)
-    usual = summed_cross_entropy(logits[None], targets)
-    loss = linear_cross_entropy(hidden, weight, bias, targets)
+    exact_loss = reference_loss(wide, weight.double(), bias.double(), labels)
+    exact = torch.autograd.grad(exact_loss / 13, wide)[0]
+    usual = summed_cross_entropy(F.linear(hidden, weight, bias)[None], labels)
+    loss = linear_cross_entropy(hidden, weight, bias, labels)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(usual.item(), rel=1e-6)
     ours, theirs = (torch.autograd.grad(each / 13, hidden)[0] for each in (loss, usual))
     assert ours.dtype == dtype
-    # Of one rounding more: the gradient is kept for backward before the incoming one multiplies it.
+    # One rounding more: the gradient is stored before the incoming gradient multiplies it.
     assert float((ours - exact).abs().max()) <= 2 * float((theirs - exact).abs().max())
 
 
-def test_the_incoming_gradient_is_not_rounded_to_bf16():
-    """1/13 would be off by 0.3 %."""
-    hidden, weight, _, targets = drawn(torch.bfloat16, False)
-    whole, part = (
-        torch.autograd.grad(c * linear_cross_entropy(hidden, weight, None, targets), hidden)[0]
+def test_backward_does_not_round_incoming_gradient():
+    """In bf16, 1/13 would be off by 0.3 %."""
+    hidden, weight, _, labels = random_inputs(torch.bfloat16, False)
+    full, part = (
+        torch.autograd.grad(c * linear_cross_entropy(hidden, weight, None, labels), hidden)[0]
         for c in (1, 1 / 13)
     )
-    assert torch.equal(part, (whole.float() / 13).bfloat16())
+    assert torch.equal(part, (full.float() / 13).bfloat16())
 
 
-def test_large_logits_overflow_nowhere():
-    hidden, weight, _, targets = drawn(torch.float32, False)
-    loss = linear_cross_entropy(1e4 * hidden, weight, None, targets)
-    assert loss.item() == pytest.approx(
-        F.cross_entropy(1e4 * hidden @ weight.t(), targets, reduction="sum").item()
-    )
+def test_large_logits_do_not_overflow():
+    hidden, weight, _, labels = random_inputs(torch.float32, False)
+    loss = linear_cross_entropy(1e4 * hidden, weight, None, labels)
+    reference = F.cross_entropy(1e4 * hidden @ weight.t(), labels, reduction="sum")
+    assert loss.item() == pytest.approx(reference.item())
     assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
 
 
-def test_no_targets_is_a_loss_of_zero_with_a_gradient():
-    hidden, weight, bias, targets = drawn(torch.float32, True, n=0)
+def test_no_positions_give_zero_loss_and_gradient():
+    hidden, weight, bias, labels = random_inputs(torch.float32, True, n=0)
     before = torch.randn(4, WIDTH, requires_grad=True)
-    loss = linear_cross_entropy(before[torch.zeros(4, dtype=torch.bool)] + hidden, weight, bias, targets)
+    loss = linear_cross_entropy(before[torch.zeros(4, dtype=torch.bool)] + hidden, weight, bias, labels)
     loss.backward()
     assert float(loss) == 0
     assert not before.grad.any()
 
 
-class Allocations(TorchDispatchMode):
-    """The largest storage that any operation made, in bytes."""
+class LargestAllocation(TorchDispatchMode):
+    """Records the largest storage that any operation creates, in bytes."""
 
     largest = 0
 
@@ -124,29 +108,29 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def test_nothing_larger_than_a_chunk_is_ever_made_and_nothing_of_a_vocabulary_is_kept():
-    """2,048 targets of Llama 3's vocabulary in bf16, in shapes."""
+def test_only_one_chunk_of_logits_is_allocated_and_none_saved():
+    """2,048 positions with Llama 3's vocabulary in bf16, on the meta device."""
     saved = []
     with torch.device("meta"):
         hidden = torch.empty(2048, 64, dtype=torch.bfloat16, requires_grad=True)
-        weight, targets = torch.empty(128256, 64, dtype=torch.bfloat16), torch.empty(2048, dtype=torch.long)
+        weight, labels = torch.empty(128256, 64, dtype=torch.bfloat16), torch.empty(2048, dtype=torch.long)
     with (
-        Allocations() as seen,
+        LargestAllocation() as seen,
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
-        linear_cross_entropy(hidden, weight, None, targets).backward()
+        linear_cross_entropy(hidden, weight, None, labels).backward()
     assert 0.9 * 4 * 2**25 < seen.largest <= 4 * 2**25 < 4 * 2048 * 128256
     assert [tensor.shape for tensor in saved] == [hidden.shape]
 
 
-# --- the model ---
+# --- inside a model ---
 
 
-def of_family(name, dtype=torch.float64, **settings):
-    """A tiny model whose adapter does something."""
+def adapted_family(name):
+    """A tiny model of a family, with random adapter values."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **SIZES, **FAMILIES[name], **settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+    config = AutoConfig.for_model(name, **SIZES, **FAMILIES[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
     inject_adapters(
         model, AdapterConfig(rank=2, target_modules=["o_proj", "down_proj"], adapter_dtype="float64")
     )
@@ -155,110 +139,40 @@ def of_family(name, dtype=torch.float64, **settings):
     return model.train()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_models_that_cap_or_scale_their_logits_are_told_from_those_that_do_not(name, dtype):
-    assert returns_what_its_head_does(of_family(name, dtype)) == (name in PLAIN)
-
-
-@pytest.mark.parametrize("name", sorted(PLAIN))
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
-def test_the_loss_in_the_head_is_that_of_full_logits(name, checkpointing, monkeypatch):
-    monkeypatch.setattr(
-        "gatera_lightning.objectives.linear_cross_entropy.LOGITS_AT_A_TIME", 4 * SIZES["vocab_size"]
-    )
-    model = of_family(name)
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen2"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_loss_in_head_matches_full_logits(name, checkpointing, monkeypatch):
+    monkeypatch.setattr(CHUNK, 4 * SIZES["vocab_size"])
+    model = adapted_family(name)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 96, (3, 9))
     labels = torch.where(torch.rand(3, 9) < 0.6, ids, IGNORE_INDEX)
-    shifted = next_token_labels(labels)
-    keep = shifted != IGNORE_INDEX
-    with target_positions_only(model, keep), cross_entropy_in_head(model, shifted[keep]):
-        loss = model(input_ids=ids, use_cache=False).logits
+    shifted = shift_labels(labels)
+    positions = shifted != IGNORE_INDEX
+    with head_only_at(model, positions):
+        loss = summed_loss_in_head(
+            model, shifted[positions], lambda: model(input_ids=ids, use_cache=False).logits
+        )
     full = model(input_ids=ids, use_cache=False).logits
     reference = F.cross_entropy(
         full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    assert loss.shape == (1, 1, 1)
+    assert loss.shape == ()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-13)
     parameters = list(adapter_parameters(model).values())
-    for mine, theirs in zip(
-        torch.autograd.grad(loss.squeeze(), parameters),
-        torch.autograd.grad(reference, parameters),
-        strict=True,
-    ):
-        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(each, parameters) for each in (loss, reference))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_a_head_that_is_trained_is_not_plain():
-    model = of_family("llama")
-    model.lm_head.weight.requires_grad_(True)
-    assert not returns_what_its_head_does(model)
+def test_summed_loss_in_head_restores_head_after_error():
+    model = adapted_family("llama")
 
-
-def test_a_head_of_another_kind_is_not_plain():
-    class Quantised(nn.Linear):
-        pass
-
-    model = of_family("llama")
-    model.lm_head.__class__ = Quantised
-    assert not returns_what_its_head_does(model)
-
-
-def test_a_forward_that_somebody_else_replaced_is_left_alone():
-    model = of_family("llama")
-    model.lm_head.forward = own = lambda hidden: F.linear(hidden, model.lm_head.weight)
-    assert not returns_what_its_head_does(model)
-    assert model.lm_head.forward is own
-
-
-@pytest.mark.parametrize(
-    "after",
-    [
-        lambda logits: logits.mul_(0.5),
-        lambda logits: logits * 1.0,
-        lambda logits: torch.cat([logits, logits], -1),
-    ],
-    ids=["in place", "by one", "another shape"],
-)
-def test_whatever_is_done_to_logits_is_seen(after):
-    model = of_family("llama")
-    inner = model.forward
-
-    def forward(**inputs):
-        output = inner(**inputs)
-        output.logits = after(output.logits)
-        return output
-
-    model.forward = forward
-    assert not returns_what_its_head_does(model)
-
-
-def test_a_hook_that_scales_what_the_head_returns_is_seen():
-    model = of_family("llama")
-    handle = model.lm_head.register_forward_hook(lambda _, args, out: 0.5 * out)
-    assert not returns_what_its_head_does(model)
-    handle.remove()
-    assert returns_what_its_head_does(model)
-
-
-def test_trying_leaves_no_trace():
-    model = of_family("llama", attention_dropout=0.5)
-    ids, seed = torch.tensor([[5, 6, 7]]), torch.get_rng_state()
-    assert returns_what_its_head_does(model)
-    assert torch.equal(torch.get_rng_state(), seed)
-    assert all(module.training for module in model.modules())
-    assert "forward" not in vars(model.lm_head)
-    assert model(input_ids=ids).logits.shape == (1, 3, SIZES["vocab_size"])
-    with pytest.raises(ZeroDivisionError), cross_entropy_in_head(model, ids[0]):
+    def fail():
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        summed_loss_in_head(model, torch.tensor([5]), fail)
     assert "forward" not in vars(model.lm_head)
-
-
-def test_the_trial_leaves_every_module_in_its_mode(tiny_llama):
-    model = tiny_llama().train().requires_grad_(False)
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    assert returns_what_its_head_does(model)
-    assert [module.training for module in model.modules()] == modes
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, SIZES["vocab_size"])

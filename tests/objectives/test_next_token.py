@@ -1,4 +1,4 @@
-"""Entropy from the logit, sums instead of means, and a head that sees only what carries loss."""
+"""The head at supervised positions only, and the loss of the next token."""
 
 import pytest
 import torch
@@ -7,12 +7,15 @@ from model_families import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
+from gatera_lightning.objectives import linear_cross_entropy
 from gatera_lightning.objectives.next_token import (
-    gate_entropy,
-    next_token_labels,
+    NextToken,
+    head_only_at,
+    shift_labels,
+    shift_mask,
     summed_cross_entropy,
-    summed_gate_entropy,
-    target_positions_only,
+    summed_next_token_loss,
+    supervised_logits,
 )
 
 
@@ -23,82 +26,86 @@ def family(request):
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
 
 
-def test_the_head_on_targets_alone_gives_the_loss_and_gradients_of_full_logits(family):
+def random_batch(share=0.4):
     torch.manual_seed(1)
     ids = torch.randint(3, 96, (3, 9))
-    labels = torch.where(torch.rand(3, 9) < 0.4, ids, IGNORE_INDEX)
-    shifted = next_token_labels(labels)
-    keep = shifted != IGNORE_INDEX
-    with target_positions_only(family, keep):
-        logits = family(input_ids=ids).logits
-    full = family(input_ids=ids).logits
-    assert logits.shape == (1, int(keep.sum()), 96)
-    assert torch.allclose(logits[0], full[keep], rtol=0, atol=1e-12)
+    labels = torch.where(torch.rand(3, 9) < share, ids, IGNORE_INDEX)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def test_supervised_logits_match_full_logits(family):
+    batch = random_batch()
+    found = supervised_logits(family, batch)
+    full = family(input_ids=batch["input_ids"]).logits
+    assert found.positions.equal(shift_labels(batch["labels"]) != IGNORE_INDEX)
+    assert found.labels.equal(batch["labels"][:, 1:][found.positions[:, :-1]])
+    assert found.logits.shape == (1, len(found.labels), 96)
+    assert torch.allclose(found.logits[0], full[found.positions], rtol=0, atol=1e-12)
 
     parameters = [p for p in family.parameters() if p.requires_grad]
-    ours = torch.autograd.grad(summed_cross_entropy(logits, shifted[keep]), parameters)
-    reference = torch.autograd.grad(
-        F.cross_entropy(
-            full[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        ),
-        parameters,
+    ours = torch.autograd.grad(summed_cross_entropy(found.logits, found.labels), parameters)
+    labels = batch["labels"][:, 1:].flatten()
+    reference = F.cross_entropy(
+        full[:, :-1].flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    for mine, theirs in zip(ours, reference, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-10)
+    for one, other in zip(ours, torch.autograd.grad(reference, parameters), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
 
 
-def test_the_hook_is_gone_afterwards(family):
+def test_head_only_at_removes_its_hook(family):
     ids = torch.randint(3, 96, (1, 5))
-    with pytest.raises(ZeroDivisionError), target_positions_only(family, torch.zeros(1, 5, dtype=torch.bool)):
+    with pytest.raises(ZeroDivisionError), head_only_at(family, torch.zeros(1, 5, dtype=torch.bool)):
         raise ZeroDivisionError
     assert family(input_ids=ids).logits.shape == (1, 5, 96)
 
 
-def test_no_targets_is_a_loss_of_zero_with_a_gradient_of_zero(tiny_llama):
-    model = tiny_llama()
-    with target_positions_only(model, torch.zeros(2, 4, dtype=torch.bool)):
-        logits = model(input_ids=torch.randint(0, 128, (2, 4))).logits
-    loss = summed_cross_entropy(logits, torch.empty(0, dtype=torch.long))
+def test_no_supervised_tokens_give_zero_loss_and_gradient(tiny_llama):
+    model, batch = tiny_llama(), random_batch(share=0)
+    loss = summed_next_token_loss(model, batch)
     loss.backward()
     assert float(loss) == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_next_token_labels_by_hand():
+@pytest.mark.parametrize("changed", ["", "head is trained", "head was replaced"])
+def test_prepared_model_computes_loss_in_head(tiny_llama, changed, monkeypatch):
+    """From logits before ``prepare``, and when the head is no longer what was tried."""
+    model, batch, used = tiny_llama().requires_grad_(False), random_batch() | {"step_supervised_tokens": 7}, []
+    plain = linear_cross_entropy.linear_cross_entropy
+    monkeypatch.setattr(
+        linear_cross_entropy, "linear_cross_entropy", lambda *args: used.append(True) or plain(*args)
+    )
+    before = NextToken().terms(model, batch, None)["task_loss"]
+    assert not used
+    NextToken().prepare(model)
+    if changed == "head is trained":
+        model.lm_head.weight.requires_grad_(True)
+    elif changed == "head was replaced":
+        model.lm_head.forward = lambda hidden: F.linear(hidden, model.lm_head.weight)
+    after = NextToken().terms(model, batch, None)["task_loss"]
+    assert used == ([] if changed else [True])
+    assert (after.count, after.weight) == (7, 1.0)
+    assert float(after.total) == pytest.approx(float(before.total), rel=1e-6)
+
+
+def test_prepare_tries_a_model_once(tiny_llama, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "gatera_lightning.objectives.next_token.returns_head_output", lambda model: tried.append(model) or True
+    )
+    models = [tiny_llama(), tiny_llama()]
+    for model in (*models, *models):
+        NextToken().prepare(model)
+    assert tried == models
+
+
+def test_shift_labels_moves_labels_to_predicting_position():
     labels = torch.tensor([[IGNORE_INDEX, 7, 8], [5, IGNORE_INDEX, 6]])
-    assert next_token_labels(labels).tolist() == [[7, 8, IGNORE_INDEX], [IGNORE_INDEX, 6, IGNORE_INDEX]]
+    assert shift_labels(labels).tolist() == [[7, 8, IGNORE_INDEX], [IGNORE_INDEX, 6, IGNORE_INDEX]]
+    assert shift_mask(labels > 0).tolist() == [[True, True, False], [False, True, False]]
 
 
-def test_entropy_and_its_gradient_from_the_definition():
-    z = torch.linspace(-6, 6, 41, dtype=torch.float64, requires_grad=True)
-    g = torch.sigmoid(z.detach())
-    assert torch.allclose(gate_entropy(z), -(g * g.log() + (1 - g) * (1 - g).log()), atol=1e-14)
-    (gradient,) = torch.autograd.grad(gate_entropy(z).sum(), z)
-    assert torch.allclose(gradient, -z.detach() * g * (1 - g), atol=1e-14)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_entropy_keeps_its_digits_where_the_gate_is_decided(sign):
-    """The form in z instead of |z| is off by 100 % at z = 20 in fp32."""
-    z = torch.tensor([12.0, 20.0, 40.0, 80.0])
-    wide = z.double()
-    exact = torch.log1p(torch.exp(-wide)) + wide * torch.exp(-wide) / (1 + torch.exp(-wide))
-    assert torch.allclose(gate_entropy(sign * z).double(), exact, rtol=1e-5, atol=0)
-    assert torch.isfinite(gate_entropy(torch.tensor([1e4, -1e4]))).all()
-
-
-def test_entropy_is_largest_half_open():
-    assert float(gate_entropy(torch.zeros(()))) == pytest.approx(0.6931472)
-
-
-def test_padding_has_no_entropy():
-    z = torch.randn(2, 2, 3, dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    by_hand = sum(gate_entropy(z[layer, row, t]) for layer in (0, 1) for row, t in ((0, 0), (0, 1), (1, 0)))
-    assert float(summed_gate_entropy(z, mask)) == pytest.approx(float(by_hand))
-
-
-def test_cross_entropy_of_bf16_logits_is_computed_in_fp32():
+def test_summed_cross_entropy_of_bf16_logits_is_in_fp32():
     logits = torch.randn(1, 5, 7).bfloat16()
     loss = summed_cross_entropy(logits, torch.arange(5))
     assert loss.dtype == torch.float32
