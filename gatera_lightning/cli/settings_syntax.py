@@ -104,7 +104,7 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
     kinds: list[str] = []
     settings: list[tuple[str, str]] = []
     others: list[str] = []
-    position: int | None = None
+    position = len(argv)
     config: type[GateConfig] | None = None
     rest = iter(argv)
     for arg in rest:
@@ -113,7 +113,7 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
         if not flag.startswith("--") or name not in (*_KIND_FLAGS, f"{GATE}.help", *MOVED_SETTINGS):
             others.append(arg)
             continue
-        position = len(others) if position is None else position
+        position = min(position, len(others))
         value = value if "=" in arg else next(rest, "")
         if name == f"{GATE}.help":
             others.append(f"{flag}={GATES[value].__name__ if value in GATES else value}")

@@ -29,7 +29,8 @@ from gatera_lightning.backbone.loading import (
 )
 from gatera_lightning.cli.terminal_arguments import check_arguments
 from gatera_lightning.datamodules.batching.collate import collate_prompts
-from gatera_lightning.datamodules.prompts.conversations import Chat, ConversationPrompts, Instruction
+from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
+from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.errors import ConfigError
@@ -116,7 +117,7 @@ class TerminalModel:
         else:
             assert not isinstance(prompt, str)
             try:
-                text = ConversationPrompts(self.template, self.tokenizer).fitting(prompt, sys.maxsize).text
+                text = ConversationPrompts(self.template, self.tokenizer).render(prompt, sys.maxsize).text
             except (ValueError, TemplateError) as error:
                 raise ConfigError(
                     f"--template: {self.template}: {error}; accepted: plain, or turns that the template supports"

@@ -1,4 +1,4 @@
-"""``plan``: what a recipe will cost, memory by part, operations and communication, before any weight is loaded."""
+"""`estimate`: memory, FLOPs and communication of a training step, predicted without loading weights."""
 
 import argparse
 import logging
@@ -13,7 +13,15 @@ from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.cost_model.device_memory import GIB, Layout, communication, predict_memory, verdict
-from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs
+from gatera_lightning.cost_model.step_costs import (
+    MicroBatch,
+    ModelSizes,
+    StepCosts,
+    build_on_meta,
+    model_sizes,
+    step_costs,
+)
+from gatera_lightning.datamodules.batching.batch_schedule import batch_size_problems
 from gatera_lightning.datamodules.batching.statistics import (
     gold_lengths,
     scheduled_lengths,
@@ -26,126 +34,173 @@ log = logging.getLogger(__name__)
 
 
 def estimate(argv: Sequence[str]) -> None:
-    """Print what a step of a recipe costs each device; everything but ``--memory`` in ``argv`` is as for ``fit``.
+    """Print what a training step of a recipe costs each device.
 
-    Raises ConfigError for settings that ``fit`` would refuse, and for a model that cannot be carried out without its weights.
+    Args:
+        argv: `--memory`, and any flags of `fit`.
+
+    Raises:
+        ConfigError: `fit` would reject the settings, or the model cannot run without its weights.
     """
-    own, others = _parser().parse_known_args(argv)
-    if own.memory is not None and not own.memory > 0:  # nan is neither
-        raise ConfigError(f"--memory: {own.memory}; accepted: GiB of one device, above 0")
-    recipe = RecipeCLI(["fit", *others])
-    settings, trainer = recipe.model, recipe.config.fit.trainer
+    args, fit_flags = _parser().parse_known_args(argv)
+    if args.memory is not None and not args.memory > 0:  # rejects nan as well
+        raise ConfigError(f"--memory: {args.memory}; accepted: GiB of one device, above 0")
+    recipe = RecipeCLI(["fit", *fit_flags])
     validate_config(recipe.parser, recipe.config)
-    processes, remark = recipe.world_size, recipe.world_size_remark
-    layout = layout_of(trainer.strategy, processes)
-    batch, source = _largest_micro_batch(recipe, processes, trainer.accumulate_grad_batches)
-    here = torch.cuda.is_available()
-    gpu = str(trainer.accelerator) in ("gpu", "cuda") or (trainer.accelerator == "auto" and here)
-    device_type, dtype = "cuda" if gpu else "cpu", settings.backbone.dtype
-    if dtype == "auto":  # a GPU that is not here multiplies bfloat16, as every recent one does
-        dtype = "bfloat16" if gpu and not here else str(native_dtype(device_type)).removeprefix("torch.")
-    dtype = getattr(torch, dtype)
-    model = build_on_meta(load_config(settings.backbone), settings.backbone, settings.adapter, dtype)
-    sizes, costs = (
-        model_sizes(model),
-        step_costs(model, batch, recomputed=settings.backbone.gradient_checkpointing),
+    trainer = recipe.config.fit.trainer
+    layout = layout_of(trainer.strategy, recipe.world_size)
+    batch, source = _largest_micro_batch(recipe)
+    device_type = _device_type(trainer.accelerator)
+    dtype = _backbone_dtype(recipe.model.backbone.dtype, device_type)
+    model = build_on_meta(
+        load_config(recipe.model.backbone), recipe.model.backbone, recipe.model.adapter, dtype
     )
-    memory = predict_memory(sizes, costs, layout)
-    print(
-        f"{settings.backbone.id}, {settings.adapter.update} × {settings.adapter.gate.kind}, rank {settings.adapter.rank}"
-    )
-    print(f"  devices        {layout}{remark}")
-    masters = settings.adapter.adapter_dtype
-    trainable = sizes.adapter // getattr(torch, masters).itemsize
-    frozen = sizes.frozen // dtype.itemsize
-    kind = str(dtype).removeprefix("torch.")
-    print(
-        f"  parameters     {frozen:,} frozen in {kind}, {trainable:,} trainable in {masters} ({trainable / frozen:.2%})"
-    )
-    print(
-        f"  micro-batch    {batch.sequences} rows of {batch.length} tokens, {batch.supervised_tokens:,} with loss ({source})"
-    )
-    print("  memory of a device, GiB")
-    for name, part in memory.parts.items():
-        print(f"    {name:<13}{part / GIB:8.2f}")
-    limit = own.memory * GIB if own.memory else _device_memory(device_type)
-    print(f"    {'peak':<13}{memory.peak / GIB:8.2f}{verdict(memory, limit)}")
-    tokens = batch.tokens
-    flops, steps = costs.forward_flops + costs.backward_flops, trainer.accumulate_grad_batches
-    print(
-        f"  compute        {flops / tokens / 1e9:.2f} GFLOP a token (forward {costs.forward_flops / tokens / 1e9:.2f}), "
-        f"{steps * flops / 1e12:.2f} TFLOP a step and device"
-    )
-    if settings.adapter.gate.has_thresholds:
-        print(
-            "                 with every gate undecided; what skip_below and merge_above leave out depends on the gates"
-        )
-    decoding = settings.decoding
-    kept = prepared_bytes(model, with_thresholds=decoding.uses_gate_thresholds)
-    if kept and layout.shards == 1 and decoding.prepared:
-        print(
-            f"  generating     {kept / GIB:.2f} GiB more for prepared weights (model.decoding.prepared), and keys and values"
-        )
-    moved = communication(sizes, layout, steps)
-    print(
-        "  communication  "
-        + (", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in moved.items()) or "none")
-    )
+    sizes = model_sizes(model)
+    costs = step_costs(model, batch, recomputed=recipe.model.backbone.gradient_checkpointing)
+    limit = args.memory * GIB if args.memory else _memory_of_device(device_type)
+    for line in [
+        *_describe_recipe(recipe, layout, sizes, dtype),
+        f"  micro-batch    {batch.sequences} rows of {batch.length} tokens, {batch.supervised_tokens:,} supervised ({source})",
+        *_describe_memory(sizes, costs, layout, limit),
+        *_describe_compute(recipe, batch, costs),
+        *_describe_generation(recipe, model, layout),
+        *_describe_communication(sizes, layout, recipe.accumulate),
+    ]:
+        print(line)
 
 
-def layout_of(strategy: Any, processes: int) -> Layout:
-    """The layout of a configured strategy. Raises ConfigError when its sizes are not those of the processes."""
-    if not (
-        hasattr(strategy, "get") and str(strategy.get("class_path", "")).endswith("AdapterShardingStrategy")
-    ):
-        return Layout(processes, 1)
-    given = strategy.get("init_args") or {}
-    replicas, shards = given.get("replicate_size", 1), given.get("shard_size", "auto")
-    if problems := AdapterShardingStrategy(shards, replicas).problems(processes):
+def layout_of(strategy: Any, world_size: int) -> Layout:
+    """Return the layout of a configured strategy.
+
+    Args:
+        strategy: `trainer.strategy` as parsed: a name, or a namespace with `class_path` and `init_args`.
+        world_size: The number of ranks.
+
+    Raises:
+        ConfigError: The strategy's sizes do not fit the number of ranks.
+    """
+    # Only the last part of the class path is compared: version 0.1 had the class in another module.
+    path = strategy.get("class_path", "") if hasattr(strategy, "get") else ""
+    if path.rpartition(".")[2] != AdapterShardingStrategy.__name__:
+        return Layout(world_size, 1)
+    settings = strategy.get("init_args") or {}
+    replicas, shards = settings.get("replicate_size", 1), settings.get("shard_size", "auto")
+    if problems := AdapterShardingStrategy(shards, replicas).problems(world_size):
         raise ConfigError(problems)
-    return Layout(replicas, processes // replicas, bool(given.get("cpu_offload", False)))
+    return Layout(replicas, world_size // replicas, bool(settings.get("cpu_offload", False)))
 
 
-def _largest_micro_batch(recipe: RecipeCLI, processes: int, accumulate: int) -> tuple[MicroBatch, str]:
-    """The micro-batch of the plan with the most positions; without the rows, the worst that the settings allow."""
+def _describe_recipe(
+    recipe: RecipeCLI, layout: Layout, sizes: ModelSizes, dtype: torch.dtype
+) -> list[str]:
+    adapter = recipe.model.adapter
+    frozen = sizes.frozen // dtype.itemsize
+    trainable = sizes.adapter // getattr(torch, adapter.adapter_dtype).itemsize
+    return [
+        f"{recipe.model.backbone.id}, {adapter.update} × {adapter.gate.kind}, rank {adapter.rank}",
+        f"  devices        {layout}{recipe.world_size_remark}",
+        f"  parameters     {frozen:,} frozen in {str(dtype).removeprefix('torch.')}, "
+        f"{trainable:,} trainable in {adapter.adapter_dtype} ({trainable / frozen:.2%})",
+    ]
+
+
+def _describe_memory(
+    sizes: ModelSizes, costs: StepCosts, layout: Layout, limit: float | None
+) -> list[str]:
+    memory = predict_memory(sizes, costs, layout)
+    parts = [f"    {name:<13}{size / GIB:8.2f}" for name, size in memory.parts.items()]
+    peak = f"    {'peak':<13}{memory.peak / GIB:8.2f}{verdict(memory, limit)}"
+    return ["  memory per device, GiB", *parts, peak]
+
+
+def _describe_compute(recipe: RecipeCLI, batch: MicroBatch, costs: StepCosts) -> list[str]:
+    flops = costs.forward_flops + costs.backward_flops
+    lines = [
+        f"  compute        {flops / batch.tokens / 1e9:.2f} GFLOP per token "
+        f"(forward {costs.forward_flops / batch.tokens / 1e9:.2f}), "
+        f"{recipe.accumulate * flops / 1e12:.2f} TFLOP per step and device"
+    ]
+    if recipe.model.adapter.gate.has_thresholds:
+        lines.append(
+            "                 if no gate is saturated; what skip_below and merge_above save depends on the gates"
+        )
+    return lines
+
+
+def _describe_generation(recipe: RecipeCLI, model: torch.nn.Module, layout: Layout) -> list[str]:
+    decoding = recipe.model.decoding
+    prepared = prepared_bytes(model, with_thresholds=decoding.uses_gate_thresholds)
+    if not prepared or layout.shards > 1 or not decoding.prepared:
+        return []
+    return [
+        f"  generation     {prepared / GIB:.2f} GiB more for prepared weights (model.decoding.prepared), plus the KV cache"
+    ]
+
+
+def _describe_communication(sizes: ModelSizes, layout: Layout, micro_batches: int) -> list[str]:
+    received = communication(sizes, layout, micro_batches)
+    sizes_text = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in received.items())
+    return [f"  communication  {sizes_text or 'none'}"]
+
+
+def _largest_micro_batch(recipe: RecipeCLI) -> tuple[MicroBatch, str]:
+    """The micro-batch with the most positions, and where it comes from; an upper bound if the data cannot be read."""
     data = recipe.datamodule
     try:
         data.connect(load_tokenizer(recipe.model.backbone))
-        recipe.set_up_data("fit", processes)
+        recipe.set_up_data("fit", recipe.world_size)
     except ConfigError as error:
-        if data.batch_size < accumulate * processes:
-            raise ConfigError(
-                f"data.batch_size: {data.batch_size} rows a step cannot fill accumulate_grad_batches {accumulate} × "
-                f"{processes} processes; accepted: at least {accumulate * processes}"
-            ) from error
-        log.warning("planned without the rows, which cannot be read: %s", error)
-        rows = -(-data.batch_size // (accumulate * processes))
-        targets = rows * data.max_length // (1 if data.train_on == "all" else 2)
-        return MicroBatch(
-            rows, data.max_length, targets
-        ), "no rows to be had here: all of max_length, half of it with loss"
+        if problems := batch_size_problems(data.batch_size, recipe.accumulate, recipe.world_size):
+            raise ConfigError(problems) from error
+        log.warning("the data cannot be read, so the batch is estimated from the settings: %s", error)
+        sequences = -(-data.batch_size // (recipe.accumulate * recipe.world_size))
+        supervised = sequences * data.max_length // (1 if data.train_on == "all" else 2)
+        assumption = "all tokens" if data.train_on == "all" else "half of the tokens"
+        return MicroBatch(sequences, data.max_length, supervised), (
+            f"without data: every row of max_length, {assumption} supervised"
+        )
     batches = data.train_dataloader().dataset
-    lengths = scheduled_lengths(batches.steps, gold_lengths(batches.table.examples), batches.pack_length)
-    rows_of = [rows for step in batches.steps for rows in step.micro_batches]
-    lines, most = max(zip(lengths, rows_of, strict=True), key=lambda both: len(both[0]) * max(both[0]))
-    counts = supervised_token_counts(batches.table.examples.select(most), data.train_on)
-    return MicroBatch(len(lines), max(lines), sum(counts)), "the largest of the plan"
+    examples = batches.table.examples
+    micro_batches = [indices for step in batches.steps for indices in step.micro_batches]
+    rows = scheduled_lengths(batches.steps, gold_lengths(examples), batches.pack_length)
+    lengths, indices = max(
+        zip(rows, micro_batches, strict=True), key=lambda batch: len(batch[0]) * max(batch[0])
+    )
+    supervised = sum(supervised_token_counts(examples.select(indices), data.train_on))
+    return MicroBatch(len(lengths), max(lengths), supervised), "the largest of the batch schedule"
 
 
-def _device_memory(device_type: str) -> float | None:
-    here = device_type == "cuda" and torch.cuda.is_available()
-    return float(torch.cuda.get_device_properties(0).total_memory) if here else None
+def _device_type(accelerator: Any) -> str:
+    is_gpu = str(accelerator) in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return "cuda" if is_gpu else "cpu"
+
+
+def _backbone_dtype(setting: str, device_type: str) -> torch.dtype:
+    """The dtype that ``auto`` means on the device, which need not be in this machine."""
+    if setting != "auto":
+        return getattr(torch, setting)
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16  # native on every recent GPU
+    return native_dtype(device_type)
+
+
+def _memory_of_device(device_type: str) -> float | None:
+    """Bytes of this machine's GPU; None without one."""
+    if device_type == "cuda" and torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} estimate",
         usage="%(prog)s [--memory GIB] [--config CONFIG ...] [any flag of fit]",
-        description="Say what a recipe costs each device: memory by part, operations, communication. Loads no weights.",
-        epilog=f"Every other flag is as for fit: see {PROGRAM} fit --help",
+        description="Predict what a training step costs each device: memory by part, FLOPs and communication. Loads no "
+        "weights. plan is another name of this subcommand.",
+        epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--memory", type=float, help="GiB of one device; default: of the GPU that is here, if any"
+        "--memory", type=float, help="memory of one device in GiB; default: that of this machine's GPU, if any"
     )
     return parser

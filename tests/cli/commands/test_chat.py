@@ -17,8 +17,9 @@ from tiny_backbone import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatera_lightning import AdapterConfig, generation, inject_adapters, load_adapter, save_adapter
-from gatera_lightning.adapters.injection import adapted_linears, adapter_parameters
-from gatera_lightning.backbone.loading import BackboneConfig, load_backbone
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.cli import terminal_model as speaking
 from gatera_lightning.cli.main import main
 from gatera_lightning.gate_analysis.capture import GateCall, GateCapture
@@ -508,7 +509,7 @@ def test_problems_are_named_together(capsys, without_weights, tmp_path):
     assert f"--adapter: {tmp_path}: no adapter here" in said
     assert main(["chat", "--backbone", "/nowhere", "--gates"]) == 2
     said = capsys.readouterr().err
-    assert "--backbone: '/nowhere' is no existing folder" in said
+    assert "--backbone: '/nowhere' is not an existing folder" in said
     assert "--gates: a backbone without an adapter has no gates" in said
 
 

@@ -259,7 +259,7 @@ def test_without_the_rows_the_settings_decide(show, refused, caplog):
     assert figure(show(*away, *cut), "micro-batch").startswith("3 rows of 200 tokens, 600 with loss")
     (said,) = refused(*away, "--trainer.devices", "32")
     assert said.startswith(
-        "data.batch_size: 16 rows a step cannot fill accumulate_grad_batches 1 × 32 processes; accepted:"
+        "data.batch_size: 16 examples per step cannot fill accumulate_grad_batches 1 × 32 ranks; accepted:"
     )
 
 
@@ -288,10 +288,10 @@ def test_what_fit_would_refuse_is_refused_all_at_once(refused):
 def test_what_the_planned_steps_refuse_is_refused(refused):
     (said,) = refused("--trainer.devices", "32")
     assert said.startswith(
-        "data.batch_size: 16 rows a step cannot fill accumulate_grad_batches 1 × 32 processes; accepted:"
+        "data.batch_size: 16 examples per step cannot fill accumulate_grad_batches 1 × 32 ranks; accepted:"
     )
     (said,) = refused("--trainer.devices", "8", "--data.init_args.train", '["everyday[:5]"]')
-    assert said.startswith("data.train: 5 rows cannot fill 8 micro-batches")
+    assert said.startswith("data.train: 5 examples cannot fill 8 micro-batches")
 
 
 def test_modules_that_the_model_does_not_have_are_refused(refused):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from sharded_checkpoints import write_in_shards
+from sample_checkpoints import write_sharded_checkpoint
 from tiny_backbone import tiny_args
 
 from gatera_lightning import BackboneConfig, adapter_parameters, load_adapter
@@ -73,13 +73,13 @@ def test_a_folder_whose_newest_is_damaged(checkpoints, elsewhere, capsys, caplog
     (elsewhere / "copy/last.ckpt").write_bytes(b"")
     assert main(["export", "copy", "--out", "mine"]) == 0
     assert capsys.readouterr().out == "mine: the adapter of copy/last-1.ckpt, at optimizer step 2\n"
-    assert "skipping the checkpoint copy/last.ckpt: it is empty" in caplog.text
+    assert "skipping the checkpoint copy/last.ckpt: the file is empty" in caplog.text
     assert (elsewhere / "mine" / FILES[1]).read_bytes() != (checkpoints / "last" / FILES[1]).read_bytes()
 
 
 def test_a_sharded_checkpoint_gives_the_same(checkpoints, elsewhere):
     whole = torch.load(checkpoints / "last.ckpt", weights_only=True)
-    write_in_shards(whole, elsewhere / "sharded.ckpt")
+    write_sharded_checkpoint(whole, elsewhere / "sharded.ckpt")
     assert main(["export", "sharded.ckpt", "--out", "mine"]) == 0
     assert_same(elsewhere / "mine", checkpoints / "last")
     (elsewhere / "run").mkdir()
@@ -110,8 +110,8 @@ def flip(path):
 
 @pytest.mark.parametrize(
     ("harm", "said"),
-    [(flip, "it is damaged (record "), (lambda path: path.write_bytes(path.read_bytes()[:999]), "it is damaged ("),
-     (lambda path: path.write_bytes(b""), "it is empty")],
+    [(flip, "the file is corrupt (record "), (lambda path: path.write_bytes(path.read_bytes()[:999]), "the file is corrupt ("),
+     (lambda path: path.write_bytes(b""), "the file is empty")],
     ids=["flipped", "cut", "empty"],
 )  # fmt: skip
 def test_a_damaged_checkpoint(checkpoints, elsewhere, capsys, harm, said):
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint(checkpoints, elsewhere, capsys, harm, said):
     assert main(["export", "last.ckpt", "--out", "mine"]) == 1
     assert f"python -m gatera_lightning: last.ckpt: {said}" in capsys.readouterr().err
     assert main(["export", ".", "--out", "mine"]) == 1
-    assert ": .: every checkpoint is damaged: last.ckpt" in capsys.readouterr().err
+    assert ": .: every checkpoint is corrupt: last.ckpt" in capsys.readouterr().err
     assert not (elsewhere / "mine").exists()
 
 
@@ -146,7 +146,7 @@ def test_a_foreign_file(elsewhere, capsys, content, said):
 def test_a_file_of_another_program_is_not_unpickled(elsewhere, capsys):
     torch.save({"state_dict": {}, "hyper_parameters": Stranger()}, "foreign.ckpt")
     assert main(["export", "foreign.ckpt", "--out", "mine"]) == 1
-    assert "foreign.ckpt: it holds objects of other programs" in capsys.readouterr().err
+    assert "foreign.ckpt: it holds objects of another program" in capsys.readouterr().err
     assert not (elsewhere / "mine").exists()
 
 

@@ -203,8 +203,8 @@ def test_the_recipe_for_own_data_as_it_stands(tiny_backbone, elsewhere, capsys):
     printed = capsys.readouterr().out
     assert figure(printed, "tasks") == ["calendar 120"]
     assert figure(printed, "shortened") == ["0 prompts (0.0 %) to max_length 512"]
-    assert "leakage: none of the 24 validation rows is a training row" in printed
-    assert "leakage: none of the 36 test rows is a training row" in printed
+    assert "train/validation overlap: none of 24 validation examples" in printed
+    assert "train/test overlap: none of 36 test examples" in printed
 
 
 def test_a_terminal_gets_colours_and_no_brackets(show, monkeypatch):
@@ -389,17 +389,17 @@ def test_figures_of_test_by_likelihood_and_by_generation(show, tiny_backbone):
     table = data.tables["test"]
     gold = [ids[right] for ids, right in zip(table["answers"], table["gold"], strict=True)]
     assert figure(printed, "targets")[0].startswith(f"{sum(map(len, gold))} of ")
-    assert "leakage" not in printed  # the training rows are not opened
+    assert "overlap" not in printed  # the training rows are not opened
 
 
-def test_leakage_is_counted_and_said_once(show, elsewhere, caplog):
+def test_preview_reports_overlap_once(show, elsewhere, caplog):
     (elsewhere / "rows.json").write_text(json.dumps(sample_rows("train")[:20] + sample_rows("test")[2:4]))
     printed = show(*settings(train=["rows.json"]))
     (line,) = [line for line in printed.splitlines() if "test rows" in line]
     assert line.startswith(
-        "leakage: 2 of 6 test rows are training rows too (everyday 2; row numbers from 0: 2, 3)"
+        "train/test overlap: 2 of 6 test examples are also in train (everyday 2; indices 2, 3)"
     )
-    assert "leakage" not in caplog.text
+    assert "overlap" not in caplog.text
 
 
 def test_tasks_are_counted_apart(show, elsewhere):
@@ -426,11 +426,11 @@ def test_a_mixture_of_files_with_columns_of_their_own(tiny_backbone, elsewhere, 
     printed = capsys.readouterr().out
     assert figure(printed, "tasks") == ["mine 10, theirs 30"]
     assert re.search(r"\n  Question: Why \d+\?\n  Answer:⟦ So \d+\.", printed)
-    assert "leakage: 10 of 10 test rows are training rows too (theirs 10;" in printed
+    assert "train/test overlap: 10 of 10 test examples are also in train (theirs 10;" in printed
     assert main(["preview", *flags, "--data.init_args.weights", "{mine: 1, others: 0}"]) == 2
     said = capsys.readouterr().err
-    assert "data.weights: 'others' is no training source; accepted: mine, theirs" in said
-    assert "data.weights: theirs has none; accepted: a number for each of mine, theirs" in said
+    assert "data.weights: 'others' is not a training source; accepted: mine, theirs" in said
+    assert "data.weights: no weight for theirs; accepted: a number for each of mine, theirs" in said
 
 
 # --- without weights, accelerator or traces ---
@@ -512,7 +512,7 @@ def test_problems_of_data_and_tokenizer_are_reported_as_for_fit(refused):
 def test_sources_are_checked_for_the_split_that_is_shown(refused, show):
     flags = settings(test=["missing.json"])
     assert refused("--split", "test", *flags) == ["data.test: the file missing.json does not exist"]
-    assert "leakage: test rows cannot be read here" in show(*flags)
+    assert "train/test overlap: not checked, because the test examples cannot be read" in show(*flags)
     assert "\ntest: 6 rows\n" in show("--split", "test", *settings(train=["missing.json"]))
     assert refused("--split", "validation", *settings(validation=["missing.json"])) == [
         "data.validation: the file missing.json does not exist"
@@ -529,9 +529,9 @@ def test_a_malformed_row_is_named(refused, elsewhere):
 
 def test_what_the_plan_refuses_is_refused_before_anything_is_printed(refused):
     (said,) = refused("--trainer.devices", "32")
-    assert "data.batch_size: 16 rows a step cannot fill accumulate_grad_batches 1 × 32 processes" in said
+    assert "data.batch_size: 16 examples per step cannot fill accumulate_grad_batches 1 × 32 ranks" in said
     (said,) = refused("--trainer.devices", "8", *settings(train=["everyday[:5]"]))
-    assert "5 rows cannot fill 8 micro-batches" in said
+    assert "5 examples cannot fill 8 micro-batches" in said
 
 
 def test_chat_without_a_template_is_refused(refused):
