@@ -6,7 +6,7 @@ from gatera_lightning import adapter_parameters
 
 @pytest.fixture(scope="session")
 def randomize():
-    """Return a function that perturbs every adapter parameter, so that B, gates and magnitudes have an effect."""
+    """Return a function that perturbs every adapter parameter, so that B, gates and magnitudes matter."""
 
     def perturb(module, seed=3, size=0.5):
         generator = torch.Generator().manual_seed(seed)

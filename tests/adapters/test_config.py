@@ -40,7 +40,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"gate": None}, "adapter.gate: None is unknown"),
         (
             {"adapter_dtype": "float16"},
-            "adapter.adapter_dtype: 'float16' is unknown; accepted: float32, float64",
+            "adapter.adapter_dtype: 'float16' is unknown; accepted: float32",
         ),
         ({"gate": TokenGateConfig(bias=NAN)}, "adapter.gate.bias: nan"),
         ({"gate": StaticGateConfig(bias=INFINITY)}, "adapter.gate.bias: inf"),
@@ -151,20 +151,18 @@ def test_from_dict_rejects_unknown_settings(values, message):
 
 
 def test_old_arguments_set_gate_and_warn():
-    with pytest.warns(
-        DeprecationWarning, match=r"gate_bias=….* deprecated; use gate=TokenGateConfig\(bias=…"
-    ) as seen:
+    with pytest.warns(DeprecationWarning, match=r"gate_bias=….*; use gate=TokenGateConfig\(bias=…") as seen:
         config = AdapterConfig(rank=4, gate_bias=-2.0, skip_below=0.1, merge_above=0.9)
     gate = TokenGateConfig(bias=-2.0, skip_below=0.1, merge_above=0.9)
     assert config == AdapterConfig(rank=4, gate=gate)
     assert len(seen) == 1
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         assert AdapterConfig(gate="static", gate_bias=1.0).gate == StaticGateConfig(bias=1.0)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         assert AdapterConfig(gate="none", gate_bias=1.0).gate == NoGateConfig()
     with (
-        pytest.warns(DeprecationWarning),
-        pytest.raises(ConfigError, match="skip_below: 0.1, with a 'static' gate"),
+        pytest.warns(DeprecationWarning, match="deprecated"),
+        pytest.raises(ConfigError, match="with a 'static' gate"),
     ):
         AdapterConfig(gate="static", skip_below=0.1)
 

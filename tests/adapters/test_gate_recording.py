@@ -1,4 +1,4 @@
-"""Recorded gate logits: whose they are, when they are taken, and their gradient under gradient checkpointing."""
+"""Recorded gate logits: their layers, their lifetime, and their gradient under gradient checkpointing."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ def _tokens(batch=2, length=5):
 
 
 def _entropy(z):
-    """-(g log g + (1 - g) log(1 - g)) of g = sigmoid(z), averaged."""
+    """Return the mean of -(g log g + (1 - g) log(1 - g)) with g = sigmoid(z)."""
     return -(torch.sigmoid(z) * F.logsigmoid(z) + torch.sigmoid(-z) * F.logsigmoid(-z)).mean()
 
 
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_logits_are_those_of_every_layer_in_order(tiny_llama, randomize, gate):
+def test_record_holds_logits_of_all_layers_in_order(tiny_llama, randomize, gate):
     model, seen = _adapted(tiny_llama, randomize, gate), []
     for name, layer in adapted_linears(model).items():
         layer.register_forward_pre_hook(
@@ -49,17 +49,17 @@ def test_logits_are_those_of_every_layer_in_order(tiny_llama, randomize, gate):
         assert z.requires_grad
     stacked = record.stacked(torch.ones(2, 5))
     assert stacked.shape == (8, 2, 5)
-    assert all(torch.equal(mine, z) for mine, z in zip(stacked, record.logits, strict=True))
+    assert all(torch.equal(layer, z) for layer, z in zip(stacked, record.logits, strict=True))
 
 
-def test_recording_changes_no_output(tiny_llama, randomize):
+def test_recording_does_not_change_output(tiny_llama, randomize):
     model, tokens = _adapted(tiny_llama, randomize), _tokens()
     expected = model(tokens).logits
     with record_gates(model):
         assert torch.equal(model(tokens).logits, expected)
 
 
-def test_nothing_is_recorded_outside_the_block(tiny_llama, randomize):
+def test_recording_ends_with_block(tiny_llama, randomize):
     model = _adapted(tiny_llama, randomize)
     model(_tokens())
     with record_gates(model) as record:
@@ -69,7 +69,7 @@ def test_nothing_is_recorded_outside_the_block(tiny_llama, randomize):
         assert len(record.names) == 16
     model(_tokens())
     assert len(record.names) == len(record.logits) == 16
-    assert all(layer.on_gate is None for layer in adapted_linears(model).values())
+    assert all(layer.gate_listener is None for layer in adapted_linears(model).values())
     with record_gates(model) as second:
         model(_tokens())
     assert (len(record.names), len(second.names)) == (16, 8)
@@ -81,27 +81,27 @@ def test_recordings_cannot_be_nested(tiny_llama, randomize):
         with pytest.raises(RuntimeError, match="nested"), record_gates(model):
             pass
         model(_tokens())
-    assert len(record.names) == 8  # the outer recording goes on
+    assert len(record.names) == 8  # the outer recording continues
     with record_gates(model) as record:
         model(_tokens())
     assert len(record.names) == 8
 
 
-def test_an_error_inside_the_block_ends_the_recording(tiny_llama, randomize):
+def test_error_ends_recording(tiny_llama, randomize):
     model = _adapted(tiny_llama, randomize)
     with pytest.raises(KeyError), record_gates(model):
         raise KeyError("the step failed")
-    assert all(layer.on_gate is None for layer in adapted_linears(model).values())
+    assert all(layer.gate_listener is None for layer in adapted_linears(model).values())
 
 
-def test_two_models_are_recorded_apart(tiny_llama, randomize):
+def test_two_models_are_recorded_separately(tiny_llama, randomize):
     first, second = _adapted(tiny_llama, randomize), _adapted(tiny_llama, randomize, "static")
     with record_gates(first) as record, record_gates(second) as other:
         first(_tokens())
         assert (len(record.names), len(other.names)) == (8, 0)
 
 
-def test_without_gates_there_is_nothing_to_record(tiny_llama, randomize):
+def test_model_without_gates_has_empty_record(tiny_llama, randomize):
     for model in (_adapted(tiny_llama, randomize, "none"), tiny_llama()):
         with record_gates(model) as record:
             model(_tokens())
@@ -109,20 +109,20 @@ def test_without_gates_there_is_nothing_to_record(tiny_llama, randomize):
         assert record.stacked(torch.ones(2, 5)) is None
 
 
-def test_flattened_tokens_are_stacked_in_the_shape_of_the_batch():
+def test_stacked_restores_batch_shape():
     flat = torch.arange(6.0)
     record = GateRecord(["a", "b"], [flat, flat.reshape(2, 3) + 10])
     assert torch.equal(record.stacked(torch.ones(2, 3)), torch.stack([flat, flat + 10]).reshape(2, 2, 3))
 
 
-def test_a_layer_that_saw_other_tokens_is_refused():
+def test_stacked_rejects_layer_with_other_tokens():
     record = GateRecord(["a", "experts.0"], [torch.zeros(2, 3), torch.zeros(4)])
     with pytest.raises(ValueError, match=r"gate of experts\.0 saw 4 tokens of a batch of \(2, 3\)"):
         record.stacked(torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_without_gradients_logits_are_recorded_without_a_graph(tiny_llama, randomize, gate):
+def test_logits_have_no_graph_without_gradients(tiny_llama, randomize, gate):
     model = _adapted(tiny_llama, randomize, gate)
     with torch.no_grad(), record_gates(model) as record:
         model(_tokens())
@@ -135,7 +135,7 @@ def test_without_gradients_logits_are_recorded_without_a_graph(tiny_llama, rando
 
 
 def _step(model):
-    """Gradients of the task's loss plus the gates' entropy; the record; and the forwards of the first layer."""
+    """Return the gradients of the loss with entropy term, the record, and how often the first layer ran."""
     forwards = []
     next(iter(adapted_linears(model).values())).register_forward_hook(lambda *_: forwards.append(1))
     tokens = _tokens()
@@ -148,20 +148,20 @@ def _step(model):
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_checkpointing_keeps_the_gradient_of_the_entropy(tiny_llama, randomize, gate, update):
+def test_checkpointing_preserves_entropy_gradient(tiny_llama, randomize, gate, update):
     plain = _adapted(tiny_llama, randomize, gate, "float64", update).train()
     checkpointed = _adapted(tiny_llama, randomize, gate, "float64", update).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     expected, _, once = _step(plain)
     actual, record, twice = _step(checkpointed)
-    assert (once, twice) == (1, 2)  # recomputed in backward,
-    assert record.names == list(adapted_linears(checkpointed))  # but recorded once
+    assert (once, twice) == (1, 2)
+    assert record.names == list(adapted_linears(checkpointed))  # recomputed in backward but recorded once
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(actual[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_the_entropy_reaches_the_gates_and_through_the_inputs_the_layers_before(tiny_llama, randomize):
+def test_entropy_gradient_reaches_gates_and_earlier_layers(tiny_llama, randomize):
     model = _adapted(tiny_llama, randomize, "token", "float64")
     with record_gates(model) as record:
         model(_tokens())
@@ -173,7 +173,7 @@ def test_the_entropy_reaches_the_gates_and_through_the_inputs_the_layers_before(
 
 
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_frozen_gates_of_a_learning_adapter_can_be_recorded(tiny_llama, randomize, gate):
+def test_frozen_gates_can_be_recorded(tiny_llama, randomize, gate):
     model = _adapted(tiny_llama, randomize, gate)
     for layer in adapted_linears(model).values():
         layer.gate.requires_grad_(False)
@@ -184,7 +184,7 @@ def test_frozen_gates_of_a_learning_adapter_can_be_recorded(tiny_llama, randomiz
 
 @pytest.mark.parametrize("inputs_need_grad", [False, True])
 @pytest.mark.parametrize("gate", ["static", "token"])
-def test_reentrant_checkpointing_is_refused(tiny_llama, randomize, gate, inputs_need_grad):
+def test_reentrant_checkpointing_is_rejected(tiny_llama, randomize, gate, inputs_need_grad):
     model = _adapted(tiny_llama, randomize, gate).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     if inputs_need_grad:

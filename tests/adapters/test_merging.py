@@ -1,9 +1,10 @@
-"""Merging: one plain linear layer in the place of every adapted one, and refusal where the gate forbids it."""
+"""Merging replaces adapted layers by linear layers; a gate that depends on the token forbids it."""
 
 import warnings
 
 import pytest
 import torch
+from adapted_layers import gate_config
 from torch import nn
 
 from gatera_lightning import AdapterConfig, inject_adapters, merge_adapter
@@ -35,9 +36,9 @@ def _logits(model):
 @pytest.mark.parametrize("kind", ["float32", "float64"])
 @pytest.mark.parametrize("gate", ["none", "static"])
 @pytest.mark.parametrize("update", UPDATES)
-def test_the_merged_model_equals_the_adapted_one(tiny_llama, randomize, update, gate, kind):
+def test_merged_model_equals_adapted_model(tiny_llama, randomize, update, gate, kind):
     dtype = getattr(torch, kind)
-    model = _adapted(tiny_llama, randomize, update, gate, dtype, adapter_dtype=kind, gate_bias=-0.5)
+    model = _adapted(tiny_llama, randomize, update, gate_config(gate, bias=-0.5), dtype, adapter_dtype=kind)
     backbone = tiny_llama(dtype, attention_bias=True, initializer_range=0.2)
     expected, names = _logits(model), set(dict(backbone.named_parameters()))
     assert (expected - _logits(backbone)).abs().max() > 0.1
@@ -56,7 +57,7 @@ def test_the_merged_model_equals_the_adapted_one(tiny_llama, randomize, update, 
 
 @pytest.mark.parametrize("gate", ["none", "static"])
 @pytest.mark.parametrize("update", UPDATES)
-def test_the_merged_weight_is_the_dense_formula(randomize, update, gate):
+def test_merged_weight_equals_dense_formula(randomize, update, gate):
     base = nn.Linear(7, 13).double()
     model = nn.Sequential(base)
     w0, bias = base.weight.detach().clone(), base.bias.detach().clone()
@@ -75,18 +76,16 @@ def test_the_merged_weight_is_the_dense_formula(randomize, update, gate):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_a_token_gate_is_refused_with_the_reason(tiny_llama, randomize, update):
+def test_merge_rejects_token_gate(tiny_llama, randomize, update):
     model = _adapted(tiny_llama, randomize, update, "token")
     before, modules = _logits(model), [id(module) for module in model.modules()]
-    with pytest.raises(
-        ValueError, match="q_proj has a 'token' gate, whose weight differs from token to token"
-    ):
+    with pytest.raises(ValueError, match="q_proj has a 'token' gate, whose weight differs between tokens"):
         merge_adapter(model)
     assert [id(module) for module in model.modules()] == modules
     assert torch.equal(_logits(model), before)
 
 
-def test_a_model_without_adapter_is_refused(tiny_llama):
+def test_merge_rejects_model_without_adapter(tiny_llama):
     with pytest.raises(ValueError, match="no adapted layers"):
         merge_adapter(tiny_llama())
 

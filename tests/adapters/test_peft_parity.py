@@ -1,4 +1,4 @@
-"""The ungated methods against PEFT's, in float32 without dropout: logits, gradients and merged weights."""
+"""Ungated methods equal PEFT's in float32 without dropout: logits, gradients and merged weights."""
 
 import copy
 
@@ -22,7 +22,7 @@ def _peft_config(update):
 
 
 def _peft_params(layer):
-    """PEFT's parameters of one layer under our names."""
+    """Return PEFT's parameters of one layer under our names."""
     if hasattr(layer, "hira_A"):
         return {"update.a": layer.hira_A["default"], "update.b": layer.hira_B["default"]}
     found = {"update.a": layer.lora_A["default"].weight, "update.b": layer.lora_B["default"].weight}
@@ -32,7 +32,7 @@ def _peft_params(layer):
 
 
 def _pair(tiny_llama, randomize, update):
-    """One adapted Llama, twice: ours and PEFT's, with equal (random) parameters; and their layers in pairs."""
+    """Return our adapted Llama, PEFT's with equal random parameters, and pairs of their parameters."""
     backbone = tiny_llama(initializer_range=0.2, attention_bias=True)
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
@@ -54,8 +54,8 @@ def _pair(tiny_llama, randomize, update):
         assert set(params) == set(layer.adapter_params())
         pairs += [(f"{name}.{key}", p, params[key]) for key, p in layer.adapter_params().items()]
     with torch.no_grad():
-        for _, mine, other in pairs:
-            other.copy_(mine)
+        for _, own, other in pairs:
+            other.copy_(own)
     assert len(adapted_linears(ours)) == 2 * len(TARGETS)
     return ours, theirs, pairs
 
@@ -69,26 +69,26 @@ def _loss(logits, tokens):
 
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
-def test_logits_and_gradients_equal_those_of_peft(tiny_llama, randomize, update):
+def test_logits_and_gradients_equal_peft(tiny_llama, randomize, update):
     ours, theirs, pairs = _pair(tiny_llama, randomize, update)
     tokens = _tokens()
     our_logits, their_logits = ours(tokens).logits, theirs(tokens).logits
     torch.testing.assert_close(our_logits, their_logits, **SIMILAR)
     _loss(our_logits, tokens).backward()
     _loss(their_logits, tokens).backward()
-    for name, mine, other in pairs:
-        assert mine.grad.abs().max() > 1e-4, name
-        error = (mine.grad - other.grad).abs().max() / other.grad.abs().max()
+    for name, own, other in pairs:
+        assert own.grad.abs().max() > 1e-4, name
+        error = (own.grad - other.grad).abs().max() / other.grad.abs().max()
         assert error < 1e-4, f"{name}: gradients differ by {error:.1e} of the largest"
     trainable = {id(p) for p in ours.parameters() if p.requires_grad}
-    assert trainable == {id(mine) for _, mine, _ in pairs}
+    assert trainable == {id(own) for _, own, _ in pairs}
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == sum(
         p.numel() for _, p, _ in pairs
     )
 
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
-def test_merged_models_equal_each_other_and_the_unmerged_one(tiny_llama, randomize, update):
+def test_merged_model_equals_peft_and_unmerged_model(tiny_llama, randomize, update):
     ours, theirs, _ = _pair(tiny_llama, randomize, update)
     tokens = _tokens()
     with torch.no_grad():
@@ -96,8 +96,8 @@ def test_merged_models_equal_each_other_and_the_unmerged_one(tiny_llama, randomi
         merged, their_merged = merge_adapter(ours), theirs.merge_and_unload()
         torch.testing.assert_close(merged(tokens).logits, unmerged, **SIMILAR)
         torch.testing.assert_close(merged(tokens).logits, their_merged(tokens).logits, **SIMILAR)
-    for (name, mine), (their_name, other) in zip(
+    for (name, own), (their_name, other) in zip(
         merged.named_parameters(), their_merged.named_parameters(), strict=True
     ):
         assert name == their_name
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, check_dtype=True)
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6, check_dtype=True)

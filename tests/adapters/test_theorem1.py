@@ -1,4 +1,4 @@
-"""GateRA, theorem 1: the gate masks the gradient softly, ``dL/dP = g(x) · W0 ⊙ (dL/dy xᵀ)`` for ``P = BA``."""
+"""Theorem 1 of GateRA: the gate scales the gradient, ``dL/dP = g(x) · W0 ⊙ (dL/dy xᵀ)`` for ``P = BA``."""
 
 import pytest
 import torch
@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gatera_lightning import AdapterConfig
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
 
 SIZES = st.integers(1, 9)
 
 
 def _one_token(size_in, size_out, rank, logit, spread, seed):
-    """A float64 GateRA layer whose gate has the given logit for the one token x (1, in), and dL/dy (1, out)."""
+    """Return a float64 layer, a token x (1, in) whose gate has the given logit, and dL/dy (1, out)."""
     torch.manual_seed(seed)
     base = nn.Linear(size_in, size_out).double()
     layer = AdaptedLinear(base, AdapterConfig(rank=min(rank, size_in, size_out), adapter_dtype="float64"))
@@ -35,7 +36,7 @@ def _reference_dp(layer, x, dy, logit):
 
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(SIZES, SIZES, SIZES, st.floats(-20, 20), st.sampled_from([0.1, 1.0, 30.0]), st.integers(0, 2**32 - 1))
-def test_gradients_are_bounded_by_the_gate(size_in, size_out, rank, logit, spread, seed):
+def test_gate_bounds_gradients(size_in, size_out, rank, logit, spread, seed):
     layer, x, dy = _one_token(size_in, size_out, rank, logit, spread, seed)
     g, dp = _reference_dp(layer, x, dy, logit)
     a, b = layer.update.a, layer.update.b
@@ -50,13 +51,16 @@ def test_gradients_are_bounded_by_the_gate(size_in, size_out, rank, logit, sprea
 
 
 @pytest.mark.parametrize("logit", [-9.0, -1.0, 0.0, 2.0])
-def test_the_bound_is_attained(logit):
+def test_bound_is_attained(logit):
     torch.manual_seed(0)
     layer = AdaptedLinear(
-        nn.Linear(7, 5).double(), AdapterConfig(rank=1, adapter_dtype="float64", gate_bias=logit)
+        nn.Linear(7, 5).double(),
+        AdapterConfig(rank=1, adapter_dtype="float64", gate=TokenGateConfig(bias=logit)),
     )
     x, dy = torch.randn(1, 7).double(), torch.randn(1, 5).double()
-    with torch.no_grad():  # W0 constant and A along x: every inequality of the proof becomes an equality
+    with (
+        torch.no_grad()
+    ):  # constant W0 and A parallel to x turn every inequality of the proof into an equality
         layer.base.weight.fill_(0.3)
         layer.update.a.copy_(2 * x)
     layer(x).backward(dy)
@@ -65,7 +69,7 @@ def test_the_bound_is_attained(logit):
     torch.testing.assert_close(layer.update.b.grad.norm(), bound, rtol=1e-12, atol=0)
 
 
-def test_an_ungated_token_breaks_the_bound_of_a_closed_gate():
+def test_ungated_gradient_exceeds_bound():
     layer, x, dy = _one_token(7, 5, 3, -6.0, 1.0, seed=0)
     g, dp = _reference_dp(layer, x, dy, -6.0)
     ungated = (dp / g @ layer.update.a.detach().t()).norm()

@@ -1,4 +1,4 @@
-"""Closed tokens on the frozen path, open ones on the merged weight: what is computed, what it costs, how far it is off."""
+"""Tokens with saturated gates: output, gradients, matmuls and error bound."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning import AdapterConfig, inject_adapters
+from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.adapters.kernels.saturated_gates import hard_gates, partitioned_hadamard, tokens_by_gate
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapter_parameters
@@ -18,15 +19,16 @@ LOGITS = {
     "none closed": [8, 0, 8, 1, 8, 8, 0, 1],
     "all closed": [-8] * 8,
     "all open": [8] * 8,
-    "none decided": [0, 1, -1, 0, 1, 2, -2, 0],
+    "none saturated": [0, 1, -1, 0, 1, 2, -2, 0],
 }
 
 
 def layer_with(logits, *, skip_below=0.1, merge_above=0.9, dtype=torch.float64, bias=True):
-    """An adapted layer, and an input whose first feature sets each token's gate."""
+    """Return an adapted layer and an input whose first feature sets each token's gate."""
     torch.manual_seed(0)
     kind = "float64" if dtype == torch.float64 else "float32"
-    config = AdapterConfig(rank=RANK, skip_below=skip_below, merge_above=merge_above, adapter_dtype=kind)
+    gate = TokenGateConfig(skip_below=skip_below, merge_above=merge_above)
+    config = AdapterConfig(rank=RANK, gate=gate, adapter_dtype=kind)
     layer = AdaptedLinear(nn.Linear(IN, OUT, bias=bias).to(dtype), config)
     x = torch.randn(2, 4, IN, dtype=dtype)
     x[..., 0] = torch.tensor(logits, dtype=dtype).view(2, 4)
@@ -37,13 +39,14 @@ def layer_with(logits, *, skip_below=0.1, merge_above=0.9, dtype=torch.float64, 
 
 
 def reference(layer, x, dy):
-    """The function with hard gates, by autograd in float64: output and gradients by name."""
+    """Compute output and gradients by name with hard gates, in float64 by autograd."""
     p = {name: value.detach().double().requires_grad_() for name, value in layer.adapter_params().items()}
     w0, x = layer.base.weight.double(), x.detach().double().requires_grad_()
     g = torch.sigmoid(x @ p["gate.weight"] + p["gate.bias"])
-    decided = torch.where(g < layer.config.skip_below, 0.0, torch.where(g > layer.config.merge_above, 1.0, g))
+    skip_below, merge_above = layer.config.gate.thresholds
+    hard = torch.where(g < skip_below, 0.0, torch.where(g > merge_above, 1.0, g))
     bias = 0 if layer.base.bias is None else layer.base.bias.double()
-    y = x @ w0.t() + bias + decided.unsqueeze(-1) * (x @ (w0 * (p["update.b"] @ p["update.a"])).t())
+    y = x @ w0.t() + bias + hard.unsqueeze(-1) * (x @ (w0 * (p["update.b"] @ p["update.a"])).t())
     grads = torch.autograd.grad(y, [x, *p.values()], dy.double(), materialize_grads=True)
     return y.detach(), dict(zip(["x", *p], grads, strict=True))
 
@@ -53,7 +56,7 @@ def reference(layer, x, dy):
     ("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
 )
 @pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
-def test_forward_and_every_gradient_are_those_of_hard_gates(logits, dtype, tol, bias):
+def test_forward_and_gradients_equal_hard_gates(logits, dtype, tol, bias):
     layer, x = layer_with(logits, dtype=dtype, bias=bias)
     dy = torch.randn(2, 4, OUT, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = layer(x)
@@ -67,25 +70,25 @@ def test_forward_and_every_gradient_are_those_of_hard_gates(logits, dtype, tol, 
         assert float((found.double() - wanted).abs().max()) <= tol * size, name
 
 
-def test_thresholds_of_0_and_1_are_the_exact_layer():
+def test_neutral_thresholds_are_exact():
     layer, x = layer_with(LOGITS["every kind"], skip_below=0.0, merge_above=1.0)
     exact, _ = layer_with(LOGITS["every kind"])
     assert torch.equal(layer(x), exact.eval()(x))
 
 
-def test_evaluation_is_exact_whatever_the_thresholds():
+def test_evaluation_ignores_thresholds():
     layer, x = layer_with(LOGITS["every kind"])
     dense = layer.base(x) + torch.sigmoid(layer.gate(x)).unsqueeze(-1) * F.linear(
         x, layer.update.delta_weight(layer.weight)
     )
     assert torch.allclose(layer.eval()(x), dense, atol=1e-12)
     assert not torch.allclose(layer.train()(x), dense, atol=1e-6)
-    with torch.no_grad():  # validation inside of training
+    with torch.no_grad():  # validation during training
         assert torch.allclose(layer(x), dense, atol=1e-12)
 
 
 @pytest.mark.parametrize("logits", LOGITS.values(), ids=LOGITS)
-def test_the_error_of_the_output_is_within_its_bound(logits):
+def test_output_error_is_within_bound(logits):
     layer, x = layer_with(logits)
     u = F.linear(x, layer.update.delta_weight(layer.weight))
     error = (layer(x) - layer.eval()(x)).norm(dim=-1)
@@ -95,15 +98,15 @@ def test_the_error_of_the_output_is_within_its_bound(logits):
 @pytest.mark.parametrize(
     ("logits", "closed", "between", "opened"), [("every kind", 2, 3, 3), ("none open", 4, 4, 0)]
 )
-def test_the_products_of_a_step(logits, closed, between, opened):
+def test_matmuls_of_step(logits, closed, between, opened):
     layer, x = layer_with(LOGITS[logits])
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
-    large, low_rank = 2 * OUT * IN, 2 * OUT * IN * RANK  # of one token; of BA, or of one factor's gradient
+    large, low_rank = 2 * OUT * IN, 2 * OUT * IN * RANK  # per token; per BA or factor gradient
     assert counter.get_total_flops() == (2 * closed + 5 * between + 3 * opened) * large + 4 * low_rank
 
 
-def test_nothing_is_computed_of_an_update_that_no_token_takes():
+def test_closed_tokens_skip_update():
     layer, x = layer_with(LOGITS["all closed"])
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
@@ -111,24 +114,24 @@ def test_nothing_is_computed_of_an_update_that_no_token_takes():
     assert not layer.update.a.grad.any()
 
 
-def test_a_gate_on_the_threshold_is_in_between():
+def test_gate_on_threshold_is_not_saturated():
     hard = hard_gates(torch.tensor([0.05, 0.1, 0.5, 0.9, 0.95]), 0.1, 0.9)
     assert torch.equal(hard, torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]))
-    order, back, closed, frozen = tokens_by_gate(hard.flip(0))
-    assert (order.tolist(), back.tolist(), closed, frozen) == ([4, 1, 2, 3, 0], [4, 1, 2, 3, 0], 1, 4)
+    order, inverse, closed, not_open = tokens_by_gate(hard.flip(0))
+    assert (order.tolist(), inverse.tolist(), closed, not_open) == ([4, 1, 2, 3, 0], [4, 1, 2, 3, 0], 1, 4)
 
 
-def test_few_decided_tokens_are_not_told_apart():
+def test_few_saturated_tokens_are_not_sorted():
     gates = torch.full((16,), 0.5)
     gates[3] = 0.0
     assert tokens_by_gate(gates) is None
     gates[4] = 1.0
-    order, back, closed, frozen = tokens_by_gate(gates)
-    assert (order[0], order[-1], closed, frozen) == (3, 4, 1, 15)
-    assert torch.equal(order[back], torch.arange(16))
+    order, inverse, closed, not_open = tokens_by_gate(gates)
+    assert (order[0], order[-1], closed, not_open) == (3, 4, 1, 15)
+    assert torch.equal(order[inverse], torch.arange(16))
 
 
-def test_a_gate_that_is_no_number_stays_one_that_is_none():
+def test_nan_gate_is_preserved():
     layer, x = layer_with([float("nan"), -8, -8, 8, 8, 0, -8, 8])
     with torch.no_grad():
         x.nan_to_num_(nan=1.0)
@@ -139,30 +142,30 @@ def test_a_gate_that_is_no_number_stays_one_that_is_none():
     )
 
 
-def test_what_a_token_is_does_not_depend_on_its_batch():
+def test_output_of_token_does_not_depend_on_batch():
     layer, _ = layer_with(LOGITS["every kind"])
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(32, IN, generator=generator, dtype=torch.float64)
     g = torch.full((32,), 0.5, dtype=torch.float64)
-    g[:3], g[3] = 0.01, 0.99  # one in eight of all, and of the first half one in four
+    g[:3], g[3] = 0.01, 0.99  # an eighth of all tokens, a quarter of the first half
     arguments = (layer.base.weight, layer.base.bias, layer.update.a, layer.update.b)
-    whole = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
+    together = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
     halves = [
         partitioned_hadamard(part, *arguments, gates, 0.1, 0.9)
         for part, gates in zip(x.split(16), g.split(16), strict=True)
     ]
     alone = [partitioned_hadamard(x[n : n + 1], *arguments, g[n : n + 1], 0.1, 0.9) for n in range(32)]
-    g[2] = 0.5  # fewer than one in eight: not told apart
-    few = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
+    g[2] = 0.5  # less than an eighth: not sorted
+    unsorted_ = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
     for other in (torch.cat(halves), torch.cat(alone)):
-        torch.testing.assert_close(other, whole, rtol=0, atol=1e-12)
+        torch.testing.assert_close(other, together, rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        torch.cat([few[:2], few[3:]]), torch.cat([whole[:2], whole[3:]]), rtol=0, atol=1e-12
+        torch.cat([unsorted_[:2], unsorted_[3:]]), torch.cat([together[:2], together[3:]]), rtol=0, atol=1e-12
     )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_whole_model_stays_close_to_the_exact_gradient(tiny_llama, checkpointing):
+def test_model_gradient_is_close_to_exact(tiny_llama, checkpointing):
     def gradient(**settings):
         model = tiny_llama(torch.float64)
         inject_adapters(
@@ -185,12 +188,12 @@ def test_a_whole_model_stays_close_to_the_exact_gradient(tiny_llama, checkpointi
         updates = [p.grad.flatten() for n, p in adapter_parameters(model).items() if ".update." in n]
         return float(loss), torch.cat(updates)
 
-    exact, tried, wide = (
-        gradient(),
-        gradient(skip_below=0.02, merge_above=0.98),
-        gradient(skip_below=0.2, merge_above=0.8),
+    exact = gradient()
+    narrow, wide = (
+        gradient(gate=TokenGateConfig(skip_below=skip, merge_above=merge))
+        for skip, merge in ((0.02, 0.98), (0.2, 0.8))
     )
-    cosines = [float(F.cosine_similarity(exact[1], g, dim=0)) for _, g in (tried, wide)]
-    assert abs(tried[0] - exact[0]) < 0.01 * exact[0]
+    cosines = [float(F.cosine_similarity(exact[1], g, dim=0)) for _, g in (narrow, wide)]
+    assert abs(narrow[0] - exact[0]) < 0.01 * exact[0]
     assert 0.99 < cosines[0] < 1 - 1e-9
     assert cosines[1] < cosines[0]
