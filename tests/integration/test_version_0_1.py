@@ -1,7 +1,8 @@
-"""Runs, recipes and adapters of version 0.1 load, resume and evaluate with the numbers that version 0.1 printed.
+"""What version 0.1 wrote loads, resumes and evaluates with the numbers that version 0.1 gave.
 
-``data/version_0_1`` was written by version 0.1: a tiny backbone, a recipe with flat gate settings and old class paths, a run
-of four steps on one rank and one on two sharded ranks, an evaluation, and what resuming gave (``expected.json``).
+Version 0.1 wrote ``data/version_0_1``: a tiny backbone, a recipe with flat gate settings and old class paths,
+a run of four steps on one rank and another on two sharded ranks, and an evaluation. ``expected.json`` holds
+what version 0.1 computed when it resumed these runs.
 """
 
 import csv
@@ -19,7 +20,7 @@ EXPECTED = json.loads((DATA / "expected.json").read_text())
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tiny_backbone):
-    """A copy of the old folder as the working folder; ``tiny_backbone`` only gives the session its own cache."""
+    """A copy of the old folder as the working folder; ``tiny_backbone`` sets the session's token cache."""
     copy = Path(shutil.copytree(DATA, tmp_path / "version_0_1"))
     monkeypatch.chdir(copy)
     return copy
@@ -61,7 +62,8 @@ def test_old_adapter_evaluates_as_before(folder):
     adapter = "run/version_0/checkpoints/last"
     args = ["--config", "recipe.yaml", "--model.warm_start", adapter, "--evaluation.folder", "new_results"]
     assert main(["test", *args]) == 0
-    predictions = [json.loads(line) for line in Path("new_results/predictions.jsonl").read_text().splitlines()]
+    lines = Path("new_results/predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
     for found, wanted in zip(predictions, EXPECTED["predictions"], strict=True):
         scores, old_scores = found["likelihood"], wanted["likelihood"]
         assert scores["log_likelihoods"] == pytest.approx(old_scores["log_likelihoods"], rel=1e-5)
