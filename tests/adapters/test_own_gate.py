@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from gatera_lightning import (
@@ -17,6 +18,7 @@ from gatera_lightning import (
 )
 from gatera_lightning.adapters.gates import GATES, Gate, GateConfig, describe_gates, register_gate
 from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.cli.main import main
 
 TOKENS = torch.arange(12).reshape(2, 6)
 
@@ -78,6 +80,18 @@ def test_registration_lists_gate():
     assert problem == "adapter.gate.threshold: -1.0; accepted: a number of at least 0"
 
 
+def test_command_line_accepts_gate(tiny_backbone, capsys):
+    flags = ["--model.adapter.gate", "norm", "--model.adapter.gate.threshold", "0.2"]
+    backbone = ["--config", "quickstart.yaml", "--model.backbone.id", str(tiny_backbone)]
+    with pytest.raises(SystemExit):
+        main(["fit", *backbone, *flags, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["adapter"]["gate"]
+    assert printed == {"kind": "norm", "lr_multiplier": 1.0, "threshold": 0.2}
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert "norm = σ((‖u(x)‖ / ‖W0 x‖ − τ) / 0.1)" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
 def test_layer_equals_formula(tiny_llama, randomize, update, bias):
@@ -107,7 +121,7 @@ def test_training_updates_gate_and_factors(tiny_llama, update):
     assert losses[-1] < losses[0]
     layer = model.model.layers[1].mlp.down_proj
     assert layer.update.b.abs().max() > 0
-    assert float(layer.gate.threshold) != pytest.approx(0.05)
+    assert layer.gate.threshold.item() != pytest.approx(0.05)
 
 
 def test_saved_gate_loads(tiny_llama, randomize, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 from gatera_lightning import (
@@ -15,6 +16,7 @@ from gatera_lightning import (
 )
 from gatera_lightning.adapters.updates import UPDATES, describe_updates, register_update
 from gatera_lightning.adapters.updates.base import Update
+from gatera_lightning.cli.main import main
 
 TOKENS = torch.arange(12).reshape(2, 6)
 GATES = ["none", "static", "token"]
@@ -59,6 +61,17 @@ def test_registration_lists_update():
     assert AdapterConfig(update="scaled_lora", alpha=8.0).problems() == []
     (problem,) = AdapterConfig(update="scaled_loar").problems()
     assert "accepted: lora, dora, hira, scaled_lora; did you mean 'scaled_lora'?" in problem
+
+
+def test_command_line_accepts_update(tiny_backbone, capsys):
+    flags = ["--model.adapter.update", "scaled_lora", "--model.adapter.alpha", "8"]
+    backbone = ["--config", "quickstart.yaml", "--model.backbone.id", str(tiny_backbone)]
+    with pytest.raises(SystemExit):
+        main(["fit", *backbone, *flags, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["adapter"]["update"] == "scaled_lora"
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert "scaled_lora = m ⊙ (alpha/rank)·B A x" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
