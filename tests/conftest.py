@@ -1,4 +1,4 @@
-"""Shared by every test: no network, one thread, and a Llama small enough to run in milliseconds."""
+"""Shared by all tests: no network, one thread, and a Llama small enough to run in milliseconds."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_llama():
-    """A factory: ``tiny_llama(dtype=torch.float32, layers=2, seed=0, **config)``; the same seed, the same weights."""
+    """A factory: ``tiny_llama(dtype=torch.float32, layers=2, seed=0, **config)``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def build(dtype=torch.float32, layers=2, seed=0, **config):
@@ -34,7 +34,7 @@ def tiny_llama():
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory):
-    """The folder of a tiny Llama with its tokenizer; tokenised tables go to a cache of this session's own."""
+    """The folder of a tiny Llama with its tokenizer; tokenized tables go to a cache of this session."""
     import datasets
     from tiny_backbone import tiny_backbone_folder
 
@@ -47,9 +47,10 @@ def tiny_backbone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Selenium's driver of a headless Chromium, 1,400 x 1,200, one a file: its log must hold no other page's warnings.
+    """Selenium's driver of a headless Chromium, 1,400 x 1,200.
 
-    Skips where Debian's chromium is neither there nor asked for.
+    One per file, so that its log has no other page's warnings. Skips the tests
+    if Debian's chromium is missing and is not to be installed.
     """
     from system_packages import needs_programs
 
@@ -75,7 +76,7 @@ def browser():
 
 @pytest.fixture(scope="session", autouse=True)
 def _docstrings_once():
-    """Every command line reads the docstrings of the same classes for its help; once a session is enough."""
+    """Parse docstrings once a session: every command line reads those of the same classes for its help."""
     import docstring_parser
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,17 +12,18 @@ from gatera_lightning.objectives.next_token import head_only_at
 def candidate_log_likelihoods(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-likelihood of each candidate answer, computing the prompt that candidates share only once.
 
-    Two forward passes, whatever the batch: the left-padded prompts, then all candidates on top of the cached keys
-    and values of their prompt. A forward pass over every prompt with its candidate gives the same up to rounding,
-    but repeats the prompt for each candidate: six times as many tokens with the 20 replies of ConvAI2.
+    Two forward passes, whatever the batch: the left-padded prompts, then all candidates on top of the cached
+    keys and values of their prompt. A forward pass over every prompt with its candidate gives the same up to
+    rounding, but repeats the prompt for each candidate: six times as many tokens with the 20 replies of
+    ConvAI2.
 
     Args:
-        model: A model for which :func:`~gatera_lightning.backbone.probes.caches_only_keys_and_values` is true.
+        model: A model that passes :func:`~gatera_lightning.backbone.probes.caches_only_keys_and_values`.
         batch: Prompts with one candidate each, the candidates of one question in a row.
 
     Returns:
-        ``Σ log p`` of the tokens of each candidate in fp32, (batch,), and their number, (batch,); both are 0 for
-        dummy examples. Without a prompt the first token is not counted, since nothing predicts it.
+        ``Σ log p`` of the tokens of each candidate in fp32, (batch,), and their number, (batch,); both are 0
+        for dummy examples. Without a prompt the first token is not counted, since nothing predicts it.
     """
     ids, response = batch["input_ids"], batch["response_mask"]  # (batch, tokens)
     prompt_lengths = response.int().argmax(1)  # (batch,)
@@ -40,7 +41,9 @@ def candidate_log_likelihoods(model: PreTrainedModel, batch: Batch) -> tuple[Ten
     # Nothing follows the last token of an answer, so it is not read, unless it is the only one.
     read = answers[:, : max(1, answers.shape[1] - 1)]
     padding = (0, read.shape[1] - answers.shape[1] + 1)
-    predicts = F.pad(answer_mask[:, 1:], padding)  # (batch, read tokens): positions followed by an answer token
+    predicts = F.pad(
+        answer_mask[:, 1:], padding
+    )  # (batch, read tokens): positions followed by an answer token
     with head_only_at(model, predicts):
         logits = model(
             input_ids=read,
@@ -60,14 +63,14 @@ def candidate_log_likelihoods(model: PreTrainedModel, batch: Batch) -> tuple[Ten
 
 
 def _left_padded(ids: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The first ``lengths`` tokens of each row of ``ids``, left padded to at least one column, and their mask."""
-    width = max(1, longest)
+    """The first ``lengths`` tokens of each row of ``ids``, left padded, and their mask."""
+    width = max(1, longest)  # a model needs at least one column, also without any prompt
     columns = torch.arange(width, device=ids.device) - width + lengths[:, None]  # (rows, width)
     return ids.gather(1, columns.clamp(min=0)), (columns >= 0).long()
 
 
 def _answers(ids: Tensor, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The ``lengths`` tokens of each row of ``ids`` from ``starts`` on, right padded, and their mask (bool)."""
+    """``lengths`` tokens of each row of ``ids`` from ``starts`` on, right padded, and their bool mask."""
     offsets = torch.arange(int(lengths.max()), device=ids.device)  # (answer tokens,)
     columns = offsets + starts[:, None]  # (rows, answer tokens)
     return ids.gather(1, columns.clamp(max=ids.shape[1] - 1)), offsets < lengths[:, None]

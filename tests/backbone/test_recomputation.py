@@ -1,4 +1,4 @@
-"""The same bits with less kept: losses, gradients, what lives between forward and backward, and what looks alike and is not."""
+"""Recomputing elementwise outputs saves memory and keeps every bit of losses and gradients."""
 
 import gc
 from collections import Counter
@@ -29,7 +29,7 @@ TOKENS, WIDTH, WIDE = 7, 8, 64
 
 
 def of_family(name, dtype, **adapter):
-    """A tiny model whose adapter does something."""
+    """A tiny adapted model whose adapter is not zero."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **SIZES, **FAMILIES[name])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
@@ -41,7 +41,7 @@ def of_family(name, dtype, **adapter):
 
 
 def step(model, around):
-    """Loss, gradients, and the bytes alive between forward and backward."""
+    """Loss and gradients, and the bytes alive between forward and backward pass."""
     ids = torch.arange(2 * 9).view(2, 9) + 3
     parameters = list(adapter_parameters(model).values())
     torch.manual_seed(1)
@@ -49,45 +49,47 @@ def step(model, around):
         with around:
             logits = model(input_ids=ids, use_cache=False).logits
         loss = logits.float().square().mean()
-        kept = live.now
+        saved = live.now
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [loss.detach(), *gradients], kept
+    return [loss.detach(), *gradients], saved
 
 
-def assert_same_with_less(model, share):
-    """The very bits, and at most ``share`` of the bytes."""
-    (usual, all_kept), (ours, kept) = step(model, nullcontext()), step(model, recompute_elementwise())
-    for one, other in zip(ours, usual, strict=True):
+def assert_bit_equal_with_less_memory(model, share):
+    """Bit-identical results with at most ``share`` of the bytes."""
+    (expected, all_saved), (found, saved) = step(model, nullcontext()), step(model, recompute_elementwise())
+    for one, other in zip(found, expected, strict=True):
         assert (one is None and other is None) or (one.dtype == other.dtype and torch.equal(one, other))
-    assert kept <= share * all_kept
+    assert saved <= share * all_saved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name, dtype):
-    """Phi's gate and up are one tensor, Gemma's activation is GELU and its norms scale by 1 + w, Cohere norms by mean."""
+def test_model_families(name, dtype):
+    """Phi fuses gate and up, Gemma uses GELU and norms that scale by 1 + w, Cohere subtracts the mean."""
     targets = ["gate_up_proj", "down_proj"] if name == "phi3" else ["q_proj", "up_proj", "down_proj"]
-    assert_same_with_less(of_family(name, dtype, target_modules=targets), 0.9)
+    assert_bit_equal_with_less_memory(of_family(name, dtype, target_modules=targets), 0.9)
 
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
 @pytest.mark.parametrize("gate", ["none", "static", "token"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_methods(update, gate, dropout):
-    assert_same_with_less(of_family("llama", torch.bfloat16, update=update, gate=gate, dropout=dropout), 0.85)
+def test_updates_and_gates(update, gate, dropout):
+    assert_bit_equal_with_less_memory(
+        of_family("llama", torch.bfloat16, update=update, gate=gate, dropout=dropout), 0.85
+    )
 
 
 @pytest.mark.parametrize("thresholds", [(0.45, 1.0), (0.0, 0.55), (0.5, 0.5)], ids=str)
-def test_tokens_told_apart(thresholds):
+def test_gate_thresholds(thresholds):
     skip, merge = thresholds
-    assert_same_with_less(
+    assert_bit_equal_with_less_memory(
         of_family("llama", torch.float32, gate=TokenGateConfig(skip_below=skip, merge_above=merge)), 0.8
     )
 
 
-def test_adapters_elsewhere():
-    """A frozen down_proj needs no input; the activation is kept no more all the same."""
-    assert_same_with_less(of_family("llama", torch.float32, target_modules=["q_proj"]), 0.9)
+def test_adapters_outside_the_mlp():
+    """A frozen down_proj saves no input, and the activation is recomputed all the same."""
+    assert_bit_equal_with_less_memory(of_family("llama", torch.float32, target_modules=["q_proj"]), 0.9)
 
 
 def test_autocast():
@@ -100,16 +102,16 @@ def test_autocast():
         with cast, recompute_elementwise():
             yield
 
-    usual, all_kept = step(model, cast)
-    ours, kept = step(model, cast_and_recomputed())
-    assert all(torch.equal(one, other) for one, other in zip(ours, usual, strict=True))
-    assert kept < all_kept
+    expected, all_saved = step(model, cast)
+    found, saved = step(model, cast_and_recomputed())
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert saved < all_saved
 
 
-def test_a_checkpointed_layer_keeps_nothing_and_still_does():
+def test_checkpointed_layer_saves_as_little_as_before():
     model = of_family("llama", torch.float32)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same_with_less(model, 1.0)
+    assert_bit_equal_with_less_memory(model, 1.0)
     plain = of_family("llama", torch.float32)
     assert step(model, recompute_elementwise())[1] < 0.5 * step(plain, recompute_elementwise())[1]
 
@@ -125,41 +127,41 @@ def gate_and_up():
 
 
 def mlp(between=lambda gate, up: F.silu(gate) * up):
-    """Σ of what a down projection that is trained (1, WIDE) makes of it, as a function of the fixture's tensors."""
+    """A gated MLP with a trained down projection (1, WIDE), as a function of the fixture's tensors."""
     return lambda x, gate, up, down: (
         (F.linear(between(F.linear(x, gate), F.linear(x, up)), down[None])).square().sum()
     )
 
 
-def kept_by(function, tensors, around=recompute_elementwise):
-    """Result, gradients and bytes alive in between."""
+def run(function, tensors, around=recompute_elementwise):
+    """Result and gradients, and the bytes alive in between."""
     with LiveBytes(list(tensors)) as live:
         with around():
             out = function(*tensors)
-        kept = live.now
+        saved = live.now
         gradients = torch.autograd.grad(out, [t for t in tensors if t.requires_grad])
-    return [out.detach(), *gradients], kept
+    return [out.detach(), *gradients], saved
 
 
-def same(function, tensors):
-    """Bytes alive without, and with; the results are the same bits."""
-    (usual, all_kept), (ours, kept) = kept_by(function, tensors, nullcontext), kept_by(function, tensors)
-    assert all(torch.equal(one, other) for one, other in zip(ours, usual, strict=True))
-    return all_kept, kept
+def compare(function, tensors):
+    """Bytes alive without and with recomputation; the results must be bit-identical."""
+    (expected, all_saved), (found, saved) = run(function, tensors, nullcontext), run(function, tensors)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    return all_saved, saved
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_of_a_gated_mlp_gate_and_up_are_kept(gate_and_up, device):
+def test_gated_mlp_saves_gate_and_up_only(gate_and_up, device):
     tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in gate_and_up]
-    kept = [kept_by(mlp(), tensors, around)[1] for around in (nullcontext, recompute_elementwise)]
-    of_width = 4 * TOKENS * WIDE
+    saved = [run(mlp(), tensors, around)[1] for around in (nullcontext, recompute_elementwise)]
+    wide = 4 * TOKENS * WIDE
     rest = 4 * (TOKENS + 1)  # the output, and its sum
-    assert kept == [4 * of_width + rest, 2 * of_width + rest]
+    assert saved == [4 * wide + rest, 2 * wide + rest]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_of_a_norm_its_input_and_one_number_a_row(dtype):
-    """A bf16 input is kept as it is, and not in fp32."""
+def test_norm_saves_its_input_and_one_number_per_row(dtype):
+    """A bf16 input is saved in bf16, not in fp32."""
     torch.manual_seed(0)
     x, weight, w = (
         torch.randn(TOKENS, WIDE),
@@ -172,27 +174,27 @@ def test_of_a_norm_its_input_and_one_number_a_row(dtype):
         wide = (x * 1.0).float()
         return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)) @ w
 
-    all_kept, kept = same(lambda *tensors: normed(*tensors).square().sum(), (x, weight, w))
+    all_saved, saved = compare(lambda *tensors: normed(*tensors).square().sum(), (x, weight, w))
     numbers = TOKENS * WIDE
     rest = dtype.itemsize * (TOKENS + 1) + 4 * TOKENS
-    assert all_kept == (4 + dtype.itemsize) * numbers + rest
-    assert kept == dtype.itemsize * numbers + rest
+    assert all_saved == (4 + dtype.itemsize) * numbers + rest
+    assert saved == dtype.itemsize * numbers + rest
 
 
 class Operations(TorchDispatchMode):
-    """How often each operation ran."""
+    """Counts how often each operation runs."""
 
     def __init__(self):
         super().__init__()
-        self.of = Counter()
+        self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.of[func.overloadpacket.__name__] += 1
+        self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
-def test_each_is_computed_once_however_many_ask(gate_and_up):
-    """The product by three operations, one of them through a view; the activation by the product and by its own gradient."""
+def test_each_output_is_recomputed_once_per_backward_pass(gate_and_up):
+    """Three operations use the product, one as a view; the product and its gradient use the activation."""
     many = mlp(
         lambda gate, up: (product := F.silu(gate) * up) + product.exp() * product.view(-1, WIDE).sin()[None]
     )
@@ -202,27 +204,27 @@ def test_each_is_computed_once_however_many_ask(gate_and_up):
             out = many(*gate_and_up)
         with Operations() as operations:
             torch.autograd.grad(out, gate_and_up[0])
-        counts.append(operations.of)
+        counts.append(operations.counts)
     more = counts[1] - counts[0]
     assert {name: n for name, n in more.items() if name not in ("detach", "as_strided")} == {
         "silu": 1,
         "mul": 1,
     }
-    same(many, gate_and_up)
+    compare(many, gate_and_up)
 
 
-def test_nothing_stays_behind(gate_and_up):
-    """A graph that is asked twice gives the same twice and keeps as much as before; without it, all is given back."""
+def test_backward_passes_leave_nothing_allocated(gate_and_up):
+    """A second backward pass gives the same result, and deleting the graph frees everything."""
     with LiveBytes(list(gate_and_up)) as live:
         with recompute_elementwise():
-            out = mlp(lambda gate, up: (F.silu(gate) * up).exp())(*gate_and_up)  # which keeps its own output
-        kept = live.now
+            out = mlp(lambda gate, up: (F.silu(gate) * up).exp())(*gate_and_up)  # exp saves its own output
+        saved = live.now
         first = torch.autograd.grad(out, gate_and_up[0], retain_graph=True)[0].clone()
         second = torch.autograd.grad(out, gate_and_up[0], retain_graph=True)[0]
         assert torch.equal(first, second)
         del first, second
-        assert live.now == kept
-        gc.disable()  # no cycle may be needed to be found
+        assert live.now == saved
+        gc.disable()  # there must be no cycle that only gc finds
         try:
             del out
             assert live.now == 0
@@ -230,11 +232,11 @@ def test_nothing_stays_behind(gate_and_up):
             gc.enable()
 
 
-# --- what looks alike ---
+# --- similar operations ---
 
 
-def no_gradients(change):
-    """Written to behind autograd's back, before anybody keeps it."""
+def changed_without_autograd(change):
+    """A product that is written to without autograd before an operation saves it."""
 
     def between(gate, up):
         product = F.silu(gate) * up
@@ -245,13 +247,13 @@ def no_gradients(change):
     return between
 
 
-LOOK_ALIKE = {
+SIMILAR = {
     "scaled": lambda gate, up: 0.5 * (F.silu(gate) * up),
     "scaled before": lambda gate, up: (F.silu(gate) * 3) * up,
     "scaled in place": lambda gate, up: (F.silu(gate) * up).mul_(0.5),
     "scaled in place by a tensor": lambda gate, up: (F.silu(gate) * up).mul_(gate),
-    "scaled without a graph": no_gradients(lambda product: product.mul_(0.5)),
-    "a row set without a graph": no_gradients(lambda product: product[:, 0].zero_()),
+    "scaled without a graph": changed_without_autograd(lambda product: product.mul_(0.5)),
+    "a row set without a graph": changed_without_autograd(lambda product: product[:, 0].zero_()),
     "clamped": lambda gate, up: (F.silu(gate) * up).clamp(max=0.5),
     "added to": lambda gate, up: (F.silu(gate) * up).add_(1),
     "swapped": lambda gate, up: gate * F.silu(up),
@@ -269,19 +271,19 @@ LOOK_ALIKE = {
 }
 
 
-@pytest.mark.parametrize("between", LOOK_ALIKE.values(), ids=LOOK_ALIKE)
-def test_whatever_is_done_the_numbers_are_the_same(gate_and_up, between):
-    all_kept, kept = same(mlp(between), gate_and_up)
-    assert kept <= all_kept
+@pytest.mark.parametrize("between", SIMILAR.values(), ids=SIMILAR)
+def test_similar_operations_are_bit_equal(gate_and_up, between):
+    all_saved, saved = compare(mlp(between), gate_and_up)
+    assert saved <= all_saved
 
 
-def test_a_product_that_was_written_to_is_kept(gate_and_up):
-    all_kept, kept = same(mlp(no_gradients(lambda product: product.mul_(0.5))), gate_and_up)
-    assert all_kept - kept == 4 * TOKENS * WIDE  # the activation
+def test_product_written_to_is_saved(gate_and_up):
+    all_saved, saved = compare(mlp(changed_without_autograd(lambda product: product.mul_(0.5))), gate_and_up)
+    assert all_saved - saved == 4 * TOKENS * WIDE  # the activation
 
 
-def test_of_a_long_chain_a_part_is_kept(gate_and_up):
-    """A recurrence in Python, of more steps than calls can be nested."""
+def test_long_chain_saves_every_fifth_output(gate_and_up):
+    """A recurrence of more steps than Python's recursion limit."""
 
     def chain(gate, up):
         by = 1 + up / 1000
@@ -289,12 +291,12 @@ def test_of_a_long_chain_a_part_is_kept(gate_and_up):
             gate = gate * by
         return gate
 
-    all_kept, kept = same(mlp(chain), gate_and_up)
-    assert kept / all_kept == pytest.approx(1 / (MAX_OPERATIONS + 1), rel=0.02)
+    all_saved, saved = compare(mlp(chain), gate_and_up)
+    assert saved / all_saved == pytest.approx(1 / (MAX_OPERATIONS + 1), rel=0.02)
 
 
-def test_what_is_kept_may_not_be_written_to(gate_and_up):
-    """As without hooks, where autograd sees to it."""
+def test_saved_tensor_written_to_raises(gate_and_up):
+    """As autograd does on its own."""
     x, gate, up, down = gate_and_up
     for change in (lambda g: g.add_(1), lambda g: gate.add_(1)):
         with recompute_elementwise():
@@ -306,7 +308,7 @@ def test_what_is_kept_may_not_be_written_to(gate_and_up):
             out.sum().backward()
 
 
-def test_hooks_of_somebody_else_inside_win(gate_and_up):
+def test_other_hooks_inside_take_precedence(gate_and_up):
     seen = []
 
     def between(gate, up):
@@ -315,13 +317,13 @@ def test_hooks_of_somebody_else_inside_win(gate_and_up):
         ):
             return F.silu(gate) * up
 
-    same(mlp(between), gate_and_up)
+    compare(mlp(between), gate_and_up)
     assert len(seen) == 6
-    same(lambda *tensors: checkpoint(mlp(), *tensors, use_reentrant=False), gate_and_up)
+    compare(lambda *tensors: checkpoint(mlp(), *tensors, use_reentrant=False), gate_and_up)
 
 
 @pytest.mark.parametrize("off", ["no_grad", "compiling"])
-def test_nothing_is_done_without_a_graph_or_while_compiling(gate_and_up, monkeypatch, off):
+def test_hooks_are_not_used_without_graph_or_while_compiling(gate_and_up, monkeypatch, off):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: off == "compiling")
     monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", None)  # calling it would fail
     with torch.set_grad_enabled(off != "no_grad"), recompute_elementwise():
@@ -331,31 +333,31 @@ def test_nothing_is_done_without_a_graph_or_while_compiling(gate_and_up, monkeyp
 # --- the module ---
 
 
-def test_the_modules_step_keeps_less_and_has_the_same_bits(tiny_backbone, monkeypatch):
+def test_training_loss_saves_less_and_is_bit_equal(tiny_backbone, monkeypatch):
     settings = BackboneConfig(id=str(tiny_backbone), dtype="float32")
     module = GateRAModule(backbone=settings, adapter=AdapterConfig(rank=2), optimizer=OptimizerConfig())
     module.configure_model()
     ids = torch.arange(2 * 16).view(2, 16) + 3
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    found = []
+    runs = []
     for around in (recompute_elementwise, nullcontext):
         monkeypatch.setattr(next_token, "recompute_elementwise", around)
         with LiveBytes([*module.model.parameters(), *module.model.buffers()]) as live:
             loss = next_token.summed_next_token_loss(module.model, batch)
-            kept = live.now
+            saved = live.now
             gradients = torch.autograd.grad(loss, list(adapter_parameters(module.model).values()))
-        found.append((kept, [loss.detach(), *gradients]))
+        runs.append((saved, [loss.detach(), *gradients]))
         del loss, gradients
-    (kept, ours), (all_kept, usual) = found
-    assert kept < 0.9 * all_kept
-    assert all(torch.equal(one, other) for one, other in zip(ours, usual, strict=True))
+    (saved, found), (all_saved, expected) = runs
+    assert saved < 0.9 * all_saved
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
     "last", [F.silu, lambda h: h * h.sigmoid(), lambda h: F.gelu(h).double()], ids=["silu", "product", "cast"]
 )
-def test_what_a_checkpointed_layer_hands_out_is_kept_by_whoever_needs_it(last):
-    """Its operations have saved nothing here, and what they saved inside can be asked for once only."""
+def test_output_of_checkpointed_layer_is_saved(last):
+    """Its operations saved their inputs inside the checkpoint, where they can be unpacked only once."""
     torch.manual_seed(0)
     weights = [torch.randn(3, 3, requires_grad=True) for _ in range(3)]
 
@@ -367,12 +369,12 @@ def test_what_a_checkpointed_layer_hands_out_is_kept_by_whoever_needs_it(last):
             loss = (h * h).sum()
         return torch.autograd.grad(loss, weights)
 
-    for again, plain in zip(gradients(recompute_elementwise()), gradients(nullcontext()), strict=True):
-        assert torch.equal(again, plain)
+    for recomputed, plain in zip(gradients(recompute_elementwise()), gradients(nullcontext()), strict=True):
+        assert torch.equal(recomputed, plain)
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.preserve_format], ids=str)
-def test_a_view_of_a_copy_that_was_laid_out_otherwise(format):
+def test_view_of_copy_with_another_memory_format(format):
     x = torch.randn(3, 4, requires_grad=True)
 
     def gradient(block):
@@ -384,7 +386,7 @@ def test_a_view_of_a_copy_that_was_laid_out_otherwise(format):
     assert torch.equal(gradient(recompute_elementwise()), gradient(nullcontext()))
 
 
-def test_under_hooks_of_somebody_else_nothing_is_changed():
+def test_other_hooks_outside_switch_recomputation_off():
     x, packed = torch.randn(4, requires_grad=True), []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t),
@@ -394,7 +396,7 @@ def test_under_hooks_of_somebody_else_nothing_is_changed():
     assert len(packed) == 2
 
 
-def test_a_chain_longer_than_the_stack_of_python():
+def test_chain_deeper_than_the_recursion_limit():
     h = torch.ones(2, requires_grad=True)
     with recompute_elementwise():
         for _ in range(3000):

@@ -1,45 +1,39 @@
-"""What a process holds of a sharded model, from its loading on; and every mesh trains what one process does."""
+"""How much of a sharded model each rank holds, and that every mesh trains what one process does."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fits import assert_same, fit, read
+from fits import assert_same, fit, read, run_script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gatera_lightning import AdapterConfig, BackboneConfig, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.gates import TokenGateConfig
-from gatera_lightning.backbone.loading import load_backbone
+from gatera_lightning.backbone import load_backbone
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "sharding_script.py"
-CLIP = 0.003  # below the norm of every step's gradient
+CLIP = 0.003  # below the gradient norm of every step
 
 
 def fit_two(backbone, out, **job):
-    """Two processes; what each holds."""
-    settings = json.dumps({"backbone": str(backbone), "out": str(out), **job})
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Train on two ranks; return what each of them holds."""
+    run_script(SCRIPT, backbone, out, **job)
     return [json.loads((out / f"held_{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def assert_other_targets(out):
-    """Else a loss that is averaged over processes, not over tokens, would pass."""
+def assert_ranks_have_different_targets(out):
+    """Otherwise a loss that is averaged over ranks instead of tokens would pass."""
     one, other = (json.loads((out / f"targets_{rank}.json").read_text()) for rank in (0, 1))
     assert len(one) == len(other)
     assert sum(a != b for a, b in zip(one, other, strict=True)) > len(one) / 2
 
 
 @pytest.fixture(scope="module")
-def one(tiny_backbone, tmp_path_factory):
-    """Eight uneven steps of one process, each clipped."""
+def one_process(tiny_backbone, tmp_path_factory):
+    """Eight steps of different sizes on one process, each of them clipped."""
     out = tmp_path_factory.mktemp("one")
     fit(tiny_backbone, out, epochs=2, clip=CLIP)
     assert min(read(out)[1]) > CLIP
@@ -47,22 +41,21 @@ def one(tiny_backbone, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("strategy", "share"), [("hsdp", 1), ("offload", 0.5)])
-def test_copies_of_the_model_and_shards_on_the_cpu_equal_one_process(
-    tiny_backbone, tmp_path, one, strategy, share
+def test_replicated_and_offloaded_models_train_as_one_process(
+    tiny_backbone, tmp_path, one_process, strategy, share
 ):
-    """Two copies, 2 × 1; and one in two shards that stay on the CPU, 1 × 2."""
-    held = fit_two(
-        tiny_backbone, tmp_path, strategy=strategy, epochs=2, accumulate=2, checkpointing=True, clip=CLIP
-    )
-    assert_same(tmp_path, one)
-    assert_other_targets(tmp_path)
+    """Two copies of one shard (2 × 1), and one copy in two shards on the CPU (1 × 2)."""
+    job = {"strategy": strategy, "epochs": 2, "accumulate": 2, "checkpointing": True, "clip": CLIP}
+    held = fit_two(tiny_backbone, tmp_path, **job)
+    assert_same(tmp_path, one_process)
+    assert_ranks_have_different_targets(tmp_path)
     for of_rank in held:
         assert of_rank["frozen_here"] / of_rank["frozen"] == pytest.approx(share, abs=0.05)
 
 
 @pytest.fixture(scope="module")
-def deep(tiny_backbone, tmp_path_factory):
-    """Eight layers, each a ninth of the whole, and an output head that is the embeddings."""
+def deep_backbone(tiny_backbone, tmp_path_factory):
+    """Eight layers, each about a ninth of the model, and an output head tied to the embeddings."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
@@ -76,30 +69,30 @@ def deep(tiny_backbone, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sharded(deep, tmp_path_factory):
-    """An epoch of two processes on it, and what each holds."""
+def sharded(deep_backbone, tmp_path_factory):
+    """The folder of an epoch on two ranks, and what each rank holds."""
     out = tmp_path_factory.mktemp("sharded")
-    return out, fit_two(deep, out, strategy="fsdp")
+    return out, fit_two(deep_backbone, out, strategy="fsdp")
 
 
-def test_each_of_two_processes_holds_half_of_the_frozen_parameters(sharded):
+def test_each_rank_holds_half_of_the_frozen_parameters(sharded):
     _, held = sharded
     assert held[0]["frozen"] > 5e6
     assert sum(of_rank["frozen_here"] for of_rank in held) == held[0]["frozen"]
     assert all(0.45 < of_rank["frozen_here"] / of_rank["frozen"] < 0.6 for of_rank in held)
 
 
-def test_only_the_first_process_ever_holds_the_model_whole(sharded):
-    """The second gets its half, and one tensor at a time, of which it keeps a half too."""
+def test_only_rank_zero_ever_holds_the_unsharded_model(sharded):
+    """Rank 1 receives one tensor at a time, of which it keeps half."""
     _, (first, second) = sharded
-    assert first["peak"] > 1.4 * first["frozen"]  # the whole, and its half: what is counted is there
+    assert first["peak"] > 1.4 * first["frozen"]  # the model and its half: the measurement sees both
     assert second["peak"] < 0.65 * second["frozen"]
 
 
-def test_a_sharded_model_is_loaded_as_it_is_without_shards(sharded, deep):
-    """Backbone, initial adapter and buffers that no file has, bit for bit."""
+def test_sharded_model_equals_the_model_loaded_without_sharding(sharded, deep_backbone):
+    """Backbone, initial adapter and buffers that no file holds, bit for bit."""
     loaded = torch.load(sharded[0] / "loaded.pt", weights_only=True)
-    model = load_backbone(BackboneConfig(id=str(deep), dtype="float64"))
+    model = load_backbone(BackboneConfig(id=str(deep_backbone), dtype="float64"))
     adapter = AdapterConfig(rank=4, gate=TokenGateConfig(bias=0.3), adapter_dtype="float64")
     inject_adapters(model, adapter, torch.Generator().manual_seed(3))
     for kind, expected in (("parameters", model.named_parameters()), ("buffers", model.named_buffers())):
@@ -111,20 +104,20 @@ def test_a_sharded_model_is_loaded_as_it_is_without_shards(sharded, deep):
     assert loaded["parameters"].keys() > adapter_parameters(model).keys()
 
 
-def test_tied_embeddings_stay_tied_and_train_as_in_one_process(sharded, deep, tmp_path):
+def test_tied_embeddings_stay_tied_and_train_as_one_process(sharded, deep_backbone, tmp_path):
     out, held = sharded
-    fit(deep, tmp_path)
+    fit(deep_backbone, tmp_path)
     assert_same(out, tmp_path)
-    assert_other_targets(out)
+    assert_ranks_have_different_targets(out)
     assert all(of_rank["tied"] and of_rank["in_head"] for of_rank in held)
 
 
-def test_a_loss_that_is_nan_on_one_process_is_left_out_on_both(tiny_backbone, tmp_path):
+def test_nan_on_one_rank_skips_the_step_on_both(tiny_backbone, tmp_path):
     settings = {"epochs": 2, "poison": 7, "skip": 2}
     fit(tiny_backbone, tmp_path / "one", **settings)
     fit(tiny_backbone, tmp_path / "without", epochs=2)
     done = fit(tiny_backbone, tmp_path / "two", strategy="fsdp", **settings)
     assert done.stderr.count("of at most 2 steps") == 2
-    assert_same(tmp_path / "two", tmp_path / "one", left_out=(1, 4))
+    assert_same(tmp_path / "two", tmp_path / "one", skipped=(1, 4))
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "without", tmp_path / "one")

@@ -1,9 +1,9 @@
-"""One small fit in a process of its own (or two): prints nothing, writes what a test compares.
+"""One small training run in a process of its own, or in two: prints nothing, and writes what a test compares.
 
-``python fit_script.py '{"backbone": FOLDER, "out": FOLDER, …}'`` — see ``Job`` for the rest. Rank 0 writes ``losses.json``
-(hex floats, one per optimizer step), ``norms.json`` and ``logged_norms.json`` (of updates and of gates), every rank
-``ids_RANK.json`` and ``targets_RANK.json`` (example ids, and the number of tokens with loss, per micro-batch), and the adapter
-goes to ``out/adapter``.
+``python fit_script.py '{"backbone": FOLDER, "out": FOLDER, …}'``; :class:`Job` has the other settings. Rank 0
+writes ``losses.json`` (hex floats, one per optimizer step), ``norms.json`` and ``logged_norms.json``
+(gradient norms of update and gate), every rank writes ``ids_RANK.json`` and ``targets_RANK.json`` (per
+micro-batch its example ids and its number of supervised tokens), and the adapter goes to ``out/adapter``.
 """
 
 import io
@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -24,8 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from gatera_lightning import AdapterConfig, GateRAModule, adapter_parameters, save_adapter
 from gatera_lightning.adapters.gates import TokenGateConfig
-from gatera_lightning.backbone.config import BackboneConfig
-from gatera_lightning.backbone.loading import load_tokenizer
+from gatera_lightning.backbone import BackboneConfig, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.generated_samples import GeneratedSamples
@@ -43,12 +41,12 @@ from gatera_lightning.training.optimizer import OptimizerConfig
 class Job:
     backbone: str
     out: str
-    strategy: str = (
-        "single"  # single, ddp, fsdp, sharded (fsdp whose checkpoints are sharded too), hsdp (2 × 1), offload
-    )
+    strategy: str = "single"
+    """single, ddp, fsdp, sharded (fsdp with sharded checkpoints), hsdp (2 × 1), offload (fsdp on the CPU)."""
     accumulate: int = 1
     checkpointing: bool = False
-    backend: str | None = None  # of torch.compile, through which decoder layers then run
+    backend: str | None = None
+    """Backend of torch.compile, which then compiles the decoder layers."""
     clip: float | None = None
     dropout: float = 0.0
     workers: int = 0
@@ -56,68 +54,79 @@ class Job:
     dtype: str = "float64"
     attention: str = "sdpa"
     resume: str | None = None
-    save_at: list[int] = field(default_factory=list)  # optimizer steps after which a checkpoint is written
+    """A checkpoint; newest: the newest valid one in ``out``."""
+    save_at: list[int] = field(default_factory=list)
+    """Optimizer steps after which a checkpoint is written."""
     save_epoch_ends: bool = False
-    kill_at: int | None = None  # the process dies after this optimizer step, without a chance to clean up
-    poison: int | None = None  # the loss of the micro-batch with this example id becomes NaN
-    skip: int = 0  # so many steps with a NaN are left out
-    keep: bool = False  # checkpoints after every step, as AdapterCheckpoint keeps them; resume="newest" goes on from them
-    slow_write: float = 0.0  # seconds that a checkpoint takes, half written
-    preempt: bool = False  # end with status 75 on SIGUSR1 and SIGTERM
-    step_seconds: float = 0.0  # that a micro-batch takes
-    tensorboard: bool = False  # event files in out
+    kill_at: int | None = None
+    """The process exits after this optimizer step without cleaning up."""
+    poison: int | None = None
+    """The loss of the micro-batch with this example id is NaN."""
+    skip: int = 0
+    """How many steps with a NaN may be skipped."""
+    keep: bool = False
+    """Write a checkpoint after every step, with AdapterCheckpoint."""
+    slow_write: float = 0.0
+    """Seconds that writing a checkpoint pauses when half of it is written."""
+    preempt: bool = False
+    """Exit with status 75 on SIGUSR1 and SIGTERM."""
+    step_seconds: float = 0.0
+    """Seconds that every micro-batch takes longer."""
+    tensorboard: bool = False
+    """Write event files to ``out``."""
 
 
-class Rows(SupervisedDataModule):
-    """Thirty made-up rows, 28 to train on, whose prompts and answers differ a lot in length."""
+class RandomWords(SupervisedDataModule):
+    """Thirty examples, 28 of them to train on, whose prompts and answers have very different lengths."""
 
     def examples(self, split):
-        words = [
-            "stone",
-            "river",
-            "lamp",
-            "paper",
-            "green",
-            "cold",
-            "hat",
-            "boat",
-            "seven",
-            "winter",
-            "garden",
-            "loud",
-        ]
+        words = ["stone", "river", "lamp", "paper", "green", "cold"]
+        words += ["hat", "boat", "seven", "winter", "garden", "loud"]
+
+        def text(start, step, count):
+            return " ".join(words[(start + k * step) % 12] for k in range(count))
+
         for i in range(30):
-            prompt = (
-                "Question: " + " ".join(words[(i * 5 + k) % 12] for k in range(1 + (7 * i) % 9)) + "\nAnswer:"
-            )
-            yield Example(
-                prompt, [" " + " ".join(words[(i + k) % 12] for k in range(1 + (5 * i) % 6))], 0, "made-up"
-            )
+            prompt = f"Question: {text(5 * i, 1, 1 + (7 * i) % 9)}\nAnswer:"
+            yield Example(prompt, [f" {text(i, 1, 1 + (5 * i) % 6)}"], 0, "made-up")
 
 
-class SlowIO(AtomicCheckpointIO):
-    """Stays a while where a kill would leave half a file."""
+class Poison(Objective):
+    """Adds a constant to the loss that is NaN for one example, and 0 otherwise."""
+
+    def __init__(self, example):
+        self.example = example
+
+    def terms(self, model, batch, gates):
+        value = float("nan") if self.example in batch["example_ids"] else 0.0
+        return {"poison": Term(next(model.parameters()).new_tensor(value), 1)}
+
+
+class SlowCheckpointIO(AtomicCheckpointIO):
+    """Pauses when half of a checkpoint is written, where a kill would leave half a file."""
 
     seconds = 0.0
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        def half(state, file):
+        def save_in_halves(state, file):
             buffer = io.BytesIO()
-            whole(state, buffer)
+            save(state, buffer)
             content = buffer.getvalue()
             file.write(content[: len(content) // 2])
             file.flush()
             time.sleep(self.seconds)
             file.write(content[len(content) // 2 :])
 
-        whole, torch.save = torch.save, half
+        save, torch.save = torch.save, save_in_halves
         try:
             super().save_checkpoint(checkpoint, path, storage_options)
         finally:
-            torch.save = whole
+            torch.save = save
 
 
-class Watch(L.Callback):
+class Recorder(L.Callback):
+    """Records losses, gradient norms and example ids, and saves, kills or slows the run as the job says."""
+
     def __init__(self, job):
         self.job, self.losses, self.ids, self.targets, self.norms, self.logged_norms = job, [], [], [], [], []
 
@@ -135,7 +144,7 @@ class Watch(L.Callback):
         self.logged_norms.append(
             [float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")]
         )
-        if self.job.keep:  # a line a step, on disk before the checkpoint of the step is
+        if self.job.keep:  # one line per step, on the disk before the checkpoint of that step
             ids = self.ids[-trainer.accumulate_grad_batches :]
             with open(f"{self.job.out}/steps_{trainer.global_rank}.jsonl", "a") as file:
                 file.write(json.dumps([trainer.global_step, self.losses[-1], ids]) + "\n")
@@ -163,42 +172,27 @@ class Watch(L.Callback):
         (out / f"targets_{trainer.global_rank}.json").write_text(json.dumps(self.targets))
 
 
-class Poison(Objective):
-    """Makes the loss of the micro-batch with one example NaN."""
-
-    def __init__(self, example):
-        self.example = example
-
-    def terms(self, model, batch, gates):
-        poisoned = self.example in batch["example_ids"].tolist()
-        return {"poison": Term(torch.tensor(torch.nan if poisoned else 0.0), 1)}
-
-
-def run(job: Job) -> Watch:
-    torch.set_num_threads(1)
-    L.seed_everything(3, verbose=False)
-    backbone = BackboneConfig(
-        job.backbone,
-        None,
-        job.dtype,
-        job.attention,
-        gradient_checkpointing=job.checkpointing,
-        compile=job.backend is not None,
-    )
-    if job.backend is not None:
-        torch.compile = partial(torch.compile, backend=job.backend)
-    module = GateRAModule(
-        backbone=backbone,
-        adapter=AdapterConfig(
-            rank=4,
-            dropout=job.dropout,
-            gate=TokenGateConfig(bias=0.3, entropy_weight=0.1, lr_multiplier=0.5),
-            adapter_dtype="float64" if job.dtype == "float64" else "float32",
+def build_module(job):
+    gate = TokenGateConfig(bias=0.3, lr_multiplier=0.5, entropy_weight=0.1)
+    dtype = "float64" if job.dtype == "float64" else "float32"
+    poison = [] if job.poison is None else [Poison(job.poison)]
+    return GateRAModule(
+        backbone=BackboneConfig(
+            job.backbone,
+            None,
+            job.dtype,
+            job.attention,
+            gradient_checkpointing=job.checkpointing,
+            compile=job.backend is not None,
         ),
+        adapter=AdapterConfig(rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_skipped_steps=job.skip),
-        objectives=None if job.poison is None else [NextToken(), GateEntropy(0.1), Poison(job.poison)],
+        objectives=[NextToken(), GateEntropy(gate.entropy_weight), *poison],
     )
-    data = Rows(
+
+
+def build_data(job):
+    data = RandomWords(
         train_on="response",
         max_length=64,
         batch_size=8,
@@ -209,7 +203,11 @@ def run(job: Job) -> Watch:
         seed=1,
         held_out=2,
     )
-    data.connect(load_tokenizer(backbone))
+    data.connect(load_tokenizer(BackboneConfig(job.backbone)))
+    return data
+
+
+def build_trainer(job, recorder):
     strategies = {
         "single": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
@@ -218,14 +216,13 @@ def run(job: Job) -> Watch:
         "hsdp": AdapterShardingStrategy(shard_size=1, replicate_size=2),
         "offload": AdapterShardingStrategy(shard_size=2, cpu_offload=True),
     }
-    watch = Watch(job)
-    callbacks = [watch, GateHistogram(3), *([SafePreempt()] if job.preempt else [])]
+    callbacks = [recorder, GateHistogram(3), *([SafePreempt()] if job.preempt else [])]
     if job.tensorboard:
         callbacks.append(GeneratedSamples(2, max_new_tokens=6))
     if job.keep:
         callbacks.append(AdapterCheckpoint(monitor=None, every_n_steps=1))
-    SlowIO.seconds = job.slow_write
-    trainer = L.Trainer(
+    SlowCheckpointIO.seconds = job.slow_write
+    return L.Trainer(
         accelerator="cpu",
         devices=1 if job.strategy == "single" else 2,
         strategy=strategies[job.strategy],
@@ -233,7 +230,7 @@ def run(job: Job) -> Watch:
         gradient_clip_val=job.clip,
         max_epochs=job.epochs,
         callbacks=callbacks,
-        plugins=[SlowIO()] if job.slow_write else [],
+        plugins=[SlowCheckpointIO()] if job.slow_write else [],
         default_root_dir=job.out,
         logger=TensorBoardLogger(job.out, name="", version="") if job.tensorboard else False,
         enable_checkpointing=job.keep,
@@ -242,11 +239,21 @@ def run(job: Job) -> Watch:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    resume = newest_valid_checkpoint(Path(job.out) / "checkpoints") if job.resume == "newest" else job.resume
+
+
+def run(job: Job) -> Recorder:
+    torch.set_num_threads(1)
+    L.seed_everything(3, verbose=False)
+    if job.backend is not None:
+        torch.compile = partial(torch.compile, backend=job.backend)
+    module, data, recorder = build_module(job), build_data(job), Recorder(job)
+    trainer = build_trainer(job, recorder)
+    newest = job.resume == "newest"
+    resume = newest_valid_checkpoint(Path(job.out) / "checkpoints") if newest else job.resume
     trainer.fit(module, datamodule=data, ckpt_path=resume)
-    watch.write(trainer)
+    recorder.write(trainer)
     save_adapter(module.model, Path(job.out) / "adapter")
-    return watch
+    return recorder
 
 
 if __name__ == "__main__":

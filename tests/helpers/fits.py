@@ -1,4 +1,4 @@
-"""Runs of ``fit_script.py`` and comparisons of what they logged."""
+"""Start runs of ``fit_script.py``, and compare what they logged."""
 
 import json
 import math
@@ -13,27 +13,45 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).parent / "fit_script.py"
 
 
-def fit(backbone, out, check=True, strategy="single", **job):
-    """One process runs in this one; two are started."""
-    out.mkdir(parents=True, exist_ok=True)
-    if strategy == "single":
-        return run(Job(str(backbone), str(out), **job))
-    settings = json.dumps({"backbone": str(backbone), "out": str(out), "strategy": strategy, **job})
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), settings], capture_output=True, text=True, timeout=240
-    )
+def run_script(script, backbone, out, check=True, **job):
+    """Run a script with the settings of a Job in another process."""
+    settings = json.dumps({"backbone": str(backbone), "out": str(out), **job})
+    command = [sys.executable, str(script), settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
+def fit(backbone, out, check=True, strategy="single", **job):
+    """Train in this process with one rank, in other processes with two."""
+    out.mkdir(parents=True, exist_ok=True)
+    if strategy == "single":
+        return run(Job(str(backbone), str(out), **job))
+    return run_script(SCRIPT, backbone, out, check, strategy=strategy, **job)
+
+
+def read_losses(out):
+    return [float.fromhex(text) for text in json.loads((out / "losses.json").read_text())]
+
+
+def read_ids(out, rank=0):
+    return json.loads((out / f"ids_{rank}.json").read_text())
+
+
+def read_adapter(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
 def read(out):
-    losses = [float.fromhex(x) for x in json.loads((out / "losses.json").read_text())]
-    norms = json.loads((out / "norms.json").read_text())
-    return losses, norms, load_file(out / "adapter" / "adapter_model.safetensors")
+    """Losses and gradient norms of every step, and the final adapter."""
+    return read_losses(out), json.loads((out / "norms.json").read_text()), read_adapter(out)
 
 
-def assert_same(out, reference, left_out=()):
-    """``left_out`` are steps that were not taken, of which nothing is logged."""
+def assert_same(out, reference, skipped=()):
+    """Compare two runs up to rounding in float64.
+
+    ``skipped`` are steps that were not taken, for which no norms are logged.
+    """
     losses, norms, adapter = read(out)
     expected_losses, expected_norms, expected_adapter = read(reference)
     assert losses == pytest.approx(expected_losses, rel=1e-13)
@@ -44,10 +62,8 @@ def assert_same(out, reference, left_out=()):
     )
     for of_step, expected in zip(logged, expected_logged, strict=True):
         assert of_step == pytest.approx(expected, rel=1e-11)
-    for number, (of_step, whole) in enumerate(
-        zip(logged, norms, strict=True)
-    ):  # of all gradients, before clipping
-        assert number in left_out or math.hypot(*of_step) == pytest.approx(whole, rel=1e-11)
+    for step, (of_groups, norm) in enumerate(zip(logged, norms, strict=True)):
+        assert step in skipped or math.hypot(*of_groups) == pytest.approx(norm, rel=1e-11)
     assert adapter.keys() == expected_adapter.keys()
     for name, tensor in adapter.items():
         assert (tensor - expected_adapter[name]).abs().max() < 1e-12, name

@@ -1,4 +1,4 @@
-"""Runs of ``fit_script.py`` that are interrupted and resumed."""
+"""Runs of ``fit_script.py`` that are killed and resumed."""
 
 import json
 import subprocess
@@ -11,24 +11,27 @@ SETTINGS = {"epochs": 3, "dropout": 0.2, "dtype": "float32", "keep": True}
 
 
 def start(backbone, out, **job):
-    """A run in a process group of its own, which goes on from the newest checkpoint in its folder."""
+    """Start a run in its own process group; it resumes from the newest checkpoint in ``out``."""
     settings = json.dumps({"backbone": str(backbone), "out": str(out), "resume": "newest", **SETTINGS, **job})
     output = (out / "output.txt").open("a")
     command = [sys.executable, str(SCRIPT), settings]
     return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
+def finish(process, out, seconds=240):
+    """Wait for a run to end without an error."""
+    assert process.wait(timeout=seconds) == 0, (out / "output.txt").read_text()[-3000:]
+
+
 def steps(out, rank=0):
+    """Every step that was logged, as [step, loss, example ids]; a line that a kill cut off is left out."""
     file = out / f"steps_{rank}.jsonl"
-    return (
-        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("]")]
-        if file.exists()
-        else []
-    )
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("]")]
 
 
 def wait_until(condition, process, seconds=120):
-    """Whether it came true before the process ended."""
+    """Return whether the condition came true before the process ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -39,12 +42,14 @@ def wait_until(condition, process, seconds=120):
     raise AssertionError(f"nothing after {seconds} s")
 
 
-def assert_equal_to(whole, out, ranks=1):
-    """Every step that was taken, however often, is the uninterrupted run's; and so is the adapter."""
+def assert_bit_equal(uninterrupted, out, ranks=1):
+    """Compare every step, also one that was taken twice, and the final adapter with the uninterrupted run."""
     for rank in range(ranks):
-        expected = {step: rest for step, *rest in steps(whole, rank)}
+        expected = {step: rest for step, *rest in steps(uninterrupted, rank)}
         found = steps(out, rank)
         assert {step for step, *_ in found} == set(expected) == set(range(1, 13))
         assert all(rest == expected[step] for step, *rest in found)
-    one, other = ((folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, out))
+    one, other = (
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (uninterrupted, out)
+    )
     assert one == other

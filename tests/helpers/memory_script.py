@@ -1,4 +1,7 @@
-"""Two sharded processes, one micro-batch each: what rank 0's allocator had out. ``memory_script.py OUT.json VOCABULARY``"""
+"""Peak allocated memory of rank 0 in a sharded training step on two ranks.
+
+``python memory_script.py OUT.json VOCABULARY``
+"""
 
 import json
 import sys
@@ -41,7 +44,7 @@ def micro_batch():
 
 
 class Measure(L.Callback):
-    """Records the third step; the first two make what is made once, moments included."""
+    """Profiles the third step; the first two create everything that stays, such as the moments."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == 2:

@@ -1,4 +1,4 @@
-"""Tiny configurations of many model families."""
+"""Tiny configurations of several model architectures."""
 
 SIZES = {
     "vocab_size": 96,

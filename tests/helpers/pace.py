@@ -1,4 +1,4 @@
-"""A callback for jobs under test: steps that take their time, and a line a step in the run's folder."""
+"""A callback for SLURM jobs under test: slows steps down, and writes one line per step."""
 
 import json
 import time
@@ -8,7 +8,7 @@ import lightning as L
 
 
 class Pace(L.Callback):
-    """Every micro-batch takes ``seconds`` more; ``steps_RANK.jsonl`` has [step, loss, example ids]."""
+    """Every micro-batch takes ``seconds`` longer; ``steps_RANK.jsonl`` has [step, loss, example ids]."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds

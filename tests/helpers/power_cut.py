@@ -9,11 +9,11 @@ ADAPTER = "checkpoints/last/adapter_model.safetensors"
 
 
 class PowerCut(BaseException):
-    """What ends a run from outside."""
+    """Ends a run from outside."""
 
 
 def cut_off(command, step):
-    """Run a command line, and end it when it begins another step after so many."""
+    """Run a command line, and end it at the first micro-batch after this many optimizer steps."""
 
     def cut(self, batch, batch_idx):
         if self.trainer.global_step == step:

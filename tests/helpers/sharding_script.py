@@ -1,7 +1,7 @@
-"""A fit of ``fit_script.py`` that writes what a process holds of the sharded model: ``python sharding_script.py JOB``.
+"""A run of ``fit_script.py`` that measures how much of the sharded model each rank holds.
 
-Every rank writes ``held_RANK.json``, bytes as they were when the model was loaded, and rank 0 ``loaded.pt``: its parameters,
-whole, and its buffers.
+``python sharding_script.py JOB``: every rank writes ``held_RANK.json`` with bytes measured while the model
+was loaded, and rank 0 writes ``loaded.pt`` with the unsharded parameters and the buffers.
 """
 
 import gc
@@ -13,13 +13,13 @@ import torch
 from fit_script import Job, run
 from torch.distributed.tensor import DTensor
 
+from gatera_lightning.backbone.probes import returns_head_output
 from gatera_lightning.distributed.sharded_loading import load_sharded
-from gatera_lightning.objectives.linear_cross_entropy import returns_what_its_head_does
-from gatera_lightning.training import module as of_gatera
+from gatera_lightning.training import model_loading
 
 
-def alive():
-    """Bytes of the tensors with memory that were made since the last ``gc.freeze()``."""
+def live_bytes():
+    """Bytes of the tensors with memory that were created since the last ``gc.freeze()``."""
     storages = {}
     for found in gc.get_objects():
         if issubclass(type(found), torch.Tensor) and not isinstance(found, DTensor) and not found.is_meta:
@@ -33,7 +33,7 @@ def main(job):
     broadcast = torch.distributed.broadcast
 
     def watched_broadcast(*args, **kwargs):
-        held["peak"] = max(held["peak"], alive())
+        held["peak"] = max(held["peak"], live_bytes())
         return broadcast(*args, **kwargs)
 
     def watched_load(*args, **kwargs):
@@ -42,19 +42,19 @@ def main(job):
         torch.distributed.broadcast = watched_broadcast
         seen["model"], report = load_sharded(*args, **kwargs)
         torch.distributed.broadcast = broadcast
-        held["peak"] = max(held["peak"], alive())
+        held["peak"] = max(held["peak"], live_bytes())
         frozen = [parameter for parameter in seen["model"].parameters() if not parameter.requires_grad]
         held["frozen"] = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
         held["frozen_here"] = sum(p.to_local().numel() * p.element_size() for p in frozen)
-        whole = {name: parameter.full_tensor() for name, parameter in seen["model"].named_parameters()}
-        seen["loaded"] = {"parameters": whole, "buffers": dict(seen["model"].named_buffers())}
+        full = {name: parameter.full_tensor() for name, parameter in seen["model"].named_parameters()}
+        seen["loaded"] = {"parameters": full, "buffers": dict(seen["model"].named_buffers())}
         return seen["model"], report
 
-    of_gatera.load_sharded = watched_load
+    model_loading.load_sharded = watched_load
     run(job)
     model, rank, out = seen["model"], torch.distributed.get_rank(), Path(job.out)
     held["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    held["in_head"] = returns_what_its_head_does(model)
+    held["in_head"] = returns_head_output(model)
     (out / f"held_{rank}.json").write_text(json.dumps(held))
     if rank == 0:
         torch.save(seen["loaded"], out / "loaded.pt")

@@ -1,4 +1,4 @@
-"""Programs that some tests need and Python's index does not have: Debian's, installed where that is asked for, else skipped."""
+"""Debian programs that some tests need: installed if that is requested, else the tests are skipped."""
 
 import fcntl
 import os
@@ -11,14 +11,13 @@ import pytest
 
 
 def needs_programs(*programs: str, packages: tuple[str, ...], options: tuple[str, ...] = ()) -> None:
-    """Skip with the reason where a program is missing; GATERA_TEST_INSTALL=1 installs ``packages`` instead, as root."""
+    """Skip the test if a program is missing; with GATERA_TEST_INSTALL=1 install ``packages``, as root."""
     with open(Path(tempfile.gettempdir()) / f"gatera_test_install_{os.getuid()}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # apt gives up where another test's apt is at work
+        fcntl.flock(lock, fcntl.LOCK_EX)  # apt fails while another test's apt runs
         if missing := [program for program in programs if shutil.which(program) is None]:
             if os.environ.get("GATERA_TEST_INSTALL") != "1":
-                pytest.skip(
-                    f"{', '.join(missing)} not installed; GATERA_TEST_INSTALL=1 installs {' and '.join(packages)}"
-                )
+                needed = " and ".join(packages)
+                pytest.skip(f"{', '.join(missing)} not installed; GATERA_TEST_INSTALL=1 installs {needed}")
             subprocess.run(["apt-get", "update", "-qq"], check=True, capture_output=True)
             subprocess.run(
                 ["apt-get", "install", "-y", "-qq", *options, *packages],

@@ -5,7 +5,7 @@ import functools
 import lightning as L
 import pytest
 import torch
-from fit_script import Rows
+from fit_script import RandomWords
 from tiny_backbone import tiny_tokenizer, tiny_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,7 +19,6 @@ from gatera_lightning import (
 )
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.backbone.loading import load_tokenizer
-from gatera_lightning.backbone.probes import isolates_packed_sequences
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 
 CLIP = 0.05
@@ -79,7 +78,7 @@ def module_of(folder, **backbone):
 
 
 def data_of(folder, **settings):
-    """Rows of 12 to 56 tokens, not sorted by length: two to four of them fit into a line."""
+    """RandomWords of 12 to 56 tokens, not sorted by length: two to four of them fit into a line."""
     defaults = {
         "train_on": "response",
         "max_length": 100,
@@ -88,7 +87,7 @@ def data_of(folder, **settings):
         "held_out": 2,
         "seed": 1,
     }
-    data = Rows(**(defaults | settings))
+    data = RandomWords(**(defaults | settings))
     data.connect(load_tokenizer(BackboneConfig(id=str(folder))))
     return data
 
@@ -162,31 +161,7 @@ def test_losses_gradients_parameters_and_gates_are_those_of_padded_rows(backbone
     assert_packing_changes_nothing(backbone(name), tmp_path, **settings)
 
 
-# --- which models keep rows apart ------------------------------------------------------------------------------------
-
-
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 1}
-OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("name", "attention", "config"),
-    [
-        ("llama", "sdpa", {}),
-        ("llama", "eager", {}),
-        ("gemma2", "eager", {"head_dim": 8}),
-        ("qwen3", "sdpa", {"head_dim": 8}),
-        ("gpt2", "sdpa", GPT2),  # learned positions
-        ("gpt2", "eager", GPT2),
-    ],
-)
-def test_rows_are_kept_apart_by_models_that_mind_positions(name, attention, config, dtype):
-    """In training mode, where GPT-2's dropout would tell any two forwards apart; it is left on."""
-    model = of_family(name, attention, **config).to(dtype).train()
-    assert isolates_packed_sequences(model)
-    assert model.training
-    assert not isolates_packed_sequences(without_positions(model))
+# --- models that mix packed sequences ---
 
 
 def without_positions(model):
@@ -194,54 +169,6 @@ def without_positions(model):
     inner = model.forward
     model.forward = lambda position_ids=None, **inputs: inner(**inputs)
     return model
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("mamba", {"state_size": 4}),
-        ("bloom", {"n_layer": 2, "n_head": 4}),
-        ("opt", OPT),
-        ("lfm2", {"layer_types": ["conv"] * 2}),
-    ],
-    ids=["a state", "no positions", "positions without a mask", "a convolution"],
-)
-def test_rows_are_mixed_by_others(name, config):
-    assert not isolates_packed_sequences(of_family(name, "eager", **config))
-
-
-def test_rounding_does_not_look_like_mixing():
-    """Kernels for a mask round otherwise than those without, in bf16 by a hundredth of what logits differ by."""
-    model = of_family("llama")
-    inner = model.forward
-
-    def rounded_otherwise(**inputs):
-        output = inner(**inputs)
-        if "position_ids" in inputs:
-            output.logits = output.logits + 0.02 * output.logits.std() * torch.sign(
-                torch.sin(1e4 * output.logits)
-            )
-        return output
-
-    model.forward = rounded_otherwise
-    assert isolates_packed_sequences(model)
-
-
-def test_a_mask_alone_is_not_enough():
-    """Rows that see only themselves, but are told that they stand far back in a line, are not what they are alone."""
-    model = of_family("gpt2", **GPT2)
-    inner = model.forward
-
-    def apart_but_far_back(position_ids=None, **inputs):
-        if position_ids is None:
-            return inner(**inputs)
-        rows = (position_ids == 0).cumsum(1)
-        mask = (rows[:, :, None] == rows[:, None]).tril()[:, None]
-        far = torch.arange(rows.shape[1]).expand_as(rows)
-        return inner(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=far)
-
-    model.forward = apart_but_far_back
-    assert not isolates_packed_sequences(model)
 
 
 @pytest.fixture
@@ -267,22 +194,3 @@ def test_without_packing_such_a_model_is_trained(deaf, tiny_backbone, tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.fit(deaf, datamodule=data_of(tiny_backbone))
     assert trainer.global_step == 1
-
-
-def test_kernels_that_round_by_one_bit_are_no_mixing():
-    from gatera_lightning.backbone.probes import isolates_packed_sequences
-
-    model = of_family("llama")
-    model.config.use_cache = False
-    inner = model.forward
-
-    def rounded_otherwise(**inputs):
-        output = inner(**inputs)
-        if "position_ids" in inputs:
-            output.logits = output.logits + 0.2 * output.logits.std() * torch.sign(
-                torch.sin(1e4 * output.logits)
-            )
-        return output
-
-    model.forward = rounded_otherwise
-    assert isolates_packed_sequences(model)

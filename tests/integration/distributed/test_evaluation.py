@@ -1,4 +1,4 @@
-"""Two processes, DDP or sharded, on an odd number of questions: each predicted once, and the same file as by one."""
+"""Two ranks predict each of an odd number of questions once, and write the same file as one process."""
 
 import json
 import shutil
@@ -22,9 +22,9 @@ TWO = {
 
 @pytest.fixture(scope="module")
 def learned(tiny_backbone, tmp_path_factory):
-    """A backbone and an adapter whose answers end at very different lengths: a sharded process that is done must wait.
+    """A backbone and an adapter whose answers have very different lengths: sharded ranks must wait.
 
-    It likes words that replies have, so that texts score differently.
+    It prefers words that occur in replies, so that texts get different scores.
     """
     root = tmp_path_factory.mktemp("learned")
     backbone = shutil.copytree(tiny_backbone, root / "backbone")
@@ -44,7 +44,7 @@ def learned(tiny_backbone, tmp_path_factory):
 
 
 def evaluated_by_one(learned, root, config, test, batch):
-    """The arguments of an evaluation both ways, and the folder in which one process did it."""
+    """Arguments that evaluate by likelihood and generation, and the folder in which one process did so."""
     backbone, adapter = learned
     args = ["test", "--config", config, *tiny_args(backbone), "--model.warm_start", str(adapter)]
     args += ["--data.init_args.test", test, "--data.init_args.eval_batch_size", str(batch)]
@@ -69,7 +69,7 @@ def one(learned, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_dialogue(learned, tmp_path_factory):
-    """Eight replies among twenty each: three batches to rank and one to write, so that one process idles at both."""
+    """Eight replies with twenty candidates each: three batches to rank and one to generate, both odd."""
     return evaluated_by_one(
         learned,
         tmp_path_factory.mktemp("dialogue"),
@@ -81,7 +81,7 @@ def one_dialogue(learned, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", TWO)
-def test_two_processes_predict_each_question_once_and_write_the_same_file(one, tmp_path, strategy):
+def test_two_ranks_write_the_predictions_of_one_process(one, tmp_path, strategy):
     args, reference = one
     folder = tmp_path / "folder"
     run_program(*args, *TWO[strategy], "--evaluation.folder", str(folder), cwd=tmp_path, timeout=120)
@@ -101,8 +101,8 @@ def test_two_processes_predict_each_question_once_and_write_the_same_file(one, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", TWO)
-def test_two_processes_rank_and_score_a_dialogue_as_one_does(one_dialogue, tmp_path, strategy):
-    """Candidates share a prompt's forward, and each process scores a share of the texts."""
+def test_two_ranks_evaluate_dialogue_as_one_process(one_dialogue, tmp_path, strategy):
+    """Candidates share the forward pass of their prompt, and each rank scores a share of the texts."""
     args, reference = one_dialogue
     folder = tmp_path / "folder"
     run_program(*args, *TWO[strategy], "--evaluation.folder", str(folder), cwd=tmp_path, timeout=120)
@@ -112,7 +112,7 @@ def test_two_processes_rank_and_score_a_dialogue_as_one_does(one_dialogue, tmp_p
     assert all({"token_f1", "rouge_l"} <= set(line["generation"]["scores"]) for line in lines)
     assert (
         len({line["generation"]["scores"]["token_f1"] for line in lines}) > 2
-    )  # else a mix-up would not show
+    )  # otherwise swapped texts would go unnoticed
     assert (folder / "predictions.jsonl").read_bytes() == (reference / "predictions.jsonl").read_bytes()
     found, expected = (json.loads((path / "test_results.json").read_text()) for path in (folder, reference))
     same = (

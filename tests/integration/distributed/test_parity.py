@@ -1,4 +1,4 @@
-"""One optimizer step is one large batch, however it is cut up: micro-batches, processes, shards, recomputation."""
+"""An optimizer step is one large batch, however it is divided into micro-batches, ranks and shards."""
 
 import math
 
@@ -8,7 +8,7 @@ from fits import assert_same, fit, read
 
 @pytest.fixture(scope="module")
 def large_batch(tiny_backbone, tmp_path_factory):
-    """8 rows in one forward of one process, four uneven steps in each of three epochs."""
+    """8 examples in one forward pass on one process; four uneven steps in each of three epochs."""
     out = tmp_path_factory.mktemp("large_batch")
     fit(tiny_backbone, out, epochs=3)
     return out
@@ -25,39 +25,37 @@ def large_batch_clipped(tiny_backbone, tmp_path_factory, large_batch):
     return out, clip
 
 
-def test_twelve_steps_that_move(large_batch):
+def test_reference_run_learns(large_batch):
     losses, _, _ = read(large_batch)
     assert len(losses) == 12
     assert sum(losses[8:]) < sum(losses[:4])
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_micro_batches_equal_one_large_batch(tiny_backbone, tmp_path, large_batch, accumulate):
+def test_accumulated_micro_batches_equal_large_batch(tiny_backbone, tmp_path, large_batch, accumulate):
     fit(tiny_backbone, tmp_path, epochs=3, accumulate=accumulate)
     assert_same(tmp_path, large_batch)
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_backbone, tmp_path, large_batch):
+def test_gradient_checkpointing_equals_large_batch(tiny_backbone, tmp_path, large_batch):
     fit(tiny_backbone, tmp_path, epochs=3, checkpointing=True)
     assert_same(tmp_path, large_batch)
 
 
 @pytest.mark.slow
-def test_two_ddp_processes_equal_one(tiny_backbone, tmp_path, large_batch):
+def test_ddp_equals_large_batch(tiny_backbone, tmp_path, large_batch):
     fit(tiny_backbone, tmp_path, epochs=3, strategy="ddp", accumulate=2)
     assert_same(tmp_path, large_batch)
 
 
 @pytest.mark.slow
-def test_two_ddp_processes_with_checkpointing_and_clipping_equal_one(
-    tiny_backbone, tmp_path, large_batch_clipped
-):
+def test_ddp_with_checkpointing_and_clipping_equals_large_batch(tiny_backbone, tmp_path, large_batch_clipped):
     reference, clip = large_batch_clipped
     fit(tiny_backbone, tmp_path, epochs=3, strategy="ddp", accumulate=2, checkpointing=True, clip=clip)
     assert_same(tmp_path, reference)
 
 
-def test_two_fsdp2_processes_with_checkpointing_and_clipping_equal_one(
+def test_fsdp2_with_checkpointing_and_clipping_equals_large_batch(
     tiny_backbone, tmp_path, large_batch_clipped
 ):
     reference, clip = large_batch_clipped
@@ -68,14 +66,14 @@ def test_two_fsdp2_processes_with_checkpointing_and_clipping_equal_one(
 @pytest.mark.slow
 @pytest.mark.stress
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_with_compiled_layers_equal_one_without(tiny_backbone, tmp_path, large_batch, strategy):
+def test_compiled_layers_on_two_ranks_equal_large_batch(tiny_backbone, tmp_path, large_batch, strategy):
     job = {"accumulate": 2, "checkpointing": strategy == "fsdp", "backend": "aot_eager"}
     fit(tiny_backbone, tmp_path, epochs=3, strategy=strategy, **job)
     assert_same(tmp_path, large_batch)
 
 
 @pytest.mark.slow
-def test_a_non_finite_loss_ends_every_process_and_names_the_example(tiny_backbone, tmp_path):
+def test_non_finite_loss_ends_all_ranks_and_names_the_example(tiny_backbone, tmp_path):
     done = fit(tiny_backbone, tmp_path, check=False, strategy="ddp", accumulate=2, poison=7)
     assert done.returncode != 0
     assert "NonFiniteLossError" in done.stderr

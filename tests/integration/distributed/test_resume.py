@@ -1,16 +1,14 @@
-"""Save, kill, resume: losses and example ids equal the uninterrupted run's, bit for bit."""
-
-import json
+"""A resumed run has the losses and example ids of the uninterrupted run, bit for bit."""
 
 import pytest
 from fit_script import Job, run
-from fits import fit
+from fits import fit, read_ids, read_losses
 
 from gatera_lightning.callbacks.rng_state import RNGState
 
 SETTINGS = {"epochs": 3, "accumulate": 2, "dropout": 0.2, "dtype": "float32"}
-# Four steps an epoch: in mid-epoch, at an epoch's last batch, and at on_train_epoch_end, in each epoch. The value is the
-# number of optimizer steps done.
+# Four steps per epoch: in mid-epoch, at the last batch and at on_train_epoch_end, in each epoch. The values
+# are numbers of optimizer steps.
 SAVE_POINTS = {
     "step_1": 1,
     "step_4": 4,
@@ -49,14 +47,14 @@ def test_resumed_run_is_bit_equal(uninterrupted, tiny_backbone, tmp_path, save_p
             **SETTINGS,
         )
     )
-    done = SAVE_POINTS[save_point]
-    assert resumed.losses == reference.losses[done:]
-    assert resumed.ids == reference.ids[2 * done :]
+    taken = SAVE_POINTS[save_point]
+    assert resumed.losses == reference.losses[taken:]
+    assert resumed.ids == reference.ids[2 * taken :]
     assert len(reference.losses) == 12
 
 
-def test_without_the_saved_random_state_the_run_differs(uninterrupted, tiny_backbone, tmp_path, monkeypatch):
-    """Otherwise the test above would pass without it."""
+def test_resumed_run_differs_without_saved_random_state(uninterrupted, tiny_backbone, tmp_path, monkeypatch):
+    """Shows that the test above depends on the random state."""
     monkeypatch.setattr(RNGState, "load_state_dict", lambda self, state: None)
     out, reference, workers = uninterrupted
     resumed = run(
@@ -68,21 +66,16 @@ def test_without_the_saved_random_state_the_run_differs(uninterrupted, tiny_back
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_killed_in_mid_epoch_resume_bit_equal(tiny_backbone, tmp_path, strategy):
+def test_two_ranks_killed_in_mid_epoch_resume_bit_equal(tiny_backbone, tmp_path, strategy):
     settings = {**SETTINGS, "strategy": strategy, "workers": 2}
-    fit(tiny_backbone, tmp_path / "whole", **settings)
+    fit(tiny_backbone, tmp_path / "uninterrupted", **settings)
     killed = fit(tiny_backbone, tmp_path / "killed", check=False, save_at=[6], kill_at=6, **settings)
     assert killed.returncode != 0
     fit(tiny_backbone, tmp_path / "resumed", resume=str(tmp_path / "killed" / "step_6.ckpt"), **settings)
-
-    def losses(name):
-        return json.loads((tmp_path / name / "losses.json").read_text())
-
-    assert losses("killed") == losses("whole")[:6]
-    assert losses("resumed") == losses("whole")[6:]
+    folders = [tmp_path / name for name in ("uninterrupted", "killed", "resumed")]
+    losses = [read_losses(out) for out in folders]
+    assert losses[0] == losses[1] + losses[2]
+    assert len(losses[1]) == 6
     for rank in (0, 1):
-        ids = [
-            json.loads((tmp_path / name / f"ids_{rank}.json").read_text())
-            for name in ("whole", "killed", "resumed")
-        ]
+        ids = [read_ids(out, rank) for out in folders]
         assert ids[0] == ids[1] + ids[2]

@@ -1,4 +1,4 @@
-"""Samples are one process's, however many take part and whatever each holds of the model, and no step changes by them."""
+"""Generated samples do not depend on the number of ranks or on sharding, and do not change training."""
 
 import pytest
 from fits import assert_same, fit
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 
 def samples(out):
-    """``{tag: {step: text}}`` of the one event file, and the steps with a picture of the first sample."""
+    """Texts as {tag: {step: text}}, and the steps with a picture of the first sample."""
     (file,) = out.glob("events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"tensors": 0, "images": 0})
     events.Reload()
@@ -20,7 +20,7 @@ def samples(out):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_write_the_samples_of_one_and_train_on(tiny_backbone, tmp_path, strategy):
+def test_two_ranks_write_the_samples_of_one_process(tiny_backbone, tmp_path, strategy):
     fit(tiny_backbone, tmp_path / "without", epochs=2)
     fit(tiny_backbone, tmp_path / "one", epochs=2, tensorboard=True)
     fit(tiny_backbone, tmp_path / "two", epochs=2, tensorboard=True, strategy=strategy)

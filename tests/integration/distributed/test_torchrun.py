@@ -1,4 +1,4 @@
-"""Processes that torchrun starts train what those that Lightning starts itself train."""
+"""Ranks started by torchrun train the same adapter as ranks started by Lightning."""
 
 import contextlib
 import os
@@ -15,20 +15,13 @@ pytestmark = pytest.mark.slow
 OVERLAYS = {"ddp": [], "fsdp": ["--config", "overlays/fsdp.yaml"]}
 
 
-def torchrun(*args, cwd, processes=2, timeout=180):
-    """``torchrun -m gatera_lightning ARGS`` in a folder; a program that hangs is ended with all its processes."""
+def torchrun(*args, cwd, ranks=2, timeout=180):
+    """Run ``torchrun -m gatera_lightning ARGS`` in a folder; if it hangs, kill all its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", str(ranks), "--master-port", str(port)]
     options = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
@@ -42,9 +35,8 @@ def torchrun(*args, cwd, processes=2, timeout=180):
         try:
             output, _ = program.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(
-                subprocess.TimeoutExpired
-            ):  # the processes are no children of this group: torchrun ends them
+            # The ranks are not in this process group; torchrun ends them when it is terminated.
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 program.terminate()
                 program.wait(60)
             raise AssertionError(f"still running after {timeout} s: {' '.join(args)}") from None
@@ -56,16 +48,9 @@ def torchrun(*args, cwd, processes=2, timeout=180):
 
 
 @pytest.mark.parametrize("strategy", OVERLAYS)
-def test_torchrun_trains_the_same_adapter(strategy, tiny_backbone, tmp_path):
-    args = [
-        "fit",
-        "--config",
-        "quickstart.yaml",
-        *OVERLAYS[strategy],
-        *tiny_args(tiny_backbone),
-        "--trainer.devices",
-        "2",
-    ]
+def test_torchrun_trains_the_adapter_of_lightnings_launcher(strategy, tiny_backbone, tmp_path):
+    args = ["fit", "--config", "quickstart.yaml", *OVERLAYS[strategy], *tiny_args(tiny_backbone)]
+    args += ["--trainer.devices", "2"]
     args += ["--model.adapter.dropout", "0.1", "--trainer.accumulate_grad_batches", "2"]
     outputs, adapters = {}, {}
     for name, start in (("own", run_program), ("torchrun", torchrun)):

@@ -1,6 +1,7 @@
-"""A real SLURM of two nodes on one machine: everything on the loopback device, in a folder of the test's own.
+"""A real SLURM cluster of two nodes on one machine, over the loopback device and in a temporary folder.
 
-Debian's ``slurm-wlm`` and ``munge`` are installed, as root, only when GATERA_TEST_INSTALL is 1; else tests skip without them.
+Tests are skipped without Debian's ``slurm-wlm`` and ``munge``; with GATERA_TEST_INSTALL=1 they are installed,
+as root.
 """
 
 import os
@@ -61,15 +62,15 @@ PartitionName=urgent Nodes=gn1,gn2 MaxTime=INFINITE State=UP PriorityTier=10 Pre
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """Two idle nodes, gn1 and gn2, in the partitions main (which may be preempted) and urgent; SLURM_CONF is set."""
+    """Two idle nodes, gn1 and gn2, in the partitions main (preemptible) and urgent; sets SLURM_CONF."""
     needs_programs(*TOOLS, packages=("slurm-wlm", "munge"))
     if os.geteuid():
-        pytest.skip("starting SLURM's daemons needs root")
+        pytest.skip("only root can start SLURM's daemons")
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("spool.gn1", "spool.gn2", "state"):
         (folder / name).mkdir()
     hosts = Path("/etc/hosts").read_text()
-    if "gn1" not in hosts:  # SLURMEnvironment asks the first node of the job where to meet
+    if "gn1" not in hosts:  # SLURMEnvironment takes the first node for the rendezvous
         Path("/etc/hosts").write_text(hosts + "\n127.0.0.1 gn1 gn2\n")
     conf = folder / "slurm.conf"
     conf.write_text(CONF.format(host=socket.gethostname(), folder=folder))
@@ -106,5 +107,5 @@ def _wait_for(condition, seconds):
 
 @pytest.fixture
 def wait_for():
-    """``wait_for(condition, seconds)``; an AssertionError when it does not come true."""
+    """``wait_for(condition, seconds)`` raises AssertionError if the condition does not come true."""
     return _wait_for

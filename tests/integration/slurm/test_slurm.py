@@ -1,6 +1,6 @@
-"""Jobs on a real SLURM of two nodes: by DDP and FSDP2, requeued on USR1, preempted by an urgent job, bit for bit the same.
+"""Jobs on a real SLURM cluster of two nodes, requeued on USR1 and preempted by an urgent job.
 
-``GATERA_PREEMPTIONS`` says how often a job is preempted; twice by default, ten times under ``make stress``.
+``GATERA_PREEMPTIONS`` is how often a job is preempted: twice by default, ten times under ``make stress``.
 """
 
 import json
@@ -25,24 +25,11 @@ FLAGS = {"ddp": [], "fsdp": ["--config", "overlays/fsdp.yaml"]}
 
 
 def recipe(backbone, strategy):
-    """A run of ``STEPS`` steps with dropout, validated every fifth."""
+    """A run of ``STEPS`` steps with dropout and a validation every five steps."""
     args = ["--config", "quickstart.yaml", *FLAGS[strategy], *tiny_args(backbone)]
-    args += [
-        "--trainer.max_steps",
-        str(STEPS),
-        "--trainer.val_check_interval",
-        "5",
-        "--model.adapter.dropout",
-        "0.1",
-    ]
-    args += [
-        "--data.init_args.train",
-        '["everyday[:160]"]',
-        "--data.init_args.batch_size",
-        "4",
-        "--trainer.max_epochs",
-        "-1",
-    ]
+    args += ["--trainer.max_steps", str(STEPS), "--trainer.max_epochs", "-1"]
+    args += ["--trainer.val_check_interval", "5", "--model.adapter.dropout", "0.1"]
+    args += ["--data.init_args.train", '["everyday[:160]"]', "--data.init_args.batch_size", "4"]
     return [*args, "--trainer.callbacks+=pace.Pace"]
 
 
@@ -56,9 +43,9 @@ def steps(folder, rank):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_backbone, tmp_path_factory):
+def uninterrupted(tiny_backbone, tmp_path_factory):
     """The folders of uninterrupted runs on two processes, without SLURM."""
-    root = tmp_path_factory.mktemp("whole")
+    root = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HELPERS))
         for strategy in FLAGS:
@@ -82,25 +69,15 @@ def state(job):
 
 @pytest.mark.timeout(300 + 90 * TIMES)
 @pytest.mark.parametrize("strategy", FLAGS)
-def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
-    strategy, cluster, whole, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for
+def test_requeued_and_preempted_job_trains_bit_equal(
+    strategy, cluster, uninterrupted, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for
 ):
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     setup = f"export GLOO_SOCKET_IFNAME=lo PYTHONPATH={shlex.quote(str(HELPERS))}"
-    asked = [
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "0",
-        "--partition",
-        "main",
-        "--root",
-        str(tmp_path),
-        "--setup",
-        setup,
-    ]
+    job = ["--nodes", "2", "--gpus-per-node", "0", "--partition", "main"]
+    job += ["--root", str(tmp_path), "--setup", setup]
     pace = ["--trainer.callbacks.seconds", "0.4"]
-    assert main(["submit", *asked, "--time", "30", *recipe(tiny_backbone, strategy), *pace]) == 0
+    assert main(["submit", *job, "--time", "30", *recipe(tiny_backbone, strategy), *pace]) == 0
     printed = capsys.readouterr().out
     number, folder = re.search(r"^job (\d+): (\S+)$", printed, re.MULTILINE).groups()
     log = Path(folder) / "slurm.log"
@@ -111,19 +88,9 @@ def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
             lambda: len(steps(folder, 0)) >= done + 2 or state(number)[0] in ("COMPLETED", "FAILED"), 120
         )  # noqa: B023
         assert state(number)[0] == "RUNNING", log.read_text()[-3000:]
-        if turn % 2:  # the urgent job takes both nodes, and gives them back
-            urgent = slurm(
-                "sbatch",
-                "--parsable",
-                "-p",
-                "urgent",
-                "-N2",
-                "--exclusive",
-                "-o",
-                "/dev/null",
-                "--wrap",
-                "sleep 1",
-            )
+        if turn % 2:  # the urgent job takes both nodes and releases them
+            command = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null"]
+            urgent = slurm(*command, "--wrap", "sleep 1")
             wait_for(lambda: state(urgent)[0] == "COMPLETED", 90)  # noqa: B023
         else:
             slurm("scancel", "--signal=USR1", number)
@@ -136,20 +103,21 @@ def test_a_job_that_is_requeued_and_preempted_is_the_uninterrupted_run(
     assert state(number) == ("COMPLETED", TIMES), log.read_text()[-3000:]
 
     for rank in (0, 1):
-        expected = {step: rest for step, *rest in steps(whole[strategy], rank)}
+        expected = {step: rest for step, *rest in steps(uninterrupted[strategy], rank)}
         found = steps(folder, rank)
         assert {step for step, *_ in found} == set(expected) == set(range(1, STEPS + 1))
         assert all(rest == expected[step] for step, *rest in found)
     name = Path("checkpoints") / "last" / "adapter_model.safetensors"
-    assert (Path(folder) / name).read_bytes() == (whole[strategy] / name).read_bytes()
-    # An urgent job may take the nodes before a busy machine has ended a step: the run then goes on from an earlier checkpoint.
+    assert (Path(folder) / name).read_bytes() == (uninterrupted[strategy] / name).read_bytes()
+    # On a busy machine the nodes may be taken before the step ends; the run then resumes from an earlier
+    # checkpoint.
     assert (TIMES + 1) // 2 <= log.read_text().count("preempted at optimizer step") <= TIMES
     assert {"job.sbatch", "submitted.yaml", "slurm.log", "config.yaml", "checkpoints"} <= {
         p.name for p in Path(folder).iterdir()
     }
 
 
-def test_the_rendered_script_passes_slurms_own_check(cluster, tmp_path, capsys):
+def test_rendered_script_passes_sbatch_test(cluster, tmp_path, capsys):
     assert (
         main(["submit", "--dry-run", "--nodes", "2", "--gpus-per-node", "0", "--config", "quickstart.yaml"])
         == 0
@@ -159,7 +127,7 @@ def test_the_rendered_script_passes_slurms_own_check(cluster, tmp_path, capsys):
     slurm("sbatch", "--test-only", str(script))
 
 
-def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path, wait_for, monkeypatch):
+def test_batch_script_without_srun_is_refused(cluster, tiny_backbone, tmp_path, wait_for, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     script = tmp_path / "job.sbatch"
     command = shlex.join([sys.executable, "-m", "gatera_lightning", "fit", *recipe(tiny_backbone, "ddp")])
@@ -172,25 +140,15 @@ def test_a_batch_script_without_srun_is_told_so(cluster, tiny_backbone, tmp_path
 
 
 @pytest.mark.timeout(240)
-def test_a_job_that_is_cancelled_saves_and_does_not_come_back(
+def test_cancelled_job_saves_and_is_not_requeued(
     cluster, tiny_backbone, tmp_path, monkeypatch, capsys, wait_for
 ):
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     setup = f"export GLOO_SOCKET_IFNAME=lo PYTHONPATH={shlex.quote(str(HELPERS))}"
-    asked = [
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--root",
-        str(tmp_path),
-        "--setup",
-        setup,
-        "--time",
-        "30",
-    ]
+    job = ["--nodes", "1", "--gpus-per-node", "0", "--time", "30"]
+    job += ["--root", str(tmp_path), "--setup", setup]
     workers = ["--trainer.callbacks.seconds", "0.4", "--data.init_args.num_workers", "1"]
-    assert main(["submit", *asked, *recipe(tiny_backbone, "ddp"), *workers]) == 0
+    assert main(["submit", *job, *recipe(tiny_backbone, "ddp"), *workers]) == 0
     number, folder = re.search(r"^job (\d+): (\S+)$", capsys.readouterr().out, re.MULTILINE).groups()
     wait_for(lambda: len(steps(folder, 0)) >= 2, 120)
     slurm("scancel", number)
@@ -200,7 +158,7 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(
     assert (Path(folder) / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_what_slurm_refuses_is_said(cluster, tmp_path, capsys):
+def test_submit_reports_what_slurm_refuses(cluster, tmp_path, capsys):
     args = [
         "submit",
         "--nodes",
