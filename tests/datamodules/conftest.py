@@ -10,9 +10,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SENTENCES = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
     "Question: Where is milk kept? Answer: in the fridge",
-    "Please choose the correct answer to the question: Answer1: shed Answer2: fridge Answer format: answer1/answer2",
+    "Please choose the correct answer to the question: Answer1: shed Answer2: fridge "
+    "Answer format: answer1/answer2",
     "the correct answer is answer1, the correct answer is answer2",
 ]
 SPECIAL = ["<eos>", "<bos>", "<unk>"]  # ids 0, 1, 2
@@ -109,13 +111,14 @@ CHAT = {  # special tokens of a chat template, and the template
     ),
     "gemma": (
         ["<start_of_turn>", "<end_of_turn>"],
-        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
     "llama3": (
         ["<start_header>", "<end_header>", "<eot>"],
-        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<start_header>{{ m.role }}<end_header>\n\n"
-        "{{ m.content | trim }}<eot>{% endfor %}"
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+        "<start_header>{{ m.role }}<end_header>\n\n{{ m.content | trim }}<eot>{% endfor %}"
         "{% if add_generation_prompt %}<start_header>assistant<end_header>\n\n{% endif %}",
     ),
     "llama2": (

@@ -150,7 +150,7 @@ def test_training_batches_of_ranks_form_the_step(count, accumulate, ranks, extra
 @pytest.mark.parametrize(("ranks", "accumulate", "least"), [(1, 4, 4), (2, 2, 4), (3, 1, 3)])
 def test_training_rejects_small_batch_size(ranks, accumulate, least, make_ranks):
     module = make_ranks(20, ranks=ranks, accumulate=accumulate, batch_size=least - 1)[0]
-    message = f"data.batch_size: {least - 1} ex.*accumulate_grad_batches {accumulate} × {ranks} ranks.*at least {least}"
+    message = f"batch_size: {least - 1} ex.*grad_batches {accumulate} × {ranks} ranks.*at least {least}"
     with pytest.raises(ConfigError, match=message):
         module.train_dataloader()
     assert len(make_ranks(20, ranks=ranks, accumulate=accumulate, batch_size=least)[0].train_dataloader()) > 0

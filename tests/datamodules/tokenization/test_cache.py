@@ -1,13 +1,15 @@
-"""Token tables: their columns, their cache, and the hash of what a model sees of them."""
+"""Token tables: columns, cache and hash."""
+
+import logging
 
 import pytest
 
 from gatera_lightning.datamodules.example import Example
-from gatera_lightning.datamodules.tokenization import cache as tables
+from gatera_lightning.datamodules.tokenization import cache
 from gatera_lightning.datamodules.tokenization.cache import data_hash, tokenize_split
 from gatera_lightning.errors import ConfigError
 
-EOS = 0  # words by hand: 3 Question: · 4 cat? · 5 Answer: · 6 yes · 7 no · 8 never
+EOS = 0  # ids of the other words: 3 Question: · 4 cat? · 5 Answer: · 6 yes · 7 no · 8 never
 PROMPT = "Question: cat?\nAnswer:"
 EXAMPLES = [
     Example(PROMPT, [" yes", " no never"], 1, "pets", labels=("y", "n"), identity="Is it a cat?"),
@@ -20,11 +22,11 @@ def words(tokenizers_by_kind):
     return tokenizers_by_kind["words"]
 
 
-def test_the_columns_by_hand(words):
+def test_token_table_by_hand(words):
     assert list(tokenize_split(EXAMPLES, words, 7, "test")) == [
         {
             "prompt": [3, 4, 5],
-            "earlier": [],
+            "earlier_responses": [],
             "answers": [[6, EOS], [7, 8, EOS]],
             "lengths": [5, 6],
             "characters": [3, 8],
@@ -34,28 +36,28 @@ def test_the_columns_by_hand(words):
             "example": 0,
             "key": EXAMPLES[0].key,
             "group": "",
-            "shortened": False,
+            "truncated": False,
         },
         {
             "prompt": [4, 3, 4, 5],
-            "earlier": [],
+            "earlier_responses": [],
             "answers": [[7, EOS], [8, 8, EOS]],
             "lengths": [6, 7],
             "characters": [2, 11],
-            "labels": [" no", " never never"],  # the answers, where an example says nothing else
+            "labels": [" no", " never never"],  # the answers by default
             "gold": 0,
             "task": "others",
             "example": 1,
             "key": EXAMPLES[1].key,
             "group": "",
-            "shortened": True,
+            "truncated": True,
         },
     ]
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("words", [1, 3, 4, 5]), ("words_bos", [1, 3, 4, 5])])
-def test_special_tokens_of_a_chat_are_its_text(kind, prompt, tokenizers_by_kind):
-    """Both write ``<bos>``: one as text, the other by itself as well, which is left to plain prompts."""
+def test_chat_prompt_contains_its_special_tokens(kind, prompt, tokenizers_by_kind):
+    """Both prompts contain ``<bos>`` as text; the tokenizer ``words_bos`` adds it to plain prompts."""
     tokenizer = tokenizers_by_kind[kind]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     try:
@@ -69,29 +71,27 @@ def test_special_tokens_of_a_chat_are_its_text(kind, prompt, tokenizers_by_kind)
     assert plain["prompt"] == (prompt if kind == "words_bos" else prompt[1:])
 
 
-def test_no_example():
-    with pytest.raises(ConfigError, match=r"data\.train: the split is empty; give at least one row"):
+def test_tokenize_split_rejects_empty_split():
+    with pytest.raises(ConfigError, match=r"data\.train: the split is empty; give at least one example"):
         tokenize_split([], None, 99, "train")
 
 
-# --- the cache ---
+# --- cache ---
 
 
-def test_a_cached_table_is_the_one_that_was_written(words, tokenised, token_cache):
+def test_cached_table_equals_written_table(words, tokenized_prompts, token_cache):
     fresh = tokenize_split(EXAMPLES, words, 7, "test")
     cached = tokenize_split(EXAMPLES, words, 7, "test")
-    assert len(tokenised) == 2
+    assert len(tokenized_prompts) == 2
     assert len(list(token_cache.glob("*.arrow"))) == 1
     assert cached.features == fresh.features
     assert list(cached) == list(fresh)
 
 
-def test_a_table_of_an_older_version_is_not_read(words, monkeypatch):
+def test_cache_ignores_older_versions(words, monkeypatch):
     with monkeypatch.context() as older:
-        older.setattr(tables, "_CACHE_VERSION", tables._CACHE_VERSION - 1)
-        older.setattr(
-            tables, "tokenize_example", lambda *_, **__: ([3], [[4], [5]], False)
-        )  # as it might once have been
+        older.setattr(cache, "_CACHE_VERSION", cache._CACHE_VERSION - 1)
+        older.setattr(cache, "tokenize_example", lambda *_, **__: ([3], [[4], [5]], False))
         assert tokenize_split(EXAMPLES, words, 99, "test")["prompt"][:] == [[3], [3]]
     assert tokenize_split(EXAMPLES, words, 99, "test")["prompt"][:] == [[3, 4, 5], [4, 4, 3, 4, 5]]
 
@@ -108,7 +108,7 @@ def test_a_table_of_an_older_version_is_not_read(words, monkeypatch):
     ],
     ids=repr,
 )
-def test_whatever_a_row_holds_is_read_anew(other, words):
+def test_cache_distinguishes_examples(other, words):
     tokenize_split(EXAMPLES[:1], words, 99, "test")
     (row,) = tokenize_split([other], words, 99, "test")
     assert row["prompt"] == words(other.prompt).input_ids
@@ -121,8 +121,8 @@ def test_whatever_a_row_holds_is_read_anew(other, words):
     )
 
 
-def test_another_end_of_a_turn_tokenises_again(chat_tokenizers):
-    """The prompt of the same chat is the same, and so is everything else that a tokenizer is made of."""
+def test_cache_distinguishes_turn_ends(chat_tokenizers):
+    """The end of a turn depends on the chat template, which is not part of the tokenizer's state."""
     tokenizer = chat_tokenizers["gemma"]
     template, example = tokenizer.chat_template, Example("Where?", ["here"], 0, "t", chat=True)
     ends = []
@@ -135,14 +135,121 @@ def test_another_end_of_a_turn_tokenises_again(chat_tokenizers):
     assert ends == ["here<end_of_turn><eos>", "here<start_of_turn><eos>", "here<eos>"]
 
 
-# --- the hash ---
+# --- cache of a data module ---
+
+
+def test_second_setup_reads_cache(tokenized_prompts, make_ranks):
+    (first,) = make_ranks(5, stage="test")
+    assert len(tokenized_prompts) == 5
+    (second,) = make_ranks(5, stage="test")
+    assert len(tokenized_prompts) == 5
+    assert first.tables["test"].to_dict() == second.tables["test"].to_dict()
+
+
+def test_prepare_data_and_setup_tokenize_once(tokenized_prompts, make_ranks):
+    (module,) = make_ranks(5, stage=None, validation=1)
+    module.trainer = None
+    module.prepare_data()
+    module.setup("fit")
+    assert len(tokenized_prompts) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 50},
+        {"template": "plain"},
+        {"answer_format": "content"},
+        {"template": "chat", "tokenizer": "gemma"},
+        {"tokenizer": "plain"},
+        {"tokenizer": "closing"},
+        {"tokenizer": "pieces"},
+    ],
+    ids=str,
+)
+def test_cache_misses_when_tokens_change(
+    change, tokenized_prompts, make_ranks, tokenizers_by_kind, chat_tokenizers
+):
+    make_ranks(5, stage="test")
+    if "tokenizer" in change:
+        change = change | {"tokenizer": (tokenizers_by_kind | chat_tokenizers)[change["tokenizer"]]}
+    make_ranks(5, stage="test", **change)
+    assert len(tokenized_prompts) == 10
+    make_ranks(5, stage="test", **change)
+    assert len(tokenized_prompts) == 10
+
+
+def test_cache_misses_when_examples_change(tokenized_prompts, make_ranks):
+    make_ranks(5, stage="test")
+    make_ranks(6, stage="test")
+    assert len(tokenized_prompts) == 11
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_on": "all"},
+        {"seed": 4},
+        {"batch_size": 2},
+        {"eval_batch_size": 2},
+        {"num_workers": 2},
+        {"evaluate_by": ["generation"]},
+    ],
+    ids=str,
+)
+def test_cache_hits_when_tokens_do_not_change(change, tokenized_prompts, make_ranks):
+    make_ranks(5, stage="test")
+    make_ranks(5, stage="test", **change)
+    assert len(tokenized_prompts) == 5
+
+
+def test_interrupted_tokenization_leaves_no_cache(make_ranks, monkeypatch):
+    original, calls = cache.tokenize_example, []
+
+    def fail_at_the_fourth(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(cache, "tokenize_example", fail_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        make_ranks(5, stage="test")
+    (module,) = make_ranks(5, stage="test")
+    assert module.tables["test"]["example"][:] == [0, 1, 2, 3, 4]
+
+
+def test_too_long_answer_error_names_split_and_example(make_ranks):
+    with pytest.raises(
+        ConfigError, match=r"data\.train, example 0 \('Below is.*an answer has \d+ tokens.*max_length 5"
+    ):
+        make_ranks(3, max_length=5)
+
+
+def test_truncated_prompts_are_logged(make_ranks, caplog):
+    with caplog.at_level(logging.WARNING):
+        make_ranks(5, stage="test", max_length=40)
+        make_ranks(5, stage="test", max_length=512)
+    assert [record.getMessage() for record in caplog.records] == [
+        "test: 5 of 5 prompts were truncated to fit max_length 40"
+    ]
+
+
+def test_token_table_names_tasks(make_data, write, rows):
+    sources = [write("zoo.json", rows(2)), write("art.json", rows(3))]
+    module = make_data(test=sources, stage="test")
+    assert module.tables["test"]["task"][:] == ["zoo", "zoo", "art", "art", "art"]
+    assert module.tables["test"]["example"][:] == [0, 1, 2, 3, 4]
+
+
+# --- hash ---
 
 
 def _hash(words, examples=EXAMPLES, max_length=99):
     return data_hash(tokenize_split(examples, words, max_length, "test"))
 
 
-def test_a_hash_is_16_hex_digits_and_survives_the_cache(words, token_cache):
+def test_data_hash_does_not_depend_on_cache(words, token_cache):
     first = _hash(words)
     assert len(first) == 16
     assert int(first, 16) >= 0
@@ -152,7 +259,7 @@ def test_a_hash_is_16_hex_digits_and_survives_the_cache(words, token_cache):
     assert _hash(words) == first
 
 
-def test_a_hash_is_that_of_the_rows_selected(words):
+def test_data_hash_of_selected_examples(words):
     table = tokenize_split(EXAMPLES, words, 99, "test")
     assert data_hash(table.select([0])) == _hash(words, EXAMPLES[:1])
     assert data_hash(table.select([1, 0])) == _hash(words, EXAMPLES[::-1])
@@ -172,12 +279,12 @@ def test_a_hash_is_that_of_the_rows_selected(words):
     ],
     ids=["order", "fewer", "more", "prompt", "answer", "boundary", "gold", "task"],
 )
-def test_a_hash_changes_with_what_a_model_sees(change, words):
+def test_data_hash_changes_with_examples(change, words):
     examples = [_with(example, identity="the same") for example in EXAMPLES]
     assert _hash(words, change(*examples)) != _hash(words, examples)
 
 
-def test_a_hash_changes_with_tokens_alone(words, tokenizers_by_kind):
+def test_data_hash_changes_with_tokens(words, tokenizers_by_kind):
     hashes = {_hash(words), _hash(words, max_length=6), _hash(tokenizers_by_kind["words_bos"])}
     assert len(hashes) == 3
 
