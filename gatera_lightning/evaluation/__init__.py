@@ -1,1 +1,1 @@
-"""Evaluation: score answers, store predictions, and compare runs with confidence intervals and paired tests."""
+"""Evaluation: score answers, store predictions, and compare runs with intervals and paired tests."""

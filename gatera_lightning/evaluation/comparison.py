@@ -1,4 +1,4 @@
-"""Compare recorded runs: the figures of each run, and paired differences of the first run from every other one."""
+"""Compare recorded runs: the figures of each one, and paired differences from the first one."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class RunResult:
         accuracies: Measure -> task -> accuracy.
         gold_nll: Negative log-likelihood of all correct answers together, in nats; None without likelihoods.
         gold_tokens: Number of tokens of all correct answers together; None without likelihoods.
-        text_metrics: Metrics of generated texts against their references; empty where texts are right or wrong.
+        text_metrics: Metrics of generated texts against their references; empty where there are none.
     """
 
     label: str
@@ -83,14 +83,14 @@ class PairResult:
         label: Label of the other run.
         common: Number of examples that both runs have.
         unpaired: Number of examples that only the baseline has, and that only the other run has.
-        different_settings: Evaluation settings that differ -> (baseline's, other run's); None where a run does not
-            record them.
+        different_settings: Evaluation settings that differ -> (baseline's, other run's); None where a run
+            does not record them.
         accuracies: Differences by measure and task.
         loss: Difference of the loss in nats per token; None without likelihoods in both runs, or where
             ``retokenized`` is not 0.
         text_metrics: Differences of the means of text metrics that both runs have.
-        retokenized: Number of common examples whose correct answer has another number of tokens in the other run.
-            Losses per token cannot be compared then.
+        retokenized: Number of common examples whose correct answer has another number of tokens in the other
+            run. Losses per token cannot be compared then.
     """
 
     baseline: str
@@ -130,8 +130,8 @@ def compare_runs(runs: Sequence[RecordedRun], *, seed: int = 0) -> Comparison:
         seed: Seed of the bootstrap; every statistic starts from it again, so none depends on the others.
 
     Raises:
-        ConfigError: There are fewer than two runs, a run is given twice, two runs have no examples or measures in
-            common, or they disagree about the correct answer or the reference of a question.
+        ConfigError: There are fewer than two runs, a run is given twice, two runs have no examples or
+            measures in common, or they disagree about the correct answer or the reference of a question.
     """
     if len(runs) < 2:
         raise ConfigError(f"compare: got {len(runs)} run; expected a baseline and at least one other")
@@ -157,7 +157,9 @@ def common_examples(first: RecordedRun, second: RecordedRun) -> Pairs:
         if question in second_by_question
     ]
     for a, b in pairs:
-        same_question = f"as for the same question in {first.path}, line {a.line} (task {a.task!r}, key {a.key!r})"
+        same_question = (
+            f"as for the same question in {first.path}, line {a.line} (task {a.task!r}, key {a.key!r})"
+        )
         if a.gold != b.gold:
             raise ConfigError(
                 f"{second.path}, line {b.line}: gold is {b.gold}; expected {a.gold} {same_question}"
@@ -261,7 +263,7 @@ def _accuracy_differences(pairs: Pairs, seed: int) -> tuple[AccuracyDifference, 
 
 
 def _loss_difference(pairs: Pairs, seed: int) -> tuple[Difference | None, int]:
-    """Difference of the loss per token, and the number of answers whose tokens differ; None if not comparable."""
+    """Difference of the loss per token, None if not comparable; and the number of retokenized answers."""
     if any(found.gold_nll is None for pair in pairs for found in pair):
         return None, 0
     tokens = [(a.gold_tokens, b.gold_tokens) for a, b in pairs]
@@ -273,7 +275,9 @@ def _loss_difference(pairs: Pairs, seed: int) -> tuple[Difference | None, int]:
 
 
 def _text_difference(pairs: Pairs, metric: str, seed: int) -> Difference:
-    return _pooled_difference(pairs, lambda found: found.scores[metric], np.ones(len(pairs), dtype=np.int64), seed)
+    return _pooled_difference(
+        pairs, lambda found: found.scores[metric], np.ones(len(pairs), dtype=np.int64), seed
+    )
 
 
 def _pooled_difference(

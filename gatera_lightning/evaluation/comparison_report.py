@@ -12,20 +12,21 @@ from gatera_lightning.evaluation.recorded_example import MEASURES
 from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, EXAMPLE_METRICS
 
 _NOTES = (
-    "Brackets are 95 % intervals over the questions. Differences are run minus baseline on the examples that both have. "
-    "b / c: questions that only the baseline / only the run answers correctly.",
-    "p-values: the mid-p form of McNemar's test for one task, with an interval by Newcombe's method 10; for the average "
-    f"over tasks, the loss and the means of text metrics, a paired bootstrap of {RESAMPLES:,} resamples (none with fewer "
-    f"than {MIN_BOOTSTRAP_EXAMPLES} examples). Verdicts are at the 5 % level.",
-    "p-values are not corrected for the number of comparisons: of 20 comparisons between equal runs, one is expected "
-    "below 0.05.",
-    "One run per method says nothing about seeds: another seed may change a method by more than these intervals, which "
-    "cover the choice of questions alone.",
+    "Brackets are 95 % intervals over the questions. Differences are run minus baseline on the examples that "
+    "both have. b / c: questions that only the baseline / only the run answers correctly.",
+    "p-values: the mid-p form of McNemar's test for one task, with an interval by Newcombe's method 10; for "
+    "the average over tasks, the loss and the means of text metrics, a paired bootstrap of "
+    f"{RESAMPLES:,} resamples (none with fewer than {MIN_BOOTSTRAP_EXAMPLES} examples). Verdicts are at the "
+    "5 % level.",
+    "p-values are not corrected for the number of comparisons: of 20 comparisons between equal runs, one is "
+    "expected below 0.05.",
+    "One run per method says nothing about seeds: another seed may change a method by more than these "
+    "intervals, which cover the choice of questions alone.",
 )
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """Format a comparison as Markdown: accuracies, differences, losses, text metrics, and notes on reading them."""
+    """Format a comparison as Markdown: accuracies, differences, losses, text metrics, and notes on them."""
     baseline = comparison.runs[0]
     blocks = [
         f"# Comparison of {len(comparison.runs)} runs with the baseline {_cell(baseline.label)}",
@@ -45,8 +46,9 @@ def as_markdown(comparison: Comparison) -> str:
     if any(run.loss is not None for run in comparison.runs):
         blocks += ["## Cross-entropy loss of the correct answers (nats per token)", _loss_table(comparison)]
         blocks += [
-            f"{_cell(pair.label)}: {pair.retokenized} of {pair.common} common correct answers have another number of "
-            f"tokens than in {_cell(pair.baseline)}; losses per token cannot be compared between tokenizers."
+            f"{_cell(pair.label)}: {pair.retokenized} of {pair.common} common correct answers have another "
+            f"number of tokens than in {_cell(pair.baseline)}; losses per token cannot be compared between "
+            "tokenizers."
             for pair in comparison.pairs
             if pair.retokenized
         ]
@@ -133,7 +135,9 @@ def _accuracy_table(comparison: Comparison) -> str:
             counts = ["–" if accuracy is None else str(accuracy.n) for accuracy in found]
             present = [count for count in counts if count != "–"]
             n = present[0] if len(set(present)) == 1 else " / ".join(counts)
-            rows.append([measure, task, n, *("–" if accuracy is None else str(accuracy) for accuracy in found)])
+            rows.append(
+                [measure, task, n, *("–" if accuracy is None else str(accuracy) for accuracy in found)]
+            )
         if len(shared := comparison.shared_tasks(measure)) > 1:
             averages = [
                 str(run.average(measure, shared)) if run in having else "–" for run in comparison.runs
@@ -159,7 +163,8 @@ def _settings_paragraphs(pair: PairResult) -> list[str]:
     """A paragraph where the two runs may differ by more than their methods."""
     if pair.different_settings is None:
         return [
-            "Evaluation settings were not compared: evaluation.json is not beside the predictions of both runs."
+            "Evaluation settings were not compared, because evaluation.json is not beside the predictions of "
+            "both runs."
         ]
     if not pair.different_settings:
         return []

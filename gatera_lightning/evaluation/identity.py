@@ -9,7 +9,7 @@ from gatera_lightning.errors import ConfigError
 
 IDENTITY_FILE = "evaluation.json"
 FORMAT_VERSION = 2
-"""Increase it when records change or answers are parsed differently, so that old predictions are not reused."""
+"""Increase it when records or the parsing of answers change, so that old predictions are not reused."""
 
 
 def check_identity(folder: Path, stored: Mapping[str, Any] | None, current: Mapping[str, Any]) -> None:
@@ -25,13 +25,14 @@ def check_identity(folder: Path, stored: Mapping[str, Any] | None, current: Mapp
     """
     if stored is None:
         raise ConfigError(
-            f"evaluation.folder: {folder} holds predictions, but no {IDENTITY_FILE} that says how they were computed; "
-            "expected an empty folder"
+            f"evaluation.folder: {folder} holds predictions, but no {IDENTITY_FILE} that says how they were "
+            "computed; expected an empty folder"
         )
     different = [name for name in sorted({*stored, *current}) if stored.get(name) != current.get(name)]
     if different:
         details = "; ".join(
-            f"{name} was {_shorten(stored.get(name))} and is {_shorten(current.get(name))}" for name in different
+            f"{name} was {_shorten(stored.get(name))} and is {_shorten(current.get(name))}"
+            for name in different
         )
         raise ConfigError(
             f"evaluation.folder: {folder} holds predictions of another evaluation: {details}. "

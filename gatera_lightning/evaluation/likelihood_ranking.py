@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the model's answer is the candidate with the highest score after the prompt."""
+"""Multiple choice by likelihood: the model's answer is the candidate with the highest score."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ from torch import Tensor
 from gatera_lightning.datamodules.batch import Batch
 
 Score = Literal["sum", "per_token", "per_character"]
-"""Score of a candidate: ``Σ log p`` of its tokens, or that sum divided by its number of tokens or characters."""
+"""Score of a candidate: ``Σ log p`` of its tokens, or this sum per token or per character."""
 
 
 def answer_log_likelihoods(

@@ -1,4 +1,4 @@
-"""Paired significance tests and 95 % intervals for two runs on the same examples; differences are second − first."""
+"""Paired significance tests and 95 % intervals for two runs on the same examples (second − first)."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from gatera_lightning.evaluation.intervals import Proportion
 
 SIGNIFICANCE_LEVEL = 0.05
 RESAMPLES = 10_000
-# Percentile intervals of few examples are too narrow: of 20 normal differences they cover 93 %, of 5 only 84 %.
+# Percentile intervals of few examples are too narrow: for 20 normal differences they cover 93 %, for 5 only
+# 84 %.
 MIN_BOOTSTRAP_EXAMPLES = 20
 _MAX_DRAWS = 2_000_000  # examples drawn at a time: 16 MB per array
 
@@ -89,8 +90,8 @@ class PairedOutcomes:
         matched-pairs data: mid-p and asymptotic are better than exact conditional".
         """
         # The exact conditional test counts all of P(X = m), which makes it conservative: at a level of 5 % it
-        # rejects a true hypothesis in about 2 to 4 of 100 cases and needs more examples for the same power. The
-        # mid-p test comes close to the level and exceeds it by little if ever.
+        # rejects a true hypothesis in about 2 to 4 of 100 cases and needs more examples for the same power.
+        # The mid-p test comes close to the level and exceeds it by little if ever.
         discordant, fewest = self.only_first + self.only_second, min(self.only_first, self.only_second)
         below, term = 0, 1  # Σ_{k<m} C(n, k) and C(n, k), as integers: exact for any number of examples
         for k in range(fewest):
@@ -148,8 +149,8 @@ def macro_difference(
 ) -> Difference:
     """Difference of the average accuracy over tasks, by a paired bootstrap that resamples within each task.
 
-    The difference of an example depends on its cell of the 2 × 2 table alone, so the bootstrap draws the counts of
-    the cells from a multinomial distribution instead of drawing examples.
+    The difference of an example depends on its cell of the 2 × 2 table alone, so the bootstrap draws the
+    counts of the cells from a multinomial distribution instead of drawing examples.
 
     Args:
         tasks: Outcomes by task; every task has the same weight.
@@ -169,8 +170,9 @@ def macro_difference(
         return Difference(value, math.nan, math.nan, math.nan)
     drawn = np.zeros(resamples)
     for t in tasks:
-        # Draw n − 1 examples: with n draws, the variance of a task's accuracy would be too small by a factor of
-        # (n − 1) / n, which does not average out over many small tasks (Efron 1982, section 8; Rao and Wu 1988).
+        # Draw n − 1 examples: with n draws, the variance of a task's accuracy would be too small by a factor
+        # of (n − 1) / n, which does not average out over many small tasks (Efron 1982, section 8; Rao and
+        # Wu 1988).
         shares = np.array([t.only_first, t.only_second, t.both + t.neither]) / t.n
         counts = rng.multinomial(t.n - 1, shares, size=resamples)  # (resamples, 3)
         drawn += (counts[:, 1] - counts[:, 0]) / (t.n - 1)
@@ -190,8 +192,8 @@ def pooled_difference(
     Args:
         first: Values of the examples in the first run, (n,), such as the summed loss of each correct answer.
         second: The same of the second run, (n,).
-        weights: Weights of the examples in both runs, (n,): such as the tokens of each correct answer, or ones for
-            a mean over examples.
+        weights: Weights of the examples in both runs, (n,): such as the tokens of each correct answer, or
+            ones for a mean over examples.
         rng: Source of the resamples.
         resamples: Number of bootstrap resamples.
 
@@ -203,8 +205,8 @@ def pooled_difference(
     """
     if not (first.shape == second.shape == weights.shape) or not weights.sum():
         raise ValueError(
-            f"pooled_difference: got shapes {first.shape}, {second.shape}, {weights.shape} and a total weight of "
-            f"{weights.sum()}; expected three arrays of shape (n,) and a positive total weight"
+            f"pooled_difference: got shapes {first.shape}, {second.shape}, {weights.shape} and a total weight "
+            f"of {weights.sum()}; expected three arrays of shape (n,), not all weights 0"
         )
     values, n = second - first, len(weights)
     value = float(values.sum() / weights.sum())
@@ -222,8 +224,8 @@ def pooled_difference(
 def _percentile_bootstrap(value: float, drawn: NDArray[np.float64]) -> Difference:
     """Percentile interval and two-sided p-value from the resampled differences ``drawn`` (resamples,).
 
-    p is twice the smaller share of resamples on either side of 0. Numerator and denominator count one resample more,
-    since finitely many resamples cannot show that p is 0.
+    p is twice the smaller share of resamples on either side of 0. Numerator and denominator count one
+    resample more, since finitely many resamples cannot show that p is 0.
     """
     low, high = np.quantile(drawn, [SIGNIFICANCE_LEVEL / 2, 1 - SIGNIFICANCE_LEVEL / 2])
     rounding = 1e-12  # sums of fractions such as 1/10 + 2/10 − 3/10 count as 0, not as 5e-17

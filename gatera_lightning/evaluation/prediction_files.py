@@ -1,4 +1,4 @@
-"""Prediction files of an evaluation folder: one part file per rank while it runs, one merged file at the end."""
+"""Files of predictions: one part file per rank while an evaluation runs, one merged file at the end."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,8 +16,8 @@ PREDICTIONS_FILE = "predictions.jsonl"
 class PartFile:
     """Appends the predictions of one rank to a new ``part-<rank>-<number>.jsonl``, one line per batch.
 
-    Every batch is flushed when it is written. If the process is killed in the middle of a line, that batch is computed
-    again; since every run starts a new file, nothing is ever appended to an incomplete line.
+    Every batch is flushed when it is written. If the process is killed in the middle of a line, that batch is
+    computed again; since every run starts a new file, nothing is ever appended to an incomplete line.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -62,7 +62,8 @@ def read_records(folder: Path) -> Records:
                 found |= {(kind, example): fields[kind] for kind in KINDS if kind in fields}
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(
-                    f"{merged}, line {number}: corrupt ({error!r}); delete the file to compute every example again"
+                    f"{merged}, line {number}: corrupt ({error!r}); "
+                    "delete the file to compute every example again"
                 ) from error
     return found
 

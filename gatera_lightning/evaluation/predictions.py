@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from gatera_lightning.evaluation.likelihood_ranking import RankedQuestion, Score
 
 Kind = Literal["likelihood", "generation"]
-"""Way of evaluating an example: by the likelihood of its candidates, or by the text that the model generates."""
+"""How an example is evaluated: by the likelihood of its candidates, or by a generated text."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

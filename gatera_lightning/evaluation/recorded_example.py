@@ -28,8 +28,8 @@ class RecordedExample:
         key: Hash of the question's content, the same in every run.
         gold: Index of the correct candidate.
         kinds: How the example was evaluated: ``likelihood``, ``generation`` or both.
-        choices: Index of the chosen candidate by measure, for measures that can judge the example; None where the
-            generated text has no answer.
+        choices: Index of the chosen candidate by measure, for measures that can judge the example; None where
+            the generated text has no answer.
         gold_nll: Negative log-likelihood of the correct answer, in nats; None without likelihoods.
         gold_tokens: Number of tokens of the correct answer; None without likelihoods.
         text: The generated text and its reference; None where a text is right or wrong.

@@ -24,8 +24,8 @@ class RecordedRun:
     Attributes:
         path: The file.
         method: ``update × gate``, or ``untrained``; None where the folder does not say.
-        settings: How the run was evaluated (data, backbone, dtype, decoding): name -> value as JSON. Empty where the
-            folder does not say.
+        settings: How the run was evaluated (data, backbone, dtype, decoding): name -> value as JSON. Empty
+            where the folder does not say.
         examples: The examples, sorted by task and index.
     """
 
@@ -42,7 +42,9 @@ class RecordedRun:
     @cached_property
     def measures(self) -> tuple[str, ...]:
         """The measures that can judge at least one of the examples."""
-        return tuple(measure for measure in MEASURES if any(measure in found.choices for found in self.examples))
+        return tuple(
+            measure for measure in MEASURES if any(measure in found.choices for found in self.examples)
+        )
 
     @property
     def text_metrics(self) -> tuple[str, ...]:
@@ -65,12 +67,12 @@ def read_run(path: Path) -> RecordedRun:
     """Read a finished evaluation.
 
     Args:
-        path: Its folder, or a predictions file. Without the folder's other files, the method and the settings of a
-            run are unknown.
+        path: Its folder, or a predictions file. Without the folder's other files, the method and the settings
+            of a run are unknown.
 
     Raises:
-        ConfigError: There are no predictions, or a line is not as ``test`` writes it; the message names the file, the
-            line and the field.
+        ConfigError: There are no predictions, or a line is not as ``test`` writes it; the message names the
+            file, the line and the field.
     """
     file = path / PREDICTIONS_FILE if path.is_dir() else path
     if not file.is_file():
@@ -85,7 +87,7 @@ def joined_kinds(kinds: Sequence[str]) -> str:
 
 
 def _read_examples(file: Path) -> tuple[RecordedExample, ...]:
-    """The examples of a predictions file, by task and index; all must have been evaluated in the same ways."""
+    """The examples of a predictions file, by task and index; all must be evaluated by the same kinds."""
     examples: dict[tuple[str, int], RecordedExample] = {}
     first: RecordedExample | None = None
     with file.open("rb") as lines:
@@ -101,8 +103,9 @@ def _read_examples(file: Path) -> tuple[RecordedExample, ...]:
             first = first or found
             if found.kinds != first.kinds:
                 raise ConfigError(
-                    f"{where}: has {joined_kinds(found.kinds)}; expected {joined_kinds(first.kinds)} as in line 1. "
-                    "If the evaluation was limited or stopped, run test again with this folder and without a limit"
+                    f"{where}: has {joined_kinds(found.kinds)}; expected {joined_kinds(first.kinds)} as in "
+                    "line 1. If the evaluation was limited or stopped, run test again with this folder and "
+                    "without a limit"
                 )
             if tuple(found.scores) != tuple(first.scores):
                 raise ConfigError(
@@ -145,12 +148,14 @@ def _method(predictions: Path) -> str | None:
 
 
 def _settings(predictions: Path) -> dict[str, str]:
-    """The identity beside the predictions as ``name`` or ``name.part`` -> JSON, without what runs are compared for."""
+    """The identity beside the predictions, without method and adapter: ``name`` or ``name.part`` -> JSON."""
     settings: dict[str, str] = {}
     for name, value in _read_neighbor(predictions, IDENTITY_FILE).items():
         if name in _COMPARED_SETTINGS:
             continue
-        parts = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        parts = (
+            {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+        )
         settings |= {part: json.dumps(v) for part, v in parts.items()}
     return settings
 

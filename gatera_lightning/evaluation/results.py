@@ -1,4 +1,4 @@
-"""Results of one evaluation: accuracies by every measure, cross-entropy loss, and metrics of generated text."""
+"""Results of one evaluation: accuracies, cross-entropy loss, and metrics of generated text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from gatera_lightning.evaluation.text_metrics import corpus_metrics
 SUMMARY_FILE = "test_results.json"
 
 Measure = Literal["sum", "per_token", "per_character", "generation"]
-"""How the chosen candidate is found: the highest score of its likelihood, or the answer in the generated text."""
+"""How a candidate is chosen: by one of the scores of its likelihood, or by the generated text."""
 
 MEASURE_LABELS: dict[Measure, str] = {
     "sum": "likelihood, summed",
@@ -67,7 +67,9 @@ class EvaluationResult:
             task: The task to count; None counts all examples.
         """
         judged = [example for example in self._of_task(task) if _can_judge(measure, example)]
-        return Proportion(sum(_choice(measure, example) == example["gold"] for example in judged), len(judged))
+        return Proportion(
+            sum(_choice(measure, example) == example["gold"] for example in judged), len(judged)
+        )
 
     def average(self, measure: Measure) -> Average:
         """Unweighted mean over tasks of their accuracies, as papers report it.
@@ -119,10 +121,10 @@ class EvaluationResult:
         ]
         if not texts:
             return {}
-        means = {name: sum(text["scores"][name] for text in texts) / len(texts) for name in texts[0]["scores"]}
-        of_corpus, _ = corpus_metrics(
-            [text["text"] for text in texts], [text["reference"] for text in texts]
-        )
+        means = {
+            name: sum(text["scores"][name] for text in texts) / len(texts) for name in texts[0]["scores"]
+        }
+        of_corpus, _ = corpus_metrics([text["text"] for text in texts], [text["reference"] for text in texts])
         return means | of_corpus
 
     def summary(self) -> dict[str, Any]:
@@ -165,7 +167,9 @@ def _can_judge(measure: Measure, example: Mapping[str, Any]) -> bool:
 
 def _choice(measure: Measure, example: Mapping[str, Any]) -> int | None:
     found: int | None = (
-        example["generation"]["choice"] if measure == "generation" else example["likelihood"]["choice"][measure]
+        example["generation"]["choice"]
+        if measure == "generation"
+        else example["likelihood"]["choice"][measure]
     )
     return found
 

@@ -36,7 +36,8 @@ def print_results(result: EvaluationResult, *, ranking: str = "accuracy") -> Non
     for kind, count in result.counts.items():
         if count < result.split_size:
             console.print(
-                f"{kind}: only {count} of {result.split_size} examples, because the number of batches is limited"
+                f"{kind}: only {count} of {result.split_size} examples, "
+                "because the number of batches is limited"
             )
 
 
@@ -45,7 +46,7 @@ def _accuracy_table(result: EvaluationResult, ranking: str) -> Table:
     table = _table(columns, title=f"{ranking} [95 % interval]")
     for task in result.tasks:
         found = [result.accuracy(measure, task) for measure in result.measures]
-        # One count, unless a limit on the batches left each kind of evaluation with another number of examples.
+        # One count, unless a limit on the batches left another number of examples for each kind.
         counts = list(dict.fromkeys(str(accuracy.n) for accuracy in found))
         cells = (str(accuracy) if accuracy.n else "–" for accuracy in found)
         table.add_row(Text(task), " / ".join(counts), *cells)

@@ -57,8 +57,8 @@ def example_scores(
         references: The reference of each text.
         known: Names of metrics that need not be computed again.
         bert_model: Model of BERTScore: the id of a model that was downloaded before, or a folder.
-        bert_layer: Its layer whose hidden states are compared; 17 is the best one for roberta-large according to the
-            authors of BERTScore.
+        bert_layer: Its layer whose hidden states are compared; 17 is the best one for roberta-large according
+            to the authors of BERTScore.
 
     Raises:
         ValueError: The numbers of texts differ.
@@ -130,8 +130,8 @@ def rouge_l(generated: Texts, references: Texts) -> list[float]:
 def meteor(generated: Texts, references: Texts) -> list[float]:
     """METEOR of each text, 0 to 1, over the word tokens of NLTK; needs NLTK's WordNet.
 
-    Source: Banerjee and Lavie 2005, "METEOR: an automatic metric for MT evaluation with improved correlation with
-    human judgments".
+    Source: Banerjee and Lavie 2005, "METEOR: an automatic metric for MT evaluation with improved correlation
+    with human judgments".
     """
     try:
         from nltk.corpus import wordnet
@@ -148,7 +148,8 @@ def meteor(generated: Texts, references: Texts) -> list[float]:
     words = NLTKWordTokenizer().tokenize
     pairs = zip(generated, references, strict=True)
     return [
-        float(single_meteor_score(words(reference), words(text), wordnet=wordnet)) for text, reference in pairs
+        float(single_meteor_score(words(reference), words(text), wordnet=wordnet))
+        for text, reference in pairs
     ]
 
 
@@ -173,7 +174,7 @@ def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -
         "truncation": True,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    # One pair per call: torchmetrics 1.9 sorts both sides by length and then pairs wrong texts (its issue 2728).
+    # One pair per call: torchmetrics 1.9 sorts both sides by length and then pairs wrong texts (issue 2728).
     found: list[dict[str, Any]] = [
         torchmetrics_bert_score([text], [reference], **settings)
         for text, reference in zip(generated, references, strict=True)
@@ -186,7 +187,7 @@ def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -
 
 
 def bert_layer_problem(model: str, layer: int) -> str:
-    """What is wrong with the layer of a BERTScore model; empty if nothing is, or if the model is not installed."""
+    """What is wrong with a layer of a BERTScore model; empty if nothing is, or if there is no such model."""
     from transformers import AutoConfig
 
     try:
@@ -223,17 +224,21 @@ def distinct(generated: Texts, n: int) -> float:
 
 
 def normalized_tokens(text: str) -> list[str]:
-    """Split a text into lower-case words without punctuation and articles, as ``normalize_answer`` of ParlAI does.
+    """Split a text into lower-case words without punctuation and articles, as ParlAI's ``normalize_answer``.
 
     >>> normalized_tokens("I have a dog; it's THE best!")
     ['i', 'have', 'dog', 'it', 's', 'best']
     """
-    return [token for token in text.lower().translate(_PUNCTUATION_TO_SPACES).split() if token not in _ARTICLES]
+    return [
+        token for token in text.lower().translate(_PUNCTUATION_TO_SPACES).split() if token not in _ARTICLES
+    ]
 
 
 def _check_lengths(generated: Texts, references: Texts) -> None:
     if len(generated) != len(references):
-        raise ValueError(f"got {len(generated)} generated texts and {len(references)} references; expected equally many")
+        raise ValueError(
+            f"got {len(generated)} generated texts and {len(references)} references; expected equally many"
+        )
 
 
 def _missing_package(package: str) -> MetricUnavailable:

@@ -20,35 +20,35 @@ class DecodingConfig:
     """How answers are generated: by greedy or beam search, never by sampling."""
 
     beams: int = 1
-    """Number of beams; 1 is greedy decoding. More beams find more likely answers and cost about as many times the memory
-    and compute. The papers use 4."""
+    """Number of beams; 1 is greedy decoding. More beams find more likely answers and cost about as many times
+    the memory and compute. The papers use 4."""
 
     max_new_tokens: int = 16
-    """Maximum number of tokens per answer. Longer answers are cut off, so their last words cannot be scored."""
+    """Maximum number of tokens per answer. Longer answers are cut off and usually count as wrong."""
 
     length_penalty: float = 1.0
-    """Beams are ranked by their log-likelihood divided by (length ** length_penalty): values below 1 favor shorter
-    answers, values above 1 longer ones. Requires more than 1 beam."""
+    """Beams are ranked by their log-likelihood divided by (length ** length_penalty): values below 1 favor
+    shorter answers, values above 1 longer ones. Requires more than 1 beam."""
 
     no_repeat_ngram_size: int = 0
-    """Never generate an n-gram of this size that already occurred in the prompt or the answer; 0 allows repetition.
-    It stops loops, but also forbids repeating phrases of the prompt."""
+    """Never generate an n-gram of this size that already occurred in the prompt or the answer; 0 allows
+    repetition. It stops loops, but also forbids repeating phrases of the prompt."""
 
     use_cache: bool = True
-    """Cache the keys and values of earlier tokens. Without the cache, answers are the same, memory is lower, and every
-    token costs a forward pass over the whole text."""
+    """Cache the keys and values of earlier tokens. Without the cache, answers are the same, memory is lower,
+    and every token costs a forward pass over the whole text."""
 
     prepared: bool = True
-    """Cache what the update needs for every token (W0 ⊙ BA for hira) while generating. Answers are the same and
-    generation is faster, but the adapted weights take their memory twice."""
+    """Cache what the update needs for every token (W0 ⊙ BA for hira) while generating. Answers are the same
+    and generation is faster, but the adapted weights take their memory twice."""
 
     skip_below: float = 0.0
-    """Treat gate values below this threshold as 0, so that those tokens read the frozen weight only. Faster, but not
-    exact; 0 is exact."""
+    """Treat gate values below this threshold as 0, so that those tokens read the frozen weight only. Faster,
+    but not exact; 0 is exact."""
 
     merge_above: float = 1.0
-    """Treat gate values above this threshold as 1, so that those tokens read the merged weight only. Faster, but not
-    exact; 1 is exact."""
+    """Treat gate values above this threshold as 1, so that those tokens read the merged weight only. Faster,
+    but not exact; 1 is exact."""
 
     def problems(self) -> list[str]:
         """Describe every value that is not valid; empty if all are."""
@@ -59,20 +59,22 @@ class DecodingConfig:
         ]
         if self.no_repeat_ngram_size < 0:
             found.append(
-                f"decoding.no_repeat_ngram_size: {self.no_repeat_ngram_size}; accepted: an integer of at least 0"
+                f"decoding.no_repeat_ngram_size: {self.no_repeat_ngram_size}; "
+                "accepted: an integer of at least 0"
             )
         if not math.isfinite(self.length_penalty):
             found.append(f"decoding.length_penalty: {self.length_penalty}; accepted: a finite number")
         elif self.beams == 1 and self.length_penalty != 1:
             found.append(
-                f"decoding.length_penalty: {self.length_penalty}, with beams 1; accepted: 1, or more than 1 beam"
+                f"decoding.length_penalty: {self.length_penalty}, with beams 1; "
+                "accepted: 1, or more than 1 beam"
             )
         thresholds = threshold_problems(self.skip_below, self.merge_above)
         found += [f"decoding.{problem}" for problem in thresholds]
         if not thresholds and not self.prepared and self.uses_gate_thresholds:
             found.append(
-                f"decoding.prepared: false, with skip_below {self.skip_below} and merge_above {self.merge_above}; "
-                "accepted: true, or skip_below 0 and merge_above 1"
+                f"decoding.prepared: false, with skip_below {self.skip_below} and "
+                f"merge_above {self.merge_above}; accepted: true, or skip_below 0 and merge_above 1"
             )
         return found
 
@@ -123,8 +125,8 @@ def generate(
         model: The adapted model.
         batch: Left-padded prompts.
         config: How to decode.
-        in_step: Run the same number of forward passes on every rank. Sharded models need this, or ranks that finish
-            earlier leave the others waiting forever.
+        in_step: Run the same number of forward passes on every rank. Sharded models need this, or ranks that
+            finish earlier leave the others waiting forever.
         sampling: Sample instead of taking the most likely tokens.
         streamer: Receives the tokens of a single prompt as they are chosen.
 
@@ -144,8 +146,8 @@ def generate(
         pad_token_id=batch["pad_id"],
         **drawn,
     )
-    # Transformers fills settings that are not given from the model's own generation config, such as the penalties and
-    # banned tokens that its publisher recommends for chats.
+    # Transformers fills settings that are not given from the model's own generation config, such as the
+    # penalties and banned tokens that its publisher recommends for chats.
     published, model.generation_config = model.generation_config, GenerationConfig()
     try:
         thresholds = {"skip_below": config.skip_below, "merge_above": config.merge_above}

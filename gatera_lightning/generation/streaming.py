@@ -12,12 +12,13 @@ _INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream(BaseStreamer):
-    """A streamer for :func:`~gatera_lightning.generation.generate` that shows a token once its gates are known.
+    """A streamer for :func:`~gatera_lightning.generation.generate` that shows a token once its gates are
+    known.
 
-    The gates of a token are computed when the model reads it, one step after it was chosen: the first forward pass
-    reads the prompt and chooses token 0, and forward pass ``k + 1`` reads token ``k`` and chooses token ``k + 1``. The
-    last token is chosen but never read, so it is never shown. It is the one that ends the answer, unless the answer is
-    cut off: ask for one more token then.
+    The gates of a token are computed when the model reads it, one step after it was chosen: the first forward
+    pass reads the prompt and chooses token 0, and forward pass ``k + 1`` reads token ``k`` and chooses token
+    ``k + 1``. The last token is chosen but never read, so it is never shown. It is the one that ends the
+    answer, unless the answer is cut off: ask for one more token then.
 
     Attributes:
         text: The text shown so far.
@@ -33,8 +34,8 @@ class TextStream(BaseStreamer):
 
         Args:
             tokenizer: Decodes the tokens.
-            show: Called with each piece of text and its gate: the mean over modules and over the tokens of the piece,
-                None without ``captured``.
+            show: Called with each piece of text and its gate: the mean over modules and over the tokens of
+                the piece, None without ``captured``.
             captured: Gates of the generation, recorded while it runs.
         """
         self.text = ""
@@ -72,8 +73,8 @@ class TextStream(BaseStreamer):
         self._show_up_to(self._decode())
 
     def _decode(self) -> str:
-        # Decode all tokens together: some tokenizers drop the space before a first word, and a later token may complete
-        # the bytes of an earlier one.
+        # Decode all tokens together: some tokenizers drop the space before a first word, and a later token
+        # may complete the bytes of an earlier one.
         return str(
             self.tokenizer.decode(self._read, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )

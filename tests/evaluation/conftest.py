@@ -6,7 +6,7 @@ from recorded_runs import write_run
 
 @pytest.fixture
 def write(tmp_path):
-    """``write(name, lines, adapter=None, file="predictions.jsonl")``: write a run below the temporary folder."""
+    """``write(name, lines, adapter=None, file=…)``: write a run below the temporary folder."""
     return lambda name, lines, *args, **settings: write_run(tmp_path / name, lines, *args, **settings)
 
 

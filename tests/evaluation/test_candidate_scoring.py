@@ -1,15 +1,16 @@
-"""Candidates upon the keys and values of the prompt that they share: an unpadded forward a row says the same."""
+"""Scores of candidates that share a prompt equal those of one unpadded forward pass per candidate."""
 
 import pytest
 import torch
+from perturbed_adapter import perturb_adapter
 from tiny_backbone import tiny_module
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters
+from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.datamodules.batching.collate import TokenSequence, collate
 from gatera_lightning.evaluation.candidate_scoring import candidate_log_likelihoods
 
-PAD = 17  # a token that prompts and answers hold too
+PAD = 17  # also occurs in prompts and answers
 
 
 def ids(length, seed):
@@ -17,11 +18,10 @@ def ids(length, seed):
 
 
 def question(example, prompt, *answers):
-    """The rows of a question: ``prompt`` tokens, and a candidate of each length in ``answers``."""
+    """Sequences of a question: a prompt of ``prompt`` tokens with candidates of ``answers`` tokens."""
     candidates = [ids(length, 100 * example + number + 1) for number, length in enumerate(answers)]
     return [
-        TokenSequence(ids(prompt, 9_000 + example), tokens, example, i)
-        for i, tokens in enumerate(candidates)
+        TokenSequence(ids(prompt, 9_000 + example), tokens, example, i) for i, tokens in enumerate(candidates)
     ]
 
 
@@ -30,30 +30,20 @@ ONE = question(0, 7, 2)
 SHORT = question(8, 1, 3, 12)
 ONE_TOKEN = question(5, 23, 1, 1, 1)
 NO_PROMPT = question(6, 0, 4, 1, 2)
-FILLER = [TokenSequence(ids(11, 1), ids(3, 2), -1)]
-ROWS = MANY + ONE + SHORT + ONE_TOKEN
-
-
-def move(model, size=0.5):
-    """An adapter that has learned something."""
-    with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
-            parameter.add_(
-                size
-                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-            )
+DUMMY = [TokenSequence(ids(11, 1), ids(3, 2), -1)]
+ALL = MANY + ONE + SHORT + ONE_TOKEN
 
 
 @pytest.fixture(scope="module")
 def build(tiny_llama):
-    """``build("dora", "static")``: a model that is sure of little, so that each token's log p differs; without cache."""
+    """``build("dora", "static")``: a model whose predictions differ between tokens."""
 
     def build(update="hira", gate="token", **config):
         model = tiny_llama(initializer_range=0.3, **config).eval()
         inject_adapters(
             model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0)
         )
-        move(model)
+        perturb_adapter(model, 0.5)
         model.config.use_cache = False  # as load_backbone leaves it
         return model
 
@@ -65,25 +55,25 @@ def model(build):
     return build()
 
 
-def row_by_row(model, rows):
-    """``(Σ log p, tokens)`` of each row's answer, by a forward of its own without padding; nothing predicts a first token."""
+def one_by_one(model, sequences):
+    """``(Σ log p, tokens)`` of each answer, by separate unpadded forward passes."""
     found = []
-    for row in rows:
-        tokens = row.prompt_ids + row.answer_ids
+    for sequence in sequences:
+        tokens = sequence.prompt_ids + sequence.answer_ids
         with torch.no_grad():
             log_p = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
-        places = range(max(1, len(row.prompt_ids)), len(tokens))
-        found.append((sum(float(log_p[i - 1, tokens[i]]) for i in places), len(places)))
+        positions = range(max(1, len(sequence.prompt_ids)), len(tokens))
+        found.append((sum(float(log_p[i - 1, tokens[i]]) for i in positions), len(positions)))
     return found
 
 
-def batch_of(rows, train_on="response"):
-    return collate(rows, pad_id=PAD, train_on=train_on, all_candidates_present=True)
+def batch_of(sequences, train_on="response"):
+    return collate(sequences, pad_id=PAD, train_on=train_on, all_candidates_present=True)
 
 
-def together(model, rows, **collating):
+def together(model, sequences, **collating):
     with torch.no_grad():
-        log_likelihoods, tokens = candidate_log_likelihoods(model, batch_of(rows, **collating))
+        log_likelihoods, tokens = candidate_log_likelihoods(model, batch_of(sequences, **collating))
     assert log_likelihoods.dtype == torch.float32
     return list(zip(log_likelihoods.tolist(), tokens.tolist(), strict=True))
 
@@ -94,32 +84,32 @@ def assert_same(found, expected):
 
 
 def forwards(model):
-    """A list that fills with the (rows, tokens) of every forward, and the handle that ends it."""
+    """A list that records the (sequences, tokens) of every forward pass, and the handle that stops it."""
     seen = []
     return seen, model.get_input_embeddings().register_forward_pre_hook(
         lambda _, args: seen.append(tuple(args[0].shape))
     )
 
 
-# --- the numbers -----------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gate", ["none", "static", "token"])
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
-def test_scores_equal_a_plain_forward_a_row(build, update, gate):
+def test_candidate_log_likelihoods_match_forward_per_candidate(build, update, gate):
     model = build(update, gate)
-    expected = row_by_row(model, ROWS)
-    assert_same(together(model, ROWS), expected)
-    assert len({round(value, 3) for value, _ in expected}) == len(ROWS)
+    expected = one_by_one(model, ALL)
+    assert_same(together(model, ALL), expected)
+    assert len({round(value, 3) for value, _ in expected}) == len(ALL)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "rows",
-    [ONE_TOKEN, ONE, MANY, NO_PROMPT, NO_PROMPT + ROWS, question(6, 0, 1, 1), ONE_TOKEN + question(6, 0, 1)],
+    "sequences",
+    [ONE_TOKEN, ONE, MANY, NO_PROMPT, NO_PROMPT + ALL, question(6, 0, 1, 1), ONE_TOKEN + question(6, 0, 1)],
     ids=[
         "one-token answers",
-        "one row",
+        "one candidate",
         "one question",
         "no prompt",
         "no prompt among prompts",
@@ -127,20 +117,20 @@ def test_scores_equal_a_plain_forward_a_row(build, update, gate):
         "first tokens",
     ],
 )
-def test_short_and_empty_prompts_and_answers(build, attention, rows):
+def test_candidate_log_likelihoods_of_short_prompts_and_answers(build, attention, sequences):
     model = build(attn_implementation=attention)
     assert model.config._attn_implementation == attention
-    assert_same(together(model, rows), row_by_row(model, rows))
+    assert_same(together(model, sequences), one_by_one(model, sequences))
 
 
-def test_a_row_that_stands_for_no_example_scores_nothing_and_disturbs_nobody(model):
-    assert together(model, FILLER) == [(0.0, 0)]
-    found = together(model, ROWS + FILLER)
+def test_candidate_log_likelihoods_of_dummy_examples_are_zero(model):
+    assert together(model, DUMMY) == [(0.0, 0)]
+    found = together(model, ALL + DUMMY)
     assert found[-1] == (0.0, 0)
-    assert_same(found[:-1], row_by_row(model, ROWS))
+    assert_same(found[:-1], one_by_one(model, ALL))
 
 
-def test_scores_do_not_depend_on_what_else_is_in_the_batch(model):
+def test_candidate_log_likelihoods_do_not_depend_on_batch(model):
     expected = (
         together(model, MANY) + together(model, ONE) + together(model, SHORT) + together(model, NO_PROMPT)
     )
@@ -149,22 +139,22 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch(model):
         together(model, NO_PROMPT + SHORT + ONE + MANY),
         expected[11:] + expected[9:11] + expected[8:9] + expected[:8],
     )
-    assert_same([pair for row in MANY for pair in together(model, [row])], expected[:8])
+    assert_same([pair for one in MANY for pair in together(model, [one])], expected[:8])
 
 
-def test_equal_prompts_of_two_questions_are_two(model):
-    again = [TokenSequence(row.prompt_ids, row.answer_ids[::-1], 77, row.answer) for row in MANY]
-    assert_same(together(model, MANY + again), row_by_row(model, MANY + again))
+def test_candidate_log_likelihoods_of_equal_prompts(model):
+    again = [TokenSequence(one.prompt_ids, one.answer_ids[::-1], 77, one.answer) for one in MANY]
+    assert_same(together(model, MANY + again), one_by_one(model, MANY + again))
 
 
-def test_what_carries_loss_in_training_is_no_matter(model):
-    assert together(model, ROWS, train_on="all") == together(model, ROWS)
+def test_candidate_log_likelihoods_do_not_depend_on_train_on(model):
+    assert together(model, ALL, train_on="all") == together(model, ALL)
 
 
 FAMILIES = {
     "llama": {},
-    "mistral": {"sliding_window": 8},  # shorter than most prompts, and than the longest answer
-    "gemma2": {"sliding_window": 8, "attn_implementation": "eager"},  # soft caps behind the output head
+    "mistral": {"sliding_window": 8},  # shorter than most prompts and than the longest answer
+    "gemma2": {"sliding_window": 8, "attn_implementation": "eager"},  # soft caps after the output head
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "llama4_text": {
@@ -182,16 +172,16 @@ FAMILIES = {
         "n_positions": 256,
         "bos_token_id": 1,
         "eos_token_id": 1,
-    },  # learned
+    },  # learned positions
     "bloom": {
         "n_layer": 2,
         "n_head": 4,
         "attn_implementation": "eager",
-    },  # no positions, but biases by distance
+    },  # attention biases by distance instead of positions
 }
 
 
-def of_family(name, **config):
+def model_of_family(name, **config):
     sizes = {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -212,48 +202,48 @@ def of_family(name, **config):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_any_family_gives_what_it_gives_row_by_row(name):
-    model = of_family(name, **FAMILIES[name])
-    rows = ROWS + NO_PROMPT
-    assert_same(together(model, rows), row_by_row(model, rows))
+def test_candidate_log_likelihoods_of_model_families(name):
+    model = model_of_family(name, **FAMILIES[name])
+    sequences = ALL + NO_PROMPT
+    assert_same(together(model, sequences), one_by_one(model, sequences))
 
 
-# --- the cost --------------------------------------------------------------------------------------------------------
+# --- cost ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("rows", "shapes"),
+    ("sequences", "shapes"),
     [
-        (ROWS, [(4, 40), (14, 29)]),
+        (ALL, [(4, 40), (14, 29)]),
         (MANY, [(1, 40), (8, 29)]),
         (ONE, [(1, 7), (1, 1)]),
         (ONE_TOKEN, [(1, 23), (3, 1)]),
-        (FILLER, [(1, 11), (1, 2)]),
+        (DUMMY, [(1, 11), (1, 2)]),
     ],
-    ids=["four questions", "one", "one row", "one-token answers", "no example"],
+    ids=["four questions", "one question", "one candidate", "one-token answers", "dummy example"],
 )
-def test_two_forwards_whatever_the_batch_and_each_prompt_once(model, rows, shapes):
-    """Sharded processes wait for each other's forwards, so there must be as many everywhere."""
+def test_candidate_log_likelihoods_run_two_forwards(model, sequences, shapes):
+    """Every rank of a sharded model must run the same number of forward passes."""
     seen, handle = forwards(model)
-    together(model, rows)
+    together(model, sequences)
     handle.remove()
     assert seen == shapes
 
 
-def test_the_model_is_left_as_it_was(model):
+def test_candidate_log_likelihoods_leave_model_unchanged(model):
     before = [len(module._forward_pre_hooks) for module in model.modules()]
-    together(model, ROWS)
+    together(model, ALL)
     assert [len(module._forward_pre_hooks) for module in model.modules()] == before
     assert model.config.use_cache is False
     assert model(torch.tensor([[20, 21]])).past_key_values is None
 
 
-# --- who takes this path ---------------------------------------------------------------------------------------------
+# --- when it is used ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def step(model):
-    """``step()``: what a test step gives for ROWS, and how many forwards it ran."""
+    """``step()``: scores of a test step for ALL, and the number of its forward passes."""
     module = tiny_module("nowhere")
     module.model = model
 
@@ -261,7 +251,7 @@ def step(model):
         module.model = model
         seen, handle = forwards(model)
         with torch.no_grad():
-            found = module.test_step(batch_of(ROWS) if batch is None else batch, 0)
+            found = module.test_step(batch_of(ALL) if batch is None else batch, 0)
         handle.remove()
         return list(zip(found["log_likelihoods"].tolist(), found["tokens"].tolist(), strict=True)), len(seen)
 
@@ -269,40 +259,40 @@ def step(model):
     return run
 
 
-def test_a_test_step_shares_prompts(step, model):
+def test_test_step_shares_prompts(step, model):
     found, count = step()
-    assert (found, count) == (together(model, ROWS), 2)
+    assert (found, count) == (together(model, ALL), 2)
 
 
-def test_without_a_cache_rows_are_computed_whole_with_the_same_scores(step, model):
+def test_test_step_without_cache_runs_whole_sequences(step, model):
     step.module.decoding.use_cache = False
     found, count = step()
     assert count == 1
-    assert_same(found, row_by_row(model, ROWS))
+    assert_same(found, one_by_one(model, ALL))
 
 
-def test_a_model_with_a_state_is_computed_whole_with_the_same_scores(step, model, monkeypatch):
-    """A recurrent state cannot be handed from a prompt to its candidates as keys and values are."""
+def test_test_step_of_stateful_model_runs_whole_sequences(step, model, monkeypatch):
+    """Candidates cannot continue from a recurrent state as they do from keys and values."""
     monkeypatch.setattr(type(model), "_is_stateful", True)
     found, count = step()
     assert count == 1
-    assert_same(found, row_by_row(model, ROWS))
+    assert_same(found, one_by_one(model, ALL))
 
 
-def test_mamba_is_such_a_model(step):
-    model = of_family("mamba", state_size=4, attn_implementation="eager")
+def test_test_step_of_mamba_runs_whole_sequences(step):
+    model = model_of_family("mamba", state_size=4, attn_implementation="eager")
     model.config.use_cache = False
     found, count = step(model)
     assert count == 1
-    assert_same(found, row_by_row(model, ROWS))
+    assert_same(found, one_by_one(model, ALL))
 
 
-def test_right_answers_alone_are_computed_whole(step, model):
-    rows = ONE + SHORT[:1]
-    batch = collate(rows, pad_id=PAD, train_on="response", all_candidates_present=False)
+def test_test_step_of_correct_answers_runs_whole_sequences(step, model):
+    sequences = ONE + SHORT[:1]
+    batch = collate(sequences, pad_id=PAD, train_on="response", all_candidates_present=False)
     found, count = step(batch=batch)
     assert count == 1
-    assert_same(found, row_by_row(model, rows))
+    assert_same(found, one_by_one(model, sequences))
 
 
 @pytest.mark.parametrize(
@@ -312,15 +302,15 @@ def test_right_answers_alone_are_computed_whole(step, model):
         ("lfm2", {"layer_types": ["conv", "conv"]}),
         ("minimax", {"num_local_experts": 2}),
     ],
-    ids=["LFM2", "convolutions alone", "MiniMax"],
+    ids=["LFM2", "convolutions only", "MiniMax"],
 )
-def test_a_state_that_is_not_called_one_is_computed_whole(name, config):
+def test_test_step_of_hybrid_model_runs_whole_sequences(name, config):
     module = tiny_module("nowhere")
-    module.model = of_family(name, **config)
+    module.model = model_of_family(name, **config)
     module.model.config.use_cache = False
     with torch.no_grad():
-        found = module.test_step(batch_of(ROWS), 0)
+        found = module.test_step(batch_of(ALL), 0)
     assert_same(
         list(zip(found["log_likelihoods"].tolist(), found["tokens"].tolist(), strict=True)),
-        row_by_row(module.model, ROWS),
+        one_by_one(module.model, ALL),
     )

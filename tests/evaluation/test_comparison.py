@@ -1,4 +1,4 @@
-"""Comparison of runs: pairing by question, counts made by hand, and paired differences of losses and text metrics."""
+"""Comparison of runs: pairing by question, accuracies, losses and text metrics."""
 
 import math
 
@@ -21,7 +21,7 @@ def outcomes_of(pair):
     return {(found.measure, found.task): found.outcomes for found in pair.accuracies if found.outcomes}
 
 
-# --- accuracies ------------------------------------------------------------------------------------------------------
+# --- accuracies ---------------------------------------------------------------------------------------------
 
 
 def test_compare_runs_counts_outcomes_by_measure(compare):
@@ -82,7 +82,7 @@ def test_compare_runs_ignores_single_candidates_in_accuracies(compare):
     assert (result.pairs[0].common, result.runs[0].gold_tokens) == (6, 4 * 2 + 2 * 3)
 
 
-# --- pairing ---------------------------------------------------------------------------------------------------------
+# --- pairing ------------------------------------------------------------------------------------------------
 
 
 def test_common_examples_pairs_by_key(compare, write):
@@ -104,7 +104,10 @@ def test_common_examples_pairs_repeated_questions_in_order(compare):
     ]
     second = [example_line(example=i, key="q", choice=choice) for i, choice in ((6, 0), (4, 1), (8, 1))]
     pair = compare(first, second).pairs[0]
-    assert (pair.common, pair.unpaired) == (2, (1, 1))  # 1 with 4, and 2 with 6; the same key in another task does not pair
+    assert (pair.common, pair.unpaired) == (
+        2,
+        (1, 1),
+    )  # 1 with 4, and 2 with 6; the same key in another task does not pair
     assert outcomes_of(pair)[SUMMED, "arc"] == PairedOutcomes(1, 0, 0, 1)
 
 
@@ -127,7 +130,7 @@ def test_pair_result_does_not_depend_on_other_runs(write):
     assert compare_runs([a, c]).pairs[0] == compare_runs([a, b, c]).pairs[1]
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def test_compare_runs_pools_loss_over_tokens(compare):
@@ -151,7 +154,7 @@ def test_compare_runs_compares_single_candidates_by_loss(compare):
     assert result.pairs[0].loss.value == pytest.approx(-1 / 3)
 
 
-# --- generated texts -------------------------------------------------------------------------------------------------
+# --- generated texts ----------------------------------------------------------------------------------------
 
 
 def bootstrap(first, second, seed):
@@ -217,12 +220,13 @@ def test_compare_runs_compares_text_metrics_of_both_runs(compare):
         compare(lines, ranked)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 def test_compare_runs_rejects_runs_without_common_questions(write):
     a, b, c = (
-        read_run(write(name, [example_line(key=key)])) for name, key in (("a", "q"), ("b", "q"), ("c", "other"))
+        read_run(write(name, [example_line(key=key)]))
+        for name, key in (("a", "q"), ("b", "q"), ("c", "other"))
     )
     with pytest.raises(ConfigError, match="given twice"):
         compare_runs([a, b, read_run(a.path.parent / ".." / "a" / "predictions.jsonl")])

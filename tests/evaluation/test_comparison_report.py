@@ -22,7 +22,9 @@ def comparison(write):
     """Two runs on two tasks, and one on more examples of one of them."""
     tasks = ("arc", "b|q")
     first = [
-        example_line(task, i, choice=int(i < 20), nll=1 + i % 5, generated=1) for task in tasks for i in range(40)
+        example_line(task, i, choice=int(i < 20), nll=1 + i % 5, generated=1)
+        for task in tasks
+        for i in range(40)
     ]
     second = [
         example_line(task, i, choice=int(i < 32), nll=1 + i % 5, generated=None)
@@ -78,7 +80,12 @@ def test_as_json_keeps_its_keys(comparison, compare):
     found = json.loads(as_json(comparison))
     assert list(found) == ["runs", "pairs", "notes"]
     assert list(found["runs"][0]) == ["label", "path", "rows", "accuracy", "tokens", "nats_per_token", "text"]
-    assert list(found["runs"][0]["accuracy"]["generation"]["tasks"]["arc"]) == ["hits", "n", "value", "interval"]
+    assert list(found["runs"][0]["accuracy"]["generation"]["tasks"]["arc"]) == [
+        "hits",
+        "n",
+        "value",
+        "interval",
+    ]
     assert list(found["pairs"][0]) == [
         *("baseline", "label", "common", "only_baseline", "only_run", "evaluated_otherwise"),
         *("accuracy", "nats_per_token", "retokenized", "text"),
@@ -102,7 +109,7 @@ def test_reports_of_few_examples_have_no_interval(compare):
 
 def test_as_markdown_omits_average_of_single_task(compare):
     result = compare(*[[example_line(example=i) for i in range(30)]] * 2)
-    assert "average" not in as_markdown(result).partition("- Brackets")[0]
+    assert "average of" not in as_markdown(result).partition("- Brackets")[0]
 
 
 def test_as_markdown_names_average_of_shared_tasks(compare):
@@ -111,7 +118,9 @@ def test_as_markdown_names_average_of_shared_tasks(compare):
 
 
 def test_reports_call_a_higher_loss_worse(compare):
-    result = compare(*([example_line(example=i, nll=nll + i, tokens=2) for i in range(30)] for nll in (1.0, 1.5)))
+    result = compare(
+        *([example_line(example=i, nll=nll + i, tokens=2) for i in range(30)] for nll in (1.0, 1.5))
+    )
     assert "| worse |" in as_markdown(result)
     assert json.loads(as_json(result))["pairs"][0]["nats_per_token"]["verdict"] == "worse"
 
@@ -136,9 +145,14 @@ def test_reports_of_single_candidates_have_losses_alone(compare):
 def test_reports_name_different_evaluation_settings(write):
     """Method and adapter are what runs are compared for; every other difference is named."""
     identity = {
-        "format": 2, "backbone": "f970", "adapter": "e8f9", "method": {"update": "hira"}, "data": "5756", "dtype": "float32",
+        "format": 2,
+        "backbone": "f970",
+        "adapter": "e8f9",
+        "method": {"update": "hira"},
+        "data": "5756",
+        "dtype": "float32",
         "decoding": {"beams": 1, "max_new_tokens": 32},
-    }  # fmt: skip
+    }
     other = identity | {"adapter": "0000", "method": {"update": "lora"}}
     changed = {"dtype": "bfloat16", "decoding": {"beams": 4, "max_new_tokens": 32}, "bert_score": "roberta"}
     folders = [write(name, [example_line(example=i) for i in range(3)]) for name in "abc"]
@@ -155,7 +169,9 @@ def test_reports_name_different_evaluation_settings(write):
     ]
     text = as_markdown(result)
     assert text.count("**Different evaluation settings**") == 1
-    settings = 'bert_score null against "roberta"; decoding.beams 1 against 4; dtype "float32" against "bfloat16".'
+    settings = (
+        'bert_score null against "roberta"; decoding.beams 1 against 4; dtype "float32" against "bfloat16".'
+    )
     assert settings in text
     assert json.loads(as_json(result))["pairs"][1]["evaluated_otherwise"]["decoding.beams"] == ["1", "4"]
     (folders[2] / "evaluation.json").unlink()
@@ -179,7 +195,13 @@ def test_as_markdown_and_as_json_agree_on_text_metrics(compare):
     table = markdown.partition(f"{TEXT_SECTION}\n\n")[2].partition("\n\n")[0]
     head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert head == ["metric", "run", "value", "difference on common examples", "p", "verdict"]
-    names = {"F1": "token_f1", "METEOR": "meteor", "BLEU": "bleu", "distinct-1": "distinct_1", "distinct-2": "distinct_2"}
+    names = {
+        "F1": "token_f1",
+        "METEOR": "meteor",
+        "BLEU": "bleu",
+        "distinct-1": "distinct_1",
+        "distinct-2": "distinct_2",
+    }
     assert [(line[0], line[1]) for line in lines] == [(label, run) for label in names for run in "abc"]
     for label, run, value, *tested in lines:
         number, metric = "abc".index(run), names[label]

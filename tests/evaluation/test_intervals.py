@@ -1,4 +1,4 @@
-"""The Wilson interval against published values and its defining equation; the interval of a mean by its coverage."""
+"""The Wilson interval against published values, and the coverage of the interval of a mean."""
 
 import math
 

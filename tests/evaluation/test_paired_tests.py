@@ -22,7 +22,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-# --- McNemar's mid-p -------------------------------------------------------------------------------------------------
+# --- McNemar's mid-p ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("b", "c"), [*product(range(8), repeat=2), (30, 12), (3, 40), (77, 78)])
@@ -51,9 +51,10 @@ def test_paired_outcomes_counts_cells():
         PairedOutcomes.of(first, [*second, True])
 
 
-# --- Newcombe's interval ---------------------------------------------------------------------------------------------
+# --- Newcombe's interval ------------------------------------------------------------------------------------
 
-PUBLISHED = [  # Altman et al. 2000, "Statistics with confidence", table 6.2; Fagerland et al. 2013 (Bentur et al. 2009)
+# Altman et al. 2000, "Statistics with confidence", table 6.2; Fagerland et al. 2013 (Bentur et al. 2009)
+PUBLISHED = [
     (PairedOutcomes(14, 0, 5, 22), (0.0115, 0.2265), 0.0313),
     (PairedOutcomes(1, 1, 7, 12), (0.026, 0.507), 0.0391),
 ]
@@ -101,11 +102,11 @@ def test_paired_outcomes_without_examples_are_nan():
     assert all(math.isnan(number) for number in (nothing.value, nothing.low, nothing.high, nothing.p))
 
 
-# --- paired bootstrap ------------------------------------------------------------------------------------------------
+# --- paired bootstrap ---------------------------------------------------------------------------------------
 
 
 def losses(n, generator, shift=0.0, noise=0.3):
-    """Losses of two runs on the same examples; both share the difficulty of an example, which pairing removes."""
+    """Losses of two runs on the same examples; pairing removes the difficulty that they share."""
     tokens = generator.integers(1, 9, n)
     difficulty = tokens * generator.gamma(2.0, 0.5, n)
     first, second = (
@@ -223,11 +224,11 @@ def test_verdict_depends_on_sign_and_level():
     ]
 
 
-# --- calibration: of 100 comparisons between equal runs, about 5 are significant ----------------------------------------
+# --- calibration: of 100 comparisons between equal runs, about 5 are significant ----------------------------
 
 
 def answers(generator, replications, n, accuracy, shared, gain=0.0):
-    """Whether two runs are correct, (replications, n) each; ``shared`` is the share of examples with one outcome."""
+    """Whether two runs are correct, (replications, n) each; they agree on a share of ``shared`` examples."""
     first, own = generator.random((2, replications, n))
     second = np.where(generator.random((replications, n)) < shared, first, own)
     return first < accuracy, second < accuracy + gain

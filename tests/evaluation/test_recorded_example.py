@@ -1,4 +1,4 @@
-"""Parsing of a line of ``predictions.jsonl``: every field is checked, and errors name the line and the field."""
+"""Parsing of a line of ``predictions.jsonl``: every field is checked, and errors name line and field."""
 
 import json
 import math
@@ -69,8 +69,14 @@ INVALID = {
         changed("likelihood.log_likelihoods", [-1.0, math.nan, 0]),
         "log_likelihoods is [-1.0, nan, 0]; expected a list of finite",
     ),
-    "infinity": (changed("likelihood.log_likelihoods", [-1.0, -math.inf, 0]), "expected a list of finite numbers"),
-    "beyond float": (changed("likelihood.log_likelihoods", [-1.0, 10**400, 0]), "expected a list of finite numbers"),
+    "infinity": (
+        changed("likelihood.log_likelihoods", [-1.0, -math.inf, 0]),
+        "expected a list of finite numbers",
+    ),
+    "beyond float": (
+        changed("likelihood.log_likelihoods", [-1.0, 10**400, 0]),
+        "expected a list of finite numbers",
+    ),
     "no candidates": (changed("likelihood.log_likelihoods", []), "log_likelihoods is []"),
     "no choice": (
         changed("likelihood.choice", {"sum": 1}),

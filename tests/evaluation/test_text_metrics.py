@@ -1,4 +1,4 @@
-"""Metrics of generated text: each is its reference library called directly, or says why it is not there."""
+"""Text metrics: each equals its reference library called directly, or says why it is not available."""
 
 import math
 import re
@@ -23,10 +23,10 @@ from gatera_lightning.evaluation.text_metrics import (
     bleu,
     corpus_metrics,
     distinct,
+    example_scores,
     meteor,
     normalized_tokens,
     rouge_l,
-    example_scores,
     token_f1,
 )
 
@@ -42,7 +42,7 @@ GENERATED, REFERENCES = [list(texts) for texts in zip(*PAIRS, strict=True)]
 
 
 class TwoWords:
-    """A WordNet in which dog and hound are one thing. Both are their own stems: NLTK looks up what its stemmer left."""
+    """A WordNet in which dog and hound are synonyms. NLTK looks up stems, which equal these words."""
 
     def ensure_loaded(self):
         pass
@@ -75,7 +75,7 @@ def no_wordnet(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory):
-    """The folder of a RoBERTa of three layers, and its tokenizer: one token a character."""
+    """The folder of a RoBERTa with three layers and a tokenizer with one token per character."""
     import string
 
     from tokenizers import Tokenizer, models
@@ -108,24 +108,24 @@ def tiny_bert(tmp_path_factory):
     return str(folder)
 
 
-# --- each is its library, called directly ---
+# --- metrics of reference libraries ---
 
 
-def test_bleu_is_sacrebleu():
+def test_bleu_matches_sacrebleu():
     assert bleu(GENERATED, REFERENCES) == sacrebleu.BLEU().corpus_score(GENERATED, [REFERENCES]).score
     assert 10 < bleu(GENERATED, REFERENCES) < 90
     assert bleu(REFERENCES, REFERENCES) == pytest.approx(100)
 
 
-def test_rouge_l_is_rouge_score():
+def test_rouge_l_matches_rouge_score():
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     each = [scorer.score(target=reference, prediction=text)["rougeL"].fmeasure for text, reference in PAIRS]
     assert rouge_l(GENERATED, REFERENCES) == each
     assert rouge_l(["a b c x"], ["a b c d e f"]) == pytest.approx([2 * 3 / (4 + 6)])  # by hand
 
 
-def test_meteor_is_nltk(wordnet):
-    """Punctuation and contractions are tokens of their own."""
+def test_meteor_matches_nltk(wordnet):
+    """Punctuation and contractions are separate tokens."""
     words = [
         ("i have a dog called miso .", "i have two dogs . one is called miso ."),
         ("No , I do n't like the hound !", "no , i do not like dogs"),
@@ -133,12 +133,12 @@ def test_meteor_is_nltk(wordnet):
     ]
     each = [meteor_score([reference.split()], text.split(), wordnet=wordnet) for text, reference in words]
     assert meteor(GENERATED, REFERENCES) == each
-    assert meteor(["the hound"], ["the dog"]) > meteor(["the horse"], ["the dog"])  # by the synonym
+    assert meteor(["the hound"], ["the dog"]) > meteor(["the horse"], ["the dog"])  # because of the synonym
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_bert_score_is_torchmetrics(layer, tiny_bert):
-    """Of each pair alone: see the next test. A text without tokens scores 0, as in the authors' package."""
+def test_bert_score_matches_torchmetrics(layer, tiny_bert):
+    """Called for each pair, see the next test. A text without tokens scores 0, as in the authors' package."""
     names = ("precision", "recall", "f1")
     each: dict[str, list[float]] = {name: [] for name in names}
     for text, reference in PAIRS:
@@ -153,8 +153,8 @@ def test_bert_score_is_torchmetrics(layer, tiny_bert):
     assert same["bert_score_f1"] == pytest.approx([1] * 6, abs=1e-5)
 
 
-def test_bert_score_pairs_rows_up(tiny_bert):
-    """Lengths that sort in a cycle on one side, which is not its own inverse, and otherwise on the other."""
+def test_bert_score_compares_matching_pairs(tiny_bert):
+    """Sorting the texts by length permutes them in a cycle, and the references differently."""
     texts, references = ["abcdefgh", "xy", "klmn"], ["abc", "xy or other", "klmn !"]
     each = [
         bert_score([a], [b], model=tiny_bert, layer=1)["bert_score_f1"][0]
@@ -163,15 +163,15 @@ def test_bert_score_pairs_rows_up(tiny_bert):
     assert bert_score(texts, references, model=tiny_bert, layer=1)["bert_score_f1"] == pytest.approx(each)
 
 
-def test_bert_score_cuts_what_is_too_long(tiny_bert):
+def test_bert_score_truncates_long_texts(tiny_bert):
     assert 0 < bert_score(["long " * 110], ["short"], model=tiny_bert, layer=1)["bert_score_f1"][0] < 1
 
 
-# --- what has no library ---
+# --- metrics without a library ---
 
 
 def _parlai_f1(text, reference):
-    """ParlAI's F1Metric, from its description."""
+    """``F1Metric`` of ParlAI, from its description."""
 
     def normalised(text):
         text = re.sub(r"[!\"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_']", " ", text.lower())
@@ -185,7 +185,7 @@ def _parlai_f1(text, reference):
     return 2 * precision * recall / (precision + recall)
 
 
-def test_token_f1_is_parlais():
+def test_token_f1_matches_parlai():
     assert token_f1(GENERATED, REFERENCES) == pytest.approx([_parlai_f1(*pair) for pair in PAIRS])
     assert token_f1(["the Dog's", "yes yes"], ["a dog 's bone .", "yes"]) == pytest.approx(
         [2 * 2 / (2 + 3), 2 / 3]
@@ -203,12 +203,12 @@ def test_token_f1_is_parlais():
         ("café – 3.5", ["café", "–", "3", "5"]),
     ],
 )
-def test_normalised_tokens(text, tokens):
+def test_normalized_tokens_drop_punctuation_and_articles(text, tokens):
     assert normalized_tokens(text) == tokens
 
 
-def test_distinct_counts_over_all_texts():
-    """By hand: i am here · i am here too · (nothing) · Here!: 8 words, 4 different; 5 pairs, 3 different."""
+def test_distinct_counts_ngrams_of_all_texts():
+    """By hand: i am here; i am here too; nothing; here. 8 words, 4 different; 5 pairs, 3 different."""
     texts = ["i am here", "I am the here, too .", "", "Here!"]
     assert distinct(texts, 1) == 4 / 8
     assert distinct(texts, 2) == 3 / 5
@@ -216,10 +216,10 @@ def test_distinct_counts_over_all_texts():
     assert distinct(["", "one"], 2) == 0.0
 
 
-# --- all of them, and what is missing ---
+# --- all metrics, and missing ones ---
 
 
-def test_every_metric_at_once(wordnet, tiny_bert):
+def test_all_metrics_are_computed(wordnet, tiny_bert):
     found = example_scores(GENERATED, REFERENCES, bert_model=tiny_bert, bert_layer=2)
     assert found.skipped == {}
     assert found.values == {
@@ -239,7 +239,7 @@ def test_every_metric_at_once(wordnet, tiny_bert):
     assert list(values) == list(CORPUS_METRICS)
 
 
-def test_what_is_not_there_is_skipped_and_said(no_wordnet):
+def test_example_scores_skip_unavailable_metrics(no_wordnet):
     found = example_scores(GENERATED, REFERENCES, bert_model="owner/not-a-model")
     assert found.skipped == {
         "meteor": "NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet",
@@ -256,7 +256,7 @@ def test_what_is_not_there_is_skipped_and_said(no_wordnet):
         ("nltk.corpus", "nltk", meteor),
     ],
 )
-def test_a_missing_package_is_named(module, package, metric, no_wordnet, monkeypatch):
+def test_metrics_name_missing_package(module, package, metric, no_wordnet, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     reason = f"the package {package} is not installed: pip install 'gatera-lightning[text]'"
     with pytest.raises(MetricUnavailable, match=re.escape(reason)):
@@ -267,25 +267,23 @@ def test_a_missing_package_is_named(module, package, metric, no_wordnet, monkeyp
 
 @pytest.mark.parametrize("compute", [example_scores, corpus_metrics])
 @pytest.mark.parametrize(("generated", "references"), [(["a"], []), (["a"], ["a", "b"])])
-def test_rows_must_pair_up(generated, references, compute):
-    message = f"^{len(generated)} generated texts and {len(references)} references; accepted: as many$"
+def test_metrics_reject_unequal_numbers_of_texts(generated, references, compute):
+    message = (
+        f"^got {len(generated)} generated texts and {len(references)} references; expected equally many$"
+    )
     with pytest.raises(ValueError, match=message):
         compute(generated, references)
 
 
-def test_no_text_says_anything(wordnet, tiny_bert):
-    """A model that stops at once is no error."""
+def test_metrics_of_empty_texts_are_zero(wordnet, tiny_bert):
+    """A model may end every answer at once."""
     found = example_scores(["", ""], ["a dog .", "yes"], bert_model=tiny_bert, bert_layer=1)
     assert found.skipped == {}
     assert [found.values[name] for name in ("token_f1", "rouge_l", "meteor")] == [[0.0, 0.0]] * 3
     assert set(corpus_metrics(["", ""], ["a dog .", "yes"])[0].values()) == {0.0}
 
 
-def test_no_texts_at_all_are_no_error():
-    """What a process without a share has, and how the report asks which metrics of many texts are not there."""
+def test_metrics_accept_no_texts():
+    """As of a rank without examples, and to find out which corpus metrics are available."""
     assert corpus_metrics([], []) == ({"bleu": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}, {})
     assert example_scores([], [], bert_model="owner/not-a-model").values["token_f1"] == []
-
-
-def test_no_texts_at_all():
-    assert corpus_metrics([], []) == ({"bleu": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}, {})

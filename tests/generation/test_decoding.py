@@ -1,13 +1,14 @@
-"""Generation: batched, padded and cached, it must give what a loop over single rows gives, and never anything sampled."""
+"""Decoding: batched, padded and cached generation equals a loop over single prompts, and is never sampled."""
 
 import itertools
 
 import pytest
 import torch
+from perturbed_adapter import perturb_adapter
 from tiny_backbone import PlainQuestion, sample_rows, tiny_data, tiny_module, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters, load_adapter, save_adapter
+from gatera_lightning import AdapterConfig, inject_adapters, load_adapter, save_adapter
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.adapters.merging import merge_adapter
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
@@ -19,20 +20,9 @@ LENGTHS = (7, 1, 40, 3, 19, 2, 33, 12)
 PROMPTS = [torch.randint(10, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in LENGTHS]
 
 
-def move(model, size=0.5):
-    """An adapter that has learned something."""
-    with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
-            parameter.add_(
-                size
-                * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-            )
-    return model
-
-
 @pytest.fixture(scope="module")
 def adapted(tiny_llama):
-    """``adapted("lora", "static")``: a model whose every answer depends on the whole prompt, and often ends."""
+    """``adapted("lora", "static")``: a model whose answers depend on the whole prompt and often end early."""
 
     def build(update="hira", gate="token"):
         model = tiny_llama(initializer_range=0.3, eos_token_id=EOS, pad_token_id=PAD).eval()
@@ -41,13 +31,13 @@ def adapted(tiny_llama):
         inject_adapters(
             model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0)
         )
-        return move(model)
+        return perturb_adapter(model, 0.5)
 
     return build
 
 
 def greedy(model, prompt, steps, ends=(EOS,)):
-    """What follows an unpadded prompt, the most likely token at a time, without a cache."""
+    """Greedy completion of an unpadded prompt, without a cache."""
     ids = list(prompt)
     for _ in range(steps):
         with torch.no_grad():
@@ -58,11 +48,11 @@ def greedy(model, prompt, steps, ends=(EOS,)):
 
 
 def answers(model, batch_size=8, ends=(EOS,), prompts=PROMPTS, **decoding):
-    """What ``generate`` gives in batches: up to the end of each answer, behind which there must be padding only."""
+    """Answers of ``generate`` in batches, each up to its end; everything after it must be padding."""
     found = []
     for start in range(0, len(prompts), batch_size):
-        rows = prompts[start : start + batch_size]
-        batch = collate_prompts(rows, range(len(rows)), pad_id=PAD, eos_id=EOS)
+        some = prompts[start : start + batch_size]
+        batch = collate_prompts(some, range(len(some)), pad_id=PAD, eos_id=EOS)
         for ids in generate(model, batch, DecodingConfig(**decoding)).tolist():
             length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
             assert set(ids[length:]) <= {PAD}
@@ -72,7 +62,7 @@ def answers(model, batch_size=8, ends=(EOS,), prompts=PROMPTS, **decoding):
 
 @pytest.mark.parametrize("gate", ["none", "static", "token"])
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
-def test_greedy_answers_equal_a_plain_loop_over_rows(adapted, update, gate):
+def test_generate_matches_greedy_loop(adapted, update, gate):
     model = adapted(update, gate)
     expected = [greedy(model, prompt, 8) for prompt in PROMPTS]
     assert len({len(answer) for answer in expected}) > 1  # some end early
@@ -87,7 +77,7 @@ def test_greedy_answers_equal_a_plain_loop_over_rows(adapted, update, gate):
 @pytest.mark.parametrize(
     ("update", "gate"), [("hira", "none"), ("lora", "none"), ("dora", "none"), ("hira", "static")]
 )
-def test_beams_equal_those_of_the_merged_model_row_by_row(adapted, update, gate):
+def test_generate_beams_match_merged_model(adapted, update, gate):
     model = adapted(update, gate)
     found = {size: answers(model, size, beams=4, max_new_tokens=8) for size in (8, 3)}
     uncached = answers(model, beams=4, max_new_tokens=8, use_cache=False)
@@ -99,10 +89,10 @@ def test_beams_equal_those_of_the_merged_model_row_by_row(adapted, update, gate)
         expected.append(ids[0, len(prompt) :].tolist())
     assert found == {8: expected, 3: expected}
     assert uncached == expected
-    assert expected != single  # else nothing was searched
+    assert expected != single  # otherwise beam search would not show
 
 
-def test_beams_of_a_token_gate_do_not_depend_on_batches(adapted):
+def test_generate_beams_do_not_depend_on_batch_size(adapted):
     model = adapted()
     expected = answers(model, 1, beams=4, max_new_tokens=8)
     assert (
@@ -113,8 +103,8 @@ def test_beams_of_a_token_gate_do_not_depend_on_batches(adapted):
 
 
 @pytest.mark.parametrize("own", [[EOS, OTHER_END], [OTHER_END], OTHER_END])
-def test_an_answer_ends_at_any_token_that_ends_one(adapted, own):
-    """The tokenizer's EOS, which training taught, and whatever the model's own configuration names."""
+def test_generate_stops_at_every_end_token(adapted, own):
+    """The tokenizer's EOS, used in training, and the end tokens of the model's generation config."""
     model = adapted()
     plain = answers(model, max_new_tokens=16)
     model.generation_config.eos_token_id = own
@@ -125,7 +115,7 @@ def test_an_answer_ends_at_any_token_that_ends_one(adapted, own):
     assert found != plain
 
 
-def test_no_n_tokens_are_written_twice(adapted):
+def test_generate_respects_no_repeat_ngram_size(adapted):
     def repeated(ids):
         pairs = list(itertools.pairwise(ids))
         return len(pairs) - len(set(pairs))
@@ -138,7 +128,7 @@ def test_no_n_tokens_are_written_twice(adapted):
         assert repeated(prompt + answer) == repeated(prompt)
 
 
-def test_a_length_penalty_lets_shorter_beams_win(adapted):
+def test_generate_applies_length_penalty(adapted):
     model = adapted()
     short, plain, long = (
         answers(model, beams=4, max_new_tokens=12, length_penalty=power) for power in (-4.0, 1.0, 6.0)
@@ -147,7 +137,7 @@ def test_a_length_penalty_lets_shorter_beams_win(adapted):
     assert sum(map(len, short)) < sum(map(len, plain)) < sum(map(len, long))
 
 
-def test_a_model_without_an_end_of_its_own_ends_at_the_tokenizers(adapted):
+def test_generate_stops_at_eos_without_model_end_token(adapted):
     model = adapted()
     expected = answers(model, max_new_tokens=8)
     model.generation_config.eos_token_id = None
@@ -169,7 +159,7 @@ def test_a_model_without_an_end_of_its_own_ends_at_the_tokenizers(adapted):
     ],
     ids=lambda recommended: next(iter(recommended)),
 )
-def test_what_a_publisher_recommends_for_chatting_changes_nothing(adapted, recommended, beams):
+def test_generate_ignores_model_generation_config(adapted, recommended, beams):
     model = adapted()
     expected = answers(model, beams=beams, max_new_tokens=8)
     for name, value in recommended.items():
@@ -181,7 +171,7 @@ def test_what_a_publisher_recommends_for_chatting_changes_nothing(adapted, recom
 
 
 @pytest.mark.parametrize(("use_cache", "widths"), [(True, [40, 1, 1]), (False, [40, 41, 42])])
-def test_a_cache_is_kept_or_not(adapted, use_cache, widths):
+def test_generate_respects_use_cache(adapted, use_cache, widths):
     model = adapted()
     model.config.use_cache = False  # as it is while training
     seen = []
@@ -190,14 +180,14 @@ def test_a_cache_is_kept_or_not(adapted, use_cache, widths):
     assert seen == widths
 
 
-def test_answers_are_cut(adapted):
+def test_generate_truncates_at_max_new_tokens(adapted):
     model = adapted()
-    whole = answers(model, max_new_tokens=8)
+    complete = answers(model, max_new_tokens=8)
     for length in (1, 3):
-        assert answers(model, max_new_tokens=length) == [answer[:length] for answer in whole]
+        assert answers(model, max_new_tokens=length) == [answer[:length] for answer in complete]
 
 
-def test_nothing_is_left_for_backward(adapted):
+def test_generate_runs_without_gradients(adapted):
     model = adapted()
     assert not generate(
         model, collate_prompts(PROMPTS, range(8), pad_id=PAD, eos_id=EOS), DecodingConfig()
@@ -205,7 +195,7 @@ def test_nothing_is_left_for_backward(adapted):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_problems_name_the_setting():
+def test_decoding_config_problems_name_setting():
     assert DecodingConfig().problems() == []
     assert DecodingConfig(beams=0, max_new_tokens=0).problems() == [
         "decoding.beams: 0; accepted: an integer of at least 1",
@@ -214,15 +204,22 @@ def test_problems_name_the_setting():
     assert DecodingConfig(beams=4, length_penalty=0.9, no_repeat_ngram_size=4).problems() == []
     assert DecodingConfig(length_penalty=0.9, no_repeat_ngram_size=-1).problems() == [
         "decoding.no_repeat_ngram_size: -1; accepted: an integer of at least 0",
-        "decoding.length_penalty: 0.9, with beams 1; accepted: a number, with 1 beam: 1",
+        "decoding.length_penalty: 0.9, with beams 1; accepted: 1, or more than 1 beam",
+    ]
+    assert DecodingConfig(beams=4, length_penalty=float("inf")).problems() == [
+        "decoding.length_penalty: inf; accepted: a finite number"
+    ]
+    assert DecodingConfig(prepared=False, skip_below=0.1).problems() == [
+        "decoding.prepared: false, with skip_below 0.1 and merge_above 1.0; "
+        "accepted: true, or skip_below 0 and merge_above 1"
     ]
 
 
-def test_a_test_run_writes_the_texts_of_a_plain_loop(tiny_backbone, tmp_path):
-    """From question to file: prompts, padding, decoding, and which example a text belongs to."""
+def test_test_run_writes_texts_of_greedy_loop(tiny_backbone, tmp_path):
+    """End to end: prompts, padding, decoding, and the example that a text belongs to."""
     module = tiny_module(tiny_backbone, gate=TokenGateConfig(bias=1.0))
     module.configure_model()
-    adapter = save_adapter(move(module.model, 4.0), tmp_path / "adapter")
+    adapter = save_adapter(perturb_adapter(module.model, 4.0), tmp_path / "adapter")
     module.decoding = DecodingConfig(max_new_tokens=6)
     found = []
     for size in (1, 3, 8):

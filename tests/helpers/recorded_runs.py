@@ -12,8 +12,8 @@ def example_line(
 ):
     """An example with three candidates.
 
-    ``choice`` is the choice of every score, or a tuple of one for each. ``generated`` is the choice of the generated
-    text; "none" leaves the text out.
+    ``choice`` is the choice of every score, or a tuple of one for each. ``generated`` is the choice of the
+    generated text; "none" leaves the text out.
     """
     choices = (choice,) * 3 if isinstance(choice, int) else choice
     likelihood = {
@@ -42,7 +42,7 @@ def text_line(example, text="i have a dog", reference="i have two dogs", task="t
 
 
 def random_text_lines(seed, n=60, shift=0.0):
-    """Lines of two tasks with random F1 and METEOR, and these two as arrays in the order of a recorded run."""
+    """Lines of two tasks with random F1 and METEOR, and both as arrays in the order of a recorded run."""
     generator = np.random.default_rng(seed)
     f1, meteor = generator.random(n) / 2 + shift, generator.random(n)
     lines = []
@@ -59,7 +59,7 @@ def without(name, fields):
 
 
 def write_run(folder, lines, adapter=None, file="predictions.jsonl"):
-    """Write lines (mappings, or strings as they are) and the summary's ``adapter``; return what ``compare`` accepts."""
+    """Write lines (mappings or strings) and the summary's ``adapter``; return a path for ``compare``."""
     folder.mkdir(parents=True, exist_ok=True)
     content = (line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / file).write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
