@@ -16,7 +16,7 @@ ROWS = [
     {"a": "one, two", "b": 'says "hi"'},
     {"a": "two\n\nlines", "b": "Grüße 👋"},
     {"a": " spaces ", "b": ""},
-    {"a": "a\u2028b\x0bc\x85d", "b": "characters at which str.splitlines splits"},
+    {"a": "a\u2028b\x0bc\x85d\u2029e", "b": "characters at which str.splitlines splits"},
 ]
 
 

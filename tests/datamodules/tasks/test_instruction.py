@@ -1,42 +1,40 @@
-"""People's own data: the same rows from every format, what is refused and how, the sample, and a run on it."""
+"""The user's own data: instructions and chats from every format, malformed rows, and the sample."""
 
 import csv
 import json
 import re
-import shutil
 from importlib import resources
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_backbone import tiny_args
+from chats import chat
 
-from gatera_lightning.cli.main import main
 from gatera_lightning.datamodules import InstructionDataModule
 from gatera_lightning.datamodules.prompts.conversations import Chat, parse_conversation
 from gatera_lightning.errors import ConfigError
 
 SAMPLE = Path(str(resources.files("gatera_lightning.datamodules"))) / "samples" / "calendar"
-NOTES = [
+INSTRUCTIONS = [
     {"instruction": "Translate into French.", "input": "good morning, all", "output": "bonjour à tous"},
     {"instruction": 'Say "hi", twice.', "input": "", "output": "hi\n\nhi"},
     {"instruction": "Wave;\tplease", "input": "two\nlines", "output": "👋"},
 ]
 CHATS = [
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello 👋"}]},
+    {"messages": chat("hi", "Hello 👋")},
     {
-        "messages": [
-            {"role": "system", "content": "Be kind."},
-            *({"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")),
-        ]
+        "messages": chat(
+            "user 0", "assistant 0", "user 1", "assistant 1", "user 2", "assistant 2", system="Be kind."
+        )
     },
 ]
+SUFFIXES = [".json", ".jsonl", ".csv", ".parquet"]
 
 
 @pytest.fixture
 def save(tmp_path):
-    """``save("rows.csv", rows)``: the path of a file with these rows, in the format of its name."""
+    """``save("rows.csv", rows)`` writes a file in the format of its name and returns the path."""
 
     def store(name, rows):
         path = tmp_path / "own" / name
@@ -50,7 +48,7 @@ def save(tmp_path):
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
-        else:
+        else:  # every row has every column, perhaps with null
             columns = dict.fromkeys(name for row in rows for name in row)
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([columns | row for row in rows]), path)
         return str(path)
@@ -58,160 +56,123 @@ def save(tmp_path):
     return store
 
 
-def _problem(data, split="train"):
-    """What is said of the rows of a split."""
+def error_of(data):
+    """The error in the training rows."""
     with pytest.raises(ConfigError) as caught:
-        list(data.examples(split))
+        list(data.examples("train"))
     return str(caught.value)
 
 
-# --- the same rows, however they are written ---
+# --- examples ---
 
 
 @pytest.mark.parametrize("template", ["alpaca", "plain", "chat"])
-@pytest.mark.parametrize(
-    ("rows", "suffixes"),
-    [(NOTES, (".json", ".jsonl", ".csv", ".parquet")), (CHATS, (".json", ".jsonl", ".parquet"))],
-    ids=["notes", "chats"],
-)
-def test_every_format_gives_the_same_examples(
-    rows, suffixes, template, save, make_instruction_data, chat_tokenizers
-):
-    if template == "alpaca":
-        rows = rows[:1] if "messages" in rows[0] else rows
+@pytest.mark.parametrize("kind", ["instructions", "chats"])
+def test_all_formats_give_the_same_examples(kind, template, save, make_instruction_data, chat_tokenizers):
+    rows, suffixes = (
+        (INSTRUCTIONS, SUFFIXES) if kind == "instructions" else (CHATS, [".json", ".jsonl", ".parquet"])
+    )
+    if kind == "chats" and template == "alpaca":
+        rows = rows[:1]  # the other one has several turns
     settings = {"template": template, "train_on": "every_response", "tokenizer": chat_tokenizers["gemma"]}
-    found = [
+    first, *others = (
         list(make_instruction_data(train=[save(f"rows{suffix}", rows)], **settings).examples("train"))
         for suffix in suffixes
-    ]
-    assert len(found[0]) == len(rows)
-    assert all(examples == found[0] for examples in found[1:])
+    )
+    assert len(first) == len(rows)
+    assert all(examples == first for examples in others)
 
 
-def test_both_kinds_of_rows_in_one_file(save, make_instruction_data):
-    """Parquet gives every row every column, with nothing in it."""
-    rows = [NOTES[0], CHATS[1], NOTES[1], CHATS[0]]
-    for suffix in (".json", ".jsonl", ".parquet"):
-        examples = list(make_instruction_data(train=[save(f"mixed{suffix}", rows)]).examples("train"))
-        assert [example.answers for example in examples] == [
-            [" bonjour à tous"],
-            [" assistant 2"],
-            [" hi\n\nhi"],
-            [" Hello 👋"],
-        ]
-        assert [example.prompt.partition(":")[0] for example in examples] == [
-            "Question",
-            "Be kind.\nUser",
-            "Question",
-            "User",
-        ]
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_file_may_mix_instructions_and_chats(suffix, save, make_instruction_data):
+    path = save(f"mixed{suffix}", [INSTRUCTIONS[0], CHATS[1], INSTRUCTIONS[1], CHATS[0]])
+    examples = list(make_instruction_data(train=[path]).examples("train"))
+    answers = [example.answers for example in examples]
+    assert answers == [[" bonjour à tous"], [" assistant 2"], [" hi\n\nhi"], [" Hello 👋"]]
+    beginnings = [example.prompt.partition(":")[0] for example in examples]
+    assert beginnings == ["Question", "Be kind.\nUser", "Question", "User"]
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize(("template", "separator"), [("alpaca", ""), ("plain", " "), ("chat", "")])
+def test_example_of_instruction(template, separator, save, make_instruction_data, chat_tokenizers):
+    settings = {"template": template, "tokenizer": chat_tokenizers["turn_ends_in_eos"]}
+    data = make_instruction_data(train=[save("my_notes.csv", INSTRUCTIONS[:2])], **settings)
+    with_input, without_input = data.examples("train")
+    assert "Translate into French." in with_input.prompt
+    assert "good morning, all" in with_input.prompt
+    assert 'Say "hi", twice.' in without_input.prompt
+    assert "Input:" not in without_input.prompt
+    assert with_input.answers == [f"{separator}bonjour à tous"]
+    assert without_input.answers == [f"{separator}hi\n\nhi"]
+    for example, label in ((with_input, "bonjour à tous"), (without_input, "hi\n\nhi")):
+        assert example.labels == [label]
+        assert (example.gold, example.task, example.chat) == (0, "my_notes", template == "chat")
+
+
+def test_earlier_responses_are_located_for_every_response_only(save, make_instruction_data, chat_tokenizers):
+    settings = {"template": "chat", "tokenizer": chat_tokenizers["llama3"]}
+    source = [save("rows.json", CHATS[1:])]
+    for train_on, count in (("every_response", 2), ("response", 0), ("all", 0)):
+        (example,) = make_instruction_data(train=source, train_on=train_on, **settings).examples("train")
+        assert len(example.earlier_responses) == count
+
+
+def test_question_key_does_not_depend_on_template_and_length(chat_tokenizers, save, make_instruction_data):
+    messages = chat("hi", "Hello.", "bye", "Bye!", system="Be kind.")
+    rows = [{"messages": messages}, {"messages": messages[:3]}, {"instruction": "hi", "output": "hello."}]
+    path, tokenizer = save("rows.json", rows), chat_tokenizers["gemma"]
+
+    def keys(**settings):
+        data = make_instruction_data(train=[path], tokenizer=tokenizer, **settings)
+        return [example.key for example in data.examples("train")]
+
+    found = keys(template="plain")
+    assert len(set(found)) == 3
+    assert found == keys(template="chat") == keys(template="plain", max_length=40)
+    single_turn = save("chat.json", [{"messages": chat("Hi", "Hello.")}])
+    (example,) = make_instruction_data(train=[single_turn]).examples("train")
+    assert example.key == found[2]  # the same question as an instruction
+
+
+@pytest.mark.parametrize(
+    "other", [{"input": "3 4"}, {"input": ""}, {"output": "7"}, {"instruction": "Multiply."}]
+)
+def test_question_key_depends_on_every_column(other, save, make_instruction_data):
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    first, second = make_instruction_data(train=[save("rows.json", [row, row | other])]).examples("train")
+    assert first.key != second.key
+
+
+# --- columns ---
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_columns_of_other_names(suffix, save, make_instruction_data):
     names = {"instruction": "question", "input": "about", "output": "answer"}
     renamed = [
-        {names[name]: text for name, text in row.items()} | {"instruction": "not this"} for row in NOTES
+        {names[name]: text for name, text in row.items()} | {"instruction": "not this"}
+        for row in INSTRUCTIONS
     ]
     data = make_instruction_data(train=[save(f"other{suffix}", renamed)], columns=names)
-    expected = make_instruction_data(train=[save("rows.json", NOTES)])
+    expected = make_instruction_data(train=[save("rows.json", INSTRUCTIONS)])
     for one, other in zip(data.examples("train"), expected.examples("train"), strict=True):
         assert (one.prompt, one.answers, one.key) == (other.prompt, other.answers, other.key)
 
 
-@pytest.mark.parametrize("column", ["input", "messages"])
-def test_a_column_that_no_row_has_is_not_left_out_silently(column, save, make_instruction_data):
-    data = make_instruction_data(
-        train=[save("rows.json", NOTES)], columns={column: "contxt", "output": "output"}
-    )
-    with pytest.raises(
-        ConfigError, match=rf"^data.columns: {column}: contxt, and no row of data.train has that column$"
-    ):
-        list(data.examples("train"))
-
-
 def test_messages_of_another_name(save, make_instruction_data):
-    data = make_instruction_data(
-        train=[save("rows.parquet", [{"turns": CHATS[1]["messages"]}])], columns={"messages": "turns"}
-    )
-    (example,) = data.examples("train")
+    path = save("rows.parquet", [{"turns": CHATS[1]["messages"]}])
+    (example,) = make_instruction_data(train=[path], columns={"messages": "turns"}).examples("train")
     assert example.answers == [" assistant 2"]
 
 
-ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n### Response:\n"
-)
-WITH_INPUT = ", paired with an input that provides further context"
-PROMPTS = {  # by hand: a note with an input, one without, and how an answer follows
-    "alpaca": (
-        ALPACA.format(WITH_INPUT, "Translate into French.\n\n### Input:\ngood morning, all"),
-        ALPACA.format("", 'Say "hi", twice.'),
-        "",
-    ),
-    "plain": (
-        "Question: Translate into French.\n\ngood morning, all\nAnswer:",
-        'Question: Say "hi", twice.\nAnswer:',
-        " ",
-    ),
-    "chat": (
-        "<im_start>user\nTranslate into French.\n\ngood morning, all<eos>\n<im_start>assistant\n",
-        '<im_start>user\nSay "hi", twice.<eos>\n<im_start>assistant\n',
-        "",
-    ),
-}
+@pytest.mark.parametrize("column", ["input", "messages"])
+def test_column_that_no_row_has_is_rejected(column, save, make_instruction_data):
+    columns = {column: "contxt", "output": "output"}
+    data = make_instruction_data(train=[save("rows.json", INSTRUCTIONS)], columns=columns)
+    assert error_of(data) == f"data.columns: {column}: contxt, but no row of data.train has that column"
 
 
-@pytest.mark.parametrize("template", PROMPTS)
-def test_an_instruction_with_and_without_input(template, save, make_instruction_data, chat_tokenizers):
-    settings = {"template": template, "tokenizer": chat_tokenizers["turn_ends_in_eos"]}
-    examples = list(
-        make_instruction_data(train=[save("my_notes.csv", NOTES[:2])], **settings).examples("train")
-    )
-    *prompts, space = PROMPTS[template]
-    assert [example.prompt for example in examples] == prompts
-    assert [example.answers for example in examples] == [[f"{space}bonjour à tous"], [f"{space}hi\n\nhi"]]
-    assert [example.labels for example in examples] == [["bonjour à tous"], ["hi\n\nhi"]]
-    assert {(example.gold, example.task, example.chat) for example in examples} == {
-        (0, "my_notes", template == "chat")
-    }
-
-
-def test_places_of_earlier_responses_are_asked_for_with_every_response_alone(
-    save, make_instruction_data, chat_tokenizers
-):
-    source = [save("rows.json", CHATS[1:])]
-    for train_on, count in (("every_response", 2), ("response", 0), ("all", 0)):
-        data = make_instruction_data(
-            train=source, template="chat", tokenizer=chat_tokenizers["llama3"], train_on=train_on
-        )
-        (example,) = data.examples("train")
-        assert len(example.earlier_responses) == count
-
-
-# --- files under data_dir ---
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_a_task_may_have_any_format(suffix, save, make_instruction_data, make_data, tmp_path):
-    save(f"calendar/train{suffix}", NOTES)
-    save(f"calendar/test{'.json' if suffix == '.csv' else '.csv'}", NOTES[:2])
-    settings = {"train": ["calendar"], "test": ["calendar"], "validation": 1, "data_dir": f"{tmp_path}/own/"}
-    data = make_instruction_data(**settings)
-    assert data.problems("fit") == data.problems("test") == []
-    assert [len(list(data.examples(split))) for split in ("train", "test")] == [3, 2]
-    assert {example.task for example in data.examples("train")} == {"calendar"}
-
-
-def test_a_task_without_any_file(make_instruction_data, tmp_path):
-    (problem,) = make_instruction_data(train=["calendar"], validation=1, data_dir=str(tmp_path)).problems(
-        "fit"
-    )
-    assert problem.startswith(f"data.train: task 'calendar' needs the file {tmp_path}/calendar/train.json")
-    assert "does not exist" in problem
-
-
-# --- settings that cannot work ---
+# --- settings ---
 
 
 @pytest.mark.parametrize(
@@ -220,215 +181,137 @@ def test_a_task_without_any_file(make_instruction_data, tmp_path):
         (
             "columns",
             {"instruction": "question", "prompt": "x", "response": "y"},
-            "data.columns: prompt, response is unknown; accepted: instruction, input, output, messages",
+            "prompt, response is unknown; accepted: instruction, input, output, messages",
         ),
         (
             "rank_validation",
             True,
-            "data.rank_validation: true, and a row has one response, which always ranks first; accepted: false",
+            "true, but every example has a single response, which always ranks first; accepted: false",
         ),
-        (
-            "train_on",
-            "responses",
-            "data.train_on: 'responses' is unknown; accepted: response, every_response, all",
-        ),
-        ("train_on", None, "data.train_on: is not set; accepted: response, every_response, all"),
-        ("template", "vicuna", "data.template: 'vicuna' is unknown; accepted: alpaca, plain, chat"),
+        ("train_on", "responses", "'responses' is unknown; accepted: response, every_response, all"),
     ],
 )
-def test_a_setting_that_cannot_work(setting, value, problem, make_instruction_data):
-    assert make_instruction_data(**{setting: value}).problems("fit") == [problem]
+def test_problem_names_setting_value_and_accepted_values(setting, value, problem, make_instruction_data):
+    assert make_instruction_data(**{setting: value}).problems("fit") == [f"data.{setting}: {problem}"]
 
 
-def test_problems_come_at_once_and_before_any_row_is_read(save, make_instruction_data):
-    bad = save("bad.jsonl", [{}])
-    weights = {"bad": 1, "gone": -2}
+def test_columns_are_optional(make_instruction_data):
+    for columns in ({}, None):
+        assert make_instruction_data(columns=columns).problems("fit") == []
+
+
+def test_problems_are_found_before_any_row_is_read(save, make_instruction_data):
     data = make_instruction_data(
-        train=[bad, "gone.csv"], validation=1, columns={"x": "y"}, weights=weights, template="vicuna"
+        train=[save("bad.jsonl", [{}]), "gone.csv"],
+        validation=1,
+        columns={"x": "y"},
+        weights={"bad": 1, "gone": -2},
+        template="vicuna",
     )
-    found = data.problems("fit")
-    assert [problem.partition(":")[0] for problem in found] == [
-        "data.template",
-        "data.train",
-        "data.weights",
-        "data.columns",
-    ]
-    assert found[1] == "data.train: the file gone.csv does not exist"
-    assert found[2] == "data.weights: gone: -2; accepted: a number of at least 0"
-
-
-def test_a_file_that_holds_no_rows_by_its_name(write, make_instruction_data):
-    problems = make_instruction_data(train=[write("notes.txt", "a note")], validation=1).problems("fit")
-    assert [problem.partition(": ")[2].rpartition("' ")[2] for problem in problems] == [
-        "is no file of rows; accepted: .jsonl, .json, .csv, .parquet"
-    ]
-
-
-def test_columns_may_be_left_out(make_instruction_data):
-    assert (
-        make_instruction_data(columns={}).problems("fit")
-        == make_instruction_data(columns=None).problems("test")
-        == []
-    )
+    problems = data.problems("fit")
+    settings = [problem.partition(":")[0] for problem in problems]
+    assert settings == ["data.template", "data.train", "data.weights", "data.columns"]
+    assert problems[1] == "data.train: the file gone.csv does not exist"
 
 
 @pytest.mark.parametrize("train_on", ["response", "every_response"])
-def test_chat_needs_a_template_in_the_tokenizer(train_on, make_instruction_data, tokenizers_by_kind):
-    message = r"data\.template: chat needs a tokenizer with a chat template, and this one has none; use alpaca, plain$"
+def test_connect_rejects_chat_without_chat_template(train_on, make_instruction_data, tokenizers_by_kind):
+    message = r"^data\.template: chat needs a tokenizer with a chat template"
     with pytest.raises(ConfigError, match=message):
         make_instruction_data(template="chat", tokenizer=tokenizers_by_kind["bos"], train_on=train_on)
 
 
-def test_a_tokenizer_is_needed():
+def test_tokenizer_is_required():
     with pytest.raises(RuntimeError, match=r"call connect\(tokenizer\) first"):
         next(InstructionDataModule(template="plain", train_on="response").examples("train"))
 
 
-# --- rows that cannot be used ---
+# --- malformed rows ---
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_a_missing_column_is_named_with_those_that_are_there(suffix, save, make_instruction_data):
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_missing_column_is_reported_with_the_existing_ones(suffix, save, make_instruction_data):
     path = save(f"rows{suffix}", [{"question": "Why?", "output": "So.", "id": "7"}] * 2)
-    assert _problem(make_instruction_data(train=[f"{path}[1:]"])) == (
+    assert error_of(make_instruction_data(train=[f"{path}[1:]"])) == (
         f"{path}, row 2: column 'instruction' is missing; the row has question, output, id. "
-        "data.columns: {instruction: NAME} reads another one"
+        "To read another column, set data.columns: {instruction: NAME}"
     )
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_an_empty_output_is_named_by_file_and_row(suffix, save, make_instruction_data):
-    path = save(f"rows{suffix}", [*NOTES, NOTES[0] | {"output": " "}])
-    assert _problem(make_instruction_data(train=[path])) == f"{path}, row 4: column 'output' is empty"
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_empty_output_is_reported(suffix, save, make_instruction_data):
+    path = save(f"rows{suffix}", [*INSTRUCTIONS, INSTRUCTIONS[0] | {"output": " "}])
+    assert error_of(make_instruction_data(train=[path])) == f"{path}, row 4: column 'output' is empty"
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_a_chat_that_is_none_is_named_by_file_and_row(suffix, save, make_instruction_data):
-    asked = {"messages": CHATS[0]["messages"][:1]}
-    path = save(f"rows{suffix}", [*CHATS, asked])
-    found = _problem(make_instruction_data(train=[path]))
-    assert (
-        found
-        == f"{path}, row 3: the last message is the user's; expected the assistant's, which is the response"
-    )
+def test_chat_without_response_is_reported(suffix, save, make_instruction_data):
+    path = save(f"rows{suffix}", [*CHATS, {"messages": CHATS[0]["messages"][:1]}])
+    message = f"{path}, row 3: the last message has role 'user'; expected 'assistant', the response"
+    assert error_of(make_instruction_data(train=[path])) == message
 
 
-def test_a_chat_cannot_stand_in_csv(save, make_instruction_data):
+def test_csv_cannot_contain_chats(save, make_instruction_data):
     path = save("rows.csv", [{"messages": json.dumps(CHATS[0]["messages"])}])
-    assert _problem(make_instruction_data(train=[path])).startswith(
+    assert error_of(make_instruction_data(train=[path])).startswith(
         f"{path}, row 1: messages: expected a list of objects with role and content, found '[{{"
     )
 
 
-def test_a_table_without_a_header_shows_what_was_taken_for_one(save, make_instruction_data):
-    path = Path(save("rows.csv", NOTES))
+def test_csv_without_header_shows_the_row_that_was_taken_for_it(save, make_instruction_data):
+    path = Path(save("rows.csv", INSTRUCTIONS))
     path.write_text("Why?,So.\nHow?,Thus.\n")
-    assert "the row has Why?, So." in _problem(make_instruction_data(train=[str(path)]))
+    assert "the row has Why?, So." in error_of(make_instruction_data(train=[str(path)]))
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_alpaca_has_no_place_for_a_chat_of_several_turns(number, save, make_instruction_data):
-    path = save("rows.jsonl", [*CHATS[:1] * number, CHATS[1]])
-    assert _problem(make_instruction_data(train=[path], template="alpaca")) == (
-        f"{path}, row {number + 1}: a chat of 7 messages; template alpaca has one turn: use chat or plain"
+def test_alpaca_rejects_chat_of_several_turns(save, make_instruction_data):
+    path = save("rows.jsonl", CHATS)
+    assert error_of(make_instruction_data(train=[path], template="alpaca")) == (
+        f"{path}, row 2: template alpaca has a single turn, but the chat has 7 messages; "
+        "accepted templates: chat, plain"
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.json", "[]"), ("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.csv", "instruction,output\n")],
-)
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_a_split_without_rows(name, content, split, write, save, make_instruction_data):
-    full, empty = [save("full.json", NOTES)], [write(name, content)]
-    settings = {"train": full, "validation": full, "test": full} | {split: empty}
-    with pytest.raises(ConfigError, match=rf"^data\.{split}: the split is empty; give at least one example$"):
-        make_instruction_data(stage="test" if split == "test" else "fit", **settings)
-
-
-def test_a_slice_or_a_table_without_rows(save, make_instruction_data, tmp_path):
-    pyarrow.parquet.write_table(
-        pyarrow.table({"instruction": [""], "output": [""]}).slice(1), tmp_path / "none.parquet"
-    )
-    for source in (f"{save('rows.csv', NOTES)}[3:]", str(tmp_path / "none.parquet")):
-        with pytest.raises(ConfigError, match=r"^data\.test: the split is empty; give at least one example$"):
-            make_instruction_data(test=[source], stage="test")
-
-
-def test_a_row_that_cannot_be_used_stops_the_fit(save, make_instruction_data):
-    path = save("rows.jsonl", [*NOTES, NOTES[0] | {"input": 5}])
-    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 4: column 'input': expected a text, found 5$"):
+def test_malformed_row_stops_the_fit(save, make_instruction_data):
+    path = save("rows.jsonl", [*INSTRUCTIONS, INSTRUCTIONS[0] | {"input": 5}])
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 4: column 'input': expected text, found 5$"):
         make_instruction_data(train=[path], validation=1, stage="fit")
 
 
-# --- the sample ---
+@pytest.mark.parametrize("content", ["[]", "", "\n \n", "instruction,output\n", "parquet"])
+def test_file_without_rows_is_an_empty_split(content, write, make_instruction_data, tmp_path):
+    if content == "parquet":
+        path = str(tmp_path / "rows.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"instruction": [""], "output": [""]}).slice(1), path)
+    else:
+        suffix = {"[]": "json", "instruction,output\n": "csv"}.get(content, "jsonl")
+        path = write(f"rows.{suffix}", content)
+    with pytest.raises(ConfigError, match=r"^data\.test: the split is empty"):
+        make_instruction_data(test=[path], stage="test")
 
 
-def _sample(split):
-    return [json.loads(line) for line in (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+# --- sample data ---
 
 
-def test_the_sample(make_instruction_data):
-    data = make_instruction_data(template="plain", train_on="every_response", stage="fit")
+def test_sample(make_instruction_data):
+    data = make_instruction_data(train_on="every_response", stage="fit")
     data.setup("test")
     assert data.problems("fit") == data.problems("test") == []
-    assert {split: len(table) for split, table in data.tables.items()} == {
-        "train": 120,
-        "validation": 24,
-        "test": 36,
-    }
-    assert [found.rows for found in data.overlaps()] == [()] * 2
-    assert not any(any(table["truncated"]) for table in data.tables.values())
-    assert {task for table in data.tables.values() for task in table["task"]} == {"calendar"}
+    sizes = {split: len(table) for split, table in data.tables.items()}
+    assert sizes == {"train": 120, "validation": 24, "test": 36}
+    assert [overlap.indices for overlap in data.overlaps()] == [()] * 2
+    for table in data.tables.values():
+        assert not any(table["truncated"])
+        assert set(table["task"]) == {"calendar"}
 
 
-def test_rows_of_the_sample_are_of_both_kinds_and_their_appointments_in_one_split_each():
+def test_sample_is_half_chats_and_splits_share_no_appointment():
     appointments = []
     for split in ("train", "validation", "test"):
-        found = [parse_conversation(row, {}) for row in _sample(split)]
+        lines = (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [parse_conversation(json.loads(line), {}) for line in lines]
         assert sum(isinstance(conversation, Chat) for conversation in found) == len(found) // 2
         assert len({repr(conversation) for conversation in found}) == len(found)
-        lines = [
-            re.fullmatch(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun) \d\d:\d\d · (.+?)( \(.+\))?", c.response)
-            for c in found
-        ]
-        appointments.append({line[2] for line in lines})
+        response = re.compile(r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) \d\d:\d\d · (.+?)(?: \(.+\))?")
+        appointments.append({response.fullmatch(conversation.response)[1] for conversation in found})
     assert len(set.union(*appointments)) == sum(map(len, appointments))
-
-
-# --- a run ---
-
-
-CHAT_TEMPLATE = (
-    "{% for turn in messages %}<{{ turn['role'] }}>\n{{ turn['content'] }}<|eos|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
-)
-
-
-def test_the_recipe_trains_and_tests(tiny_backbone, tmp_path, monkeypatch, capsys):
-    """With the chat template, every response and packed lines."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "backbone"
-    shutil.copytree(tiny_backbone, folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
-    rows = {"train": 48, "validation": 9, "test": 4}
-    args = ["--config", "own_data.yaml", *tiny_args(folder), "--data.init_args.packing", "true"]
-    args += [f"--data.init_args.{split}=['calendar[:{count}]']" for split, count in rows.items()]
-    assert main(["fit", *args]) == 0
-    (last,) = tmp_path.glob("runs/own_data/version_0/checkpoints/last")
-    capsys.readouterr()
-    args += ["--evaluation.folder", "results"]
-    assert main(["test", *args, "--model.warm_start", str(last)]) == 0
-    found = [
-        json.loads(line) for line in (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
-    ]
-    assert [(row["task"], row["example"], row["gold"]) for row in found] == [
-        ("calendar", number, 0) for number in range(4)
-    ]
-    assert all(row["likelihood"]["log_likelihoods"][0] < 0 for row in found)
-    assert all(row["generation"]["reference"] and "token_f1" in row["generation"]["scores"] for row in found)
-    said = capsys.readouterr().out
-    assert "nats per token" in said
-    assert "generated texts compared with their references" in said
-    assert "accuracy" not in said

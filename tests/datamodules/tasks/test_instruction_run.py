@@ -1,0 +1,69 @@
+"""Runs on the user's own data: the shipped recipe, and a config with the old class name."""
+
+import json
+import shutil
+
+import pytest
+from tiny_backbone import tiny_args
+
+from gatera_lightning.cli.main import main
+
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}<{{ turn['role'] }}>\n{{ turn['content'] }}<|eos|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_backbone(tiny_backbone, tmp_path):
+    """The tiny backbone with a chat template."""
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": CHAT_TEMPLATE}))
+    return folder
+
+
+def test_recipe_trains_and_tests(chat_backbone, tmp_path, monkeypatch, capsys):
+    """With the chat template, every response and packing."""
+    monkeypatch.chdir(tmp_path)
+    args = ["--config", "own_data.yaml", *tiny_args(chat_backbone), "--data.init_args.packing", "true"]
+    for split, count in {"train": 48, "validation": 9, "test": 4}.items():
+        args.append(f"--data.init_args.{split}=['calendar[:{count}]']")
+    assert main(["fit", *args]) == 0
+    (last,) = tmp_path.glob("runs/own_data/version_0/checkpoints/last")
+    capsys.readouterr()
+    args += ["--evaluation.folder", "results", "--model.warm_start", str(last)]
+    assert main(["test", *args]) == 0
+    lines = (tmp_path / "results" / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert [(row["task"], row["example"], row["gold"]) for row in predictions] == [
+        ("calendar", number, 0) for number in range(4)
+    ]
+    for row in predictions:
+        assert row["likelihood"]["log_likelihoods"][0] < 0
+        assert row["generation"]["reference"]
+        assert "token_f1" in row["generation"]["scores"]
+    printed = capsys.readouterr().out
+    assert "nats per token" in printed
+    assert "generated texts compared with their references" in printed
+    assert "accuracy" not in printed
+
+
+def test_class_path_with_old_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yaml").write_text(
+        "data:\n"
+        "  class_path: gatera_lightning.datamodules.OwnDataModule\n"
+        "  init_args: {columns: {output: answer}}\n"
+    )
+    args = ["fit", "--config", "own_data.yaml", "--config", "old.yaml", "--print_config"]
+    with (
+        pytest.warns(FutureWarning, match="OwnDataModule is now called InstructionDataModule"),
+        pytest.raises(SystemExit, match="0"),
+    ):
+        main(args)
+    printed = capsys.readouterr().out
+    assert "class_path: gatera_lightning.datamodules.InstructionDataModule" in printed
+    assert "OwnDataModule" not in printed
+    assert "output: answer" in printed
