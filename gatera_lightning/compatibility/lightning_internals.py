@@ -42,6 +42,9 @@ CALLED_METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "_save_last_checkpoint": ("trainer", "monitor_candidates"),
         "_should_skip_saving_checkpoint": ("trainer",),
     },
+    "lightning.pytorch.cli.LightningCLI": {
+        "_parser": ("subcommand",),
+    },
 }
 """Private methods that subclasses here call on themselves: class -> method -> parameters after ``self``."""
 
