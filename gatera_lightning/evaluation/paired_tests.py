@@ -205,8 +205,8 @@ def pooled_difference(
     """
     if not (first.shape == second.shape == weights.shape) or not weights.sum():
         raise ValueError(
-            f"pooled_difference: got shapes {first.shape}, {second.shape}, {weights.shape} and a total weight "
-            f"of {weights.sum()}; expected three arrays of shape (n,), not all weights 0"
+            f"pooled_difference: got shapes {first.shape}, {second.shape} and {weights.shape} with a total "
+            f"weight of {weights.sum()}; expected three arrays of shape (n,), not all weights 0"
         )
     values, n = second - first, len(weights)
     value = float(values.sum() / weights.sum())

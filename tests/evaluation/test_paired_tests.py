@@ -202,7 +202,7 @@ def test_bootstrap_rejects_invalid_input():
         macro_difference([], rng())
     with pytest.raises(ValueError, match="expected three arrays"):
         pooled_difference(np.ones(3), np.ones(2), np.ones(3, int), rng())
-    with pytest.raises(ValueError, match="a total weight of 0"):
+    with pytest.raises(ValueError, match="total weight of 0"):
         pooled_difference(np.ones(30), np.ones(30), np.zeros(30, int), rng())
 
 
