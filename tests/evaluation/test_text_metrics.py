@@ -173,11 +173,11 @@ def test_bert_score_truncates_long_texts(tiny_bert):
 def _parlai_f1(text, reference):
     """``F1Metric`` of ParlAI, from its description."""
 
-    def normalised(text):
+    def normalized(text):
         text = re.sub(r"[!\"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_']", " ", text.lower())
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
-    found, wanted = normalised(text), normalised(reference)
+    found, wanted = normalized(text), normalized(reference)
     common = sum((Counter(found) & Counter(wanted)).values())
     if common == 0:
         return 0.0
