@@ -162,8 +162,9 @@ def mean_micro_batch(batches: TrainingBatches) -> MicroBatch:
     supervised_tokens = sum(step.supervised_tokens for step in batches.steps)
     # Attention costs Σ n² over the sequences: the common length n̄ has to satisfy tokens · n̄ = Σ n².
     length = round(sum(n * n for n in used) / tokens)
-    rows = max(1, round(tokens / sum(len(step.micro_batches) for step in batches.steps) / length))
-    return MicroBatch(rows, length, max(1, round(rows * length * supervised_tokens / tokens)))
+    micro_batches = sum(len(step.micro_batches) for step in batches.steps)
+    sequences = max(1, round(tokens / micro_batches / length))
+    return MicroBatch(sequences, length, max(1, round(sequences * length * supervised_tokens / tokens)))
 
 
 def _flops_per_token(module: Any, batches: TrainingBatches) -> float | None:

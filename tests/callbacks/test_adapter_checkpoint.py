@@ -1,4 +1,4 @@
-"""Tests of AdapterCheckpoint: the content of checkpoints, their adapter folders, and which of them are kept."""
+"""Tests of AdapterCheckpoint: what checkpoints contain, their adapter folders, and which are kept."""
 
 import pytest
 import torch
@@ -129,7 +129,8 @@ def test_checkpoint_of_other_adapter_is_rejected(tiny_backbone, trained):
     root, *_ = trained
     other = tiny_module(tiny_backbone, update="lora", gate="none")
     with pytest.raises(
-        CheckpointError, match="holds update=hira gate=token rank=4 scale=1, but the model was adapted with"
+        CheckpointError,
+        match=r"holds update=hira gate=token rank=4 scale=1\.0, but the model was adapted with",
     ):
         tiny_trainer(root, limit_val_batches=1).validate(
             other, datamodule=tiny_data(tiny_backbone), ckpt_path=str(root / "checkpoints" / "last.ckpt")

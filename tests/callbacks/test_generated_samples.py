@@ -1,4 +1,4 @@
-"""Samples: what a plain greedy loop writes, its tokens in the colours of their gates, without a trace in the run."""
+"""Tests of GeneratedSamples: responses match plain greedy decoding, and training does not change."""
 
 import html
 import itertools
@@ -18,22 +18,22 @@ from tokenizers.processors import TemplateProcessing
 from gatera_lightning import adapter_parameters
 from gatera_lightning.callbacks import generated_samples
 from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
-from gatera_lightning.callbacks.generated_samples import GeneratedSamples, Sample, markup
+from gatera_lightning.callbacks.generated_samples import GeneratedSamples, Sample, sample_html
 from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
 from gatera_lightning.gate_analysis.plots.colored_text import draw_colored_text
 from gatera_lightning.gate_analysis.probing import ProbeText, profile_gates
 
 
-class Read(GeneratedSamples):
-    """Reads its samples' gates again, each text as a whole, and answers its prompts in a plain loop."""
+class CheckedSamples(GeneratedSamples):
+    """Also computes the gates of its samples in one forward each, and the responses in a plain loop."""
 
-    def _samples(self, pl_module, tokenizer):
+    def _generate(self, pl_module, tokenizer):
         before = {name: module.training for name, module in pl_module.named_modules()}
-        self.found = super()._samples(pl_module, tokenizer)
+        self.found = super()._generate(pl_module, tokenizer)
         assert {name: module.training for name, module in pl_module.named_modules()} == before
         model = pl_module.model
-        texts = [ProbeText("", sample.ids, sample.prompt) for sample in self.found]
-        self.read = (
+        texts = [ProbeText("", sample.token_ids, sample.prompt_length) for sample in self.found]
+        self.expected_gates = (
             [gates.mean(0) for gates in profile_gates(model, texts).gates]
             if self.found[0].gates is not None
             else None
@@ -60,7 +60,7 @@ def fit(backbone, root, *callbacks, logger=False, **adapter):
     return module
 
 
-def written(folder):
+def read_logged(folder):
     events = EventAccumulator(folder, size_guidance={"tensors": 0, "images": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
@@ -70,14 +70,14 @@ def written(folder):
     return texts, {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-def test_samples_after_every_validation(tiny_backbone, tmp_path):
+def test_samples_are_logged_after_every_validation(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    callback = Read(2, max_new_tokens=7)
+    callback = CheckedSamples(2, max_new_tokens=7)
     fit(tiny_backbone, tmp_path, callback, logger=logger)
-    texts, pictures = written(logger.log_dir)
+    texts, pictures = read_logged(logger.log_dir)
     assert pictures == {"samples/1": [2, 4], "samples/2": [2, 4]}
-    assert [sample.ids for sample in callback.found] == callback.greedy
-    for sample, gates in zip(callback.found, callback.read, strict=True):
+    assert [sample.token_ids for sample in callback.found] == callback.greedy
+    for sample, gates in zip(callback.found, callback.expected_gates, strict=True):
         assert np.abs(sample.gates - gates).max() < 1e-6
     for number, question in enumerate(map(PlainQuestion.of, sample_rows("validation")[:2]), 1):
         by_step = texts[f"samples/{number}/text_summary"]
@@ -87,30 +87,33 @@ def test_samples_after_every_validation(tiny_backbone, tmp_path):
         )
 
 
-def test_responses_that_end_early_are_without_what_follows(tiny_backbone, tmp_path, monkeypatch):
-    """Some rows of the batch end at a token that they choose, while others go on."""
+def test_samples_end_at_end_token(tiny_backbone, tmp_path, monkeypatch):
+    """Some responses of the batch end at an end token, while others continue."""
     prompts = ["What do bees make?", "I ride", "12 - 5 =", "Why?", "two dogs run", "A boat"]
     logger = TensorBoardLogger(tmp_path)
-    callback = Read(prompts, max_new_tokens=7)
+    callback = CheckedSamples(prompts, max_new_tokens=7)
     fit(tiny_backbone, tmp_path, callback, logger=logger)
-    whole = [(sample.ids[: sample.prompt], sample.ids[sample.prompt :]) for sample in callback.found]
-    rows = Counter(token for _, response in whole for token in set(response))
-    ending = next(token for token, count in rows.items() if count < len(whole))
+    complete = [
+        (sample.token_ids[: sample.prompt_length], sample.token_ids[sample.prompt_length :])
+        for sample in callback.found
+    ]
+    rows = Counter(token for _, response in complete for token in set(response))
+    ending = next(token for token, count in rows.items() if count < len(complete))
     ends = generated_samples.end_tokens
     for module in ("gatera_lightning.generation.decoding", "gatera_lightning.callbacks.generated_samples"):
         monkeypatch.setattr(f"{module}.end_tokens", lambda *args: [*ends(*args), ending])
-    callback = Read(prompts, max_new_tokens=7)
+    callback = CheckedSamples(prompts, max_new_tokens=7)
     fit(tiny_backbone, tmp_path, callback, logger=logger)
     cut = [
         prompt + list(itertools.takewhile(lambda token: token != ending, response))
-        for prompt, response in whole
+        for prompt, response in complete
     ]
-    assert [sample.ids for sample in callback.found] == cut
-    for sample, gates in zip(callback.found, callback.read, strict=True):
+    assert [sample.token_ids for sample in callback.found] == cut
+    for sample, gates in zip(callback.found, callback.expected_gates, strict=True):
         assert np.abs(sample.gates - gates).max() < 1e-6
 
 
-def test_a_run_is_the_same_with_and_without_samples(tiny_backbone, tmp_path):
+def test_samples_do_not_change_training(tiny_backbone, tmp_path):
     with_samples = fit(
         tiny_backbone, tmp_path / "with", GeneratedSamples(), logger=TensorBoardLogger(tmp_path)
     )
@@ -121,7 +124,7 @@ def test_a_run_is_the_same_with_and_without_samples(tiny_backbone, tmp_path):
         assert torch.equal(parameter, adapter_parameters(without.model)[name])
 
 
-def test_a_validation_outside_of_training_writes_none(tiny_backbone, tmp_path):
+def test_no_samples_for_validation_outside_of_training(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     module, data = tiny_module(tiny_backbone), tiny_data(tiny_backbone)
     trainer = tiny_trainer(
@@ -129,47 +132,45 @@ def test_a_validation_outside_of_training_writes_none(tiny_backbone, tmp_path):
     )
     trainer.fit(module, datamodule=data)
     trainer.validate(module, datamodule=data, verbose=False)
-    assert written(logger.log_dir)[1] == {"samples/1": [2]}
+    assert read_logged(logger.log_dir)[1] == {"samples/1": [2]}
 
 
 @pytest.mark.parametrize("gate", ["static", "none"])
-def test_without_token_gates_there_is_the_text_alone(tiny_backbone, tmp_path, gate):
+def test_without_token_gates_only_text_is_logged(tiny_backbone, tmp_path, gate):
     logger = TensorBoardLogger(tmp_path)
-    callback = Read(1, max_new_tokens=5)
+    callback = CheckedSamples(1, max_new_tokens=5)
     fit(tiny_backbone, tmp_path, callback, logger=logger, gate=gate)
-    texts, pictures = written(logger.log_dir)
-    assert callback.found[0].ids == callback.greedy[0]
+    texts, pictures = read_logged(logger.log_dir)
+    assert callback.found[0].token_ids == callback.greedy[0]
     assert list(texts) == ["samples/1/text_summary"]
     assert "<strong>" not in texts["samples/1/text_summary"][4]
     assert pictures == {}
 
 
-def test_other_loggers_go_without_and_are_told_once(tiny_backbone, tmp_path, caplog):
+def test_other_loggers_cause_one_warning(tiny_backbone, tmp_path, caplog):
     fit(tiny_backbone, tmp_path, GeneratedSamples(), logger=CSVLogger(tmp_path))
     assert caplog.text.count("generated samples need the TensorBoard logger") == 1
 
 
-def test_a_model_that_cannot_write_ends_the_samples_and_not_the_run(
-    tiny_backbone, tmp_path, monkeypatch, caplog
-):
+def test_failing_generation_ends_samples_but_not_run(tiny_backbone, tmp_path, monkeypatch, caplog):
     asked = []
 
-    def refuse(*_, **__):
+    def fail(*_, **__):
         asked.append(1)
         raise AttributeError("this state\nhas no get_seq_length")
 
-    monkeypatch.setattr(generated_samples, "generate", refuse)
+    monkeypatch.setattr(generated_samples, "generate", fail)
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, GeneratedSamples(2), logger=logger)
-    assert written(logger.log_dir) == ({}, {})
-    said = "LlamaForCausalLM cannot write them (AttributeError: this state has no get_seq_length); none from here on"
-    assert caplog.text.count(said) == len(asked) == 1
+    assert read_logged(logger.log_dir) == ({}, {})
+    message = "LlamaForCausalLM failed to generate (AttributeError: this state has no get_seq_length)"
+    assert caplog.text.count(message) == len(asked) == 1
 
 
-def test_the_model_goes_on_where_a_tokenizer_closes_every_text(tiny_backbone, tmp_path):
+def test_prompt_does_not_end_with_tokenizer_end_token(tiny_backbone, tmp_path):
     data, callback, heatmap = (
         tiny_data(tiny_backbone),
-        Read(["Why?"], max_new_tokens=3),
+        CheckedSamples(["Why?"], max_new_tokens=3),
         GateHeatmap(4, ["Why?"]),
     )
     ids, backend = data.tokenizer("Why?").input_ids, data.tokenizer.backend_tokenizer
@@ -186,38 +187,33 @@ def test_the_model_goes_on_where_a_tokenizer_closes_every_text(tiny_backbone, tm
         val_check_interval=2,
     )
     trainer.fit(tiny_module(tiny_backbone), datamodule=data)
-    assert callback.found[0].ids[: callback.found[0].prompt] == ids
-    assert [probe.ids for probe in heatmap._probes] == [ids]
+    assert callback.found[0].token_ids[: callback.found[0].prompt_length] == ids
+    assert [probe.token_ids for probe in heatmap._probes] == [ids]
 
 
-def test_true_is_no_number_of_prompts():
-    with pytest.raises(ValueError, match=r"generated_samples\.prompts: True; accepted: 0, a number of rows"):
-        GeneratedSamples(True)
-
-
-def test_switched_off_nothing_is_written(tiny_backbone, tmp_path):
+def test_no_samples_if_turned_off(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, GeneratedSamples(0), logger=logger)
-    assert written(logger.log_dir) == ({}, {})
+    assert read_logged(logger.log_dir) == ({}, {})
 
 
-def test_a_prompt_without_room_for_a_response_is_left_out(tiny_backbone, tmp_path, caplog):
+def test_prompt_without_room_for_response_is_skipped(tiny_backbone, tmp_path, caplog):
     logger = TensorBoardLogger(tmp_path)
     fit(tiny_backbone, tmp_path, GeneratedSamples(["Why?", "a b " * 300], max_new_tokens=100), logger=logger)
     assert (
-        "left out 1 of 2 prompts, longer than the 412 tokens that max_new_tokens 100 leaves them"
+        "skipped 1 of 2 prompts, which are longer than 412 tokens (the model's context minus max_new_tokens"
         in caplog.text
     )
-    assert list(written(logger.log_dir)[1]) == ["samples/1"]
+    assert list(read_logged(logger.log_dir)[1]) == ["samples/1"]
 
 
-def test_what_tensorboard_shows_is_what_was_written():
+def test_sample_html_survives_tensorboard():
     tokenizer = tiny_tokenizer()
     ids = [i for c in ["a <b>", "c", "*d*\n\n_e_", "🐝"] for i in tokenizer(c).input_ids]
     starts = np.cumsum([len(tokenizer(c).input_ids) for c in ["a <b>", "c", "*d*\n\n_e_", "🐝"]])
     gates = np.where(np.arange(len(ids)) < starts[1], 0.9, 0.1)
     gates[starts[2] :] = 0.7
-    shown = markdown_to_safe_html(markup(Sample(ids, int(starts[0]), gates), tokenizer))
+    shown = markdown_to_safe_html(sample_html(Sample(ids, int(starts[0]), gates), tokenizer))
     expected = (
         "<blockquote>a &lt;b&gt;</blockquote><p><strong>c</strong>*d*<br><br>_e_<strong>🐝</strong></p>"
     )
@@ -235,19 +231,20 @@ def test_every_token_stands_on_its_colour():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (
             {"prompts": -1},
-            r"generated_samples\.prompts: -1; accepted: 0, a number of rows, or texts, none of them empty",
+            r"generated_samples\.prompts: -1; accepted: 0, a number of examples, or texts, none of them",
         ),
         (
             {"prompts": ["a", " "]},
-            r"generated_samples\.prompts: \['a', ' '\]; accepted: 0, a number of rows, or texts",
+            r"generated_samples\.prompts: \['a', ' '\]; accepted: 0, a number of examples, or texts",
         ),
+        ({"prompts": True}, r"generated_samples\.prompts: True; accepted: 0, a number of examples"),
         ({"max_new_tokens": 0}, r"generated_samples\.max_new_tokens: 0; accepted: an integer of at least 1"),
     ],
 )
-def test_what_cannot_work_is_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments_are_rejected(settings, message):
+    with pytest.raises(ValueError, match=message):
         GeneratedSamples(**settings)

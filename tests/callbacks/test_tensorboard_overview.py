@@ -1,4 +1,4 @@
-"""What TensorBoard itself makes of a run: its charts under Custom Scalars, its line under HParams."""
+"""Tests of TensorBoardOverview, read with TensorBoard's own code: Custom Scalars and HParams."""
 
 import re
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILU
 
 
 def fit(backbone, root, logger, **adapter):
-    """Four steps, and a validation after every second."""
+    """Train for four steps, with a validation after every second one."""
     trainer = tiny_trainer(
         root,
         TensorBoardOverview(),
@@ -39,7 +39,7 @@ def fit(backbone, root, logger, **adapter):
 
 
 def hparams_tab(folder):
-    """``(settings' names, results' names, {run: (settings, results, status)})`` as the tab shows them."""
+    """``(names of settings, names of results, {run: (settings, results, status)})`` as the tab shows them."""
     multiplexer = EventMultiplexer(tensor_size_guidance={"scalars": 0})
     multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
@@ -74,7 +74,7 @@ def events(folder):
 
 
 def layout_of(folder):
-    """``{part: {chart: tags}}``, of the one layout that is there."""
+    """``{section: {chart: tags}}`` of the only layout."""
     (event,) = events(folder).Tensors(LAYOUT)
     layout = Layout.FromString(event.tensor_proto.string_val[0])
     return {
@@ -87,7 +87,7 @@ def layout_of(folder):
     ("gate", "parts"),
     [("token", ["loss", "gates", "optimizer", "speed"]), ("none", ["loss", "optimizer", "speed"])],
 )
-def test_charts_of_what_is_logged(tiny_backbone, tmp_path, gate, parts):
+def test_charts_show_logged_tags(tiny_backbone, tmp_path, gate, parts):
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(tiny_backbone, tmp_path, logger, gate=gate)
     layout, logged = layout_of(logger.log_dir), events(logger.log_dir).Tags()["scalars"]
@@ -101,7 +101,7 @@ def test_charts_of_what_is_logged(tiny_backbone, tmp_path, gate, parts):
         assert sorted(shown) == ["gates/prompt/mean", "gates/response/mean"]
 
 
-def test_settings_and_results_of_a_run(tiny_backbone, tmp_path):
+def test_table_has_settings_and_results(tiny_backbone, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="run")
     trainer = fit(tiny_backbone, tmp_path, logger, gate=TokenGateConfig(bias=-1.5), rank=2)
     trainer.test(trainer.lightning_module, datamodule=trainer.datamodule, verbose=False)
@@ -137,7 +137,7 @@ def test_settings_and_results_of_a_run(tiny_backbone, tmp_path):
     assert "hp_metric" not in scalars.Tags()["scalars"]
 
 
-def test_a_test_by_itself_has_its_settings_beside_its_results(tiny_backbone, tmp_path):
+def test_table_has_settings_of_test_without_training(tiny_backbone, tmp_path):
     trainer = tiny_trainer(tmp_path, TensorBoardOverview(), logger=TensorBoardLogger(tmp_path, name="run"))
     trainer.test(tiny_module(tiny_backbone, layers=[1]), datamodule=tiny_data(tiny_backbone), verbose=False)
     _, _, sessions = hparams_tab(tmp_path)
@@ -147,8 +147,8 @@ def test_a_test_by_itself_has_its_settings_beside_its_results(tiny_backbone, tmp
     assert status == api_pb2.STATUS_SUCCESS
 
 
-def test_columns_are_the_same_whichever_run_is_read_first(tiny_backbone, tmp_path):
-    """TensorBoard takes them from one run; another method's settings must not go missing by that."""
+def test_table_columns_do_not_depend_on_method(tiny_backbone, tmp_path):
+    """TensorBoard takes the columns from one run; settings of other methods must not be lost."""
     alone = []
     for name, method in (("a", {"update": "lora", "gate": "none", "alpha": 8.0}), ("b", {})):
         fit(tiny_backbone, tmp_path, TensorBoardLogger(tmp_path / name, name=name), **method)
@@ -162,7 +162,7 @@ def test_columns_are_the_same_whichever_run_is_read_first(tiny_backbone, tmp_pat
 
 
 class Interrupt(TensorBoardOverview):
-    """Ends the run after its second step."""
+    """Saves a checkpoint and fails after the second step."""
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 2:
@@ -172,7 +172,7 @@ class Interrupt(TensorBoardOverview):
 
 @pytest.fixture
 def failed(tiny_backbone, tmp_path):
-    """The folder of a run that failed."""
+    """The log folder of a run that failed."""
     trainer = tiny_trainer(
         tmp_path,
         Interrupt(),
@@ -184,7 +184,7 @@ def failed(tiny_backbone, tmp_path):
     return tmp_path / "run" / "job"
 
 
-def test_a_failed_run_has_its_settings_and_what_it_came_to(failed):
+def test_failed_run_has_settings_and_results(failed):
     _, _, sessions = hparams_tab(failed.parent)
     ((settings, found, status),) = sessions.values()
     assert settings["update"] == "hira"
@@ -193,7 +193,7 @@ def test_a_failed_run_has_its_settings_and_what_it_came_to(failed):
 
 
 @pytest.mark.parametrize("version", ["job", "other"])
-def test_a_resumed_run_writes_again_only_into_another_folder(tiny_backbone, tmp_path, failed, version):
+def test_resumed_run_writes_overview_once_per_folder(tiny_backbone, tmp_path, failed, version):
     checkpoint = tmp_path / "two.ckpt"
     trainer = tiny_trainer(
         tmp_path, Interrupt(), logger=TensorBoardLogger(tmp_path, name="run", version=version)
@@ -206,7 +206,7 @@ def test_a_resumed_run_writes_again_only_into_another_folder(tiny_backbone, tmp_
     assert statuses == {"job": api_pb2.STATUS_UNKNOWN} | {version: api_pb2.STATUS_SUCCESS}
 
 
-def test_the_command_line_has_it_without_an_invented_result(tiny_backbone, tmp_path, monkeypatch):
+def test_command_line_run_has_overview_without_hp_metric(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)]) == 0
     _, _, sessions = hparams_tab("runs")
@@ -219,7 +219,7 @@ def test_the_command_line_has_it_without_an_invented_result(tiny_backbone, tmp_p
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, None], ids=["CSV", "no logger"])
-def test_without_tensorboard_nothing_is_written_or_said(tiny_backbone, tmp_path, caplog, kind):
+def test_nothing_is_written_without_tensorboard(tiny_backbone, tmp_path, caplog, kind):
     trainer = tiny_trainer(tmp_path, TensorBoardOverview(), logger=kind(tmp_path) if kind else False)
     trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
     assert not list(tmp_path.rglob("*tfevents*"))

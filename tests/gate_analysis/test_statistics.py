@@ -28,8 +28,8 @@ def test_statistics_match_hand_computed_counts():
         statistics.update(z, counted_tokens(batch), batch["response_mask"])
     bins = statistics.bins  # (phases, modules, 50)
     nonzero = {(phase, m, b): int(bins[phase, m, b]) for phase, m, b in bins.nonzero().tolist()}
-    # g = 0.5 is the lower edge of bin 25 of 50; g(100) = 1 falls into the last bin, g(-100) = 0 into the first,
-    # and g(1) = 0.731 into bin 36.
+    # g = 0.5 is the lower edge of bin 25 of 50; g(100) = 1 falls into the last bin, g(-100) = 0 into the
+    # first, and g(1) = 0.731 into bin 36.
     assert nonzero == {(0, 0, 25): 2, (1, 0, 49): 2, (1, 0, 0): 2, (0, 1, 36): 2, (1, 1, 25): 4}
     assert statistics.sums[0].flatten().tolist() == pytest.approx([1.0, 2 * 0.7310586, 2.0, 2.0])
     assert statistics.sums[1].flatten().tolist() == pytest.approx(

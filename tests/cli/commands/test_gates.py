@@ -86,7 +86,10 @@ def test_gates_draws_one_picture_per_text(tuned, tmp_path):
             ["--out", "/nowhere/x.html"],
             "--out: cannot write /nowhere/x.html; accepted: a file in an existing, writable folder",
         ),
-        (["--adapter", "/nowhere"], "--adapter: /nowhere: not an adapter folder (adapter_config.json is missing)"),
+        (
+            ["--adapter", "/nowhere"],
+            "--adapter: /nowhere: not an adapter folder (adapter_config.json is missing)",
+        ),
         (["--text", "word " * 300], "tokens; accepted by this model: at most 512"),
         (["--generate", "480"], "tokens; accepted by this model with --generate 480: at most 32"),
         (["--generate", "512"], "--generate: 512; accepted by this model: less than 512"),

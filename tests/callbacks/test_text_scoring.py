@@ -1,10 +1,9 @@
-"""Texts that are neither right nor wrong: what ``test`` writes of them equals the reference libraries, called directly."""
+"""Tests of scores of generated texts against references: they match the metric libraries, called directly."""
 
 import json
 import re
 from collections import Counter
 from itertools import pairwise
-from types import SimpleNamespace
 
 import lightning as L
 import nltk
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer
 from gatera_lightning import BackboneConfig
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
+from gatera_lightning.callbacks.text_scoring import score_texts
 from gatera_lightning.datamodules import DialogueDataModule, InstructionDataModule
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation import text_metrics
@@ -31,8 +31,8 @@ SKIPPED = {
 }
 
 
-class NoWords:
-    """A WordNet that has come, and in which no word has another one for it."""
+class WordNetWithoutSynonyms:
+    """A WordNet that is installed and contains no synonyms."""
 
     def ensure_loaded(self):
         pass
@@ -43,28 +43,28 @@ class NoWords:
 
 @pytest.fixture(autouse=True)
 def wordnet(monkeypatch):
-    """This machine has no WordNet; ``wordnet()`` brings one."""
+    """Remove WordNet; ``wordnet()`` installs one."""
     monkeypatch.setattr(nltk.data, "path", [])
     absent = LazyCorpusLoader(
         "wordnet", WordNetCorpusReader, LazyCorpusLoader("omw-1.4", WordNetCorpusReader, None)
     )
     monkeypatch.setattr("nltk.corpus.wordnet", absent)
 
-    def come():
-        monkeypatch.setattr("nltk.corpus.wordnet", NoWords())
+    def install():
+        monkeypatch.setattr("nltk.corpus.wordnet", WordNetWithoutSynonyms())
 
-    return come
+    return install
 
 
 def replies():
-    """The replies of the sample's first two conversations; a line is ``N partner TAB reply TAB TAB candidates``."""
+    """The replies of two sample conversations; lines are ``N partner TAB reply TAB TAB candidates``."""
     lines = (SAMPLES.parent / "smalltalk" / "test.txt").read_text(encoding="utf-8").splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith("1 ")]
     return [line.split("\t")[1] for line in lines[: starts[2]] if "\t" in line]
 
 
 REFERENCES = replies()
-WRITTEN = [
+GENERATED = [
     REFERENCES[0],
     " ".join(REFERENCES[1].split()[:-4]),
     "",
@@ -74,21 +74,23 @@ WRITTEN = [
     "i\u2028am | a [carpenter]",
     " ".join(REFERENCES[7].split()[::2]) + " yes yes",
 ]
-TEXTS = [text.strip() for text in WRITTEN]
+TEXTS = [text.strip() for text in GENERATED]
 
 
 @pytest.fixture
-def asked(monkeypatch, tiny_backbone):
-    """The model writes WRITTEN; the list fills with the examples that it was asked for."""
+def generated_examples(monkeypatch, tiny_backbone):
+    """Let the model generate GENERATED; returns the examples for which it was called."""
     tokenizer, seen = AutoTokenizer.from_pretrained(tiny_backbone), []
 
     def generate(model, batch, config, *, in_step):
         examples = [example for example in batch["example_ids"].tolist() if example >= 0]
         seen.extend(examples)
-        said = [tokenizer(WRITTEN[i] if i >= 0 else "x").input_ids for i in batch["example_ids"].tolist()]
-        width = 1 + max(map(len, said))
+        responses = [
+            tokenizer(GENERATED[i] if i >= 0 else "x").input_ids for i in batch["example_ids"].tolist()
+        ]
+        width = 1 + max(map(len, responses))
         return torch.tensor(
-            [ids + [batch["eos_id"]] + [batch["pad_id"]] * (width - 1 - len(ids)) for ids in said]
+            [ids + [batch["eos_id"]] + [batch["pad_id"]] * (width - 1 - len(ids)) for ids in responses]
         )
 
     monkeypatch.setattr("gatera_lightning.training.evaluation_steps.generate", generate)
@@ -101,9 +103,9 @@ def module(tiny_backbone):
 
 
 def evaluate(
-    module, folder, *callbacks, verb="test", evaluate_by=("generation",), report=None, batch=3, **limits
+    module, folder, *callbacks, subcommand="test", evaluate_by=("generation",), report=None, batch=3, **limits
 ):
-    """One run on a folder: its report, and the metrics that were logged."""
+    """Run an evaluation in a folder; returns the report and the logged metrics."""
     report = report or EvaluationReport(str(folder))
     data = DialogueDataModule(
         template="plain",
@@ -115,10 +117,12 @@ def evaluate(
     )
     data.connect(load_tokenizer(module.backbone))
     trainer = tiny_trainer(folder, *callbacks, report, **limits)
-    found = getattr(trainer, verb)(module, datamodule=data, **({"verbose": False} if verb == "test" else {}))
+    found = getattr(trainer, subcommand)(
+        module, datamodule=data, **({"verbose": False} if subcommand == "test" else {})
+    )
     return report, {
         name: value for part in found or [] for name, value in part.items()
-    } if verb == "test" else None
+    } if subcommand == "test" else None
 
 
 def lines(folder):
@@ -130,15 +134,15 @@ def summary_of(folder):
 
 
 def parlai_f1(text, reference):
-    """ParlAI's F1Metric, from its description."""
+    """ParlAI's F1Metric, written from its description."""
 
     def words(text):
         text = re.sub(r"[!\"#$%&()*+,-./:;<=>?@\[\]\\^`{|}~_']", " ", text.lower())
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
-    found, wanted = words(text), words(reference)
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+    found, expected = words(text), words(reference)
+    common = sum((Counter(found) & Counter(expected)).values())
+    return 2 * common / (len(found) + len(expected)) if common else 0.0
 
 
 def expected_scores():
@@ -167,10 +171,10 @@ def expected_metrics():
     }
 
 
-def test_every_row_holds_text_reference_and_scores(module, asked, tmp_path):
+def test_predictions_have_text_reference_and_scores(module, generated_examples, tmp_path):
     evaluate(module, tmp_path)
     rows = lines(tmp_path)
-    assert [row["example"] for row in rows] == sorted(asked) == list(range(8))
+    assert [row["example"] for row in rows] == sorted(generated_examples) == list(range(8))
     for row, text, reference, scores in zip(rows, TEXTS, REFERENCES, expected_scores(), strict=True):
         assert list(row) == ["task", "example", "key", "gold", "generation"]
         assert list(row["generation"]) == ["text", "reference", "scores"]
@@ -178,10 +182,10 @@ def test_every_row_holds_text_reference_and_scores(module, asked, tmp_path):
         assert row["generation"]["scores"] == pytest.approx(scores)
     assert (
         len({round(scores["token_f1"], 3) for scores in expected_scores()}) > 4
-    )  # else a mix-up would not show
+    )  # otherwise swapped scores would not be noticed
 
 
-def test_the_results_are_those_of_the_libraries(module, asked, tmp_path, capsys):
+def test_results_match_reference_libraries(module, generated_examples, tmp_path, capsys):
     _, logged = evaluate(module, tmp_path)
     out, summary, expected = capsys.readouterr().out, summary_of(tmp_path), expected_metrics()
     assert summary["text"] == pytest.approx(expected)
@@ -199,7 +203,7 @@ def test_the_results_are_those_of_the_libraries(module, asked, tmp_path, capsys)
     assert (summary["resumed_predictions"], summary["computed_predictions"]) == (0, 8)
 
 
-def test_ranked_and_generated_replies_are_reported_together(module, asked, tmp_path, capsys):
+def test_likelihood_and_generation_are_reported_together(module, generated_examples, tmp_path, capsys):
     _, logged = evaluate(module, tmp_path, evaluate_by=("likelihood", "generation"), batch=40)
     out, summary = capsys.readouterr().out, summary_of(tmp_path)
     assert "hits@1 [95 % interval]" in out
@@ -211,19 +215,21 @@ def test_ranked_and_generated_replies_are_reported_together(module, asked, tmp_p
     assert all(list(row)[4:] == ["likelihood", "generation"] for row in lines(tmp_path))
 
 
-def test_a_metric_whose_data_have_come_is_added_without_generating_again(
-    module, asked, wordnet, tmp_path, capsys
-):
+def test_new_metric_is_added_without_generating_again(module, generated_examples, wordnet, tmp_path, capsys):
     evaluate(module, tmp_path)
-    before, wrote = summary_of(tmp_path), lines(tmp_path)
+    before, earlier = summary_of(tmp_path), lines(tmp_path)
     assert "skipped meteor" in capsys.readouterr().out
-    del asked[:]
+    del generated_examples[:]
     wordnet()
     _, logged = evaluate(module, tmp_path)
     after = summary_of(tmp_path)
-    assert asked == []
+    assert generated_examples == []
     each = [
-        meteor_score([reference.split()], nltk.tokenize.NLTKWordTokenizer().tokenize(text), wordnet=NoWords())
+        meteor_score(
+            [reference.split()],
+            nltk.tokenize.NLTKWordTokenizer().tokenize(text),
+            wordnet=WordNetWithoutSynonyms(),
+        )
         for text, reference in zip(TEXTS, REFERENCES, strict=True)
     ]
     assert [row["generation"]["scores"]["meteor"] for row in lines(tmp_path)] == pytest.approx(each)
@@ -234,12 +240,12 @@ def test_a_metric_whose_data_have_come_is_added_without_generating_again(
     out = capsys.readouterr().out
     assert "METEOR" in out
     assert "skipped meteor" not in out
-    for row, old in zip(lines(tmp_path), wrote, strict=True):
+    for row, old in zip(lines(tmp_path), earlier, strict=True):
         del row["generation"]["scores"]["meteor"]
         assert row == old
 
 
-def test_results_that_did_not_change_are_not_written_again(module, asked, tmp_path, capsys):
+def test_completed_evaluation_leaves_files_unchanged(module, generated_examples, tmp_path, capsys):
     evaluate(module, tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     first = capsys.readouterr().out
@@ -248,12 +254,12 @@ def test_results_that_did_not_change_are_not_written_again(module, asked, tmp_pa
     assert capsys.readouterr().out == first
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
-class Killer(L.Callback):
-    """Dies before the batch after ``at`` of them is written."""
+class KillAtBatch(L.Callback):
+    """Fails before the predictions of batch ``at`` are written."""
 
     def __init__(self, at):
         self.at, self.seen = at, 0
@@ -261,65 +267,64 @@ class Killer(L.Callback):
     def on_test_batch_end(self, *_):
         self.seen += 1
         if self.seen > self.at:
-            raise Killed
+            raise KilledError
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_run_that_was_killed_ends_with_the_same_files(module, asked, tmp_path, at):
-    evaluate(module, tmp_path / "whole")
-    with pytest.raises(Killed):
-        evaluate(module, tmp_path / "killed", Killer(at))
-    del asked[:]
+def test_killed_evaluation_resumes_to_same_files(module, generated_examples, tmp_path, at):
+    evaluate(module, tmp_path / "complete")
+    with pytest.raises(KilledError):
+        evaluate(module, tmp_path / "killed", KillAtBatch(at))
+    del generated_examples[:]
     evaluate(module, tmp_path / "killed")
-    assert len(asked) == 8 - 3 * at
+    assert len(generated_examples) == 8 - 3 * at
     assert (tmp_path / "killed" / "predictions.jsonl").read_bytes() == (
-        tmp_path / "whole" / "predictions.jsonl"
+        tmp_path / "complete" / "predictions.jsonl"
     ).read_bytes()
-    found, expected = summary_of(tmp_path / "killed"), summary_of(tmp_path / "whole")
+    found, expected = summary_of(tmp_path / "killed"), summary_of(tmp_path / "complete")
     assert {name: found[name] for name in ("text", "tasks", "rows")} == {
         name: expected[name] for name in ("text", "tasks", "rows")
     }
     assert (found["resumed_predictions"], found["computed_predictions"]) == (3 * at, 8 - 3 * at)
 
 
-def test_predict_writes_the_same_lines(module, asked, tmp_path):
+def test_predict_writes_predictions_of_test(module, generated_examples, tmp_path):
     evaluate(module, tmp_path / "test")
-    evaluate(module, tmp_path / "predict", verb="predict")
+    evaluate(module, tmp_path / "predict", subcommand="predict")
     assert (tmp_path / "predict" / "predictions.jsonl").read_bytes() == (
         tmp_path / "test" / "predictions.jsonl"
     ).read_bytes()
 
 
-def test_a_limit_scores_the_texts_that_there_are(module, asked, tmp_path, capsys):
+def test_limited_evaluation_scores_existing_texts(module, generated_examples, tmp_path, capsys):
     evaluate(module, tmp_path, limit_test_batches=1)
     rows = lines(tmp_path)
-    assert [row["example"] for row in rows] == sorted(asked)
+    assert [row["example"] for row in rows] == sorted(generated_examples)
     assert len(rows) == 3
     assert summary_of(tmp_path)["text"]["token_f1"] == pytest.approx(
-        mean([expected_scores()[i]["token_f1"] for i in sorted(asked)])
+        mean([expected_scores()[i]["token_f1"] for i in sorted(generated_examples)])
     )
     assert "generation: only 3 of 8 examples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_score_a_share_each(monkeypatch, rank):
-    """Eight texts, four on each; one process lacks a package, so nobody's text has its score, and the report says why."""
+def test_two_ranks_score_their_shares(monkeypatch, rank):
+    """Eight texts, four on each rank. One rank lacks a package, so no text has its score."""
     other = text_metrics.example_scores(TEXTS[1 - rank :: 2], REFERENCES[1 - rank :: 2])
     other = text_metrics.ExampleScores(
         {"token_f1": other.values["token_f1"]}, other.skipped | {"rouge_l": "no package here"}
     )
     gathered = []
 
-    def from_every_rank(own):
+    def gather_objects(own):
         gathered.append(own)
         return [own, other] if rank == 0 else [other, own]
 
-    monkeypatch.setattr("gatera_lightning.callbacks.evaluation_report._from_every_rank", from_every_rank)
+    monkeypatch.setattr("gatera_lightning.callbacks.text_scoring.gather_objects", gather_objects)
     generations = [
         {"text": text, "reference": reference} for text, reference in zip(TEXTS, REFERENCES, strict=True)
     ]
-    trainer = SimpleNamespace(global_rank=rank, world_size=2)
-    skipped = EvaluationReport()._compare_texts(trainer, generations)
+    skipped = score_texts(generations, rank=rank, world_size=2, bert_model="roberta-large", bert_layer=17)
     assert [len(values) for own in gathered for values in own.values.values()] == [4, 4]
     assert [found["scores"] for found in generations] == [
         {"token_f1": pytest.approx(scores["token_f1"])} for scores in expected_scores()
@@ -327,11 +332,11 @@ def test_two_processes_score_a_share_each(monkeypatch, rank):
     assert skipped == SKIPPED | {"rouge_l": "no package here"}
 
 
-def test_bert_score_takes_the_model_and_layer_that_are_set(module, asked, tmp_path, monkeypatch):
-    wanted = []
+def test_bert_score_uses_configured_model_and_layer(module, generated_examples, tmp_path, monkeypatch):
+    calls = []
 
     def bert_score(generated, references, *, model, layer):
-        wanted.append((list(generated), list(references), model, layer))
+        calls.append((list(generated), list(references), model, layer))
         return {
             f"bert_score_{name}": [float(len(text)) for text in generated]
             for name in ("precision", "recall", "f1")
@@ -339,14 +344,14 @@ def test_bert_score_takes_the_model_and_layer_that_are_set(module, asked, tmp_pa
 
     monkeypatch.setattr(text_metrics, "bert_score", bert_score)
     evaluate(module, tmp_path, report=EvaluationReport(str(tmp_path), bert_model="./bert", bert_layer=2))
-    assert wanted == [(TEXTS, REFERENCES, "./bert", 2)]
+    assert calls == [(TEXTS, REFERENCES, "./bert", 2)]
     summary = summary_of(tmp_path)
     assert summary["text"]["bert_score_recall"] == mean([len(text) for text in TEXTS])
     assert set(summary["text_skipped"]) == {"meteor"}
 
 
-def test_what_the_model_really_writes_is_compared(module, tiny_backbone, tmp_path, monkeypatch):
-    """Own data, nothing faked: three tokens of a model that knows nothing, against the response of its row."""
+def test_generated_text_is_compared_with_response(module, tiny_backbone, tmp_path, monkeypatch):
+    """Without mocks: three tokens of an untrained model, against the response of the example."""
     monkeypatch.setattr(module.decoding, "max_new_tokens", 3)
     data = InstructionDataModule(
         template="plain",
@@ -368,13 +373,13 @@ def test_what_the_model_really_writes_is_compared(module, tiny_backbone, tmp_pat
     for found in generations:
         assert found["text"] == found["text"].strip() != ""
         assert found["scores"]["token_f1"] == pytest.approx(parlai_f1(found["text"], found["reference"]))
-    assert report.result.measures == []  # one response a row
+    assert report.result.measures == []  # a single response cannot be ranked
     assert summary_of(tmp_path)["text"]["bleu"] == pytest.approx(
         sacrebleu.BLEU().corpus_score([found["text"] for found in generations], [responses]).score
     )
 
 
-def test_a_layer_that_the_model_does_not_have_is_said_before_anything_is_computed(tiny_backbone, tmp_path):
+def test_missing_bert_layer_is_rejected_before_evaluation(tiny_backbone, tmp_path):
     from transformers import RobertaConfig, RobertaModel
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
