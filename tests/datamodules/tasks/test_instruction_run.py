@@ -4,9 +4,12 @@ import json
 import shutil
 
 import pytest
+from jsonargparse import ArgumentParser
 from tiny_backbone import tiny_args
 
+from gatera_lightning import datamodules
 from gatera_lightning.cli.main import main
+from gatera_lightning.datamodules import InstructionDataModule, SupervisedDataModule
 
 CHAT_TEMPLATE = (
     "{% for turn in messages %}<{{ turn['role'] }}>\n{{ turn['content'] }}<|eos|>\n{% endfor %}"
@@ -50,20 +53,18 @@ def test_recipe_trains_and_tests(chat_backbone, tmp_path, monkeypatch, capsys):
     assert "accuracy" not in printed
 
 
-def test_class_path_with_old_name(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "old.yaml").write_text(
-        "data:\n"
-        "  class_path: gatera_lightning.datamodules.OwnDataModule\n"
-        "  init_args: {columns: {output: answer}}\n"
-    )
-    args = ["fit", "--config", "own_data.yaml", "--config", "old.yaml", "--print_config"]
-    with (
-        pytest.warns(FutureWarning, match="OwnDataModule is now called InstructionDataModule"),
-        pytest.raises(SystemExit, match="0"),
-    ):
-        main(args)
-    printed = capsys.readouterr().out
-    assert "class_path: gatera_lightning.datamodules.InstructionDataModule" in printed
-    assert "OwnDataModule" not in printed
-    assert "output: answer" in printed
+def test_class_path_with_old_name_is_resolved():
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(SupervisedDataModule, "data")
+    old_class_path = "gatera_lightning.datamodules.OwnDataModule"
+    settings = {"columns": {"output": "answer"}, "template": "plain", "train_on": "response"}
+    with pytest.warns(FutureWarning, match="OwnDataModule is now called InstructionDataModule"):
+        config = parser.parse_object({"data": {"class_path": old_class_path, "init_args": settings}})
+    data = parser.instantiate_classes(config).data
+    assert type(data) is InstructionDataModule
+    assert data.columns == {"output": "answer"}
+
+
+def test_unknown_name_in_datamodules_is_rejected():
+    with pytest.raises(AttributeError, match=r"gatera_lightning\.datamodules' has no attribute 'Own'"):
+        datamodules.Own  # noqa: B018

@@ -1,21 +1,17 @@
-"""Math rows: the three schemas, golds, styles, rows without a gold, real files read a second way, the embedded sample."""
+"""Word problems: the three schemas, both styles, rows without a correct answer, and the sample data."""
 
 import doctest
-import json
 import logging
 import math
-import os
 import re
-from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
-import gatera_lightning.datamodules.tasks.math as math_data
 from gatera_lightning.datamodules.answers.numbers import parse_number
 from gatera_lightning.datamodules.answers.options import ParsedAnswer
-from gatera_lightning.datamodules.tasks.math import TASKS, MathDataModule, Problem, parse_problem
+from gatera_lightning.datamodules.tasks import math as math_task
+from gatera_lightning.datamodules.tasks.math import TASKS, Problem, parse_problem
 from gatera_lightning.errors import ConfigError
 
 CLIPS = "Ann sold 48 clips in April and half as many in May. How many is that?"
@@ -49,24 +45,12 @@ LETTER = {
 
 
 @pytest.fixture
-def make_math(tokenizer):
-    def build(*, stage=None, **settings):
-        defaults = {"template": "plain", "answer_style": "gsm8k", "train_on": "response", "max_length": 2048}
-        module = MathDataModule(**(defaults | settings))
-        module.connect(tokenizer)
-        if stage:
-            module.setup(stage)
-        return module
-
-    return build
+def build_example(make_math_data):
+    """``build_example(row, **settings)`` is the example of a row."""
+    return lambda row, **settings: make_math_data(**settings).example(row, "mine")
 
 
-@pytest.fixture
-def example(make_math):
-    return lambda row, **settings: make_math(**settings).example(row, "mine")
-
-
-# --- what a row becomes ---
+# --- examples ---
 
 
 @pytest.mark.parametrize(
@@ -107,50 +91,49 @@ def example(make_math):
     ],
 )
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
-def test_solution_in_the_style_that_is_asked_for(row, style, text, template, example):
-    found = example(row, answer_style=style, template=template)
+def test_solution_in_both_styles(row, style, text, template, build_example):
+    found = build_example(row, answer_style=style, template=template)
     assert found.answers == [f" {text}" if template == "plain" else text]
     assert found.gold == 0
     assert found.labels == [text.split(": " if style == "metamath" else "#### ")[-1]]
 
 
-def test_annotations_are_kept_on_request(example):
-    assert example(GSM8K, keep_annotations=True).answers == [f" {GSM8K['answer']}"]
-    assert example(GSM8K, keep_annotations=True, answer_style="metamath").answers == [
-        f" {GSM8K['answer']}".replace("####", "The answer is:")
-    ]
+def test_keep_annotations(build_example):
+    assert build_example(GSM8K, keep_annotations=True).answers == [f" {GSM8K['answer']}"]
+    metamath = build_example(GSM8K, keep_annotations=True, answer_style="metamath")
+    assert metamath.answers == [f" {GSM8K['answer']}".replace("####", "The answer is:")]
 
 
 @pytest.mark.parametrize("row", [GSM8K, METAMATH, ADAPTERS])
-def test_prompt_and_identity_are_the_question(row, example):
-    found = example(row)
+def test_prompt_and_identity_are_the_question(row, build_example):
+    found = build_example(row)
     assert found.prompt == f"Question: {CLIPS}\nAnswer:"
     assert found.identity == CLIPS
     assert (found.task, found.chat) == ("mine", False)
-    assert example(row, template="alpaca").prompt.endswith(f"### Instruction:\n{CLIPS}\n\n### Response:\n")
-    assert example(row, answer_style="metamath").key == found.key == example(GSM8K, template="alpaca").key
+    other = build_example(row, template="alpaca", answer_style="metamath")
+    assert other.prompt.endswith(f"### Instruction:\n{CLIPS}\n\n### Response:\n")
+    assert other.key == found.key == build_example(GSM8K).key
 
 
-def test_chat_prompts_are_the_tokenizers(make_math, chat_tokenizers):
-    data = make_math()
-    data.template = "chat"
-    data.connect(chat_tokenizers["llama3"])
-    found = data.example(GSM8K, "mine")
+def test_chat_template(build_example, chat_tokenizers):
+    found = build_example(GSM8K, template="chat", tokenizer=chat_tokenizers["llama3"])
     assert found.chat
     assert CLIPS in found.prompt
     assert found.answers[0].strip() == "In May it was 48/2 = 24.\nAll are 48+24 = 72.\n#### 72"
 
 
-def test_the_rationale_of_llm_adapters_is_never_read(example):
+def test_rationale_of_llm_adapters_is_ignored(build_example):
     other = {**ADAPTERS, "output": "The answer is: 1 #### 2"}
-    assert (
-        example(ADAPTERS)
-        == example(other)
-        == example({name: ADAPTERS[name] for name in ("instruction", "answer")})
-    )
+    without = {name: ADAPTERS[name] for name in ("instruction", "answer")}
+    assert build_example(ADAPTERS) == build_example(other) == build_example(without)
 
 
-# --- reading what a model wrote ---
+def test_doctests():
+    assert doctest.testmod(math_task) == (0, 1)
+    assert parse_problem(ADAPTERS) == Problem(CLIPS, "", "72.0")
+
+
+# --- generated answers ---
 
 
 @pytest.mark.parametrize(
@@ -169,26 +152,25 @@ def test_the_rationale_of_llm_adapters_is_never_read(example):
         ("-15", "#### 15", "15", None),
         ("1,080", "It is $1080.00", "$1080.00", 0),
         ("3.5", "#### $3.50", "$3.50", 0),
-        ("50", "#### 50%", "50%"[:2], 0),
+        ("50", "#### 50%", "50", 0),
         ("C", "The answer is (C).", "C", 0),
         ("C", "#### D", "D", None),
         ("C", "The answer is: 10", None, None),
         ("C", "(C)", "C", 0),
     ],
 )
-def test_an_answer_is_right_by_its_value(gold, text, answer, choice, make_math):
-    assert make_math().parse_answer(text, [gold]) == ParsedAnswer(answer, choice)
+def test_answer_is_compared_by_value(gold, text, answer, choice, make_math_data):
+    assert make_math_data().parse_answer(text, [gold]) == ParsedAnswer(answer, choice)
 
 
 @pytest.mark.parametrize("gold", ["x + 1", "", "F", "AB", "3 or 4"])
-def test_a_gold_without_a_value_judges_nothing(gold, make_math):
-    with pytest.raises(
-        ValueError, match=f"label {re.escape(repr(gold))}: expected a parse_number or a letter of ABCDE"
-    ):
-        make_math().parse_answer("#### 5", [gold])
+def test_correct_answer_must_be_a_number_or_a_letter(gold, make_math_data):
+    message = f"label {re.escape(repr(gold))}: expected a number or a letter of ABCDE"
+    with pytest.raises(ValueError, match=message):
+        make_math_data().parse_answer("#### 5", [gold])
 
 
-# --- rows without a gold, and rows of no schema ---
+# --- rows without a correct answer, and malformed rows ---
 
 NO_GOLD = [
     {**ADAPTERS, "answer": ""},
@@ -215,75 +197,46 @@ NO_GOLD = [
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-@pytest.mark.parametrize("bad", NO_GOLD)
-def test_a_row_without_a_gold_is_left_out_and_listed(bad, split, make_math, write, caplog):
-    path = write("rows.json", [GSM8K, bad, ADAPTERS, bad, LETTER])
+@pytest.mark.parametrize("row", NO_GOLD)
+def test_row_without_correct_answer_is_skipped(row, split, make_math_data, write, caplog):
+    path = write("rows.json", [GSM8K, row, ADAPTERS, row, LETTER])
     with caplog.at_level(logging.WARNING):
-        found = list(make_math(**{split: [path]}).examples(split))
-    assert [example.labels for example in found] == [["72"], ["72"], ["C"]]
-    (record,) = caplog.records
-    message = record.getMessage()
-    counted = f"data.{split}: 2 rows without an answer to judge by are left out"
-    assert message.startswith(
-        f"{counted}: {path}, row 2: field '{'response' if 'query' in bad else 'answer'}'"
-    )
+        examples = list(make_math_data(**{split: [path]}).examples(split))
+    assert [example.labels for example in examples] == [["72"], ["72"], ["C"]]
+    message = caplog.records[0].getMessage()
+    field = "response" if "query" in row else "answer"
+    assert message.startswith(f"data.{split}: skipped 2 rows without a correct answer")
+    assert f": {path}, row 2: field '{field}': expected it to end in a number or a letter of ABCDE" in message
     assert f"; {path}, row 4: " in message
-    assert not message.endswith("…")
 
 
-def test_an_expression_trains_and_is_never_judged(make_math, write, caplog):
+def test_expression_of_metamath_is_used_for_training_only(make_math_data, write, caplog):
     path = write("rows.json", [METAMATH, EXPRESSION, EXPRESSION])
-    data = make_math(train=[path], validation=[path], test=[path], answer_style="metamath")
+    splits = {split: [path] for split in ("train", "validation", "test")}
+    data = make_math_data(**splits, answer_style="metamath")
     with caplog.at_level(logging.WARNING):
         train = list(data.examples("train"))
-    assert not caplog.records
-    assert [example.answers for example in train] == [
-        [f" {row['response']}"] for row in (METAMATH, EXPRESSION, EXPRESSION)
-    ]
-    for split in ("validation", "test"):
-        assert len(list(data.examples(split))) == 1
+        assert not caplog.records
+        assert [len(list(data.examples(split))) for split in ("validation", "test")] == [1, 1]
+    responses = [row["response"] for row in (METAMATH, EXPRESSION, EXPRESSION)]
+    assert [example.answers for example in train] == [[f" {response}"] for response in responses]
     assert [record.getMessage().split(" rows")[0] for record in caplog.records] == [
-        "data.validation: 2",
-        "data.test: 2",
+        "data.validation: skipped 2",
+        "data.test: skipped 2",
     ]
-    assert (
-        "row 2: field 'response': expected a parse_number or a letter of ABCDE at its end, found '$2x + 1$'"
-        in caplog.text
-    )
+    assert "row 2: field 'response'" in caplog.text
+    assert "found '$2x + 1$'" in caplog.text
 
 
-def test_the_list_of_rows_that_are_left_out_is_short(make_math, write, caplog):
-    sources = [
-        write("a.json", [NO_GOLD[0]] * 4 + [GSM8K]),
-        write("b.jsonl", "\n".join([json.dumps(NO_GOLD[1])] * 3)),
-    ]
-    with caplog.at_level(logging.WARNING):
-        assert len(list(make_math(test=sources).examples("test"))) == 1
-    (record,) = caplog.records
-    assert record.getMessage().startswith("data.test: 7 rows ")
-    assert record.getMessage().count(", row ") == 5
-    assert record.getMessage().endswith("; …")
-
-
-def test_a_slice_counts_the_rows_of_the_file(make_math, write, caplog):
-    path = write("rows.json", [NO_GOLD[0], GSM8K, ADAPTERS])
-    assert len(list(make_math(test=[f"{path}[:2]"]).examples("test"))) == 1
-    assert "data.test: 1 rows" in caplog.text
-
-
-def test_only_rows_without_a_gold_make_an_empty_split(make_math, write):
-    with pytest.raises(ConfigError, match=r"^data\.test: the split is empty"):
-        make_math(test=[write("rows.json", NO_GOLD)], stage="test")
-
-
-def test_rows_left_out_are_in_no_table(make_math, write):
-    data = make_math(test=[write("rows.json", [NO_GOLD[0], GSM8K, EXPRESSION, LETTER])], stage="test")
-    assert data.tables["test"]["labels"] == [["72"], ["C"]]
-    assert data.tables["test"]["gold"] == [0, 0]
+def test_skipped_rows_are_not_in_the_token_table(make_math_data, write):
+    path = write("rows.json", [NO_GOLD[0], GSM8K, EXPRESSION, LETTER])
+    table = make_math_data(test=[path], stage="test").tables["test"]
+    assert table["labels"] == [["72"], ["C"]]
+    assert table["gold"] == [0, 0]
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("row", "message"),
     [
         (
             {"text": "?"},
@@ -292,185 +245,72 @@ def test_rows_left_out_are_in_no_table(make_math, write):
         ({}, "field 'question' is missing"),
         ("just a text", "field 'question' is missing"),
         (None, "field 'question' is missing"),
-        ({"question": " ", "answer": "#### 5"}, "field 'question' is not a text"),
-        ({"query": 5, "response": "The answer is: 5"}, "field 'query' is not a text"),
-        ({"instruction": None, "answer": "5"}, "field 'instruction' is not a text"),
+        ({"question": " ", "answer": "#### 5"}, "field 'question' is empty or not text"),
+        ({"query": 5, "response": "The answer is: 5"}, "field 'query' is empty or not text"),
+        ({"instruction": None, "answer": "5"}, "field 'instruction' is empty or not text"),
         ({**ADAPTERS, "input": "more"}, "field 'input' is 'more'; expected nothing"),
     ],
 )
-def test_a_row_of_no_schema_stops_the_run(bad, message, make_math, write):
-    path = write("rows.json", [GSM8K, bad])
-    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}, row 2: {message}')}"):
-        list(make_math(train=[path]).examples("train"))
+def test_malformed_row(row, message, make_math_data, write):
+    path = write("rows.json", [GSM8K, row])
+    with pytest.raises(ConfigError) as caught:
+        list(make_math_data(train=[path]).examples("train"))
+    assert str(caught.value).startswith(f"{path}, row 2: {message}")
 
 
-# --- settings and files ---
+# --- settings and sources ---
 
 
-def test_settings_that_cannot_work(make_math):
-    found = make_math(answer_style="latex", rank_validation=True).problems("fit")
-    assert found == [
+def test_problem_names_setting_value_and_accepted_values(make_math_data):
+    assert make_math_data(answer_style="latex", rank_validation=True).problems("fit") == [
         "data.answer_style: 'latex' is unknown; accepted: gsm8k, metamath",
-        "data.rank_validation: true, and a math row has one candidate, which always ranks first; accepted: false",
+        "data.rank_validation: true, but a word problem has a single candidate, which always ranks first; "
+        "accepted: false",
     ]
-    assert make_math().problems("fit") == make_math().problems("test") == []
+    assert make_math_data().problems("fit") == make_math_data().problems("test") == []
 
 
-def test_a_task_is_json_lines_or_json(make_math, write, tmp_path):
-    write("gsm8k/test.jsonl", json.dumps(GSM8K))
-    write("gsm8k/train.json", [METAMATH])
-    write("AQuA/test.json", [LETTER])
-    write("SVAMP/test.jsonl", json.dumps(ADAPTERS))
-    write("SVAMP/test.json", [])
-    data = make_math(
-        data_dir=str(tmp_path / "data"), train=["gsm8k"], test=["gsm8k", "AQuA", "SVAMP"], validation=1
-    )
-    assert data.problems("fit") == data.problems("test") == []
-    assert [example.task for example in data.examples("test")] == ["gsm8k", "AQuA", "SVAMP"]
-    assert len(list(data.examples("train"))) == 1
-    (problem,) = make_math(data_dir=str(tmp_path / "data"), train=["mawps"], validation=1).problems("fit")
-    assert problem.startswith(
-        f"data.train: task 'mawps' needs the file {tmp_path}/data/mawps/train.json, which does not exist"
-    )
-    (problem,) = make_math(data_dir=str(tmp_path / "data"), train=["boolq"], validation=1).problems("fit")
+def test_unknown_task_lists_math_tasks(make_math_data):
+    (problem,) = make_math_data(train=["boolq"], validation=1).problems("fit")
     assert f"accepted: {', '.join(TASKS)}, a file" in problem
 
 
-def test_hub_rows_are_recognised_by_their_fields(make_math, monkeypatch):
-    import datasets
-
+def test_schema_of_hub_rows_is_recognized(make_math_data, monkeypatch):
     tables = {"meta-math/MetaMathQA": [METAMATH, EXPRESSION], "openai/gsm8k": [GSM8K]}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, *args, **settings: tables[name])
-    found = list(make_math(train=[*tables], answer_style="metamath").examples("train"))
-    assert [example.task for example in found] == ["MetaMathQA", "MetaMathQA", "gsm8k"]
-    assert [example.labels for example in found] == [["72"], ["$2x + 1$"], ["72"]]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, *_, **__: tables[name])
+    examples = list(make_math_data(train=[*tables], answer_style="metamath").examples("train"))
+    assert [example.task for example in examples] == ["MetaMathQA", "MetaMathQA", "gsm8k"]
+    assert [example.labels for example in examples] == [["72"], ["$2x + 1$"], ["72"]]
 
 
-# --- real rows ---
+# --- sample data ---
 
 
-@pytest.fixture(scope="session")
-def real_math():
-    """The folder of real math rows."""
-    if "GATERA_DATA" not in os.environ:
-        pytest.skip("GATERA_DATA is unset: it names the folder with the real rows")
-    return Path(os.environ["GATERA_DATA"]) / "math"
-
-
-REAL = {"SVAMP": 1000, "AddSub": 395, "MultiArith": 600, "SingleEq": 508, "AQuA": 254, "mawps": 238}
-
-
-@pytest.mark.parametrize("task", REAL)
-def test_real_rows_of_llm_adapters(task, real_math, make_math, caplog):
-    """Golds by Decimal, prompts by the instruction; not one row is left out, and none has a solution."""
-    rows = json.loads((real_math / task / "test.json").read_text())
-    data = make_math(data_dir=str(real_math), test=[task])
-    examples = list(data.examples("test"))
-    assert len(examples) == len(rows) == REAL[task]
-    assert not caplog.records
-    for row, example in zip(rows, examples, strict=True):
-        (label,) = example.labels
-        assert example.answers == [f" #### {label}"]
-        assert example.prompt == f"Question: {row['instruction'].strip()}\nAnswer:"
-        assert data.parse_answer(example.answers[0], example.labels) == ParsedAnswer(label, 0)
-        if task == "AQuA":
-            assert label == row["answer"]
-            told = re.search(r"[Tt]he answer is \(?([A-E])\)?\.?$", row["output"])
-            assert data.parse_answer(row["output"], example.labels).answer == (told[1] if told else None)
-        else:
-            assert parse_number(label) == Fraction(Decimal(row["answer"]))
-            assert not label.endswith(".0")
-
-
-@pytest.mark.parametrize(
-    ("task", "wrong"), [("SVAMP", (150, 250)), ("AddSub", (10, 100)), ("MultiArith", (0, 60))]
-)
-def test_real_rationales_read_as_a_models_text(task, wrong, real_math, make_math):
-    """By another reading, the first parse_number after the words; SVAMP's rationales are wrong in about one row of five."""
-    rows = json.loads((real_math / task / "test.json").read_text())
-    data, disagree = make_math(), 0
-    for row in rows:
-        reading = data.parse_answer(row["output"], [row["answer"]])
-        *_, told = re.split("[Tt]he answer is", row["output"].replace(",", ""))
-        numbers = re.findall(r"-?\d+\.?\d*", told)
-        if row["output"].count("he answer is") == 1 and "/" not in told:
-            assert (reading.answer is None) == (not numbers)
-            assert (reading.choice == 0) == (
-                bool(numbers) and abs(float(numbers[0]) - float(row["answer"])) < 1e-9
-            )
-        disagree += reading.choice is None
-    assert wrong[0] <= disagree <= wrong[1]
-
-
-@pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 660)])
-@pytest.mark.parametrize("style", ["gsm8k", "metamath"])
-def test_real_rows_of_gsm8k(split, count, style, real_math, make_math, caplog):
-    """By another reading: split at the last line, annotations cut out by hand, GSM8K's own expression for the parse_number."""
-    rows = [json.loads(line) for line in (real_math / "gsm8k" / f"{split}.jsonl").read_text().splitlines()]
-    data = make_math(data_dir=str(real_math), answer_style=style, **{split: ["gsm8k"]})
-    examples = list(data.examples(split))
-    assert len(examples) == len(rows) == count
-    assert not caplog.records
-    mark = {"gsm8k": "####", "metamath": "The answer is:"}[style]
-    for row, example in zip(rows, examples, strict=True):
-        *lines, last = row["answer"].split("\n")
-        gold = re.fullmatch(r"#### (\-?[0-9\.\,]+)", last)[1]
-        plain = "".join(
-            part.partition(">>")[2] if i else part for i, part in enumerate("\n".join(lines).split("<<"))
-        )
-        assert example.answers[0].strip() == f"{plain.strip()}\n{mark} {gold}"
-        assert example.labels == [gold]
-        assert data.parse_answer(example.answers[0], example.labels) == ParsedAnswer(gold, 0)
-        assert data.parse_answer(row["answer"], example.labels) == ParsedAnswer(gold, 0)
-
-
-# --- the embedded sample ---
-
-
-def test_the_sample(make_math):
-    data = make_math()
-    questions = []
-    for split, count in (("train", 120), ("validation", 20), ("test", 40)):
-        examples = list(data.examples(split))
-        assert len(examples) == count
-        assert {example.task for example in examples} == {"arithmetic"}
-        questions += [example.identity for example in examples]
-        for example in examples:
-            assert data.parse_answer(example.answers[0], example.labels) == ParsedAnswer(example.labels[0], 0)
-    assert len(set(questions)) == len(questions)
-    labels = [
-        label for split in ("train", "test") for example in data.examples(split) for label in example.labels
-    ]
-    assert any("," in label for label in labels)
-    assert any("." in label for label in labels)
-    assert any("-" in label for label in labels)
-
-
-def test_solutions_of_the_sample_add_up(make_math):
-    """Every annotation is true, and the last one is the answer."""
-    for split in ("train", "validation", "test"):
-        for example in make_math(keep_annotations=True).examples(split):
-            sums = re.findall(r"<<([0-9.*/+-]+)=(-?[0-9.]+)>>", example.answers[0])
-            assert len(sums) == example.answers[0].count("<<") >= 2
-            for sum_, result in sums:
-                assert eval(
-                    re.sub(r"([0-9.]+)", r"Fraction('\1')", sum_), {"Fraction": Fraction}
-                ) == Fraction(result)
-            assert Fraction(sums[-1][1]) == parse_number(example.labels[0])
-
-
-def test_it_trains_validates_and_tests_on_the_sample(make_math):
-    data = make_math(stage="fit")
+def test_sample(make_math_data):
+    data = make_math_data(stage="fit")
     data.setup("test")
-    assert {split: len(table) for split, table in data.tables.items()} == {
-        "train": 120,
-        "validation": 20,
-        "test": 40,
-    }
-    assert not any(row for found in data.overlaps() for row in found.rows)
+    sizes = {split: len(table) for split, table in data.tables.items()}
+    assert sizes == {"train": 120, "validation": 20, "test": 40}
+    assert not any(overlap.indices for overlap in data.overlaps())
     assert next(iter(data.train_dataloader()))
+    examples = [example for split in sizes for example in data.examples(split)]
+    assert len({example.identity for example in examples}) == len(examples) == 180
+    assert {example.task for example in examples} == {"arithmetic"}
+    for example in examples:
+        assert data.parse_answer(example.answers[0], example.labels) == ParsedAnswer(example.labels[0], 0)
+    labels = "".join(example.labels[0] for example in examples)
+    assert "," in labels
+    assert "." in labels
+    assert "-" in labels
 
 
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(math_data) == (0, 1)
-    assert parse_problem(ADAPTERS) == Problem(CLIPS, "", "72.0")
+def test_sample_annotations_are_correct(make_math_data):
+    """Every calculator annotation holds, and the last one is the answer."""
+    for split in ("train", "validation", "test"):
+        for example in make_math_data(keep_annotations=True).examples(split):
+            annotations = re.findall(r"<<([0-9.*/+-]+)=(-?[0-9.]+)>>", example.answers[0])
+            assert len(annotations) == example.answers[0].count("<<") >= 2
+            for expression, result in annotations:
+                exact = re.sub(r"([0-9.]+)", r"Fraction('\1')", expression)
+                assert eval(exact, {"Fraction": Fraction}) == Fraction(result)
+            assert Fraction(annotations[-1][1]) == parse_number(example.labels[0])
