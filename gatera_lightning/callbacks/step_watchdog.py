@@ -34,7 +34,8 @@ class StepWatchdog(L.Callback):
         Args:
             factor: Warn when a micro-batch has taken this many times the usual time; 0 turns the warnings
                 off. A small factor also warns about micro-batches that are merely large.
-            seconds: Never warn before this many seconds, however short the usual time is.
+            seconds: Never warn before a micro-batch has taken this many seconds, however short the usual time
+                is.
 
         Raises:
             ValueError: ``factor`` or ``seconds`` is negative.

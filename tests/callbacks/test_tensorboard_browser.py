@@ -162,11 +162,11 @@ def plots(browser, tensorboard, dashboard, selector, drawn):
         return found if len(found) == 4 and all(drawn(picture) for picture in found) else None
 
     found = wait_for(pictures)
-    if kept := os.environ.get("GATERA_PICTURES"):
+    if folder := os.environ.get("GATERA_PICTURES"):
         browser.execute_script(
             "arguments[0].scrollIntoView({block: 'center'})", browser.execute_script(PLOTS, selector)[0]
         )
-        browser.save_screenshot(str(Path(kept) / f"tensorboard_{dashboard}.png"))
+        browser.save_screenshot(str(Path(folder) / f"tensorboard_{dashboard}.png"))
     return found
 
 
