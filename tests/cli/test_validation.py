@@ -16,28 +16,18 @@ INVALID = [
     *("--trainer.precision", "16-mixed", "--trainer.use_distributed_sampler", "true"),
     *("--trainer.strategy", "fsdp", "--trainer.val_check_interval", "00:00:10:00"),
 ]
-PROBLEMS = [
-    "model.adapter.rank: -1",
-    "model.adapter.alpha: 3.0",
-    "model.adapter.gate.entropy_weight: -1.0",
-    "model.optimizer.lr: 0.0",
-    "model.warm_start: nowhere: no adapter here",
-    "data.batch_size: 0",
-    "data.train: task 'nothing'",
-    "trainer.precision: '16-mixed'",
-    "trainer.val_check_interval: ",
-    "trainer.use_distributed_sampler: true",
-    "trainer.strategy: 'fsdp'",
+REPORTED = [
+    *("model.adapter.rank", "model.adapter.alpha", "model.adapter.gate.entropy_weight", "model.optimizer.lr"),
+    *("model.warm_start", "data.batch_size", "data.train", "trainer.precision", "trainer.val_check_interval"),
+    *("trainer.use_distributed_sampler", "trainer.strategy"),
 ]
 
 
 @pytest.mark.parametrize("more", [[], ["--print_config"], ["--print_config=skip_null"]], ids=str)
 def test_all_problems_are_reported_at_once(fit, problems, no_loading, working_folder, more):
     reported = problems(*fit, *INVALID, *more)
-    assert len(reported) == len(PROBLEMS)
-    for expected in PROBLEMS:
-        (line,) = (line for line in reported if line.startswith(expected))
-        assert "accepted: " in line
+    assert sorted(line.partition(":")[0] for line in reported) == sorted(REPORTED)
+    assert all("accepted: " in line for line in reported)
     assert list(working_folder.iterdir()) == []
 
 
@@ -50,7 +40,7 @@ def test_all_problems_are_reported_at_once(fit, problems, no_loading, working_fo
         ("model.adapter.update", "best", "accepted: lora, dora, hira"),
         ("checkpoint.monitor", "val/f1", "'val/f1' is never logged; accepted: val/loss, val/accuracy_"),
         ("checkpoint.monitor", "val/accuracy_sum", "logged only with data.rank_validation: true"),
-        ("trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy", "AdapterShardingStrategy"),
+        ("trainer.strategy", "{class_path: ModelParallelStrategy}", "AdapterShardingStrategy"),
     ],
 )
 def test_problem_of_any_section_is_reported_with_the_others(fit, problems, no_loading, flag, value, message):
@@ -156,7 +146,7 @@ def test_hub_id_without_network_is_reported(fit, problems):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "answer9"}, "field 'answer': 'answer9' is not among the options"),
+        ({"answer": "answer9"}, "field 'answer': 'answer9' is not one of the options"),
         ({"instruction": "Why?"}, "field 'instruction': expected a last line 'Answer format"),
         ({"input": "more"}, "field 'input' is 'more'; expected nothing"),
     ],

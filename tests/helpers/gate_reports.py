@@ -9,7 +9,7 @@ from gatera_lightning.cli.main import main
 TEXTS = ["Question: what do <script>document.title = 'run'</script> make?", "We ride $5 bikes."]
 
 
-def save_random_adapter(folder, backbone, gate="token", seed=0):
+def save_random_adapter(folder, backbone, gate="token", seed=0, template=None):
     """Save an adapter of rank 2 with random values; returns the adapted model in eval mode."""
     model = load_backbone(BackboneConfig(id=str(backbone), dtype="float32"), "cpu")
     inject_adapters(model, AdapterConfig(gate=gate, rank=2))
@@ -17,7 +17,7 @@ def save_random_adapter(folder, backbone, gate="token", seed=0):
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
-    save_adapter(model, folder, backbone=str(backbone))
+    save_adapter(model, folder, backbone=str(backbone), template=template)
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.training import hyperparameters  # noqa: F401  # reads settings of version 0.1
 
 _REQUIRED_KEYS = ("state_dict", "adapter", "backbone", "global_step")
 

@@ -1,4 +1,4 @@
-"""``plan``: figures of the tiny recipe by hand and its real batches, and the formulas of docs/results/scaling.md in small numbers."""
+"""``estimate``: what it prints for the tiny recipe, compared with manual sums and with the recipe's real batches."""
 
 import json
 import re
@@ -8,190 +8,177 @@ from types import SimpleNamespace
 import pytest
 from tiny_backbone import tiny_args, tiny_data
 
-import gatera_lightning.cli.commands.estimate
-import gatera_lightning.training.model_loading
-from gatera_lightning import ConfigError
+from gatera_lightning.cli.commands import estimate as estimate_command
 from gatera_lightning.cli.commands.estimate import layout_of
 from gatera_lightning.cli.main import main
 from gatera_lightning.cost_model import device_memory
 from gatera_lightning.cost_model.device_memory import Layout
 from gatera_lightning.cost_model.step_costs import StepCosts
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
+from gatera_lightning.errors import ConfigError
 
 FSDP = ["--config", "overlays/fsdp.yaml"]
-# The tiny Llama: hidden 32, k and v 16 wide, feed-forward 48, 400 entries; q, o; k, v; gate, up, down; two norms.
+# The tiny Llama: hidden 32, k and v 16, feed-forward 48, vocabulary 400: q, o; k, v; gate, up, down; two norms.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
 ROOT = 2 * 400 * 32 + 32
 FROZEN = 2 * LAYER + ROOT
 # Rank 4 on q, k, v, up, down: B and A, then a weight and a bias of the gate.
 TRAINABLE = 2 * (4 * (64 + 48 + 48 + 80 + 80) + (32 + 32 + 32 + 32 + 48) + 5)
-COSTS = StepCosts(activations=400, logits=50, peak=700, forward_flops=2, backward_flops=5)
+
+TOO_FEW_EXAMPLES = (
+    "data.batch_size: 16 examples per step cannot fill accumulate_grad_batches 1 × 32 ranks; accepted:"
+)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test runs in an empty folder of its own, loading weights is an error, and a GiB is a byte: the model is tiny."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        gatera_lightning.training.model_loading, "load_backbone", lambda _: pytest.fail("weights were loaded")
-    )
-    monkeypatch.setattr(gatera_lightning.cli.commands.estimate, "GIB", 1)
+def bytes_as_gib(monkeypatch, no_weights):
+    """Make a GiB one byte, because the model is tiny."""
+    monkeypatch.setattr(estimate_command, "GIB", 1)
     monkeypatch.setattr(device_memory, "GIB", 1)
-    return tmp_path
 
 
 @pytest.fixture
 def show(tiny_backbone, capsys):
-    """``show(*flags)``: what ``plan`` prints for the tiny recipe."""
+    """``show(*flags)``: what ``estimate`` prints for the tiny recipe."""
 
     def printed(*flags, backbone=tiny_backbone):
-        assert main(["plan", "--config", "quickstart.yaml", *tiny_args(backbone), *flags]) == 0
+        assert main(["estimate", "--config", "quickstart.yaml", *tiny_args(backbone), *flags]) == 0
         return capsys.readouterr().out
 
     return printed
 
 
 @pytest.fixture
-def refused(tiny_backbone, capsys):
-    """``refused(*flags)``: the problems that ``plan`` reports, one a line."""
-
-    def problems(*flags):
-        assert main(["plan", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *flags]) == 2
-        out, error = capsys.readouterr()
-        assert out == ""
-        return [line.removeprefix("  - ") for line in error.splitlines() if line.startswith("  - ")]
-
-    return problems
+def reject(recipe, problems):
+    """``reject(*flags)``: the problems that ``estimate`` reports."""
+    return lambda *flags: problems("estimate", *recipe, *flags)
 
 
 def memory(printed):
-    """The parts and the peak, as they are printed."""
+    """The parts and the peak."""
     return {
         name: float(size)
         for name, size in re.findall(r"^    (\w+) +(\d+\.\d\d)", printed, flags=re.MULTILINE)
     }
 
 
-def figure(printed, name):
-    """What stands behind the name of a figure."""
-    return re.search(rf"^  {name} +(.*)$", printed, flags=re.MULTILINE)[1]
+def value(printed, label):
+    """What follows a label."""
+    return re.search(rf"^  {label} +(.*)$", printed, flags=re.MULTILINE)[1]
 
 
-# --- what is printed ---
+def settings(**values):
+    """Flags of the data module."""
+    return [
+        arg
+        for name, setting in values.items()
+        for arg in (f"--data.init_args.{name}", json.dumps(setting).strip('"'))
+    ]
 
 
-def test_parameters_and_parts_by_hand(show):
+# --- printed values ---
+
+
+def test_estimate_matches_manual_sums(show):
     printed = show()
-    assert printed.splitlines()[1] == "  devices        1 rank"
+    assert printed.splitlines()[0].endswith(", hira × token, rank 4")
+    assert value(printed, "devices") == "1 rank"
     assert (FROZEN, TRAINABLE) == (41_120, 2_922)
-    assert figure(printed, "parameters") == "41,120 frozen in float32, 2,922 trainable in float32 (7.11%)"
+    assert value(printed, "parameters") == "41,120 frozen in float32, 2,922 trainable in float32 (7.11%)"
     parts = memory(printed)
     assert [parts[name] for name in ("weights", "adapter", "gradients", "moments")] == [
         *(4 * FROZEN, 4 * TRAINABLE, 4 * TRAINABLE, 8 * TRAINABLE)
     ]
     rest = parts["peak"] - parts["weights"] - parts["adapter"] - parts["moments"]
-    assert (
-        rest >= parts["activations"] + parts["logits"] > parts["logits"] > 0
-    )  # gradients come as activations go
+    # Gradients grow while activations are freed.
+    assert rest >= parts["activations"] + parts["logits"] > parts["logits"] > 0
     assert rest <= 2 * (parts["activations"] + parts["logits"] + parts["gradients"])
-    assert figure(printed, "communication") == "none"
+    assert value(printed, "communication") == "none"
 
 
-def test_four_shards_by_hand(show):
+def test_estimate_of_four_shards_matches_manual_sums(show):
     printed = show(*FSDP, "--trainer.devices", "4")
-    assert printed.splitlines()[1] == "  devices        4 ranks, 4 shards (FSDP2)"
+    assert value(printed, "devices") == "4 ranks, 4 shards (FSDP2)"
     parts = memory(printed)
     assert parts["weights"] == 4 * (FROZEN // 4 + ROOT + 2 * LAYER)
-    assert [parts[name] for name in ("adapter", "gradients", "moments")] == [
-        TRAINABLE,
-        TRAINABLE,
-        2 * TRAINABLE,
-    ]
-    fetched, reduced = 4 * (2 * 2 * LAYER + ROOT + 2 * TRAINABLE) * 3 // 4, 4 * TRAINABLE * 3 // 4
-    assert (
-        figure(printed, "communication") == f"all-gather {fetched:.2f} GiB, reduce-scatter {reduced:.2f} GiB"
-    )
-    twice = show(*FSDP, "--trainer.devices", "4", "--trainer.accumulate_grad_batches", "2")
-    assert (
-        figure(twice, "communication")
-        == f"all-gather {2 * fetched:.2f} GiB, reduce-scatter {2 * reduced:.2f} GiB"
-    )
+    adapter = [parts[name] for name in ("adapter", "gradients", "moments")]
+    assert adapter == [TRAINABLE, TRAINABLE, 2 * TRAINABLE]
+    gathered, reduced = 4 * (2 * 2 * LAYER + ROOT + 2 * TRAINABLE) * 3 // 4, 4 * TRAINABLE * 3 // 4
+    for accumulate in (1, 2):
+        flags = ["--trainer.devices", "4", "--trainer.accumulate_grad_batches", str(accumulate)]
+        assert value(show(*FSDP, *flags), "communication") == (
+            f"all-gather {accumulate * gathered:.2f} GiB, reduce-scatter {accumulate * reduced:.2f} GiB"
+        )
 
 
-def test_what_generating_adds_by_hand(show):
-    """HiRA's W0 ⊙ BA of q, k, v, up, down; LoRA's factors are as good as a product of them, but for the merged weight."""
+def test_estimate_adds_prepared_weights_of_generation(show):
+    """HiRA caches W0 ⊙ BA of q, k, v, up and down; LoRA needs only the merged weight of saturated gates."""
     adapted = 4 * 2 * (32 * 32 + 2 * 32 * 16 + 2 * 32 * 48)
     exact, fast = ["--model.decoding.beams", "1"], ["--model.decoding.skip_below", "0.1"]
     lora = ["--model.adapter.update", "lora", "--model.adapter.gate", "none"]
     for flags in (exact, fast, [*lora, *fast]):
-        assert figure(show(*flags), "generating").startswith(f"{adapted:.2f} GiB more"), flags
+        assert value(show(*flags), "generation").startswith(f"{adapted:.2f} GiB more"), flags
     for flags in ([*lora, *exact], ["--model.decoding.prepared", "false"], [*FSDP, "--trainer.devices", "4"]):
-        assert "generating" not in show(*flags)
+        assert "generation" not in show(*flags)
 
 
-def test_trainable_parameters_in_double_precision_are_as_many(show):
+def test_estimate_counts_adapter_in_its_own_dtype(show):
     printed = show("--model.adapter.adapter_dtype", "float64")
-    assert figure(printed, "parameters") == "41,120 frozen in float32, 2,922 trainable in float64 (7.11%)"
+    assert value(printed, "parameters") == "41,120 frozen in float32, 2,922 trainable in float64 (7.11%)"
     assert memory(printed)["adapter"] == 8 * TRAINABLE
 
 
-def test_operations_of_a_step_are_those_of_all_its_micro_batches(show, monkeypatch):
+def test_flops_of_step_include_all_micro_batches(show, monkeypatch):
     costs = StepCosts(activations=1, logits=1, peak=2, forward_flops=2 * 10**12, backward_flops=4 * 10**12)
-    monkeypatch.setattr(gatera_lightning.cli.commands.estimate, "step_costs", lambda *_, **__: costs)
+    monkeypatch.setattr(estimate_command, "step_costs", lambda *_, **__: costs)
     printed = show("--trainer.accumulate_grad_batches", "2")
-    rows, tokens = map(int, re.match(r"(\d+) rows of (\d+) tokens", figure(printed, "micro-batch")).groups())
-    assert figure(printed, "compute") == (
-        f"{6000 / (rows * tokens):.2f} GFLOP a token (forward {2000 / (rows * tokens):.2f}), 12.00 TFLOP a step and device"
+    rows, length = map(int, re.match(r"(\d+) rows of (\d+) tokens", value(printed, "micro-batch")).groups())
+    assert value(printed, "compute") == (
+        f"{6000 / (rows * length):.2f} GFLOP per token (forward {2000 / (rows * length):.2f}), "
+        "12.00 TFLOP per step and device"
     )
 
 
-def test_operations_that_gates_may_leave_out_are_said_to_be_counted(show):
-    said = "with every gate undecided; what skip_below and merge_above leave out depends on the gates"
-    assert said not in show()
+def test_flops_with_thresholds_are_an_upper_bound(show):
+    remark = "if no gate is saturated; what skip_below and merge_above save depends on the gates"
+    assert remark not in show()
     printed = show("--model.adapter.gate.skip_below", "0.1")
-    assert said in printed
-    assert figure(printed, "compute") == figure(show(), "compute")
+    assert remark in printed
+    assert value(printed, "compute") == value(show(), "compute")
 
 
-def test_recomputed_layers_are_computed_again(show, monkeypatch):
-    seen = []
+def test_gradient_checkpointing_reaches_the_cost_model(show, monkeypatch):
+    costs, seen = StepCosts(activations=400, logits=50, peak=700, forward_flops=2, backward_flops=5), []
     monkeypatch.setattr(
-        gatera_lightning.cli.commands.estimate,
-        "step_costs",
-        lambda *_, recomputed: seen.append(recomputed) or COSTS,
+        estimate_command, "step_costs", lambda *_, recomputed: seen.append(recomputed) or costs
     )
     show()
     show("--model.backbone.gradient_checkpointing", "true")
     assert seen == [False, True]
 
 
-def test_processes_that_only_the_training_machine_can_count_are_said_to_be_assumed(show):
-    assert (
-        show("--trainer.devices", "auto").splitlines()[1]
-        == "  devices        1 rank (assumed: trainer.devices is auto)"
-    )
+def test_unknown_number_of_ranks_is_assumed(show):
+    printed = show("--trainer.devices", "auto")
+    assert value(printed, "devices") == "1 rank (assumed: trainer.devices is auto)"
 
 
-@pytest.mark.parametrize("broken", [True, False], ids=["damaged", "missing"])
-def test_weights_are_not_read(broken, show, tiny_backbone, elsewhere):
-    shutil.copytree(tiny_backbone, elsewhere / "light", ignore=shutil.ignore_patterns("*.safetensors"))
-    if broken:
-        (elsewhere / "light" / "model.safetensors").write_bytes(b"no weights")
-    light, whole = show(backbone=elsewhere / "light"), show()
-    assert light.splitlines()[1:] == whole.splitlines()[1:]
+@pytest.mark.parametrize("corrupt", [True, False], ids=["corrupt", "missing"])
+def test_estimate_reads_no_weights(corrupt, show, tiny_backbone, working_folder):
+    folder = working_folder / "light"
+    shutil.copytree(tiny_backbone, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    if corrupt:
+        (folder / "model.safetensors").write_bytes(b"no weights")
+    assert show(backbone=folder).splitlines()[1:] == show().splitlines()[1:]
 
 
-# --- does it fit? ---
-
-
-def test_what_fits_and_what_does_not(show):
+def test_memory_flag_asks_whether_it_fits(show):
     printed = show()
     peak = memory(printed)["peak"]
     assert f"    peak         {peak:.2f}    (--memory GiB says whether it fits)\n" in printed
     assert f"{peak:.2f}    of {peak}: fits\n" in show("--memory", str(peak))
     assert (
         f"{peak:.2f}    of {peak - 3}: DOES NOT FIT, by 3.0 GiB; most of it is activations: "
-        "model.backbone.gradient_checkpointing: true if it is not, or more trainer.accumulate_grad_batches\n"
+        "model.backbone.gradient_checkpointing: true"
     ) in show("--memory", str(peak - 3))
 
 
@@ -204,18 +191,11 @@ def test_what_fits_and_what_does_not(show):
     [{}, {"packing": True, "max_length": 90}, {"group_by_length": False}, {"token_budget": 300}],
     ids=str,
 )
-def test_the_micro_batch_is_the_largest_that_fit_would_see(data, train_on, show, tiny_backbone):
-    given = {
-        "train_on": train_on,
-        "batch_size": 14,
-        **data,
-    }  # 14 rows over 2 × 2: micro-batches of four and of three
-    flags = [
-        part
-        for name, value in given.items()
-        for part in (f"--data.init_args.{name}", json.dumps(value).strip('"'))
-    ]
-    printed = show("--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2", *flags)
+def test_micro_batch_is_the_largest_of_the_run(data, train_on, show, tiny_backbone):
+    # 14 examples over 2 ranks × 2: micro-batches of four and of three examples.
+    given = {"train_on": train_on, "batch_size": 14, **data}
+    flags = ["--trainer.devices", "2", "--trainer.accumulate_grad_batches", "2", *settings(**given)]
+    printed = show(*flags)
     batches = []
     for rank in (0, 1):
         real = tiny_data(tiny_backbone, validation=["everyday[:16]"], **({"group_by_length": True} | given))
@@ -236,96 +216,74 @@ def test_the_micro_batch_is_the_largest_that_fit_would_see(data, train_on, show,
     }
     assert len(batches) > 4
     found = re.fullmatch(
-        r"(\d+) rows of (\d+) tokens, (\d+) with loss \(the largest of the plan\)",
-        figure(printed, "micro-batch"),
+        r"(\d+) rows of (\d+) tokens, (\d+) supervised \(the largest of the batch schedule\)",
+        value(printed, "micro-batch"),
     )
     assert tuple(map(int, found.groups())) in shapes
 
 
-def test_without_the_rows_the_settings_decide(show, refused, caplog):
-    away = ["--data.init_args.train", '["nobody/nothing"]', "--data.init_args.max_length", "200"]
-    source = "(no rows to be had here: all of max_length, half of it with loss)"
-    assert figure(show(*away), "micro-batch") == f"16 rows of 200 tokens, 1,600 with loss {source}"
-    assert "planned without the rows, which cannot be read" in caplog.text
+def test_micro_batch_is_estimated_without_data(show, reject, caplog):
+    away = settings(train=["nobody/nothing"], max_length=200)
+    source = "(without data: every row of max_length, half of the tokens supervised)"
+    assert value(show(*away), "micro-batch") == f"16 rows of 200 tokens, 1,600 supervised {source}"
+    assert "the data cannot be read" in caplog.text
     assert "nobody/nothing" in caplog.text
-    cut = [
-        "--trainer.devices",
-        "2",
-        "--trainer.accumulate_grad_batches",
-        "3",
-        "--data.init_args.train_on",
-        "all",
-    ]
-    assert figure(show(*away, *cut), "micro-batch").startswith("3 rows of 200 tokens, 600 with loss")
-    (said,) = refused(*away, "--trainer.devices", "32")
-    assert said.startswith(
-        "data.batch_size: 16 examples per step cannot fill accumulate_grad_batches 1 × 32 ranks; accepted:"
-    )
+    ranks = ["--trainer.devices", "2", "--trainer.accumulate_grad_batches", "3"]
+    printed = show(*away, *ranks, *settings(train_on="all"))
+    assert value(printed, "micro-batch").startswith("3 rows of 200 tokens, 600 supervised (without data: ")
+    assert reject(*away, "--trainer.devices", "32")[0].startswith(TOO_FEW_EXAMPLES)
 
 
 # --- problems ---
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan"])
-def test_a_memory_that_is_none_is_refused(size, refused):
-    assert refused("--memory", size) == [f"--memory: {float(size)}; accepted: GiB of one device, above 0"]
+def test_memory_has_to_be_positive(size, reject):
+    assert reject("--memory", size) == [f"--memory: {float(size)}; accepted: GiB of one device, above 0"]
 
 
-def test_what_fit_would_refuse_is_refused_all_at_once(refused):
-    own = ["--model.adapter.rank", "0", "--data.init_args.batch_size", "0", "--trainer.precision", "16-mixed"]
-    own += ["--trainer.strategy", "fsdp", "--throughput.every_n_steps", "-1"]
-    assert [said.partition(":")[0] for said in refused(*own)] == [
-        *(
-            "throughput.every_n_steps",
-            "model.adapter.rank",
-            "data.batch_size",
-            "trainer.precision",
-            "trainer.strategy",
-        )
+def test_problems_of_fit_are_reported_at_once(reject):
+    flags = ["--model.adapter.rank", "0", "--trainer.precision", "16-mixed", *settings(batch_size=0)]
+    flags += ["--trainer.strategy", "fsdp", "--throughput.every_n_steps", "-1"]
+    assert [problem.partition(":")[0] for problem in reject(*flags)] == [
+        *("throughput.every_n_steps", "model.adapter.rank", "data.batch_size"),
+        *("trainer.precision", "trainer.strategy"),
     ]
 
 
-def test_what_the_planned_steps_refuse_is_refused(refused):
-    (said,) = refused("--trainer.devices", "32")
-    assert said.startswith(
-        "data.batch_size: 16 examples per step cannot fill accumulate_grad_batches 1 × 32 ranks; accepted:"
-    )
-    (said,) = refused("--trainer.devices", "8", "--data.init_args.train", '["everyday[:5]"]')
-    assert said.startswith("data.train: 5 examples cannot fill 8 micro-batches")
+def test_problems_of_the_batch_schedule_are_reported(reject):
+    (problem,) = reject("--trainer.devices", "32")
+    assert problem.startswith(TOO_FEW_EXAMPLES)
+    (problem,) = reject("--trainer.devices", "8", *settings(train=["everyday[:5]"]))
+    assert problem.startswith("data.train: 5 examples cannot fill 8 micro-batches")
 
 
-def test_modules_that_the_model_does_not_have_are_refused(refused):
-    (said,) = refused("--model.adapter.target_modules", "[nothing]")
-    assert "'nothing'" in said
+def test_missing_target_modules_are_reported(reject):
+    (problem,) = reject("--model.adapter.target_modules", "[nothing]")
+    assert "'nothing'" in problem
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
-        (
-            {"replicate_size": 3},
-            "trainer.strategy.replicate_size: 3 does not divide the 8 processes (nodes × devices)",
-        ),
-        (
-            {"replicate_size": 2, "shard_size": 2},
-            "trainer.strategy: replicate_size 2 × shard_size 2 is 4, and there are 8 processes (nodes × devices)",
-        ),
+        ({"replicate_size": 3}, "trainer.strategy.replicate_size: 3 does not divide the 8 "),
+        ({"replicate_size": 2, "shard_size": 2}, "trainer.strategy: replicate_size 2 × shard_size 2 is 4, "),
         ({"replicate_size": 0}, "trainer.strategy.replicate_size: 0; accepted: an integer of at least 1"),
     ],
 )
-def test_a_mesh_that_is_not_of_the_processes_is_refused_as_by_fit(sizes, said, refused):
+def test_mesh_has_to_fit_the_ranks(sizes, message, reject):
     flags = [
-        part for name, size in sizes.items() for part in (f"--trainer.strategy.init_args.{name}", str(size))
+        arg for name, size in sizes.items() for arg in (f"--trainer.strategy.init_args.{name}", str(size))
     ]
-    (found,) = refused(*FSDP, "--trainer.devices", "4", "--trainer.num_nodes", "2", *flags)
-    assert found.startswith(said)
+    (problem,) = reject(*FSDP, "--trainer.devices", "4", "--trainer.num_nodes", "2", *flags)
+    assert problem.startswith(message)
 
 
-# --- formulas ---
+# --- layouts ---
 
 
-def sharding(**sizes):
-    return {"class_path": "gatera_lightning.distributed.sharding.AdapterShardingStrategy", "init_args": sizes}
+def sharding(module="distributed.sharding", **sizes):
+    return {"class_path": f"gatera_lightning.{module}.AdapterShardingStrategy", "init_args": sizes}
 
 
 @pytest.mark.parametrize(
@@ -335,7 +293,8 @@ def sharding(**sizes):
         ("ddp", Layout(8, 1)),
         ({"class_path": "lightning.pytorch.strategies.DDPStrategy"}, Layout(8, 1)),
         (sharding(), Layout(1, 8)),
-        (sharding(shard_size=8, cpu_offload=True), Layout(1, 8, True)),
+        (sharding("parallel"), Layout(1, 8)),  # the module of version 0.1
+        (sharding(shard_size=8, cpu_offload=True), Layout(1, 8, offload=True)),
         (sharding(shard_size="auto", replicate_size=2), Layout(2, 4)),
         (sharding(shard_size=2, replicate_size=4), Layout(4, 2)),
     ],
@@ -348,9 +307,6 @@ def test_layout_of_one_rank_shards_nothing():
     assert layout_of(sharding(), 1) == Layout(1, 1)
 
 
-def test_a_layout_of_another_number_of_processes_is_refused():
-    with pytest.raises(
-        ConfigError,
-        match=r"^trainer.strategy: replicate_size 2 × shard_size 3 is 6, and there are 8 processes",
-    ):
+def test_layout_of_rejects_sizes_that_do_not_fit():
+    with pytest.raises(ConfigError, match=r"^trainer.strategy: replicate_size 2 × shard_size 3 is 6, "):
         layout_of(sharding(shard_size=3, replicate_size=2), 8)

@@ -1,4 +1,4 @@
-"""``export``: from any checkpoint, the adapter folder that training would have written."""
+"""``export``: the adapter folder that training would have written, from any checkpoint."""
 
 import contextlib
 import json
@@ -21,154 +21,149 @@ FILES = ["adapter_config.json", "adapter_model.safetensors"]
 def checkpoints(tiny_backbone, tmp_path_factory):
     """The folder of a run of three steps, saved after each: last is of step 3, last-1 of step 2."""
     root = tmp_path_factory.mktemp("run")
-    args = [
-        "fit",
-        "--config",
-        "quickstart.yaml",
-        *tiny_args(tiny_backbone),
-        "--checkpoint.every_n_steps",
-        "1",
-    ]
+    flags = [*tiny_args(tiny_backbone), "--checkpoint.every_n_steps", "1"]
     with contextlib.chdir(root):
-        assert main(args) == 0
+        assert main(["fit", "--config", "quickstart.yaml", *flags]) == 0
     return root / "runs" / "quickstart" / "version_0" / "checkpoints"
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def assert_same(folder, expected):
+def assert_same_files(folder, expected):
     assert sorted(path.name for path in folder.iterdir()) == FILES
     for name in FILES:
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
 
 
-def test_a_checkpoint_gives_the_folder_that_lies_beside_it(checkpoints, tiny_backbone, elsewhere, capsys):
-    assert main(["export", str(checkpoints / "last.ckpt"), "--out", "mine"]) == 0
-    assert (
-        capsys.readouterr().out == f"mine: the adapter of {checkpoints / 'last.ckpt'}, at optimizer step 3\n"
-    )
-    assert_same(elsewhere / "mine", checkpoints / "last")
-    assert trained_template("mine") == "plain"  # quickstart.yaml's
-    fresh = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
-    load_adapter(fresh, "mine")
-    saved = torch.load(checkpoints / "last.ckpt", weights_only=True)["state_dict"]
-    parameters = adapter_parameters(fresh)
+# --- checkpoints ---
+
+
+def test_checkpoint_gives_the_folder_beside_it(checkpoints, tiny_backbone, working_folder, capsys):
+    last = checkpoints / "last.ckpt"
+    assert main(["export", str(last), "--out", "mine"]) == 0
+    assert capsys.readouterr().out == f"mine: the adapter of {last}, at optimizer step 3\n"
+    assert_same_files(working_folder / "mine", checkpoints / "last")
+    assert trained_template("mine") == "plain"  # that of quickstart.yaml
+    origin = json.loads((working_folder / "mine" / FILES[0]).read_text())["backbone"]
+    assert (origin["id"], origin["revision"], len(origin["fingerprint"])) == (str(tiny_backbone), None, 64)
+    model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
+    load_adapter(model, "mine")
+    saved = torch.load(last, weights_only=True)["state_dict"]
+    parameters = adapter_parameters(model)
     assert {f"model.{name}" for name in parameters} == set(saved)
     assert all(torch.equal(parameter, saved[f"model.{name}"]) for name, parameter in parameters.items())
 
 
-def test_a_folder_gives_its_newest(checkpoints, elsewhere):
+def test_folder_gives_its_newest_checkpoint(checkpoints, working_folder):
     assert main(["export", str(checkpoints), "--out", "deep/er/mine"]) == 0
-    assert_same(elsewhere / "deep/er/mine", checkpoints / "last")
+    assert_same_files(working_folder / "deep/er/mine", checkpoints / "last")
 
 
-def test_a_folder_whose_newest_is_damaged(checkpoints, elsewhere, capsys, caplog):
+def test_corrupt_newest_checkpoint_is_skipped(checkpoints, working_folder, capsys, caplog):
     shutil.copytree(checkpoints, "copy")
-    for path in elsewhere.glob("copy/best*.ckpt"):
+    for path in working_folder.glob("copy/best*.ckpt"):
         path.unlink()
-    (elsewhere / "copy/last.ckpt").write_bytes(b"")
+    (working_folder / "copy/last.ckpt").write_bytes(b"")
     assert main(["export", "copy", "--out", "mine"]) == 0
     assert capsys.readouterr().out == "mine: the adapter of copy/last-1.ckpt, at optimizer step 2\n"
-    assert "skipping the checkpoint copy/last.ckpt: the file is empty" in caplog.text
-    assert (elsewhere / "mine" / FILES[1]).read_bytes() != (checkpoints / "last" / FILES[1]).read_bytes()
+    assert "skipping the checkpoint copy/last.ckpt" in caplog.text
+    newest = (checkpoints / "last" / FILES[1]).read_bytes()
+    assert (working_folder / "mine" / FILES[1]).read_bytes() != newest
 
 
-def test_a_sharded_checkpoint_gives_the_same(checkpoints, elsewhere):
-    whole = torch.load(checkpoints / "last.ckpt", weights_only=True)
-    write_sharded_checkpoint(whole, elsewhere / "sharded.ckpt")
+def test_sharded_checkpoint_gives_the_same_folder(checkpoints, working_folder):
+    unsharded = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    write_sharded_checkpoint(unsharded, working_folder / "sharded.ckpt")
     assert main(["export", "sharded.ckpt", "--out", "mine"]) == 0
-    assert_same(elsewhere / "mine", checkpoints / "last")
-    (elsewhere / "run").mkdir()
+    assert_same_files(working_folder / "mine", checkpoints / "last")
+    (working_folder / "run").mkdir()
     shutil.move("sharded.ckpt", "run/last.ckpt")
     assert main(["export", "run", "--out", "other"]) == 0
-    assert_same(elsewhere / "other", checkpoints / "last")
+    assert_same_files(working_folder / "other", checkpoints / "last")
 
 
-def test_an_adapter_that_is_there_is_replaced(checkpoints, elsewhere):
+def test_existing_adapter_folder_is_replaced(checkpoints, working_folder):
     assert main(["export", str(checkpoints / "last-1.ckpt"), "--out", "mine"]) == 0
-    assert (elsewhere / "mine" / FILES[1]).read_bytes() != (checkpoints / "last" / FILES[1]).read_bytes()
+    newest = (checkpoints / "last" / FILES[1]).read_bytes()
+    assert (working_folder / "mine" / FILES[1]).read_bytes() != newest
     assert main(["export", str(checkpoints / "last.ckpt"), "--out", "mine"]) == 0
-    assert_same(elsewhere / "mine", checkpoints / "last")
+    assert_same_files(working_folder / "mine", checkpoints / "last")
 
 
-def test_a_file_in_the_place_of_the_folder(checkpoints, elsewhere, capsys):
-    (elsewhere / "mine").write_text("a note")
-    assert main(["export", str(checkpoints), "--out", "mine"]) == 2
-    assert "--out: mine is a file; accepted: a folder, which need not exist" in capsys.readouterr().err
-    assert (elsewhere / "mine").read_text() == "a note"
+# --- problems ---
 
 
-def flip(path):
+def test_existing_file_is_not_replaced(checkpoints, working_folder, problems):
+    (working_folder / "mine").write_text("a note")
+    assert problems("export", str(checkpoints), "--out", "mine") == [
+        "--out: mine is a file; accepted: a folder, which does not have to exist"
+    ]
+    assert (working_folder / "mine").read_text() == "a note"
+
+
+def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
-    [(flip, "the file is corrupt (record "), (lambda path: path.write_bytes(path.read_bytes()[:999]), "the file is corrupt ("),
-     (lambda path: path.write_bytes(b""), "the file is empty")],
-    ids=["flipped", "cut", "empty"],
-)  # fmt: skip
-def test_a_damaged_checkpoint(checkpoints, elsewhere, capsys, harm, said):
-    harm(elsewhere / shutil.copy(checkpoints / "last.ckpt", "last.ckpt"))
+    ("corrupt", "message"),
+    [
+        (flip_bit, "corrupt (record "),
+        (lambda path: path.write_bytes(path.read_bytes()[:999]), "corrupt ("),
+        (lambda path: path.write_bytes(b""), "empty"),
+    ],
+    ids=["flipped", "truncated", "empty"],
+)
+def test_corrupt_checkpoint_is_reported(checkpoints, working_folder, capsys, corrupt, message):
+    corrupt(working_folder / shutil.copy(checkpoints / "last.ckpt", "last.ckpt"))
     assert main(["export", "last.ckpt", "--out", "mine"]) == 1
-    assert f"python -m gatera_lightning: last.ckpt: {said}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("python -m gatera_lightning: last.ckpt: ")
+    assert message in error
     assert main(["export", ".", "--out", "mine"]) == 1
     assert ": .: every checkpoint is corrupt: last.ckpt" in capsys.readouterr().err
-    assert not (elsewhere / "mine").exists()
+    assert not (working_folder / "mine").exists()
 
 
-class Stranger:
-    """What another program pickles."""
+class UnknownObject:
+    """An object that another program pickles."""
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "missing"),
     [
-        ([1, 2], "it lacks state_dict, adapter, backbone, global_step"),
-        ({"state_dict": {}, "global_step": 3}, "it lacks adapter, backbone"),
-        ({"state_dict": {}, "backbone": {}, "adapter": {}}, "it lacks global_step"),
+        ([1, 2], "state_dict, adapter, backbone, global_step"),
+        ({"state_dict": {}, "global_step": 3}, "adapter, backbone"),
+        ({"state_dict": {}, "backbone": {}, "adapter": {}}, "global_step"),
     ],
-    ids=["a list", "another module's", "no run's"],
+    ids=["a list", "another module's checkpoint", "no step"],
 )
-def test_a_foreign_file(elsewhere, capsys, content, said):
+def test_file_of_another_program_is_reported(working_folder, problems, content, missing):
     torch.save(content, "foreign.ckpt")
-    assert main(["export", "foreign.ckpt", "--out", "mine"]) == 2
-    assert f"CHECKPOINT: foreign.ckpt is no checkpoint of an adapter; {said}\n" in capsys.readouterr().err
-    assert not (elsewhere / "mine").exists()
+    assert problems("export", "foreign.ckpt", "--out", "mine") == [
+        f"CHECKPOINT: foreign.ckpt is not a checkpoint of an adapter; missing entries: {missing}"
+    ]
+    assert not (working_folder / "mine").exists()
 
 
-def test_a_file_of_another_program_is_not_unpickled(elsewhere, capsys):
-    torch.save({"state_dict": {}, "hyper_parameters": Stranger()}, "foreign.ckpt")
+def test_file_of_another_program_is_not_unpickled(working_folder, capsys):
+    torch.save({"state_dict": {}, "hyper_parameters": UnknownObject()}, "foreign.ckpt")
     assert main(["export", "foreign.ckpt", "--out", "mine"]) == 1
-    assert "foreign.ckpt: it holds objects of another program" in capsys.readouterr().err
-    assert not (elsewhere / "mine").exists()
+    error = capsys.readouterr().err
+    assert "foreign.ckpt: " in error
+    assert "objects of " in error
+    assert not (working_folder / "mine").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        (
-            "nowhere",
-            "CHECKPOINT: nowhere does not exist; accepted: a checkpoint (*.ckpt), or a folder of them",
-        ),
-        ("empty", "CHECKPOINT: empty holds no checkpoint (*.ckpt)"),
-        ("note.txt", "CHECKPOINT: note.txt holds no checkpoint (*.ckpt)"),
+        ("nowhere", "nowhere does not exist; accepted: a checkpoint (*.ckpt), or a folder of checkpoints"),
+        ("empty", "empty holds no checkpoint (*.ckpt)"),
+        ("note.txt", "note.txt holds no checkpoint (*.ckpt)"),
     ],
 )
-def test_what_is_no_checkpoint(elsewhere, capsys, name, said):
-    (elsewhere / "empty").mkdir()
-    (elsewhere / "note.txt").write_text("a note")
-    assert main(["export", name, "--out", "mine"]) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_the_folder_says_which_backbone_it_is_of(checkpoints, tiny_backbone, elsewhere):
-    assert main(["export", str(checkpoints), "--out", "mine"]) == 0
-    origin = json.loads((elsewhere / "mine" / FILES[0]).read_text())["backbone"]
-    assert (origin["id"], origin["revision"], len(origin["fingerprint"])) == (str(tiny_backbone), None, 64)
+def test_path_without_checkpoint_is_reported(working_folder, problems, name, message):
+    (working_folder / "empty").mkdir()
+    (working_folder / "note.txt").write_text("a note")
+    assert problems("export", name, "--out", "mine") == [f"CHECKPOINT: {message}"]
