@@ -1,4 +1,4 @@
-"""CONTRIBUTING's example of a task family is a whole one: it trains, is evaluated both ways, and can be compared."""
+"""The task in CONTRIBUTING.md is complete: it trains, is evaluated both ways, and can be compared."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from gatera_lightning.cli.main import main
 
-TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 CITIES = ["Rome", "Oslo", "Lima", "Cairo", "Quito"]
 COUNTRIES = ["Italy", "Norway", "Peru", "Egypt", "Ecuador"]
 ROWS = [
@@ -24,66 +24,51 @@ ROWS = [
 
 @pytest.fixture
 def capitals(tmp_path, monkeypatch, tiny_backbone):
-    """Arguments of a run on the example's rows, its module lying in the working folder."""
-    (block,) = (
-        block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "TaskFamily" in block
-    )
-    (tmp_path / "capitals_family.py").write_text(block, encoding="utf-8")
+    """Arguments of a run with the task, whose module is in the working directory."""
+    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "TaskDataModule" in block)
+    (tmp_path / "capitals.py").write_text(code, encoding="utf-8")
+    folder = tmp_path / "data" / "capitals"
+    folder.mkdir(parents=True)
+    settings = {
+        "template": "plain",
+        "train_on": "response",
+        "data_dir": "data",
+        "evaluate_by": "[likelihood, generation]",
+        "batch_size": "4",
+    }
     for split in ("train", "validation", "test"):
-        (tmp_path / "data" / "capitals").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "capitals" / f"{split}.json").write_text(json.dumps(ROWS))
+        (folder / f"{split}.json").write_text(json.dumps(ROWS))
+        settings[split] = "[capitals]"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield [
-        *(
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.max_steps",
-            "2",
-            "--trainer.enable_progress_bar",
-            "false",
-        ),
+        *("--trainer.accelerator", "cpu", "--trainer.max_steps", "2"),
+        *("--trainer.enable_progress_bar", "false"),
         *("--model.backbone.id", str(tiny_backbone), "--model.backbone.dtype", "float32"),
         *("--model.adapter.rank", "4", "--model.decoding.max_new_tokens", "3"),
-        *(
-            "--data",
-            "capitals_family.CapitalsDataModule",
-            "--data.init_args.template",
-            "plain",
-            "--data.init_args.train_on",
-        ),
-        *(
-            "response",
-            "--data.init_args.data_dir",
-            "data",
-            "--data.init_args.evaluate_by",
-            "[likelihood, generation]",
-        ),
-        *(
-            arg
-            for split in ("train", "validation", "test")
-            for arg in (f"--data.init_args.{split}", "[capitals]")
-        ),
-        *("--data.init_args.batch_size", "4"),
+        *("--data", "capitals.CapitalsDataModule"),
+        *(f"--data.init_args.{name}={value}" for name, value in settings.items()),
     ]
-    sys.modules.pop("capitals_family", None)
+    sys.modules.pop("capitals", None)
 
 
-def test_the_example_trains_is_evaluated_and_compared(capitals, tmp_path, capsys):
+def test_task_trains_is_evaluated_and_compared(capitals, tmp_path, capsys):
     assert main(["fit", *capitals]) == 0
     for name in ("one", "other"):
         assert main(["test", *capitals, "--evaluation.folder", str(tmp_path / name)]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "one" / "predictions.jsonl").read_text().splitlines()]
-    assert [(row["task"], row["gold"], len(row["likelihood"]["tokens"])) for row in rows] == [
+    lines = (tmp_path / "one" / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert [(row["task"], row["gold"], len(row["likelihood"]["tokens"])) for row in predictions] == [
         ("capitals", 0, 2 + number % 3) for number in range(5)
     ]
-    assert all(row["generation"].keys() == {"text", "answer", "choice"} for row in rows)
+    assert all(row["generation"].keys() == {"text", "answer", "choice"} for row in predictions)
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "other")]) == 0
-    assert "5 rows are common" in capsys.readouterr().out
+    assert "5 examples in common" in capsys.readouterr().out
 
 
-def test_a_broken_row_of_the_example_is_named(capitals, tmp_path, capsys):
+def test_malformed_row_of_the_task_is_named(capitals, tmp_path, capsys):
     file = tmp_path / "data" / "capitals" / "train.json"
     file.write_text(json.dumps([*ROWS, {"country": "Chad", "cities": ["Moundou"], "capital": "N'Djamena"}]))
     assert main(["fit", *capitals]) == 2
