@@ -135,7 +135,7 @@ def _with_gate_settings(adapter: AdapterConfig, **given: float | None) -> Adapte
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, AdapterConfig):
+    if isinstance(value, AdapterConfig) and isinstance(value.gate, GateConfig):
         return value.to_dict()
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 

@@ -1,9 +1,24 @@
-"""Memory and communication against sums by hand: the formulas of docs/results/scaling.md with small numbers."""
+"""Memory and communication against the formulas of docs/results/scaling.md, and against a sharded run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
+from gatera_lightning import AdapterConfig, BackboneConfig
 from gatera_lightning.cost_model.device_memory import Layout, Memory, communication, predict_memory, verdict
-from gatera_lightning.cost_model.step_costs import ModelSizes, StepCosts
+from gatera_lightning.cost_model.step_costs import (
+    MicroBatch,
+    ModelSizes,
+    StepCosts,
+    build_on_meta,
+    model_sizes,
+    step_costs,
+)
 
 SIZES = ModelSizes(frozen=1000, adapter=80, layers=(300, 500))
 COSTS = StepCosts(activations=400, logits=50, peak=700, forward_flops=2, backward_flops=5)
@@ -54,7 +69,7 @@ def test_communication_matches_manual_sums(layout, once, thrice):
     [
         (Layout(1, 1), 1000, 80, 1000 + 3 * 80 + 700),
         (Layout(8, 1), 1000, 80, 1000 + 3 * 80 + 700),
-        # a quarter, the root group and twice the larger layer; a quarter of the gradients in the step's peak too
+        # a quarter, the root group, twice the larger layer; a quarter of the gradients in the step's peak too
         (Layout(1, 4), 250 + 200 + 2 * 500, 20, 1450 + 3 * 20 + 640),
         (Layout(2, 4), 250 + 200 + 2 * 500, 20, 1450 + 3 * 20 + 640),
         (Layout(1, 4, offload=True), 200 + 2 * 500, 0, 1200 + 640),
@@ -86,7 +101,8 @@ def test_predict_memory_counts_optimizer_temporaries_when_activations_are_small(
         ("weights", "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload"),
         (
             "activations",
-            "model.backbone.gradient_checkpointing: true if it is not, or more trainer.accumulate_grad_batches",
+            "model.backbone.gradient_checkpointing: true if it is not, or more "
+            "trainer.accumulate_grad_batches",
         ),
         ("logits", "more trainer.accumulate_grad_batches"),
         ("moments", "a smaller model.adapter.rank"),
@@ -100,3 +116,24 @@ def test_verdict_advises_on_largest_part(largest, advice, monkeypatch):
     expected = f"    of 5.5: DOES NOT FIT, by 1.5 GiB; most of it is {largest}: {advice}"
     assert verdict(memory, 5.5) == expected
     assert verdict(memory, 7) == "    of 7.0: fits"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [512, 16384], ids=["large layers", "large head"])
+def test_predict_memory_matches_one_of_two_ranks(tmp_path, vocabulary):
+    """What the allocator had handed out on one of two sharded ranks, weights and moments included."""
+    script = Path(__file__).parents[1] / "helpers" / "memory_script.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out.json"), str(vocabulary)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    config = LlamaConfig(vocab_size=found["vocabulary"], **found["sizes"])
+    model = build_on_meta(config, BackboneConfig(id="here"), AdapterConfig(rank=8), torch.float32)
+    batch = MicroBatch(**found["batch"])
+    memory = predict_memory(model_sizes(model), step_costs(model, batch), Layout(1, 2))
+    assert memory.peak == pytest.approx(found["resident"] + found["peak"], rel=0.15)
+    assert found["frozen"] == pytest.approx(model_sizes(model).frozen / 2, rel=0.02)

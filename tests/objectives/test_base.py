@@ -54,7 +54,11 @@ def test_loss_is_weighted_sum_of_averages(model, batch):
     ]
     found = evaluate_objectives(objectives, model, batch)
     assert float(found.loss) == 6 / 4 + 0.5 * 10 / 5
-    assert {name: float(value) for name, value in found.values.items()} == {"one": 1.5, "two": 2.0, "logged": 3.0}
+    assert {name: float(value) for name, value in found.values.items()} == {
+        "one": 1.5,
+        "two": 2.0,
+        "logged": 3.0,
+    }
     assert found.weights == {"one": 1.0, "two": 0.5, "logged": 0.0}
 
 

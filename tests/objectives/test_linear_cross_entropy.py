@@ -53,7 +53,7 @@ def test_loss_and_gradient_match_definition(bias):
 @pytest.mark.usefixtures("chunk_size")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_is_as_exact_as_autograd(dtype):
-    """Both are compared with float64: the loss is in fp32, the gradient as exact as autograd's with all logits."""
+    """Compared with float64. The loss is in fp32; autograd's gradient needs all logits."""
     hidden, weight, bias, labels = random_inputs(dtype, True, n=VOCABULARY)
     wide = hidden.detach().double().requires_grad_()
     exact_loss = reference_loss(wide, weight.double(), bias.double(), labels)

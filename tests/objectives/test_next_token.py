@@ -70,7 +70,11 @@ def test_no_supervised_tokens_give_zero_loss_and_gradient(tiny_llama):
 @pytest.mark.parametrize("changed", ["", "head is trained", "head was replaced"])
 def test_prepared_model_computes_loss_in_head(tiny_llama, changed, monkeypatch):
     """From logits before ``prepare``, and when the head is no longer what was tried."""
-    model, batch, used = tiny_llama().requires_grad_(False), random_batch() | {"step_supervised_tokens": 7}, []
+    model, batch, used = (
+        tiny_llama().requires_grad_(False),
+        random_batch() | {"step_supervised_tokens": 7},
+        [],
+    )
     plain = linear_cross_entropy.linear_cross_entropy
     monkeypatch.setattr(
         linear_cross_entropy, "linear_cross_entropy", lambda *args: used.append(True) or plain(*args)
@@ -91,7 +95,8 @@ def test_prepared_model_computes_loss_in_head(tiny_llama, changed, monkeypatch):
 def test_prepare_tries_a_model_once(tiny_llama, monkeypatch):
     tried = []
     monkeypatch.setattr(
-        "gatera_lightning.objectives.next_token.returns_head_output", lambda model: tried.append(model) or True
+        "gatera_lightning.objectives.next_token.returns_head_output",
+        lambda model: tried.append(model) or True,
     )
     models = [tiny_llama(), tiny_llama()]
     for model in (*models, *models):

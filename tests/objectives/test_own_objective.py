@@ -1,4 +1,4 @@
-"""An objective of one's own, in this file alone: it stays close to the frozen backbone, without any change elsewhere."""
+"""A user's own objective, in this file alone: it keeps the model close to the frozen backbone."""
 
 import math
 

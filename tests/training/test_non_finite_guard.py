@@ -89,3 +89,15 @@ def test_error_names_step_examples_and_last_checkpoint(recorded, clean, tmp_path
     assert message.endswith(f"Steps skipped before: 0 of 0. Last checkpoint: {expected}")
     if keep:
         assert torch.load(last, weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("value", [torch.inf, 1e20])
+def test_gradient_with_infinite_square_stops_before_step(recorded, monkeypatch, value):
+    """It would make AdamW's second moment infinite for the rest of the run."""
+
+    def spoil_gradient(self, *args):
+        next(iter(adapter_parameters(self.model).values())).grad[0, 0] = value
+
+    monkeypatch.setattr(GateRAModule, "on_after_backward", spoil_gradient)
+    with pytest.raises(NonFiniteLossError, match="the norm of its gradients inf"):
+        recorded()
