@@ -86,8 +86,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             evaluate_by: How test answers are found: likelihood, generation, or both.
             rank_validation: Score all candidates of the validation examples, which adds accuracies to
                 monitor.
-            weights: Share of each training source in an epoch, by the source's name in results. The length of
-                an epoch does not change. null uses every example once.
+            weights: Share of each training source in an epoch, by the source's name in results. An epoch has
+                as many examples as these sources together. null uses every example once.
         """
         super().__init__()
         self.save_hyperparameters(logger=False)  # including those of the subclass

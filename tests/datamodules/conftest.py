@@ -112,8 +112,8 @@ CHAT = {  # special tokens of a chat template, and the template
     "gemma": (
         ["<start_of_turn>", "<end_of_turn>"],
         "{{ bos_token }}{% for m in messages %}<start_of_turn>"
-        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
     "llama3": (
         ["<start_header>", "<end_header>", "<eot>"],

@@ -81,7 +81,7 @@ QUESTIONS = [
     }
     for question, first, second, answer in (
         ("Where is milk kept?", "in the fridge", "in the garden shed behind the house", "answer2"),
-        ("Which of these is a colour that the sky has at night?", "blue", "red", "answer1"),
+        ("Which of these is a color that the sky has at night?", "blue", "red", "answer1"),
         ("Why?", "so", "no", "answer2"),
     )
 ]
@@ -126,7 +126,7 @@ TASKS = {
         *(CommonsenseDataModule, {"answer_format": "content"}, "rows.json", QUESTIONS),
         [
             ("Where is milk kept?", "in the garden shed behind the house"),
-            ("Which of these is a colour that the sky has at night?", "blue"),
+            ("Which of these is a color that the sky has at night?", "blue"),
             ("Why?", "no"),
         ],
     ),
@@ -287,12 +287,12 @@ def test_chat_prompt_has_no_second_bos(kind, chat_batch, chat_tokenizers):
 def test_chat_answer_ends_turn_and_text(kind, chat_batch, chat_tokenizers):
     prompt, closing = CHATS[kind]
     answer = f"{' ' * (kind == 'llama2')}fridge{closing}"  # its template writes a space there
-    for train_on, targets in (("response", answer), ("all", f"{prompt}{answer}")):
+    for train_on, expected in (("response", answer), ("all", f"{prompt}{answer}")):
         batch = chat_batch(kind, train_on)
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         assert chat_tokenizers[kind].decode(ids[batch["response_mask"][0]]) == answer
         wanted = ids[labels != X] if train_on == "response" else torch.cat([ids[:1], ids[labels != X]])
-        assert chat_tokenizers[kind].decode(wanted) == targets
+        assert chat_tokenizers[kind].decode(wanted) == expected
         assert torch.equal(labels[labels != X], ids[labels != X])
         assert (
             batch["step_supervised_tokens"] == int((labels != X).sum()) == len(wanted) - (train_on == "all")
