@@ -38,10 +38,10 @@ _MARKERS = (
 def parse_number(text: str) -> Fraction | None:
     r"""Parse a text that consists of one number and, at most, its unit.
 
-    Accepts thousands separators, decimals, ``3/4``, ``1 1/2``, ``½``, ``\frac{3}{4}``, ``1.5e3``, ``3 \times
-    10^{4}``, any minus sign, currencies (``$``, ``\$``, …), units of at least two letters, ``**`` and
-    ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations of MetaMath and GSM8K, which look at the digits
-    alone.
+    Accepts thousands separators, decimals, fractions (``3/4``, ``1 1/2``, ``½``, ``\frac{3}{4}``), powers
+    (``1.5e3``, ``3 \times 10^{4}``), any minus sign, currencies (``$``, ``\$``, …), units of at least two
+    letters, ``**`` and ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations of MetaMath and GSM8K, which
+    look at the digits alone.
 
     >>> parse_number("$1,234.50"), parse_number("3/4 cups."), parse_number("3 or 4")
     (Fraction(2469, 2), Fraction(3, 4), None)
@@ -82,11 +82,15 @@ def find_final_number(text: str) -> str | None:
 def find_option_letter(text: str, letters: str = "ABCDE") -> str | None:
     """Find the option letter that a solution chooses.
 
-    If the text has a marker (``The answer is:``, ``####``, ``The answer is``), the letter is the first that
-    stands alone after it on its line; letters elsewhere are not considered. Otherwise it is, in order of
-    precedence, the first letter in ``option B`` or ``choice (B)``; in ``(B)``; in ``B)``; in ``B.``, ``B:``
-    or ``B`` at the beginning of a line; or any letter that stands alone, except for the article in ``A
-    train``.
+    If the text has a marker (``The answer is:``, ``####``, ``The answer is``), the letter is the first
+    isolated one after it, on the same line; letters elsewhere are not considered. Otherwise the letter is, in
+    order of precedence, the first one in
+
+    1. ``option B`` or ``choice (B)``;
+    2. ``(B)``;
+    3. ``B)``;
+    4. ``B.``, ``B:`` or ``B`` at the beginning of a line;
+    5. any text that isolates it, unless it is the article in ``A train``.
 
     Args:
         text: A solution.
@@ -115,7 +119,7 @@ def find_option_letter(text: str, letters: str = "ABCDE") -> str | None:
 def numbers_equal(first: Fraction, second: Fraction) -> bool:
     """Compare two numbers, with a tolerance of 1e-12 of the larger one unless both are integers.
 
-    The data sets of LLM-Adapters contain rounded floats, ``0.6666666666666666`` for 2/3 and even
+    The datasets of LLM-Adapters contain rounded floats, ``0.6666666666666666`` for 2/3 and even
     ``1.8333333333333335`` for 11/6. ``0.67`` is not equal to 2/3.
     """
     if first == second or first.denominator == second.denominator == 1:

@@ -43,7 +43,7 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Instruction | Ch
     Instruction(request='Why?', context='', response='So.')
 
     Args:
-        row: A row of a data set.
+        row: A row of a dataset.
         columns: Names of the columns in ``row`` that are not called as in :data:`COLUMNS`: ``{column:
             name}``.
 

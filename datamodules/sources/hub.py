@@ -1,4 +1,4 @@
-"""Read rows of data sets on the Hugging Face hub."""
+"""Read rows of datasets on the Hugging Face hub."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from gatera_lightning.errors import ConfigError
 
 
 def read_hub_rows(location: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a hub data set.
+    """Yield the rows of a hub dataset.
 
     Args:
         location: ``owner/name``, optionally with ``:configuration`` and ``@split``.
@@ -18,7 +18,7 @@ def read_hub_rows(location: str, split: str) -> Iterator[tuple[str, Any]]:
         Where the row is, for error messages (``owner/name[split], row N``, from 1), and the row.
 
     Raises:
-        ConfigError: The data set cannot be loaded.
+        ConfigError: The dataset cannot be loaded.
     """
     from datasets import load_dataset
 

@@ -27,7 +27,7 @@ class Source:
     """
 
     location: str
-    """A task name, file path, URL or hub data set (see :class:`HubDataset`)."""
+    """A task name, file path, URL or hub dataset (see :class:`HubDataset`)."""
 
     rows: slice
     """The rows to read, counted from 0."""
@@ -49,7 +49,7 @@ class Source:
     def name(self) -> str:
         """The name of the source in results and in ``data.weights``.
 
-        This is the task name, the name of a hub data set without its owner, or the stem of a file. A file
+        This is the task name, the name of a hub dataset without its owner, or the stem of a file. A file
         that is named after a split takes the name of its folder: ``boolq/test.json`` is ``boolq``.
         """
         path = Path(self.location)
@@ -60,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set on the Hugging Face hub, written ``owner/name:configuration@split``."""
+    """A dataset on the Hugging Face hub, written ``owner/name:configuration@split``."""
 
     id: str
     """``owner/name``."""

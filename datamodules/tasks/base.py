@@ -71,10 +71,10 @@ class TaskDataModule(SupervisedDataModule):
     ) -> None:
         """Set the sources of each split and the prompt template.
 
-        A source is the name of a task (the file ``data_dir/NAME/SPLIT.json``), a path, a URL, or a hub data
-        set. Files are JSON lists, JSON Lines, CSV with a header, or Parquet, selected by their ending. A hub
-        data set may name a configuration and a split: ``owner/name:configuration@split``. ``[:2000]`` after a
-        source reads its first 2,000 rows, and ``[2000:]`` the others.
+        A source is the name of a task (the file ``data_dir/NAME/SPLIT.json``), a path, a URL, or a hub
+        dataset. Files are JSON lists, JSON Lines, CSV with a header, or Parquet, selected by their ending. A
+        hub dataset may name a configuration and a split: ``owner/name:configuration@split``. ``[:2000]``
+        after a source reads its first 2,000 rows, and ``[2000:]`` the others.
 
         Args:
             template: How a request becomes a prompt: alpaca, plain, or chat, the tokenizer's own chat
@@ -115,8 +115,7 @@ class TaskDataModule(SupervisedDataModule):
         """
 
     def problems(self, stage: str) -> list[str]:
-        """Return everything that is wrong with the settings, including missing files, without reading any
-        row.
+        """Return every problem of the settings, missing files included; no rows are read.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -195,7 +194,7 @@ class TaskDataModule(SupervisedDataModule):
         return next(existing, f"{task}/{split}.json")
 
     def _resolve_file(self, location: str, split: str) -> str | None:
-        """The path or URL of the file that a source names; None for a hub data set."""
+        """The path or URL of the file that a source names; None for a hub dataset."""
         location = expand_path(location)
         if location.lower().endswith(DATA_SUFFIXES) or is_url(location):
             return location

@@ -93,7 +93,7 @@ def _split_answer_format(row: dict[str, Any]) -> tuple[str, tuple[str, ...], int
     if not marker or len(labels) < 2:
         raise ValueError("field 'instruction': expected a last line 'Answer format: label1/label2/…'")
     if row["answer"] not in labels:
-        raise ValueError(f"field 'answer': {row['answer']!r} is not one of the options {'/'.join(labels)}")
+        raise ValueError(f"field 'answer': {row['answer']!r} is not among the options {'/'.join(labels)}")
     return body, labels, labels.index(row["answer"])
 
 
@@ -116,7 +116,7 @@ class CommonsenseDataModule(TaskDataModule):
         self.answer_format = answer_format
 
     def problems(self, stage: str) -> list[str]:
-        """Return everything that is wrong with the settings; see :meth:`TaskDataModule.problems`."""
+        """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.answer_format not in get_args(AnswerFormat):
             found.append(unknown_choice("answer_format", self.answer_format, get_args(AnswerFormat)))

@@ -59,9 +59,9 @@ class DialogueDataModule(TaskDataModule):
     ) -> None:
         """Set how dialogues are split and truncated.
 
-        Sources are text files of ParlAI (.txt), JSON in the format of TransferTransfo, or a hub data set. The
-        test split of ConvAI2 is not public, so ``test`` reads the validation split of a JSON file or hub data
-        set, as published work does.
+        Sources are text files of ParlAI (.txt), JSON in the format of TransferTransfo, or a hub dataset. The
+        test split of ConvAI2 is not public, so ``test`` reads the validation split of a JSON file or hub
+        dataset, as published work does.
 
         Args:
             split_by: What is never divided between training and validation, and what the slice of a source
@@ -79,7 +79,7 @@ class DialogueDataModule(TaskDataModule):
         self._prompts: DialoguePrompts | None = None
 
     def problems(self, stage: str) -> list[str]:
-        """Return everything that is wrong with the settings; see :meth:`TaskDataModule.problems`."""
+        """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.train_on == "every_response":
             found.append(

@@ -37,7 +37,7 @@ class InstructionDataModule(TaskDataModule):
         self._missing_columns: set[str] = set()
 
     def problems(self, stage: str) -> list[str]:
-        """Return everything that is wrong with the settings; see :meth:`TaskDataModule.problems`."""
+        """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if unknown_columns := [name for name in self.columns if name not in COLUMNS]:
             found.append(

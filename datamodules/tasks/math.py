@@ -65,7 +65,7 @@ def parse_problem(row: dict[str, Any], *, keep_annotations: bool = False) -> Pro
     Problem(question='What is 48/2?', solution='It is 24.\\n', answer='24')
 
     Args:
-        row: A row of a data set.
+        row: A row of a dataset.
         keep_annotations: Whether to keep GSM8K's calculator annotations.
 
     Returns:
@@ -116,7 +116,7 @@ class MathDataModule(TaskDataModule):
         self.keep_annotations = keep_annotations
 
     def problems(self, stage: str) -> list[str]:
-        """Return everything that is wrong with the settings; see :meth:`TaskDataModule.problems`."""
+        """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.answer_style not in get_args(AnswerStyle):
             found.append(unknown_choice("answer_style", self.answer_style, get_args(AnswerStyle)))

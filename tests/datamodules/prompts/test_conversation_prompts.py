@@ -66,7 +66,7 @@ def test_render_rejects_unknown_template(tokenizer):
         render_prompt(Instruction("Add.", "", "3"), None, tokenizer)
 
 
-def test_system_message_becomes_part_of_the_first_user_message(tokenizer_without_system_message):
+def test_system_message_moves_into_first_user_message(tokenizer_without_system_message):
     tokenizer = tokenizer_without_system_message
     prompt = render_prompt(HI, "chat", tokenizer, locate=True)
     earlier = [prompt.text[start:end] for start, end in prompt.earlier_responses]
@@ -127,7 +127,7 @@ def test_oldest_turns_are_dropped_until_the_chat_fits(
 
 
 @pytest.mark.parametrize(("kind", "template"), TEMPLATES)
-def test_last_turn_that_is_too_long_loses_its_first_tokens(
+def test_long_last_turn_is_truncated_by_tokens(
     kind, template, tokenizers_by_kind, chat_tokenizers, make_instruction_data, write
 ):
     """The turn has two responses, of which the first is cut; the remaining tokens keep their labels."""

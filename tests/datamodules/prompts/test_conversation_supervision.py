@@ -203,9 +203,7 @@ def test_every_response_rejects_inconsistent_template(
         assert example.answers[0].strip() == "Bye!"
 
 
-def test_every_response_accepts_any_template_without_earlier_responses(
-    with_chat_template, make_instruction_data, write
-):
+def test_every_response_accepts_single_turn_in_any_template(with_chat_template, make_instruction_data, write):
     (example,) = make_instruction_data(
         train=[write("chat.json", [{"messages": chat("hi", "Hello.")}])],
         template="chat",

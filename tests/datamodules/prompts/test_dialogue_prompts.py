@@ -55,7 +55,7 @@ def test_chat_has_the_persona_as_system_message(kind, expected, chat_tokenizers)
     assert prompt == (expected, ["a dog ."])
 
 
-def test_chat_has_the_persona_in_the_first_message_without_system_messages(tokenizer_without_system_message):
+def test_chat_puts_persona_into_first_message_without_system_role(tokenizer_without_system_message):
     prompt, _ = render("chat", HISTORY[:3], tokenizer_without_system_message)
     assert prompt == f"{ABOUT}\n\nhi ?<eos>hello !<eos>pets ?<eos>"
     prompt, _ = render("chat", HISTORY[2:3], tokenizer_without_system_message)
@@ -106,7 +106,7 @@ def test_oldest_turns_are_dropped_until_the_longest_reply_fits(
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_persona_and_last_text_are_not_truncated(template, tokenizer, chat_tokenizers):
+def test_render_rejects_persona_that_does_not_fit(template, tokenizer, chat_tokenizers):
     tokenizer = chat_tokenizers["llama3"] if template == "chat" else tokenizer
     long_persona = ["i like " + "very " * 60 + "long walks ."]
     message = "the persona, the partner's last text and a reply have more than max_length 80 tokens"

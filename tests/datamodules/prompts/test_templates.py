@@ -24,7 +24,7 @@ def test_alpaca_is_the_published_text():
     assert found == (ALPACA_WITH_INPUT, ["bonjour"])
 
 
-def test_plain_separates_prompt_and_answer_by_a_space_of_the_answer():
+def test_plain_answer_starts_with_space():
     found = render("plain", "Where is milk kept?", ["fridge"])
     assert found == ("Question: Where is milk kept?\nAnswer:", [" fridge"])
 
@@ -34,7 +34,7 @@ def test_chat_is_one_user_message(chat_tokenizers):
     assert render("chat", "Where?", ["here"], chat_tokenizers["gemma"]) == (expected, ["here"])
 
 
-def test_chat_adds_the_space_of_the_template_to_the_answer(chat_tokenizers):
+def test_chat_answer_starts_with_space_of_template(chat_tokenizers):
     tokenizer = chat_tokenizers["llama2"]
     messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "here"}]
     prompt, (answer,) = render("chat", "Where?", ["here"], tokenizer)
@@ -43,7 +43,7 @@ def test_chat_adds_the_space_of_the_template_to_the_answer(chat_tokenizers):
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_context_follows_the_request_after_an_empty_line(template, chat_tokenizers):
+def test_context_follows_request(template, chat_tokenizers):
     tokenizer = chat_tokenizers["gemma"]
     found = render(template, "Translate.", ["bonjour"], tokenizer, context="good morning")
     assert found == render(template, "Translate.\n\ngood morning", ["bonjour"], tokenizer)
@@ -51,7 +51,7 @@ def test_context_follows_the_request_after_an_empty_line(template, chat_tokenize
 
 
 @pytest.mark.parametrize("template", get_args(Template))
-def test_prompt_does_not_end_in_a_space(template, chat_tokenizers):
+def test_prompt_never_ends_in_space(template, chat_tokenizers):
     prompt, (answer,) = render(template, "Where?", ["here"], chat_tokenizers["gemma"])
     assert not prompt.endswith(" ")
     assert answer.strip() == "here"

@@ -167,7 +167,7 @@ def test_truncated_json(end, put):
     assert error_of(put("rows.json", to_json(ROWS)[:end])).startswith(": not valid JSON (")
 
 
-def test_truncated_json_lines_are_recognized_within_a_line(put):
+def test_truncated_json_lines_are_detected(put):
     """Every possible truncation; between two lines, it cannot be seen that something is missing."""
     content = to_jsonl(ROWS[:2])
     first_line_end = content.index(b"\n")
@@ -185,7 +185,7 @@ def test_truncated_json_lines_are_recognized_within_a_line(put):
 
 
 @pytest.mark.parametrize("rest", [b'{"a": 3}', b""])
-def test_malformed_json_line_is_not_called_truncated_if_a_newline_follows(rest, put):
+def test_malformed_json_line_before_newline_is_not_truncated(rest, put):
     path = put("rows.jsonl", b'{"a": 1}\n{"a": \n' + rest)
     assert error_of(path) == ", row 2: not valid JSON (Expecting value, column 7)"
 
@@ -210,7 +210,7 @@ def test_malformed_csv(content, message, put):
     assert error_of(put("rows.csv", content.encode())) == message
 
 
-def test_truncated_csv_is_recognized_within_a_row(put):
+def test_truncated_csv_is_detected(put):
     """Every possible truncation within the two rows, except directly before the last field."""
     content = to_csv([{"a": "one, two", "b": "it's"}, ROWS[1]], quoting=csv.QUOTE_ALL)
     first, second = (i for i in range(11, len(content)) if content[i - 1 : i + 2] == b'"\r\n')

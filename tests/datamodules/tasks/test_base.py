@@ -225,7 +225,7 @@ def test_valid_settings_have_no_problems(settings, make_data):
         ("predict", ["test"]),
     ],
 )
-def test_only_the_sources_of_a_stage_are_checked(stage, splits, make_data):
+def test_problems_check_sources_of_stage_only(stage, splits, make_data):
     data = make_data(train=["/a.json"], validation=["/b.json"], test=["/c.json"])
     assert settings_of(data.problems(stage)) == splits
     if stage == "validate":
@@ -241,7 +241,7 @@ def test_missing_sources(make_data, tmp_path):
     ]
 
 
-def test_sample_data_does_not_validate_a_run_on_other_data(make_data):
+def test_own_training_data_disables_sample_defaults(make_data):
     data = make_data(train=["/mine.json"])
     assert settings_of(data.problems("fit")) == ["train", "validation"]
     assert settings_of(data.problems("test")) == ["test"]

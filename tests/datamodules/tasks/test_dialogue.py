@@ -235,7 +235,7 @@ def test_slices_and_validation_do_not_share_personas(seed, make_dialogue_data, w
     ]
 
 
-def test_persona_overlap_is_a_warning_only_if_there_is_one(make_dialogue_data, write, caplog):
+def test_persona_overlap_logs_warning(make_dialogue_data, write, caplog):
     path = write("a.txt", parlai_text(*numbered_dialogues(5)))
     with caplog.at_level(logging.INFO, "gatera_lightning.datamodules"):
         for train, test in ((f"{path}[:4]", f"{path}[4:]"), (path, path)):

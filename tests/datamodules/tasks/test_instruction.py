@@ -279,7 +279,7 @@ def test_malformed_row_stops_the_fit(save, make_instruction_data):
 
 
 @pytest.mark.parametrize("content", ["[]", "", "\n \n", "instruction,output\n", "parquet"])
-def test_file_without_rows_is_an_empty_split(content, write, make_instruction_data, tmp_path):
+def test_empty_file_is_rejected(content, write, make_instruction_data, tmp_path):
     if content == "parquet":
         path = str(tmp_path / "rows.parquet")
         pyarrow.parquet.write_table(pyarrow.table({"instruction": [""], "output": [""]}).slice(1), path)
