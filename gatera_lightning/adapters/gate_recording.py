@@ -26,6 +26,11 @@ class GateRecord:
         self.names.append(name)
         self.logits.append(logit)
 
+    def clear(self) -> None:
+        """Remove all names and logits, before the next forward pass is recorded."""
+        self.names.clear()
+        self.logits.clear()
+
     def stacked(self, mask: Tensor) -> Tensor | None:
         """Return all logits as one tensor.
 

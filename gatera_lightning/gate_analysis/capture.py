@@ -152,8 +152,7 @@ def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
                     gates=torch.sigmoid(z.detach().float()).cpu(),
                 )
             )
-        record.names.clear()
-        record.logits.clear()
+        record.clear()
 
     with record_gates(model) as record:
         handle = model.register_forward_hook(store, with_kwargs=True)

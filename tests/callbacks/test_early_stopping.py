@@ -5,7 +5,7 @@ import json
 import lightning as L
 import pytest
 import torch
-from tiny_backbone import sample_rows, tiny_args, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import NO_PICTURES, sample_rows, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 import gatera_lightning.cli.lightning_cli
 import gatera_lightning.training.model_loading
@@ -151,7 +151,7 @@ def test_most_accurate_checkpoint_is_kept(tiny_backbone, tmp_path):
 @pytest.fixture
 def args(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)]
+    return ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *NO_PICTURES]
 
 
 def test_accuracy_monitor_without_ranking_is_rejected_before_loading(args, capsys, monkeypatch):

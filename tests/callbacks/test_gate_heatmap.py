@@ -57,12 +57,12 @@ def test_each_step_is_drawn_once_also_after_resuming(tiny_backbone, tmp_path):
     """With two micro-batches per step, the first one ends at the step that the earlier run has drawn."""
     settings = {"accumulate_grad_batches": 2, "limit_train_batches": 6}
     logger = TensorBoardLogger(tmp_path, "one")
-    trainer = tiny_trainer(tmp_path, GateHeatmap(2), logger=logger, max_steps=2, **settings)
+    trainer = tiny_trainer(tmp_path, GateHeatmap(2, ["Why?"]), logger=logger, max_steps=2, **settings)
     trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone, batch_size=8))
     assert [picture.step for picture in images(logger.log_dir)["gate_heatmap/1"]] == [1, 2]
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     logger = TensorBoardLogger(tmp_path, "two")
-    trainer = tiny_trainer(tmp_path, GateHeatmap(2), logger=logger, max_steps=4, **settings)
+    trainer = tiny_trainer(tmp_path, GateHeatmap(2, ["Why?"]), logger=logger, max_steps=4, **settings)
     trainer.fit(
         tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=tmp_path / "two.ckpt"
     )
@@ -78,7 +78,8 @@ def test_text_longer_than_context_is_skipped_with_warning(tiny_backbone, tmp_pat
 
 
 def test_heatmaps_do_not_change_training(tiny_backbone, tmp_path):
-    with_pictures = fit(tiny_backbone, tmp_path / "with", TensorBoardLogger(tmp_path), every_n_steps=1)
+    logger = TensorBoardLogger(tmp_path)
+    with_pictures = fit(tiny_backbone, tmp_path / "with", logger, every_n_steps=1, texts=["Why?"])
     without = fit(tiny_backbone, tmp_path / "without", False)
     for name, parameter in adapter_parameters(with_pictures.model).items():
         assert torch.equal(parameter, adapter_parameters(without.model)[name])

@@ -16,7 +16,7 @@ import rich.console
 import transformers
 from lightning.pytorch.callbacks import TQDMProgressBar
 from rich.text import Text
-from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import NO_PICTURES, run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.progress_bar import StepProgressBar
 from gatera_lightning.callbacks.throughput import Throughput
@@ -219,7 +219,7 @@ def test_other_ranks_print_nothing(monkeypatch, capsys):
 def program(folder, subcommand="fit", *more):
     quiet = tiny_args(folder)
     at = quiet.index("--trainer.enable_progress_bar")
-    return [subcommand, "--config", "quickstart.yaml", *quiet[:at], *quiet[at + 2 :], *more]
+    return [subcommand, "--config", "quickstart.yaml", *quiet[:at], *quiet[at + 2 :], *NO_PICTURES, *more]
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])

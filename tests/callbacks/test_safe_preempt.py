@@ -6,11 +6,11 @@ import signal
 import lightning as L
 import pytest
 import torch
-from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import NO_PICTURES, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import GateRAModule
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from gatera_lightning.callbacks.safe_preempt import SafePreempt
+from gatera_lightning.callbacks.safe_preempt import SafePreempt, requeue_job
 from gatera_lightning.cli.main import main
 from gatera_lightning.errors import Preempted
 
@@ -157,7 +157,7 @@ def preempted(tiny_backbone, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def start(*flags):
-        args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *flags]
+        args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *NO_PICTURES, *flags]
         return main(args), capsys.readouterr().err
 
     monkeypatch.setattr(GateRAModule, "on_train_batch_start", send)
@@ -197,26 +197,17 @@ def test_exit_status_outside_of_slurm_is_try_again(preempted, scontrol):
     assert not record.exists()
 
 
-@pytest.mark.parametrize(
-    ("variables", "job"),
-    [
-        ({"SLURM_JOB_ID": "17"}, "17"),
-        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3"),
-    ],
-    ids=["job", "array"],
-)
-def test_slurm_job_is_requeued(preempted, scontrol, monkeypatch, variables, job):
+def test_slurm_job_is_requeued_and_exit_status_is_success(preempted, scontrol, monkeypatch):
     record = scontrol()
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     status, error = preempted("--ckpt_path", "last")
     assert status == 0
-    assert record.read_text() == f"requeue Incomplete {job}\n"
+    assert record.read_text() == "requeue Incomplete 17\n"
     assert f"preempted at optimizer step 2; saved {LAST}; the job is requeued and goes on from there" in error
     assert step_of(LAST) == 2
 
 
-def test_slurm_refusal_is_logged(preempted, scontrol, monkeypatch, caplog):
+def test_exit_status_after_slurm_refusal_is_try_again(preempted, scontrol, monkeypatch, caplog):
     scontrol(status=1)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     status, error = preempted("--ckpt_path", "last")
@@ -225,10 +216,19 @@ def test_slurm_refusal_is_logged(preempted, scontrol, monkeypatch, caplog):
     assert "resume with --ckpt_path" in error
 
 
-def test_missing_scontrol_is_logged(preempted, tmp_path, monkeypatch, caplog):
+def test_requeue_uses_id_of_array_task(scontrol, monkeypatch):
+    record = scontrol()
+    variables = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert requeue_job()
+    assert record.read_text() == "requeue Incomplete 17_3\n"
+
+
+def test_requeue_logs_missing_scontrol(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert preempted("--ckpt_path", "last")[0] == 75
+    assert not requeue_job()
     assert "cannot requeue job 17: [Errno 2] No such file or directory: 'scontrol'" in caplog.text
 
 

@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
-from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import NO_PICTURES, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
@@ -208,7 +208,7 @@ def test_resumed_run_writes_overview_once_per_folder(tiny_backbone, tmp_path, fa
 
 def test_command_line_run_has_overview_without_hp_metric(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)]) == 0
+    assert main(["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *NO_PICTURES]) == 0
     _, _, sessions = hparams_tab("runs")
     ((settings, found, _),) = sessions.values()
     assert (settings["rank"], settings["data"]) == (4, "everyday[:48]")

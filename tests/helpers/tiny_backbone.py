@@ -16,6 +16,8 @@ import torch
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SAMPLES = Path(str(resources.files("gatera_lightning.datamodules"))) / "samples" / "everyday"
+NO_PICTURES = ["--gate_heatmap.every_n_steps", "0", "--generated_samples.prompts", "0"]
+"""CLI flags that save a few seconds per run: no heatmaps and no samples."""
 
 
 def sample_rows(split):
