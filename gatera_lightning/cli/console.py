@@ -1,4 +1,4 @@
-"""The log on standard error: this package's own lines, and Lightning's, without breaking a live progress bar."""
+"""The log on standard error: lines of this package and of Lightning, above a live progress bar."""
 
 import logging
 import sys
@@ -19,8 +19,8 @@ _IGNORED_WARNINGS = (
 def set_up_console() -> None:
     """Configure log, warnings and progress bars; a log that the caller has configured already stays as it is.
 
-    Rank 0 shows messages from INFO on, every other rank from WARNING on. Call it after the subcommand's module is
-    imported: Lightning determines the rank when it is imported.
+    Rank 0 shows messages from INFO on, every other rank from WARNING on. Call this after the subcommand's
+    module is imported: Lightning determines the rank when it is imported.
     """
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -33,8 +33,8 @@ def set_up_console() -> None:
         # A plain StreamHandler is the one that Lightning installs itself.
         if any(type(handler) is logging.StreamHandler for handler in lightning_log.handlers):
             lightning_log.handlers = [_StderrHandler()]
-    # Progress bars are drawn with control characters, which do not belong in a file. A subcommand that has not
-    # imported Transformers draws none.
+    # Progress bars are drawn with control characters, which do not belong in a file. A subcommand that has
+    # not imported Transformers draws none.
     if not sys.stderr.isatty() and "transformers" in sys.modules:
         from gatera_lightning.callbacks.progress_bar import disable_library_bars
 

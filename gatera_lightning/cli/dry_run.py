@@ -12,7 +12,7 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 
 
 class RecipeCLI(GateRACLI):
-    """Parses what `fit` parses, and builds the model's settings and the data module; builds no Trainer, runs nothing."""
+    """Parses what `fit` parses and builds the model's settings and the data module; runs nothing."""
 
     model: Any
     datamodule: SupervisedDataModule
@@ -33,7 +33,7 @@ class RecipeCLI(GateRACLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Build model settings and data only: a strategy or a logger may need what this machine does not have."""
+        """Build model settings and data only: this machine may lack what a strategy or a logger needs."""
         trainer = self.config.fit.trainer
         self.accumulate = trainer.accumulate_grad_batches
         self.world_size, self.world_size_remark = planned_world_size(trainer.devices, trainer.num_nodes)
@@ -57,8 +57,9 @@ class RecipeCLI(GateRACLI):
         self.datamodule.trainer = _PlannedTrainer(world_size, self.accumulate)  # type: ignore[assignment]
         self.datamodule.setup(stage)
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        """Do nothing: there is no Trainer."""
 
 
 def planned_world_size(devices: int | str | list[int], nodes: int) -> tuple[int, str]:

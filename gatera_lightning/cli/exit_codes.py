@@ -7,7 +7,13 @@ from enum import IntEnum
 
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.console import global_rank
-from gatera_lightning.errors import AdapterFileError, CheckpointError, ConfigError, NonFiniteLossError, Preempted
+from gatera_lightning.errors import (
+    AdapterFileError,
+    CheckpointError,
+    ConfigError,
+    NonFiniteLossError,
+    Preempted,
+)
 
 
 class ExitCode(IntEnum):
@@ -23,7 +29,7 @@ class ExitCode(IntEnum):
     """The configuration cannot work."""
 
     TRY_AGAIN = 75
-    """A signal ended the run; its state is saved, and the job was not requeued (EX_TEMPFAIL of sysexits.h)."""
+    """A signal ended the run; its state is saved, and the job was not requeued (EX_TEMPFAIL)."""
 
 
 def report_error(error: Exception) -> ExitCode | None:
@@ -51,7 +57,8 @@ def report_error(error: Exception) -> ExitCode | None:
                 _print(PROGRAM, str(error))
             return ExitCode.FAILURE
         case DistNetworkError():
-            address, port = os.environ.get("MASTER_ADDR", "this machine"), os.environ.get("MASTER_PORT", "unknown")
+            address = os.environ.get("MASTER_ADDR", "this machine")
+            port = os.environ.get("MASTER_PORT", "unknown")
             _print(
                 _sender(),
                 f"rendezvous failed at {address}, port {port}: {str(error).splitlines()[0]}",
@@ -79,7 +86,7 @@ def _print(sender: str, message: str, *more_lines: str) -> None:
 
 
 def _wait_for_rank_zero() -> None:
-    """Give rank 0 time to print the error: torchrun and srun end all other ranks as soon as one has failed."""
+    """Give rank 0 time to print the error: torchrun and srun end all other ranks once one has failed."""
     if {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & os.environ.keys():
         time.sleep(5)
 

@@ -1,4 +1,4 @@
-"""Lightning's command line with this package's model, data and callbacks: `fit`, `validate`, `test` and `predict`.
+"""Lightning's subcommands `fit`, `validate`, `test` and `predict` with this package's model and data.
 
 Several `--config` are merged: later ones win, and flags win over all of them.
 """
@@ -64,7 +64,7 @@ class GateRACLI(LightningCLI):
                 },
                 parser_kwargs={
                     "prog": PROGRAM,
-                    "description": "Fine-tune and evaluate adapters (GateRA, HiRA, DoRA, LoRA) on frozen language models.",
+                    "description": "Fine-tune and evaluate GateRA, HiRA, DoRA and LoRA on frozen models.",
                     "epilog": "Other subcommands, each with a --help of its own: "
                     + "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()),
                 },
@@ -83,7 +83,7 @@ class GateRACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then report every semantic problem at once; also before `--print_config`, which exits while parsing.
+        """Parse, and report every semantic problem at once, before `--print_config` prints and exits.
 
         Raises:
             ConfigError: Something in the configuration cannot work.
@@ -93,7 +93,8 @@ class GateRACLI(LightningCLI):
         config = parser.parse_args(settings_only)
         validate_config(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
-        if config.get(f"{config.subcommand}.ckpt_path"):  # the only case in which a run may write into its folder again
+        # Only a resumed run may write into its folder again.
+        if config.get(f"{config.subcommand}.ckpt_path"):
             self.save_config_kwargs["overwrite"] = True
 
     @override
@@ -123,7 +124,7 @@ class GateRACLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        """Check the adapter against the model's modules without its weights, and give the data the model's tokenizer."""
+        """Check the adapter against the model's modules, without weights, and connect data and tokenizer."""
         skeleton = load_skeleton(self.model.backbone)
         if skeleton is not None:
             find_targets(skeleton, self.model.adapter)
@@ -145,8 +146,8 @@ class GateRACLI(LightningCLI):
             settings.ckpt_path = newest_valid_checkpoint(folder)
             if settings.ckpt_path is None and self.subcommand != "fit":
                 raise ConfigError(
-                    f"ckpt_path: 'last', and {folder} holds no checkpoint; accepted: a checkpoint, a folder of checkpoints, "
-                    "or null with model.warm_start"
+                    f"ckpt_path: 'last', and {folder} holds no checkpoint; "
+                    "accepted: a checkpoint, a folder of checkpoints, or null with model.warm_start"
                 )
             if settings.ckpt_path is None:
                 log.info("no checkpoint in %s yet: the run starts from the beginning", folder)
@@ -160,8 +161,8 @@ class GateRACLI(LightningCLI):
 def end_started_ranks(trainer: Trainer, seconds: float = 10) -> None:
     """Wait for the ranks that Lightning started from this process to end, and kill those that do not.
 
-    A rank that waits for this process in a collective would never end. Lightning's observer thread kills this process when
-    another rank ends first, which happens whenever all ranks raise the same error.
+    A rank that waits for this process in a collective would never end. Lightning's observer thread kills this
+    process when another rank ends first, which happens whenever all ranks raise the same error.
 
     Args:
         trainer: The Trainer that started them.

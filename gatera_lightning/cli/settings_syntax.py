@@ -1,7 +1,7 @@
 """Short and deprecated spellings of settings, translated into the ones that jsonargparse parses.
 
-jsonargparse selects the settings class of a gate by `class_path` and `init_args`. Configs and flags may name the kind of gate
-instead, and may still use the gate settings' places of version 0.1.
+jsonargparse selects the settings class of a gate by `class_path` and `init_args`. Configs and flags may name
+the kind of gate instead, and may still use the gate settings' places of version 0.1.
 """
 
 import copy
@@ -51,7 +51,7 @@ class SettingsParser(LightningArgumentParser):
         return super().parse_args(args if args is None else translate_flags(args), *rest, **kwargs)
 
     @override
-    def parse_object(self, cfg_obj: Any, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+    def parse_object(self, cfg_obj: Any, *rest: Any, **kwargs: Any) -> Namespace:
         """Parse settings that are loaded already, such as the hyperparameters of a checkpoint."""
         return super().parse_object(translate_settings(cfg_obj), *rest, **kwargs)
 
@@ -62,7 +62,7 @@ def describe_choices(parser: LightningArgumentParser) -> None:
         "model.adapter.update": describe_updates(),
         GATE: f"{describe_gates()}. Flags of its settings: --{GATE}.help KIND",
     }
-    for action in parser._actions:
+    for action in parser._actions:  # argparse has no public way to find an argument
         if action.dest in descriptions:
             action.help = f"{action.help} {descriptions[action.dest]}"
 
@@ -71,8 +71,8 @@ def translate_settings(settings: Any) -> Any:
     """Translate a config, or a file with one of its sections.
 
     Args:
-        settings: What a YAML document holds: a whole config, its `model` section or its `model.adapter` section. Any
-            other value is returned as it is.
+        settings: What a YAML document holds: a whole config, its `model` section or its `model.adapter`
+            section. Any other value is returned as it is.
 
     Raises:
         ConfigError: The kind of gate is unknown.
@@ -95,8 +95,9 @@ def translate_settings(settings: Any) -> Any:
 def translate_flags(argv: Sequence[str]) -> list[str]:
     """Translate the flags of a command line.
 
-    The kind of gate moves in front of the gate's settings, so that the order of these flags does not matter. A flag in a
-    deprecated place is dropped if the kind given beside it has no such setting; version 0.1 ignored it.
+    The kind of gate moves in front of the gate's settings, so that the order of these flags does not matter.
+    A flag in a deprecated place is dropped if the kind given beside it has no such setting; version 0.1
+    ignored it.
 
     Raises:
         ConfigError: The kind of gate is unknown.
@@ -125,7 +126,9 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
             gate = expand_gate(get_loader("yaml")(value))
             config = _config_class(gate)
             kinds.append(f"--{GATE}={json.dumps(gate) if isinstance(gate, dict) else value}")
-    moved = [f"--{GATE}.{name}={value}" for name, value in settings if config is None or _accepts(config, name)]
+    moved = [
+        f"--{GATE}.{name}={value}" for name, value in settings if config is None or _accepts(config, name)
+    ]
     return [*others[:position], *kinds, *moved, *others[position:]]
 
 
@@ -133,8 +136,8 @@ def expand_gate(gate: Any) -> Any:
     """Translate the value of `model.adapter.gate`.
 
     Args:
-        gate: The name of a kind, `{"kind": NAME, SETTING: VALUE, ...}`, settings without a kind, or any spelling of
-            jsonargparse, which is returned as it is.
+        gate: The name of a kind, `{"kind": NAME, SETTING: VALUE, ...}`, settings without a kind, or any
+            spelling of jsonargparse, which is returned as it is.
 
     Returns:
         A spelling of jsonargparse.
@@ -147,9 +150,11 @@ def expand_gate(gate: Any) -> Any:
             return {"class_path": _class_path(gate)}
         case {"kind": kind, **settings}:
             path = _class_path(kind)
-            if unknown := [name for name in settings if not _accepts(GATES[kind], name)]:
+            if unknown := [str(name) for name in settings if not _accepts(GATES[kind], str(name))]:
                 accepted = ", ".join(field.name for field in fields(GATES[kind]))
-                raise ConfigError(f"{GATE}: {kind!r} has no setting {', '.join(unknown)}; accepted: {accepted}")
+                raise ConfigError(
+                    f"{GATE}: {kind!r} has no setting {', '.join(unknown)}; accepted: {accepted}"
+                )
             return {"class_path": path, "init_args": settings}
         case {"class_path": _} | {"init_args": _}:
             return gate
@@ -164,7 +169,7 @@ def _translate_model(model: dict[str, Any]) -> dict[str, Any]:
     adapter = model.get("adapter", {})
     if not isinstance(adapter, dict):  # the path of a file
         return model
-    gate = expand_gate(adapter["gate"]) if "gate" in adapter else {}
+    gate = expand_gate(adapter.get("gate")) or {}
     moved = dict(_pop_moved_settings(model))
     if moved:
         gate = {"class_path": gate} if isinstance(gate, str) else gate

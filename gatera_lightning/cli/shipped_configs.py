@@ -11,18 +11,37 @@ from gatera_lightning.cli.deprecation import announce_deprecation
 from gatera_lightning.errors import ConfigError
 
 RENAMED_CONFIGS = {
-    "decided_gates.yaml": "saturated_gates.yaml",
-    "fast_decided.yaml": "fast_saturated.yaml",
+    "decided_gates.yaml": ("saturated_gates.yaml",),
+    "fast_decided.yaml": ("fast_saturated.yaml",),
+    "llama2_commonsense.yaml": ("llama_commonsense.yaml", "llama2_7b.yaml"),
+    "qwen_commonsense.yaml": ("llama_commonsense.yaml", "qwen3_8b.yaml"),
 }
-"""Old file name of a shipped config -> its name now."""
+"""Old file name of a shipped config -> the configs that replace it, in order."""
+
+
+def find_configs(name: str) -> list[str]:
+    """Return the paths of a config; several if a recipe with an overlay has replaced it.
+
+    Args:
+        name: As for :func:`find_config`, or the name that a shipped config had before.
+
+    Raises:
+        ConfigError: There is no such config; the message lists the shipped ones.
+    """
+    base = Path(name).name
+    if os.path.isfile(name) or base not in RENAMED_CONFIGS or name not in (base, f"overlays/{base}"):
+        return [find_config(name)]
+    replacements = RENAMED_CONFIGS[base]
+    announce_deprecation(f"the config {name}", " --config ".join(replacements))
+    return [find_config(replacement) for replacement in replacements]
 
 
 def find_config(name: str) -> str:
     """Return the path of a config.
 
     Args:
-        name: A file, or a shipped config: `quickstart.yaml`, or for an overlay any of `lora.yaml`, `overlays/lora.yaml`
-            and `overlays/method/lora.yaml`. A file wins over a shipped config of the same name.
+        name: A file, or a shipped config: `quickstart.yaml`, or for an overlay any of `lora.yaml`,
+            `overlays/lora.yaml` and `overlays/method/lora.yaml`. A file wins over a shipped config.
 
     Raises:
         ConfigError: There is no such config; the message lists the shipped ones.
@@ -32,10 +51,6 @@ def find_config(name: str) -> str:
     shipped = _shipped_configs()
     if name in shipped:
         return str(shipped[name])
-    new_name = RENAMED_CONFIGS.get(Path(name).name)
-    if new_name in shipped and name in (Path(name).name, f"overlays/{Path(name).name}"):
-        announce_deprecation(f"the config {name}", new_name)
-        return str(shipped[new_name])
     near = difflib.get_close_matches(name, shipped, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     names = sorted({path.relative_to(_folder()).as_posix() for path in shipped.values()})
@@ -45,9 +60,9 @@ def find_config(name: str) -> str:
 
 
 def with_found_configs(argv: Sequence[str]) -> list[str]:
-    """Replace the name of every config in a command line by its path, and move configs before all other flags.
+    """Replace config names in a command line by paths, and move configs before all other flags.
 
-    jsonargparse lets the last of several values win; with configs in front, flags win over configs wherever they are.
+    jsonargparse lets the last of several values win; with configs in front, flags always win over configs.
 
     Args:
         argv: A subcommand and its arguments; configs as `--config NAME`, `--config=NAME` or `-c NAME`.
@@ -60,12 +75,16 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
     rest = iter(argv[len(subcommand) :])
     for arg in rest:
         if arg in ("--config", "-c"):
-            configs += ["--config", find_config(next(rest, ""))]
+            configs += _config_flags(next(rest, ""))
         elif arg.startswith("--config="):
-            configs += ["--config", find_config(arg.removeprefix("--config="))]
+            configs += _config_flags(arg.removeprefix("--config="))
         else:
             others.append(arg)
     return [*subcommand, *configs, *others]
+
+
+def _config_flags(name: str) -> list[str]:
+    return [arg for path in find_configs(name) for arg in ("--config", path)]
 
 
 def _folder() -> Path:

@@ -103,7 +103,8 @@ def time_limit_seconds(time: str) -> int:
     """Convert a time limit as SLURM does.
 
     Args:
-        time: `minutes`, `minutes:seconds`, `hours:minutes:seconds`, or `days-hours` with optional minutes and seconds.
+        time: `minutes`, `minutes:seconds`, `hours:minutes:seconds`, or `days-hours` with optional minutes and
+            seconds.
     """
     days, _, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
@@ -119,9 +120,7 @@ def _number_problems(args: argparse.Namespace) -> list[str]:
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task", "signal_seconds"):
         value, least = getattr(args, name), 0 if name == "gpus_per_node" else 1
         if value is not None and value < least:
-            problems.append(
-                f"--{name.replace('_', '-')}: {value}; accepted: an integer of at least {least}"
-            )
+            problems.append(f"--{name.replace('_', '-')}: {value}; accepted: an integer of at least {least}")
     return problems
 
 
@@ -133,8 +132,8 @@ def _time_problems(args: argparse.Namespace) -> list[str]:
         return [f"--time: {args.time!r}; accepted: {accepted}"]
     if time_limit_seconds(args.time) <= args.signal_seconds:
         return [
-            f"--signal-seconds: {args.signal_seconds}, with --time {args.time}: every start of the job would be told to end "
-            "at once; accepted: less than the time limit"
+            f"--signal-seconds: {args.signal_seconds}, with --time {args.time}: "
+            "SLURM would end the job as soon as it starts, every time; accepted: less than the time limit"
         ]
     return []
 
@@ -143,8 +142,8 @@ def _rank_problems(args: argparse.Namespace, ranks: int) -> list[str]:
     problems = []
     if args.processes_per_node is not None and args.gpus_per_node not in (0, args.processes_per_node):
         problems.append(
-            f"--processes-per-node: {args.processes_per_node} for {args.gpus_per_node} GPUs; accepted: one process per GPU, "
-            "or --gpus-per-node 0"
+            f"--processes-per-node: {args.processes_per_node} for {args.gpus_per_node} GPUs; "
+            "accepted: one process per GPU, or --gpus-per-node 0"
         )
     for flag, given, size in (
         ("--trainer.num_nodes", args.num_nodes, args.nodes),

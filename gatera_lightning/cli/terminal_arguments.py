@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
         templates: The accepted values of `--template`.
     """
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--adapter", metavar="FOLDER", help="an adapter folder; every checkpoint has one beside it")
+    model.add_argument(
+        "--adapter", metavar="FOLDER", help="an adapter folder; every checkpoint has one beside it"
+    )
     model.add_argument(
         "--backbone",
         metavar="ID",
@@ -36,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
     parser.add_argument(
         "--template",
         choices=templates,
-        help="prompt template; default: the data.template of the adapter's training if its folder stores it, else chat if "
-        "the tokenizer has a chat template, else plain",
+        help="prompt template; default: the data.template of the adapter's training if its folder stores it, "
+        "else chat if the tokenizer has a chat template, else plain",
     )
     parser.set_defaults(templates=templates)
     parser.add_argument(
@@ -49,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
         type=float,
         nargs="?",
         const=0.1,
-        help="treat gates below G as 0 and above 1 - G as 1: one weight read per token instead of two, and the answer may "
-        "differ; default G: 0.1",
+        help="treat gates below G as 0 and above 1 - G as 1: one weight read per token instead of two, and "
+        "the answer may differ; default G: 0.1",
     )
     parser.add_argument(
         "--temperature",
@@ -72,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
     parser.add_argument(
         "--gates",
         action="store_true",
-        help="color each token by its gate; without colors, print one line per token: its text as JSON, a tab, its gate",
+        help="color each token by its gate; without colors, print one line per token: its text as JSON, a "
+        "tab, its gate",
     )
 
 
@@ -87,10 +90,8 @@ def check_arguments(args: argparse.Namespace, more_problems: Sequence[str] = ())
         ConfigError: With everything that cannot work.
     """
     problems: list[str] = []
-    if args.backbone is not None:
-        choice = _check_backbone(args, problems)
-    else:
-        choice = _check_adapter(args, problems)
+    check = _check_adapter if args.backbone is None else _check_backbone
+    choice = check(args, problems)
     problems += more_problems
     problems += _decoding_problems(args)
     if problems:
@@ -127,7 +128,8 @@ def _check_adapter(args: argparse.Namespace, problems: list[str]) -> ModelChoice
         problems.append(f"--adapter: {args.adapter} does not store the id of its backbone")
     if args.gates and adapter.gate.kind == "none":
         problems.append(
-            f"--gates: {args.adapter} has no gates (gate: none, update: {adapter.update}); accepted: static, token"
+            f"--gates: {args.adapter} has no gates (gate: none, update: {adapter.update}); accepted: "
+            "static, token"
         )
     backbone = BackboneConfig(id=origin["id"] or "", revision=origin["revision"], dtype=args.dtype)
     return ModelChoice(backbone, adapter)
@@ -138,7 +140,9 @@ def _decoding_problems(args: argparse.Namespace) -> list[str]:
     if args.max_new_tokens < 1:
         problems.append(f"--max_new_tokens: {args.max_new_tokens}; accepted: an integer of at least 1")
     if not 0 <= args.temperature < math.inf:
-        problems.append(f"--temperature: {args.temperature}; accepted: 0 for greedy decoding, or a number above 0")
+        problems.append(
+            f"--temperature: {args.temperature}; accepted: 0 for greedy decoding, or a number above 0"
+        )
     if args.top_p is not None and not 0 < args.top_p <= 1:
         problems.append(f"--top_p: {args.top_p}; accepted: a probability above 0, up to 1")
     if args.fast is not None and not 0 < args.fast <= 0.5:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def exit_on_closed_pipe() -> Iterator[None]:
-    """Exit silently with 141, as a program ended by SIGPIPE does, when the reader of the output (such as `head`) is gone."""
+    """Exit silently with 141, as after SIGPIPE, when the reader of the output (such as `head`) is gone."""
     try:
         yield
     except BrokenPipeError:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
@@ -90,20 +90,22 @@ class TerminalModel:
         has_chat_template = bool(self.tokenizer.chat_template)
         if self.args.template == "chat" and not has_chat_template:
             raise ConfigError(
-                "--template: chat needs a tokenizer with a chat template, and this one has none; accepted: plain"
+                "--template: chat needs a tokenizer with a chat template, and this one has none; accepted: "
+                "plain"
             )
         if self.args.template:
             return self.args.template
         usable = self.trained_template in self.args.templates
         if self.trained_template and usable and (self.trained_template != "chat" or has_chat_template):
-            return self.trained_template
+            return cast(Template, self.trained_template)
         return "chat" if has_chat_template else "plain"
 
     def prompt_ids(self, prompt: str | Instruction | Chat) -> list[int]:
         """Format a prompt with the template, as in training, and tokenize it.
 
         Args:
-            prompt: A text for the template `none`, which changes nothing; else an instruction or a conversation.
+            prompt: A text for the template `none`, which changes nothing; else an instruction or a
+                conversation.
 
         Returns:
             Token ids.
@@ -120,13 +122,14 @@ class TerminalModel:
                 text = ConversationPrompts(self.template, self.tokenizer).render(prompt, sys.maxsize).text
             except (ValueError, TemplateError) as error:
                 raise ConfigError(
-                    f"--template: {self.template}: {error}; accepted: plain, or turns that the template supports"
+                    f"--template: {self.template}: {error}; accepted: plain, or turns that the template "
+                    "supports"
                 ) from error
         return tokenize_prompt(self.tokenizer, text, special_tokens=self.template != "chat")
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model in eval mode, on the accelerator if there is one; seeds the random numbers of sampling."""
+        """The model in eval mode, on the accelerator if there is one; loading it seeds the sampling."""
         with default_device() as device:  # weights are read straight onto it
             model = load_backbone(self.backbone, device.type)
         if self.adapter is not None:
@@ -148,7 +151,9 @@ class TerminalModel:
         elif self.adapter is not None and self.trained_template is None and not args.template:
             hint = " (the adapter does not store its data.template; if it was another, give it as --template)"
         decoding = f"temperature {args.temperature:g}" if args.temperature else "greedy decoding"
-        self.note(f"template {self.template}{hint}; {decoding}, at most {args.max_new_tokens} tokens per answer")
+        self.note(
+            f"template {self.template}{hint}; {decoding}, at most {args.max_new_tokens} tokens per answer"
+        )
         if args.fast is not None:
             self.note(
                 f"fast: gates below {args.fast:g} count as 0 and above {1 - args.fast:g} as 1; "
@@ -166,7 +171,8 @@ class TerminalModel:
         else:
             values = [float(gate.constant_value().detach()) for gate in gates if isinstance(gate, StaticGate)]
             self.note(
-                f"static gates, the same for every token: mean {sum(values) / len(values):.3f} of {len(values)} modules, "
+                "static gates, the same for every token: "
+                f"mean {sum(values) / len(values):.3f} of {len(values)} modules, "
                 f"from {min(values):.3f} to {max(values):.3f}"
             )
 

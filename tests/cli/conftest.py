@@ -1,4 +1,4 @@
-"""Fixtures of the command line's tests: an empty working folder, a tiny recipe, and what a command line prints."""
+"""Fixtures of the command line's tests: an empty working folder, a tiny recipe, and printed output."""
 
 import pytest
 import yaml
@@ -38,12 +38,14 @@ def no_weights(monkeypatch):
 @pytest.fixture
 def no_loading(monkeypatch, no_weights):
     """Make loading weights or a tokenizer fail."""
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("a tokenizer was loaded")
+    )
 
 
 @pytest.fixture
 def problems(capsys):
-    """``problems(*args)``: the problems that a command line reports, after which it exits with 2 and printed nothing."""
+    """``problems(*args)``: what a command line reports that exits with 2 and prints nothing else."""
 
     def report(*args):
         assert main(args) == 2

@@ -1,4 +1,4 @@
-"""Exit codes and messages of errors; an error that all ranks raise is printed once, before the launcher ends the job."""
+"""Exit codes and messages of errors; rank 0 prints an error that all ranks raise."""
 
 import pytest
 from torch.distributed import DistNetworkError

@@ -19,7 +19,8 @@ from gatera_lightning.cli.main import main
 
 def test_later_configs_win_and_flags_win_over_all(working_folder, print_config, tiny_backbone):
     (working_folder / "mine.yaml").write_text(
-        f"model: {{adapter: {{rank: 8, dropout: 0.1}}, optimizer: {{lr: 0.5}}, backbone: {{id: {tiny_backbone}}}}}"
+        "model: {adapter: {rank: 8, dropout: 0.1}, optimizer: {lr: 0.5}, "
+        f"backbone: {{id: {tiny_backbone}}}}}\n"
     )
     configs = ["-c", "quickstart.yaml", "--config=lora.yaml", "--config", "mine.yaml"]
     model = print_config("fit", *configs, "--model.adapter.dropout", "0.2")["model"]
@@ -66,7 +67,11 @@ def test_help_explains_every_setting(help_text):
         "--throughput.every_n_steps",
     ):
         assert phrase in text
-    for section in ("--model.optimizer.lr LR", "--checkpoint.monitor MONITOR", "--throughput.every_n_steps EVERY_N_STEPS"):
+    for section in (
+        "--model.optimizer.lr LR",
+        "--checkpoint.monitor MONITOR",
+        "--throughput.every_n_steps EVERY_N_STEPS",
+    ):
         assert re.search(re.escape(section) + r" [A-Z]\w+ ", text), section  # a sentence follows
 
 
@@ -75,7 +80,7 @@ def test_help_explains_every_setting(help_text):
 
 @pytest.fixture(scope="module")
 def runs(tiny_backbone, tmp_path_factory):
-    """The folder in which ``fit`` ran twice, and the contents of the first run's files before the second run."""
+    """The folder of two runs of ``fit``, and the files of the first as they were before the second."""
     root = tmp_path_factory.mktemp("runs")
     flags = [*tiny_args(tiny_backbone), "--gate_histogram.every_n_steps", "1"]
     args = ["fit", "--config", "quickstart.yaml", *flags]
@@ -153,7 +158,9 @@ def test_predict_and_validate_evaluate_trained_adapter(recipe, checkpoints, caps
 
 def test_adapter_of_another_rank_is_rejected(recipe, checkpoints, problems):
     flags = ["--model.warm_start", str(checkpoints / "last"), "--model.adapter.rank", "2"]
-    assert any("has rank 4, but model.adapter.rank is 2" in line for line in problems("test", *recipe, *flags))
+    assert any(
+        "has rank 4, but model.adapter.rank is 2" in line for line in problems("test", *recipe, *flags)
+    )
 
 
 @pytest.mark.parametrize("path", ["last.ckpt", ""], ids=["file", "folder"])

@@ -56,7 +56,7 @@ def parser():
 
 @pytest.fixture
 def gate(parser, tmp_path):
-    """``gate(*configs, flags=[])``: the gate's settings that configs, given as dictionaries or YAML, and flags give."""
+    """``gate(*configs, flags=[])``: the gate that configs, as dictionaries or YAML, and flags give."""
 
     def parse(*configs, flags=()):
         args = []
@@ -127,9 +127,15 @@ def test_file_of_adapter_section_is_translated(gate, tmp_path, text):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("tokn", "model.adapter.gate: 'tokn' is unknown (did you mean token?); accepted: none, static, token"),
+        (
+            "tokn",
+            "model.adapter.gate: 'tokn' is unknown (did you mean token?); accepted: none, static, token",
+        ),
         ({"kind": "best"}, "model.adapter.gate: 'best' is unknown; accepted: none, static, token"),
-        ({"kind": "none", "bias": 2}, "model.adapter.gate: 'none' has no setting bias; accepted: lr_multiplier"),
+        (
+            {"kind": "none", "bias": 2},
+            "model.adapter.gate: 'none' has no setting bias; accepted: lr_multiplier",
+        ),
     ],
     ids=str,
 )
@@ -140,7 +146,16 @@ def test_invalid_gate_names_what_is_accepted(gate, value, message):
 
 
 def test_other_documents_are_not_translated():
-    for document in ("token", 3, None, ["gate"], {"bias": 1}, {"skip_below": 0.1}, {"gate": None}, {"model": "x"}):
+    for document in (
+        "token",
+        3,
+        None,
+        ["gate"],
+        {"bias": 1},
+        {"skip_below": 0.1},
+        {"gate": None},
+        {"model": "x"},
+    ):
         assert translate_settings(document) == document
 
 
@@ -203,16 +218,24 @@ def test_help_describes_registered_updates_and_gates(parser, capsys):
 def test_deprecated_settings_of_config_move_with_one_warning_each(gate, warnings):
     assert gate(OLD) == gate(OLD) == NEW
     assert warnings.messages == [
-        f"{old} is deprecated and will be removed in 0.3; use {GATE}.{new}" for old, new in MOVED_SETTINGS.items()
+        f"{old} is deprecated and will be removed in 0.3; use {GATE}.{new}"
+        for old, new in MOVED_SETTINGS.items()
     ]
 
 
 def test_deprecated_flags_move_with_one_warning_each(gate, warnings):
-    values = {"bias": -2.0, "skip_below": 0.1, "merge_above": 0.9, "lr_multiplier": 10.0, "entropy_weight": 0.1}
+    values = {
+        "bias": -2.0,
+        "skip_below": 0.1,
+        "merge_above": 0.9,
+        "lr_multiplier": 10.0,
+        "entropy_weight": 0.1,
+    }
     flags = [arg for old, new in MOVED_SETTINGS.items() for arg in (f"--{old}", str(values[new]))]
     assert gate(flags=flags) == NEW
     assert warnings.messages == [
-        f"--{old} is deprecated and will be removed in 0.3; use --{GATE}.{new}" for old, new in MOVED_SETTINGS.items()
+        f"--{old} is deprecated and will be removed in 0.3; use --{GATE}.{new}"
+        for old, new in MOVED_SETTINGS.items()
     ]
 
 

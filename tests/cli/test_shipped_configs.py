@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from gatera_lightning.cli import shipped_configs
 from gatera_lightning.cli.deprecation import announce_deprecation
-from gatera_lightning.cli.shipped_configs import RENAMED_CONFIGS, find_config, with_found_configs
+from gatera_lightning.cli.shipped_configs import (
+    RENAMED_CONFIGS,
+    find_config,
+    find_configs,
+    with_found_configs,
+)
 from gatera_lightning.errors import ConfigError
 
 SHIPPED = Path(str(resources.files("gatera_lightning.cli_configs")))
@@ -39,27 +43,38 @@ def test_folder_does_not_hide_shipped_config(working_folder):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("quickstrat.yaml", " (did you mean quickstart.yaml?)"), ("lroa.yaml", " (did you mean lora.yaml?)"), ("x", "")],
+    [
+        ("quickstrat.yaml", " (did you mean quickstart.yaml?)"),
+        ("lroa.yaml", " (did you mean lora.yaml?)"),
+        ("x", ""),
+    ],
 )
 def test_unknown_config_names_near_miss_and_shipped_configs(name, hint):
     with pytest.raises(ConfigError) as caught:
         find_config(name)
     shipped = ", ".join(path.relative_to(SHIPPED).as_posix() for path in ALL)
-    assert str(caught.value) == f"--config: {name!r} is neither a file nor a shipped config{hint}; shipped: {shipped}"
+    assert (
+        str(caught.value)
+        == f"--config: {name!r} is neither a file nor a shipped config{hint}; shipped: {shipped}"
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "overlays/"])
 @pytest.mark.parametrize("old", RENAMED_CONFIGS)
-def test_renamed_config_is_found_with_one_warning(old, prefix, monkeypatch, caplog, tmp_path):
+def test_renamed_config_is_found_with_one_warning(old, prefix, caplog):
     new = RENAMED_CONFIGS[old]
-    path = tmp_path / new
-    monkeypatch.setattr(shipped_configs, "_shipped_configs", lambda: {new: path})
     announce_deprecation.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [find_config(prefix + old) for _ in range(2)] == [str(path)] * 2
+        assert [find_configs(prefix + old) for _ in range(2)] == [[find_config(name) for name in new]] * 2
     assert caplog.messages == [
-        f"the config {prefix}{old} is deprecated and will be removed in 0.3; use {new}"
+        f"the config {prefix}{old} is deprecated and will be removed in 0.3; use {' --config '.join(new)}"
     ]
+
+
+def test_user_file_wins_over_renamed_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "decided_gates.yaml").touch()
+    assert find_configs("decided_gates.yaml") == ["decided_gates.yaml"]
 
 
 @pytest.mark.parametrize(

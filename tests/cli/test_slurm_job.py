@@ -19,7 +19,13 @@ JOBS = {
     "two_nodes": [
         *("--nodes", "2", "--gpus-per-node", "4", "--partition", "long", "--account", "lab"),
         *("--time", "1-12:00:00", "--mem", "200G", "--cpus-per-task", "8", "--signal-seconds", "600"),
-        *("--setup", 'module load cuda\nexport NCCL_DEBUG="WARN"', "--config", "overlays/fsdp.yaml", *ELSEWHERE),
+        *(
+            "--setup",
+            'module load cuda\nexport NCCL_DEBUG="WARN"',
+            "--config",
+            "overlays/fsdp.yaml",
+            *ELSEWHERE,
+        ),
     ],
     "cpu": ["--gpus-per-node", "0", "--processes-per-node", "2", "--trainer.logger", "null", *ELSEWHERE],
 }

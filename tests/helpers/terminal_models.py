@@ -1,4 +1,4 @@
-"""A tiny model for ``chat`` and ``generate`` whose answers are long and readable, and plain greedy decoding to compare with."""
+"""A tiny model with long, readable answers for ``chat`` and ``generate``, and plain greedy decoding."""
 
 import shutil
 import unicodedata
@@ -10,7 +10,7 @@ from gatera_lightning import load_adapter
 
 
 def talkative_backbone(tiny_backbone, folder):
-    """Copy the tiny backbone with larger weights and a chat template; it generates varied ASCII and does not end."""
+    """Copy the tiny backbone with a chat template, and weights that generate varied ASCII without end."""
     shutil.copytree(tiny_backbone, folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The subcommands that this package adds to Lightning's; each is a function in the module of the same name."""
+"""The subcommands that this package adds to Lightning's, each a function in the module of its name."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def load_subcommand(name: str) -> Callable[[Sequence[str]], None] | None:
         name: The first argument on the command line.
 
     Returns:
-        The function that runs it, which takes the remaining arguments; None if Lightning's parser has to handle the name.
+        The function that runs it, which takes the remaining arguments; None if Lightning handles the name.
     """
     name = ALIASES.get(name, name)
     if name not in SUMMARIES:

@@ -8,8 +8,8 @@ from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.terminal_arguments import add_arguments, text_problem
 from gatera_lightning.cli.terminal_io import accept_any_bytes, exit_on_closed_pipe, input_lines
 from gatera_lightning.cli.terminal_model import TerminalModel
-from gatera_lightning.datamodules.prompts.conversations import Chat
 from gatera_lightning.datamodules.prompts.chat_template import Message
+from gatera_lightning.datamodules.prompts.conversations import Chat
 from gatera_lightning.errors import ConfigError
 
 _HELP = "/reset clears the conversation, /quit or Ctrl-D exits, Ctrl-C stops an answer"
@@ -44,7 +44,7 @@ class ChatSession:
         self._messages: list[Message] = []
 
     def check_template(self) -> None:
-        """Raise ConfigError, before weights are loaded, if the template does not support even a single turn."""
+        """Raise ConfigError, before weights are loaded, if the template does not support a single turn."""
         self._prompt_ids([{"role": "user", "content": "?"}])
 
     def read(self, line: str) -> None:
@@ -71,19 +71,21 @@ class ChatSession:
             self._messages.append({"role": "assistant", "content": self.model.answer(ids).text.strip()})
 
     def _truncated_prompt(self) -> list[int] | None:
-        """The prompt's token ids, without the oldest turns if it is too long; None if the last message alone is."""
+        """The prompt's token ids, without the oldest turns if necessary; None if the last one is too long."""
         model, turns = self.model, len(self._messages) // 2
         ids = self._prompt_ids(self._messages)
         while len(ids) > model.prompt_limit and len(self._messages) > 1:
             del self._messages[:2]
             ids = self._prompt_ids(self._messages)
         room = (
-            f"the {model.prompt_limit:,} tokens of this model's context that --max_new_tokens {model.args.max_new_tokens} "
-            "leaves for the prompt"
+            f"the {model.prompt_limit:,} tokens of this model's context "
+            f"that --max_new_tokens {model.args.max_new_tokens} leaves for the prompt"
         )
         if len(ids) > model.prompt_limit:
             self._messages.clear()
-            model.note(f"not answered: the message has {len(ids):,} tokens, more than {room}; conversation cleared")
+            model.note(
+                f"not answered: the message has {len(ids):,} tokens, more than {room}; conversation cleared"
+            )
             return None
         if dropped := turns - len(self._messages) // 2:
             model.note(f"dropped the oldest {dropped} of {turns} turns to fit into {room}")

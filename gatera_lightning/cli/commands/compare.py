@@ -1,4 +1,4 @@
-"""`compare`: the evaluations of two or more runs side by side, with paired tests on the questions they share."""
+"""`compare`: the evaluations of several runs, with paired tests on the questions they share."""
 
 import argparse
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ def compare(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} compare",
-        description="Compare evaluations that test has written: accuracies with 95 % intervals, and paired tests against the "
-        "first run on the questions that both answered.",
+        description="Compare evaluations that test has written: accuracies with 95 % intervals, and paired "
+        "tests against the first run on the questions that both answered.",
     )
     parser.add_argument(
         "runs",

@@ -60,7 +60,8 @@ def estimate(argv: Sequence[str]) -> None:
     limit = args.memory * GIB if args.memory else _memory_of_device(device_type)
     for line in [
         *_describe_recipe(recipe, layout, sizes, dtype),
-        f"  micro-batch    {batch.sequences} rows of {batch.length} tokens, {batch.supervised_tokens:,} supervised ({source})",
+        f"  micro-batch    {batch.sequences} rows of {batch.length} tokens, "
+        f"{batch.supervised_tokens:,} supervised ({source})",
         *_describe_memory(sizes, costs, layout, limit),
         *_describe_compute(recipe, batch, costs),
         *_describe_generation(recipe, model, layout),
@@ -90,9 +91,7 @@ def layout_of(strategy: Any, world_size: int) -> Layout:
     return Layout(replicas, world_size // replicas, bool(settings.get("cpu_offload", False)))
 
 
-def _describe_recipe(
-    recipe: RecipeCLI, layout: Layout, sizes: ModelSizes, dtype: torch.dtype
-) -> list[str]:
+def _describe_recipe(recipe: RecipeCLI, layout: Layout, sizes: ModelSizes, dtype: torch.dtype) -> list[str]:
     adapter = recipe.model.adapter
     frozen = sizes.frozen // dtype.itemsize
     trainable = sizes.adapter // getattr(torch, adapter.adapter_dtype).itemsize
@@ -104,9 +103,7 @@ def _describe_recipe(
     ]
 
 
-def _describe_memory(
-    sizes: ModelSizes, costs: StepCosts, layout: Layout, limit: float | None
-) -> list[str]:
+def _describe_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout, limit: float | None) -> list[str]:
     memory = predict_memory(sizes, costs, layout)
     parts = [f"    {name:<13}{size / GIB:8.2f}" for name, size in memory.parts.items()]
     peak = f"    {'peak':<13}{memory.peak / GIB:8.2f}{verdict(memory, limit)}"
@@ -122,7 +119,8 @@ def _describe_compute(recipe: RecipeCLI, batch: MicroBatch, costs: StepCosts) ->
     ]
     if recipe.model.adapter.gate.has_thresholds:
         lines.append(
-            "                 if no gate is saturated; what skip_below and merge_above save depends on the gates"
+            "                 if no gate is saturated; "
+            "what skip_below and merge_above save depends on the gates"
         )
     return lines
 
@@ -133,7 +131,8 @@ def _describe_generation(recipe: RecipeCLI, model: torch.nn.Module, layout: Layo
     if not prepared or layout.shards > 1 or not decoding.prepared:
         return []
     return [
-        f"  generation     {prepared / GIB:.2f} GiB more for prepared weights (model.decoding.prepared), plus the KV cache"
+        f"  generation     {prepared / GIB:.2f} GiB more for prepared weights (model.decoding.prepared), "
+        "plus the KV cache"
     ]
 
 
@@ -144,7 +143,7 @@ def _describe_communication(sizes: ModelSizes, layout: Layout, micro_batches: in
 
 
 def _largest_micro_batch(recipe: RecipeCLI) -> tuple[MicroBatch, str]:
-    """The micro-batch with the most positions, and where it comes from; an upper bound if the data cannot be read."""
+    """The micro-batch with the most positions and its origin; an upper bound if the data cannot be read."""
     data = recipe.datamodule
     try:
         data.connect(load_tokenizer(recipe.model.backbone))
@@ -195,12 +194,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} estimate",
         usage="%(prog)s [--memory GIB] [--config CONFIG ...] [any flag of fit]",
-        description="Predict what a training step costs each device: memory by part, FLOPs and communication. Loads no "
-        "weights. plan is another name of this subcommand.",
+        description="Predict what a training step costs each device: memory by part, FLOPs and "
+        "communication. Loads no weights. plan is another name of this subcommand.",
         epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--memory", type=float, help="memory of one device in GiB; default: that of this machine's GPU, if any"
+        "--memory",
+        type=float,
+        help="memory of one device in GiB; default: that of this machine's GPU, if any",
     )
     return parser

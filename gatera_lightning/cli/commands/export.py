@@ -39,7 +39,9 @@ def export(argv: Sequence[str]) -> None:
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
     checkpoint = AtomicCheckpointIO().load_checkpoint(found, weights_only=True)
-    if missing := [key for key in _REQUIRED_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]:
+    if missing := [
+        key for key in _REQUIRED_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint
+    ]:
         raise ConfigError(
             f"CHECKPOINT: {found} is not a checkpoint of an adapter; missing entries: {', '.join(missing)}"
         )
@@ -54,7 +56,8 @@ def export(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} export",
-        description="Write the adapter folder of a checkpoint, sharded or not; it loads without Lightning and without pickle.",
+        description="Write the adapter folder of a checkpoint, sharded or not. The folder loads without "
+        "Lightning and without pickle.",
     )
     parser.add_argument(
         "checkpoint",

@@ -53,7 +53,7 @@ def preview(argv: Sequence[str]) -> None:
 
 
 class PreviewedSplit(RecipeCLI):
-    """A split of the recipe's data, tokenized; settings that only training needs are neither built nor checked."""
+    """A tokenized split of the recipe's data; settings that only training needs are not checked."""
 
     def __init__(self, args: list[str], split: str) -> None:
         """Parse a recipe and set up one split of its data.
@@ -82,7 +82,7 @@ class PreviewedSplit(RecipeCLI):
 
     @property
     def train_on(self) -> TrainOn:
-        """Which tokens of the split are supervised; the candidates of a test are compared by their own tokens alone."""
+        """Which tokens are supervised; a test compares candidates by their own tokens alone."""
         return "response" if self.split == "test" else self.datamodule.train_on
 
     @property
@@ -91,7 +91,7 @@ class PreviewedSplit(RecipeCLI):
         return self.datamodule.token_table(self.split)
 
     def example(self, index: int, *, color: bool) -> Text:
-        """Return one example below a heading: prompt and correct answer, then the candidates if the split ranks them.
+        """Return one example: heading, prompt, correct answer, and candidates if the split ranks them.
 
         Args:
             index: Number of the example in the split.
@@ -105,7 +105,8 @@ class PreviewedSplit(RecipeCLI):
         tokens = int(batch["attention_mask"].sum())
         truncated = f", prompt truncated to max_length {data.max_length}" if example["truncated"] else ""
         text = Text(
-            f"example {example['example']}, {example['task']}: {tokens:,} tokens, {supervised:,} supervised{truncated}\n"
+            f"example {example['example']}, {example['task']}: {tokens:,} tokens, "
+            f"{supervised:,} supervised{truncated}\n"
         )
         text.append_text(highlight_supervised(tokenizer, batch, 0, color=color))
         if self.split == "test" or (self.split == "validation" and data.rank_validation):
@@ -134,7 +135,7 @@ class PreviewedSplit(RecipeCLI):
         return lines + ([str(overlap) for overlap in data.overlaps()] if "train" in data.tables else [])
 
     def _batch_schedule(self, lengths: list[int]) -> list[str]:
-        """Padding of the batch schedule, and of the schedules that grouping and packing would give instead."""
+        """Padding of the batch schedule, and of other schedules: with and without grouping and packing."""
         data = self.datamodule
         steps = data.train_dataloader().dataset.steps
         other_steps = build_batch_schedule(
@@ -151,12 +152,13 @@ class PreviewedSplit(RecipeCLI):
         other_grouping = padding_share(scheduled_lengths(other_steps, lengths, pack_length))
         other_packing = padding_share(scheduled_lengths(steps, lengths, other_pack_length))
         budget = "" if data.token_budget is None else f" (and token_budget {data.token_budget})"
+        micro_batches = f"accumulate_grad_batches {self.accumulate} × {self.world_size} ranks"
         return [
-            f"  padding     {_percent(padding)} of the computed positions; {_percent(other_grouping)} with group_by_length: "
-            f"{str(not data.group_by_length).lower()}, {_percent(other_packing)} with packing: "
-            f"{str(not data.packing).lower()}",
-            f"  steps       {len(steps):,} optimizer steps per epoch, of batch_size {data.batch_size}{budget} over "
-            f"accumulate_grad_batches {self.accumulate} × {self.world_size} ranks{self.world_size_remark}",
+            f"  padding     {_percent(padding)} of the computed positions; "
+            f"{_percent(other_grouping)} with group_by_length: {str(not data.group_by_length).lower()}, "
+            f"{_percent(other_packing)} with packing: {str(not data.packing).lower()}",
+            f"  steps       {len(steps):,} optimizer steps per epoch, "
+            f"of batch_size {data.batch_size}{budget} over {micro_batches}{self.world_size_remark}",
         ]
 
     def _evaluation_batches(self) -> list[str]:
@@ -184,7 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} preview",
         usage="%(prog)s [--rows N] [--split SPLIT] [--config CONFIG ...] [any flag of fit]",
-        description="Show examples of a split as the model sees them, and statistics of the whole split. Loads no weights.",
+        description="Show examples of a split as the model sees them, and statistics of the whole split. "
+        "Loads no weights.",
         epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )

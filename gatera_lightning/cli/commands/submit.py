@@ -50,7 +50,8 @@ def submit(argv: Sequence[str]) -> None:
         return
     if missing := [tool for tool in ("sbatch", "srun", "scontrol") if shutil.which(tool) is None]:
         raise ConfigError(
-            f"submit: this machine does not have {', '.join(missing)}; accepted: a login node of SLURM, or --dry-run"
+            f"submit: this machine does not have {', '.join(missing)}; "
+            "accepted: a login node of SLURM, or --dry-run"
         )
     if not args.skip_download:
         recipe.download()
@@ -76,7 +77,7 @@ class _ResolvedRecipe(RecipeCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse with the job's nodes and devices, and check everything that does not depend on this machine's devices."""
+        """Parse with the job's nodes and devices; check all but the devices of this machine."""
         super().parse_arguments(parser, args)
         trainer = self.config.fit.trainer
         trainer.num_nodes, trainer.devices = self.job.nodes, self.job.ranks_per_node
@@ -84,12 +85,14 @@ class _ResolvedRecipe(RecipeCLI):
         validate_config(parser, self.config)
         if self.config.fit.ckpt_path not in (None, "last"):
             raise ConfigError(
-                f"ckpt_path: {self.config.fit.ckpt_path!r}; accepted: null, since a job resumes from its own newest "
-                "checkpoint; to start from an adapter, set model.warm_start"
+                f"ckpt_path: {self.config.fit.ckpt_path!r}; "
+                "accepted: null, since a job resumes from its own newest checkpoint; "
+                "to start from an adapter, set model.warm_start"
             )
         if isinstance(trainer.logger, list):
             raise ConfigError(
-                f"trainer.logger: {len(trainer.logger)} loggers; accepted: one, which writes to the job's folder"
+                f"trainer.logger: {len(trainer.logger)} loggers; "
+                "accepted: one, which writes to the job's folder"
             )
         resolved = self.config.fit.clone()
         resolved.pop("config", None)
@@ -112,7 +115,7 @@ class _ResolvedRecipe(RecipeCLI):
         return {"save_dir": '"$run"'} if kind else {}
 
     def download(self) -> None:
-        """Load weights, tokenizer and tokenized examples into caches that the compute nodes share with this machine.
+        """Fill the caches that the compute nodes share with this machine: weights, tokenizer, tokenized data.
 
         Raises:
             ConfigError: The weights cannot be downloaded, or the data cannot be read.
@@ -129,15 +132,15 @@ class _ResolvedRecipe(RecipeCLI):
                     snapshot_download(name, revision=revision, allow_patterns=["*.bin"])
             except OSError as error:
                 raise ConfigError(
-                    f"model.backbone.id: cannot download {name!r} from the hub ({type(error).__name__}); accepted: a model "
-                    "that can be downloaded or is in the cache, a folder, or --skip-download"
+                    f"model.backbone.id: cannot download {name!r} from the hub ({type(error).__name__}); "
+                    "accepted: a model that can be downloaded or is cached, a folder, or --skip-download"
                 ) from error
         self.datamodule.connect(load_tokenizer(self.model.backbone))
         self.datamodule.setup("fit")
 
 
 def _submit_held(script: str) -> str:
-    """Submit a script and return the job's number; the job is held, because it must not start before its folder exists."""
+    """Submit a script and return the job's number; it is held because its folder does not exist yet."""
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(script)
         file.flush()
@@ -157,27 +160,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} submit",
         usage="%(prog)s --config CONFIG ... --nodes N --gpus-per-node G [options] [any flag of fit]",
-        description="Submit fit as a SLURM job that requeues itself before its time limit and resumes from its newest "
-        "checkpoint.",
+        description="Submit fit as a SLURM job that requeues itself before its time limit and resumes from "
+        "its newest checkpoint.",
         epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
         allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes; default: 1")
     parser.add_argument(
-        "--gpus-per-node", type=int, default=1, help="GPUs, with one process each; 0 for CPU nodes; default: 1"
+        "--gpus-per-node",
+        type=int,
+        default=1,
+        help="GPUs, with one process each; 0 for CPU nodes; default: 1",
     )
     parser.add_argument("--processes-per-node", type=int, help="processes on a CPU node; default: 1")
     parser.add_argument("--cpus-per-task", type=int, help="CPU cores of a process")
     parser.add_argument("--mem", help="memory of a node, such as 200G")
     parser.add_argument("--partition")
     parser.add_argument("--account")
-    parser.add_argument("--time", help="time limit, such as 12:00:00; the job requeues itself before it is reached")
+    parser.add_argument(
+        "--time", help="time limit, such as 12:00:00; the job requeues itself before it is reached"
+    )
     parser.add_argument(
         "--signal-seconds",
         type=int,
         default=300,
-        help="seconds before the time limit at which the job saves and requeues itself; longer than an optimizer step and "
-        "than a validation; default: 300",
+        help="seconds before the time limit at which the job saves and requeues itself; longer than an "
+        "optimizer step and than a validation; default: 300",
     )
     parser.add_argument(
         "--root", type=Path, default=Path("jobs"), help="folder in which each job gets its own; default: jobs"
@@ -192,5 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     # The job determines these two settings; flags that contradict it are reported.
     for flag in ("--trainer.num_nodes", "--trainer.devices"):
         parser.add_argument(flag, dest=flag.rpartition(".")[2], help=argparse.SUPPRESS)
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script instead of submitting it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the batch script instead of submitting it"
+    )
     return parser

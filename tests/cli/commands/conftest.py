@@ -30,7 +30,8 @@ def reference(talkative, adapter):
 
 @pytest.fixture
 def refusing(talkative, tmp_path):
-    """``refusing(condition)``: a backbone whose chat template raises where the condition on ``messages`` holds."""
+    """``refusing(condition)``: a backbone whose chat template raises if a condition on ``messages`` holds."""
+
     def with_template(condition):
         folder = shutil.copytree(talkative, tmp_path / "refusing")
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -121,7 +121,9 @@ def test_chat_continues_after_a_turn_that_the_template_refuses(capsys, monkeypat
 
 def test_missing_chat_template_is_reported(problems, no_weights, tiny_backbone):
     (problem,) = problems("chat", "--backbone", str(tiny_backbone), "--template", "chat")
-    assert problem.startswith("--template: chat needs a tokenizer with a chat template, and this one has none")
+    assert problem.startswith(
+        "--template: chat needs a tokenizer with a chat template, and this one has none"
+    )
 
 
 def test_missing_backbone_is_reported(problems, no_weights):

@@ -1,4 +1,4 @@
-"""``estimate``: what it prints for the tiny recipe, compared with manual sums and with the recipe's real batches."""
+"""``estimate``: what it prints for the tiny recipe, compared with manual sums and real batches."""
 
 import json
 import re
@@ -18,7 +18,8 @@ from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.errors import ConfigError
 
 FSDP = ["--config", "overlays/fsdp.yaml"]
-# The tiny Llama: hidden 32, k and v 16, feed-forward 48, vocabulary 400: q, o; k, v; gate, up, down; two norms.
+# The tiny Llama: hidden 32, k and v 16, feed-forward 48, vocabulary 400: q, o; k, v; gate, up, down; two
+# norms.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
 ROOT = 2 * 400 * 32 + 32
 FROZEN = 2 * LAYER + ROOT

@@ -57,7 +57,10 @@ def test_truncated_answer_is_noted(generate, talkative, adapter, reference, tmp_
     assert f"truncated at --max_new_tokens {limit}" in err
     ending = shutil.copytree(talkative, tmp_path / "ending")
     settings = json.loads((ending / "generation_config.json").read_text())
-    settings["eos_token_id"] = [settings["eos_token_id"], ids[start + limit]]  # the next token ends the answer
+    settings["eos_token_id"] = [
+        settings["eos_token_id"],
+        ids[start + limit],
+    ]  # the next token ends the answer
     (ending / "generation_config.json").write_text(json.dumps(settings))
     copy = shutil.copytree(adapter, tmp_path / "adapter")
     config = (copy / "adapter_config.json").read_text().replace(str(talkative), str(ending))
@@ -95,7 +98,9 @@ def test_fast_decoding_passes_its_thresholds(generate, adapter, monkeypatch):
     )
     assert generate(adapter)[0] == exact
     _, err = generate(adapter, "--fast")
-    assert "fast: gates below 0.1 count as 0 and above 0.9 as 1; the answer may differ from the exact one" in err
+    assert (
+        "fast: gates below 0.1 count as 0 and above 0.9 as 1; the answer may differ from the exact one" in err
+    )
     assert generate(adapter, "--fast", "1e-9")[0] == exact  # no gate of this model is that saturated
     assert [list(thresholds.values()) for thresholds in seen] == [[0.0, 1.0], [0.1, 0.9], [1e-9, 1 - 1e-9]]
 
@@ -162,9 +167,7 @@ def test_gates_are_those_of_reading_the_whole_text(generate, adapter, reference)
     def record(layer, args):
         gates.append(torch.sigmoid(args[0][0] @ layer.gate.weight + layer.gate.bias))
 
-    handles = [
-        layer.register_forward_pre_hook(record) for layer in adapted_linears(reference.model).values()
-    ]
+    handles = [layer.register_forward_pre_hook(record) for layer in adapted_linears(reference.model).values()]
     with torch.no_grad():
         reference.model(torch.tensor([ids]))
     for handle in handles:
@@ -260,10 +263,19 @@ def test_closed_pipe_exits_silently_with_141(capsys, monkeypatch, adapter, comma
         (["--prompt", "word " * 300], "accepted by this model with --max_new_tokens 256: at most 256"),
         (["--max_new_tokens", "0"], "--max_new_tokens: 0; accepted: an integer of at least 1"),
         (["--max_new_tokens", "512"], "--max_new_tokens: 512; accepted by this model: less than 512"),
-        (["--temperature", "-1"], "--temperature: -1.0; accepted: 0 for greedy decoding, or a number above 0"),
+        (
+            ["--temperature", "-1"],
+            "--temperature: -1.0; accepted: 0 for greedy decoding, or a number above 0",
+        ),
         (["--temperature", "1", "--top_p", "0"], "--top_p: 0.0; accepted: a probability above 0, up to 1"),
-        (["--top_p", "0.9"], "--top_p: 0.9, but greedy decoding does not sample; accepted with --temperature above 0"),
-        (["--seed", "3"], "--seed: 3, but greedy decoding does not sample; accepted with --temperature above 0"),
+        (
+            ["--top_p", "0.9"],
+            "--top_p: 0.9, but greedy decoding does not sample; accepted with --temperature above 0",
+        ),
+        (
+            ["--seed", "3"],
+            "--seed: 3, but greedy decoding does not sample; accepted with --temperature above 0",
+        ),
         (["--fast", "0"], "--fast: 0.0; accepted: a gate value above 0, up to 0.5"),
         (["--fast", "0.6"], "--fast: 0.6; accepted: a gate value above 0, up to 0.5"),
         (["--fast", "nan"], "--fast: nan; accepted: a gate value above 0, up to 0.5"),

@@ -14,8 +14,9 @@ from gatera_lightning.cli.main import main
 BASH = shutil.which("bash")
 SBATCH = """#!/bin/bash
 echo "sbatch ${*:1:$#-1}" >> "$FAKE/calls"
-if [[ "${!#}" != *.sbatch || "$1" == "$REJECTED" ]]; then echo "sbatch: error: invalid partition specified" >&2; exit 1; fi
-if [[ "$1" == --parsable ]]; then echo "$(<"${!#}")" > "$FAKE/submitted"; echo "4711;cluster"; fi
+if [[ "${!#}" != *.sbatch || "$1" == "$REJECTED" ]]; then echo "sbatch: error: invalid partition specified"
+>&2; exit 1; fi if [[ "$1" == --parsable ]]; then echo "$(<"${!#}")" > "$FAKE/submitted"; echo "4711;cluster";
+fi
 """
 SCONTROL = """#!/bin/bash
 cd "$JOBS/job-4711" && echo "scontrol $*: $(echo *)" >> "$FAKE/calls"
@@ -72,7 +73,7 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slurm(machine, tmp_path, monkeypatch):
-    """A machine with SLURM; ``JOBS`` is the folder of its jobs, ``REJECTED`` a flag or command that it rejects."""
+    """A machine with SLURM: ``JOBS`` is the folder of its jobs, ``REJECTED`` a command or flag it rejects."""
     machine.install(sbatch=SBATCH, scontrol=SCONTROL, scancel=SCANCEL, srun=SRUN)
     monkeypatch.setenv("JOBS", str(tmp_path / "jobs"))
     monkeypatch.setenv("REJECTED", "nothing")
@@ -96,7 +97,7 @@ def test_submit_stores_the_job_and_fit_accepts_its_arguments(
     name = 'it\'s "a" b;$(touch hurt)\n`touch hurt`'
     python = "/opt/it's my env/$HOME/python"
     setup = (
-        'export \\\n  SAID=\'a  $b; "c"\'\n'
+        "export \\\n  SAID='a  $b; \"c\"'\n"
         'module() { echo "$SAID" "$@" > "$FAKE/module"; }\nmodule load \'x  y\' # why not'
     )
     own = ["--nodes", "2", "--gpus-per-node", "4", "--root", str(root), "--python", python, "--setup", setup]
@@ -194,7 +195,7 @@ def test_failed_download_is_reported_before_submitting(slurm, reject):
     (problem,) = reject("--model.backbone.id", "nobody/nothing")
     assert problem.startswith("model.backbone.id: cannot download 'nobody/nothing' from the hub (")
     assert problem.endswith(
-        "); accepted: a model that can be downloaded or is in the cache, a folder, or --skip-download"
+        "); accepted: a model that can be downloaded or is cached, a folder, or --skip-download"
     )
     assert slurm.calls == []
 
