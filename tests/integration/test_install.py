@@ -1,4 +1,4 @@
-"""Installed as a wheel and as an editable, from a folder with a ``datamodules/`` and ``cli_configs/`` of its own."""
+"""The package installed from a wheel, an sdist and the source tree, used in a folder with its own ``datamodules/``."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SNIPPET = """
 import json, sys
 import gatera_lightning, gatera_lightning.datamodules, gatera_lightning.cli_configs
 from pathlib import Path
-from gatera_lightning.cli.lightning_cli import find_config
+from gatera_lightning.cli.shipped_configs import find_config
 from gatera_lightning.datamodules import CommonsenseDataModule
 
 configs = [find_config(name) for name in ("quickstart.yaml", "llama_commonsense.yaml", "overlays/fsdp.yaml", "lora.yaml")]
@@ -42,34 +42,22 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, so that the tree keeps no build folder."""
-    root = tmp_path_factory.mktemp("wheel")
-    left_out = (
-        ".git",
-        ".venv",
-        "build",
-        "dist",
-        "*.egg-info",
-        "__pycache__",
-        ".*_cache",
-        ".hypothesis",
-        "runs",
-        "shared",
-    )
-    shutil.copytree(ROOT, root / "source", ignore=shutil.ignore_patterns(*left_out))
-    run(
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(root),
-        str(root / "source"),
-    )
-    (built,) = root.glob("*.whl")
+def distributions(tmp_path_factory):
+    """A wheel built from the source tree, an sdist, and a wheel built from the sdist."""
+    root = tmp_path_factory.mktemp("distributions")
+    ignored = (".git", ".venv", "build", "dist", "site", "*.egg-info", "__pycache__", ".*_cache", "runs")
+    source = shutil.copytree(ROOT, root / "source", ignore=shutil.ignore_patterns(*ignored), symlinks=True)
+    build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(root)!r}))"
+    sdist = root / run("-c", build, cwd=source).splitlines()[-1]
+    pip_wheel = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w")
+    for name, built_from in (("from_source", source), ("from_sdist", sdist)):
+        run(*pip_wheel, str(root / name), str(built_from))
+    return root
+
+
+@pytest.fixture(params=["from_source", "from_sdist"])
+def wheel(distributions, request):
+    (built,) = (distributions / request.param).glob("*.whl")
     return built
 
 
@@ -77,18 +65,18 @@ def wheel(tmp_path_factory):
 def foreign_folder(tmp_path):
     for name in ("datamodules", "cli_configs"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the folder of the user')\n")
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('this is the user's folder')\n")
     (tmp_path / "cli_configs" / "quickstart.yaml").write_text("nonsense: true\n")
     return tmp_path
 
 
-def look(folder, **env):
-    """What Python sees from a folder; the copy of the source tree is not on its path."""
+def inspect_package(folder, **env):
+    """Return what the snippet finds when Python runs in a folder without the source tree on its path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return json.loads(run("-c", SNIPPET, cwd=folder, env=environment | env).splitlines()[-1])
 
 
-def test_the_wheel_holds_every_config_and_sample_and_no_test(wheel):
+def test_wheel_contains_configs_and_samples_but_no_tests(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     for top in ("cli_configs", "datamodules", "gatera_lightning"):
@@ -103,24 +91,24 @@ def test_the_wheel_holds_every_config_and_sample_and_no_test(wheel):
     assert not [name for name in names if "test_" in name or "benchmark" in name or "__pycache__" in name]
 
 
-def test_the_wheel_works_from_a_foreign_folder(wheel, foreign_folder, tmp_path_factory):
+def test_wheel_works_in_foreign_folder(wheel, foreign_folder, tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     run("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel))
-    seen = look(foreign_folder, PYTHONPATH=str(site))
+    seen = inspect_package(foreign_folder, PYTHONPATH=str(site))
     assert seen["rows"] == {"train": 558, "validation": 85, "test": 144}
     assert all(Path(path).is_relative_to(site) for path in seen["modules"] + seen["configs"])
     assert seen["typed"]
     assert seen["shadowed"] == []
 
 
-def test_the_editable_install_works_from_a_foreign_folder(foreign_folder):
-    seen = look(foreign_folder)
+def test_editable_install_works_in_foreign_folder(foreign_folder):
+    seen = inspect_package(foreign_folder)
     assert seen["rows"] == {"train": 558, "validation": 85, "test": 144}
     assert not any(Path(path).is_relative_to(foreign_folder) for path in seen["modules"] + seen["configs"])
     assert seen["shadowed"] == []
 
 
-def test_the_command_is_installed(foreign_folder):
+def test_command_is_installed(foreign_folder):
     program = Path(sys.executable).with_name("gatera-lightning")
     done = subprocess.run(
         [program, "--help"], cwd=foreign_folder, capture_output=True, text=True, timeout=120

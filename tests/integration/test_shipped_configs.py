@@ -1,8 +1,7 @@
-"""Every shipped YAML runs, says what it is for, and its command can be typed as it stands."""
+"""Every shipped config runs, explains itself, and its command can be copied as it is."""
 
 import json
 import shlex
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -15,36 +14,37 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from gatera_lightning import AdapterConfig, BackboneConfig, inject_adapters, load_adapter
 from gatera_lightning.adapters.injection import find_targets
 from gatera_lightning.backbone.loading import load_backbone
-from gatera_lightning.cli.lightning_cli import find_config
 from gatera_lightning.cli.main import main
+from gatera_lightning.cli.shipped_configs import find_config
 from gatera_lightning.datamodules.tasks.commonsense import TASKS
 
 SHIPPED = Path(str(resources.files("gatera_lightning.cli_configs")))
 ALL = sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))
 RECIPES = [name for name in ALL if "/" not in name]
 OVERLAYS = [name for name in ALL if name.startswith("overlays/")]
+ELSEWHERE = ("overlays/hardware/fsdp.yaml",)  # needs two ranks: a test of its own
 HEADINGS = ("Purpose", "Hardware", "Command", "Expect")
 
-ONE_PROCESS = [
+ONE_RANK = [
     *("--trainer.devices", "1", "--trainer.strategy", "auto", "--data.init_args.data_dir", "samples"),
     *("--data.init_args.num_workers", "0"),
 ]
 
 
 def sample(task):
-    """Flags for the embedded rows of a family that is not commonsense."""
-    rows = {"train": 48, "validation": 16, "test": 6}
+    """Flags that select the embedded examples of another task."""
+    counts = {"train": 48, "validation": 16, "test": 6}
     return [
-        arg for split, count in rows.items() for arg in (f"--data.init_args.{split}", f'["{task}[:{count}]"]')
+        arg
+        for split, count in counts.items()
+        for arg in (f"--data.init_args.{split}", f'["{task}[:{count}]"]')
     ]
 
 
-HERE = {  # what a recipe for other machines needs to run here
-    "llama_commonsense.yaml": ONE_PROCESS,
-    "llama2_commonsense.yaml": ONE_PROCESS,
-    "qwen_commonsense.yaml": ONE_PROCESS,
+FLAGS = {  # what makes a recipe for other machines run here
+    "llama_commonsense.yaml": ONE_RANK,
     "smollm2_commonsense.yaml": ["--data.init_args.data_dir", "samples", "--trainer.val_check_interval", "3"],
-    "llama_math.yaml": [*ONE_PROCESS, *sample("arithmetic")],
+    "llama_math.yaml": [*ONE_RANK, *sample("arithmetic")],
     "smollm2_math.yaml": [
         "--data.init_args.data_dir",
         "samples",
@@ -52,7 +52,7 @@ HERE = {  # what a recipe for other machines needs to run here
         "3",
         *sample("arithmetic"),
     ],
-    "llama_dialogue.yaml": [*ONE_PROCESS, *sample("smalltalk")],
+    "llama_dialogue.yaml": [*ONE_RANK, *sample("smalltalk")],
     "smollm2_dialogue.yaml": ["--trainer.val_check_interval", "3", *sample("smalltalk")],
     "own_data.yaml": [
         "--data.init_args.template",
@@ -61,9 +61,9 @@ HERE = {  # what a recipe for other machines needs to run here
     ],  # the tiny tokenizer has no chat template
 }
 
-ABLATIONS = {  # and the settings that each one is about
-    "static_gate.yaml": {"model.adapter.gate": "static", "model.gate_entropy_weight": 0.0},
-    "no_entropy.yaml": {"model.gate_entropy_weight": 0.0},
+ABLATIONS = {  # and the settings that each one changes
+    "static_gate.yaml": {"model.adapter.gate.kind": "static", "model.adapter.gate.entropy_weight": 0.0},
+    "no_entropy.yaml": {"model.adapter.gate.entropy_weight": 0.0},
     "fc_only.yaml": {"model.adapter.target_modules": ["up_proj", "down_proj"]},
     "qkv_only.yaml": {"model.adapter.target_modules": ["q_proj", "k_proj", "v_proj"]},
     "rank_8.yaml": {"model.adapter.rank": 8},
@@ -73,7 +73,7 @@ ABLATIONS = {  # and the settings that each one is about
 
 
 def header(name):
-    """``{heading: lines}`` of the comment that a config begins with."""
+    """The header of a config as ``{heading: lines}``."""
     found, heading = {}, None
     for line in (SHIPPED / name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -87,14 +87,14 @@ def header(name):
 
 
 def commands(name):
-    """The command lines in a header, continued lines joined, without ``python -m gatera_lightning``."""
+    """The commands in a header, without ``python -m gatera_lightning``."""
     lines = "\n".join(header(name)["Command"]).replace("\\\n", " ").splitlines()
     start = "python -m gatera_lightning "
     return [shlex.split(line.removeprefix(start), comments=True) for line in lines if line.startswith(start)]
 
 
 def fit(tmp_path, monkeypatch, *args):
-    """Run ``fit`` in an empty folder; the last checkpoint of its only run."""
+    """Run ``fit`` in an empty folder and return the last checkpoint of its only run."""
     monkeypatch.chdir(tmp_path)
     assert main(["fit", *args]) == 0
     (last,) = tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")
@@ -102,7 +102,7 @@ def fit(tmp_path, monkeypatch, *args):
 
 
 def printed_config(capsys, configs, *flags):
-    """What ``fit --print_config`` says of configs laid over one another, as nested dictionaries."""
+    """Combine configs and return what ``fit --print_config`` prints, as nested dictionaries."""
     with pytest.raises(SystemExit) as caught:
         main(["fit", *(arg for name in configs for arg in ("--config", name)), *flags, "--print_config"])
     assert caught.value.code == 0
@@ -117,34 +117,40 @@ def flat(settings, prefix=""):
     return found
 
 
-def test_there_are_recipes_and_overlays():
+def test_recipes_and_overlays_are_complete():
     assert set(ALL) == {*RECIPES, *OVERLAYS}
-    assert {"quickstart.yaml", *HERE} <= set(RECIPES)
-    assert {f"overlays/{name}" for name in ABLATIONS} <= set(OVERLAYS)
-    assert len({Path(name).name for name in ALL}) == len(ALL)  # a bare name means one file
+    assert {"quickstart.yaml", *FLAGS} <= set(RECIPES)
+    assert {f"overlays/ablation/{name}" for name in ABLATIONS} <= set(OVERLAYS)
+    assert len({Path(name).name for name in ALL}) == len(ALL)  # a short name means one file
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs(name, tiny_backbone, tmp_path, monkeypatch):
-    checkpoint = fit(tmp_path, monkeypatch, "--config", name, *tiny_args(tiny_backbone), *HERE.get(name, []))
+    checkpoint = fit(tmp_path, monkeypatch, "--config", name, *tiny_args(tiny_backbone), *FLAGS.get(name, []))
     assert checkpoint["global_step"] == 3
 
 
-@pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "overlays/fsdp.yaml"])
-def test_overlay_runs_over_the_quickstart(name, tiny_backbone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if name not in ELSEWHERE])
+def test_overlay_runs_on_quickstart(name, tiny_backbone, tmp_path, monkeypatch):
     checkpoint = fit(
         tmp_path, monkeypatch, "--config", "quickstart.yaml", "--config", name, *tiny_args(tiny_backbone)
     )
     assert checkpoint["global_step"] == 3
-    adapter, wanted = checkpoint["hyper_parameters"]["adapter"], yaml.safe_load((SHIPPED / name).read_text())
-    for key, value in wanted.get("model", {}).get("adapter", {}).items():
-        assert adapter[key] == (4 if key == "rank" else value)  # the tiny layers have no room for 64
-    gates = [key for key in checkpoint["state_dict"] if ".gate." in key]
-    assert bool(gates) == (adapter["gate"] != "none")
+    adapter = checkpoint["adapter"]
+    for key, value in (
+        yaml.safe_load((SHIPPED / name).read_text()).get("model", {}).get("adapter", {}).items()
+    ):
+        if key == "gate":
+            settings = {"kind": value} if isinstance(value, str) else value
+            assert settings.items() <= adapter["gate"].items()
+        else:
+            assert adapter[key] == (4 if key == "rank" else value)  # the tiny layers are too small for 64
+    has_gates = any(".gate." in key for key in checkpoint["state_dict"])
+    assert has_gates == (adapter["gate"]["kind"] != "none")
 
 
 @pytest.mark.slow
-def test_fsdp_overlay_runs_in_two_processes(tiny_backbone, tmp_path):
+def test_fsdp_overlay_runs_on_two_ranks(tiny_backbone, tmp_path):
     configs = [
         "--config",
         "quickstart.yaml",
@@ -163,27 +169,47 @@ def test_fsdp_overlay_runs_in_two_processes(tiny_backbone, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_header_says_what_one_needs_to_know(name):
+def test_header_has_every_heading_in_one_line(name):
     found = header(name)
     assert tuple(found) == HEADINGS
-    assert all(lines[0] for lines in found.values())
+    assert all(len(lines) == 1 and lines[0] for lines in found.values())
     assert commands(name)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_of_recipe_has_comment(name):
+    """Sections and plain names need none; every value that a user might change has one."""
+    plain = (
+        "class_path",
+        "name",
+        "devices",
+        "accelerator",
+        "max_epochs",
+        "log_every_n_steps",
+        "weight_decay",
+    )
+    silent = []
+    lines = (SHIPPED / name).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        key, colon, value = line.partition(":")
+        is_setting = colon and value.strip() and not key.lstrip().startswith(("#", "-"))
+        explained = "#" in value or lines[number - 1].lstrip().startswith("#")
+        if is_setting and not explained and key.strip() not in (*plain, "train", "test", "validation", "id"):
+            silent.append(line.strip())
+    assert silent == []
+
+
 def write_adapter(folder, **adapter):
-    """An adapter folder, as far as a configuration is checked against it."""
+    """Write the part of an adapter folder that a configuration is checked against."""
     folder.mkdir(parents=True)
     backbone = {"id": None, "revision": None, "fingerprint": ""}
-    description = {"format_version": 1, "adapter": asdict(AdapterConfig(**adapter)), "backbone": backbone}
+    description = {"format_version": 2, "adapter": AdapterConfig(**adapter).to_dict(), "backbone": backbone}
     (folder / "adapter_config.json").write_text(json.dumps(description))
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_commands_of_the_header_parse(name, tiny_backbone, tmp_path, monkeypatch, capsys):
-    """From a folder that holds what the header says one has."""
+def test_header_commands_parse(name, tiny_backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    adapter = yaml.safe_load((SHIPPED / name).read_text()).get("model", {}).get("adapter", {})
-    write_adapter(tmp_path / "RUN" / "checkpoints" / "last", **adapter)
     monkeypatch.setenv("GATERA_DATA", str(tmp_path))
     for task in (*(f"commonsense/{task}" for task in TASKS), "math/gsm8k"):
         (tmp_path / task).mkdir(parents=True)
@@ -206,7 +232,7 @@ def test_commands_of_the_header_parse(name, tiny_backbone, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_say_what_the_loss_is_computed_on(name):
+def test_recipe_states_what_is_supervised(name):
     data = yaml.safe_load((SHIPPED / name).read_text())["data"]
     own = {
         "CommonsenseDataModule": {"answer_format"},
@@ -219,31 +245,30 @@ def test_recipes_say_what_the_loss_is_computed_on(name):
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_changes_only_what_it_is_about(name):
-    """An overlay that named data or backbone would take them from the config it is laid over; cpu.yaml chooses a dtype."""
+def test_overlay_changes_neither_data_nor_backbone(name):
+    """Otherwise it would replace those of the recipe; a backbone overlay names one, and cpu.yaml sets the dtype."""
     settings = yaml.safe_load((SHIPPED / name).read_text())
+    allowed = {"id"} if "/backbone/" in name else {"dtype"} if name.endswith("cpu.yaml") else set()
     assert "data" not in settings
-    assert set(settings.get("model", {}).get("backbone", {})) <= (
-        {"dtype"} if name == "overlays/cpu.yaml" else set()
-    )
+    assert set(settings.get("model", {}).get("backbone", {})) <= allowed
 
 
-def test_method_overlays_differ_in_nothing_but_the_method(tiny_backbone, tmp_path, monkeypatch, capsys):
-    """Over a recipe with LoRA's alpha, hira.yaml must not inherit a scale that HiRA does not have."""
+def test_hira_overlay_removes_alpha(tiny_backbone, tmp_path, monkeypatch, capsys):
+    """HiRA has no scale, so it must not inherit LoRA's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("model: {adapter: {update: lora, alpha: 8}}\n")
     configs = ["quickstart.yaml", "mine.yaml", "hira.yaml"]
     adapter = printed_config(capsys, configs, "--model.backbone.id", str(tiny_backbone))["model"]["adapter"]
-    assert (adapter["update"], adapter["gate"], adapter["alpha"]) == ("hira", "none", None)
+    assert (adapter["update"], adapter["gate"]["kind"], adapter["alpha"]) == ("hira", "none", None)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_changes_its_own_settings_and_nothing_else(name, tiny_backbone, capsys):
+def test_ablation_changes_only_its_own_settings(name, tiny_backbone, capsys):
     recipe, backbone = "llama_commonsense.yaml", ["--model.backbone.id", str(tiny_backbone)]
     plain = flat(printed_config(capsys, [recipe], *backbone))
     ablated = flat(printed_config(capsys, [recipe, name], *backbone))
-    assert plain.keys() == ablated.keys()
     assert {key: value for key, value in ablated.items() if value != plain[key]} == ABLATIONS[name]
+    assert set(plain) - set(ablated) <= {f"model.adapter.gate.{key}" for key in ("skip_below", "merge_above")}
 
 
 @pytest.mark.parametrize(
@@ -253,38 +278,38 @@ def test_an_ablation_changes_its_own_settings_and_nothing_else(name, tiny_backbo
         ("qkv_only.yaml", [f"self_attn.{p}_proj" for p in "qkv"]),
     ],
 )
-def test_placement_overlays_adapt_the_projections_they_name(name, adapted, tiny_backbone, capsys):
+def test_placement_overlay_adapts_its_projections(name, adapted, tiny_backbone, capsys):
     flags = ["--model.backbone.id", str(tiny_backbone), "--model.adapter.rank", "4"]
-    adapter = AdapterConfig(
-        **printed_config(capsys, ["llama_commonsense.yaml", name], *flags)["model"]["adapter"]
-    )
+    printed = printed_config(capsys, ["llama_commonsense.yaml", name], *flags)
+    adapter = AdapterConfig.from_dict(printed["model"]["adapter"])
     report = inject_adapters(load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32")), adapter)
     assert list(report.layers) == [
         f"model.layers.{layer}.{projection}" for layer in (0, 1) for projection in adapted
     ]
 
 
-@pytest.mark.parametrize("name", ["llama2_commonsense.yaml", "qwen_commonsense.yaml"])
-def test_the_recipe_is_one_for_every_backbone(name):
-    """Only the backbone and the name of the run's folder differ."""
-    paper, other = (
-        flat(yaml.safe_load((SHIPPED / file).read_text())) for file in ("llama_commonsense.yaml", name)
-    )
-    assert paper.keys() == other.keys()
-    differing = {key for key, value in other.items() if value != paper[key]}
-    assert differing == {"model.backbone.id", "trainer.logger.init_args.name"}
-    assert other["trainer.logger.init_args.name"] == Path(name).stem
+@pytest.mark.parametrize(
+    ("old", "overlay"),
+    [("llama2_commonsense.yaml", "llama2_7b.yaml"), ("qwen_commonsense.yaml", "qwen3_8b.yaml")],
+)
+def test_renamed_recipe_is_recipe_with_backbone_overlay(old, overlay, capsys):
+    recipe = flat(printed_config(capsys, ["llama_commonsense.yaml"]))
+    combined = flat(printed_config(capsys, ["llama_commonsense.yaml", overlay]))
+    assert flat(printed_config(capsys, [old])) == combined
+    differing = {key: value for key, value in combined.items() if value != recipe[key]}
+    assert set(differing) == {"model.backbone.id", "trainer.logger.init_args.name"}
+    assert differing["trainer.logger.init_args.name"] == Path(old).stem
 
 
-def test_qwen_names_its_projections_as_llama_does():
+def test_qwen_has_the_projections_of_the_recipe():
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, num_hidden_layers=1))
-    settings = yaml.safe_load((SHIPPED / "qwen_commonsense.yaml").read_text())["model"]["adapter"]
-    _, matches = find_targets(model, AdapterConfig(**settings))
+    settings = yaml.safe_load((SHIPPED / "llama_commonsense.yaml").read_text())["model"]["adapter"]
+    _, matches = find_targets(model, AdapterConfig(**{**settings, "gate": "token"}))
     assert matches == dict.fromkeys(("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), 1)
 
 
-def test_find_config_serves_every_shipped_file():
+def test_find_config_finds_every_shipped_file():
     for name in ALL:
         assert Path(find_config(name)).samefile(SHIPPED / name)
         assert Path(find_config(Path(name).name)).samefile(SHIPPED / name)
