@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
 from gatera_lightning.datamodules.base import SupervisedDataModule

@@ -28,9 +28,6 @@ OVERRIDDEN_METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "_should_skip_check": ("trainer",),
     },
     "lightning.pytorch.cli.LightningCLI": {
-        "_prepare_subcommand_parser": ("klass", "subcommand", "kwargs"),
-        "_instantiate_trainer": ("config", "callbacks"),
-        "_prepare_subcommand_kwargs": ("subcommand",),
         "_run_subcommand": ("subcommand",),
     },
 }
