@@ -173,7 +173,10 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as plain values for JSON; the gate's are a nested table with its ``kind``."""
-        return asdict(self) | {"gate": self.gate.to_dict()}
+        values = asdict(self)
+        if isinstance(self.gate, GateConfig):  # else an unknown name, which problems() reports
+            values["gate"] = self.gate.to_dict()
+        return values
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Return all settings as plain values under the flat names of result files (``gate_bias``, …)."""

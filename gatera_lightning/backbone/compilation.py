@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.layer import AdaptedLinear, GateListener
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.backbone.decoder_layers import decoder_layers
 from gatera_lightning.errors import ConfigError
@@ -50,8 +50,12 @@ def _forward_with_logits(
 ) -> tuple[Any, list[tuple[int, Tensor]]]:
     """Run a decoder layer; return its output and the gates' logits, each with its index in ``gated``."""
     logits: list[tuple[int, Tensor]] = []
+
+    def listener(index: int) -> GateListener:
+        return lambda z: logits.append((index, z))
+
     for index, linear in enumerate(gated):
-        linear.set_gate_listener(lambda z, index=index: logits.append((index, z)))
+        linear.set_gate_listener(listener(index))
     output = forward(*args, **kwargs)
     for linear in gated:
         linear.set_gate_listener(None)

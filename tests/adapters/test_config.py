@@ -111,6 +111,7 @@ def test_dictionaries_hold_plain_values():
     }
     flat = config.to_flat_dict()
     assert (flat["gate"], flat["gate_bias"], flat["rank"]) == ("static", -2.0, 8)
+    assert AdapterConfig(gate="unknown").to_dict()["gate"] == "unknown"
 
 
 @pytest.mark.parametrize(

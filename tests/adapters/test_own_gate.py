@@ -9,14 +9,17 @@ from torch import nn
 
 from gatera_lightning import (
     AdapterConfig,
+    Gate,
+    GateConfig,
     inject_adapters,
     load_adapter,
     merge_adapter,
     prepared_for_inference,
     record_gates,
+    register_gate,
     save_adapter,
 )
-from gatera_lightning.adapters.gates import GATES, Gate, GateConfig, describe_gates, register_gate
+from gatera_lightning.adapters.gates import GATES, describe_gates
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.cli.main import main
 

@@ -8,14 +8,15 @@ from torch import nn
 
 from gatera_lightning import (
     AdapterConfig,
+    Update,
     inject_adapters,
     load_adapter,
     merge_adapter,
     prepared_for_inference,
+    register_update,
     save_adapter,
 )
-from gatera_lightning.adapters.updates import UPDATES, describe_updates, register_update
-from gatera_lightning.adapters.updates.base import Update
+from gatera_lightning.adapters.updates import UPDATES, describe_updates
 from gatera_lightning.cli.main import main
 
 TOKENS = torch.arange(12).reshape(2, 6)

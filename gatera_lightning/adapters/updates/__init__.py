@@ -11,6 +11,8 @@ from gatera_lightning.adapters.updates.dora import DoRA
 from gatera_lightning.adapters.updates.hira import HiRA
 from gatera_lightning.adapters.updates.lora import LoRA
 
+__all__ = ["UPDATES", "Update", "describe_updates", "register_update"]
+
 UpdateClass = TypeVar("UpdateClass", bound=type[Update])
 
 UPDATES: dict[str, type[Update]] = {update.name: update for update in (LoRA, DoRA, HiRA)}
