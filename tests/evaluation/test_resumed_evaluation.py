@@ -173,7 +173,7 @@ def test_killed_program_resumes_on_any_number_of_ranks(tiny_backbone, tmp_path, 
     shutil.copytree("killed", "killed_2")
     assert main([*args, "--evaluation.folder", "killed"]) == 0
     two_ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    run_program(*args, "--evaluation.folder", "killed_2", *two_ranks, cwd=tmp_path)
+    run_program(*args, "--evaluation.folder", "killed_2", *two_ranks, cwd=tmp_path, timeout=300)
     for name in ("killed", "killed_2"):
         assert merged_bytes(tmp_path / name) == merged_bytes(tmp_path / "complete")
         summary = json.loads((tmp_path / name / "test_results.json").read_text())
