@@ -155,7 +155,7 @@ def step_costs(
         with _needs_no_values(type(model).__name__), live:
             loss = loss_of()
             logits = live.recent_peak - activations
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     finally:
         handle.remove()
     model.zero_grad(set_to_none=True)
@@ -195,7 +195,7 @@ def step_flops(
         with forward:
             loss = loss_of()
         with backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         attention = _attention_flops(model, batch)
     model.zero_grad(set_to_none=True)
     return forward.get_total_flops() + attention, backward.get_total_flops() + 2 * attention
@@ -278,7 +278,7 @@ def _fused(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
     """As Transformers calls attention: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
-    out = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    out = _FusedAttention.apply(query, key, value)
     return out.transpose(1, 2).contiguous(), None
 
 

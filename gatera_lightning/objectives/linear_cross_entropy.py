@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
         # In dloss's dtype: a GPU would cast dloss to bf16 to multiply a bf16 tensor, which scales every

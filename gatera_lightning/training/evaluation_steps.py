@@ -82,7 +82,7 @@ def answer_batch(
         tokens).
     """
     if "labels" not in batch:
-        return {"generated": generate(model, cast(PromptBatch, batch), decoding, in_step=sharded)}
+        return {"generated": generate(model, batch, decoding, in_step=sharded)}
     batch = cast(Batch, batch)
     if batch["all_candidates_present"] and decoding.use_cache and caches_only_keys_and_values(model):
         log_likelihoods, tokens = candidate_log_likelihoods(model, batch)
