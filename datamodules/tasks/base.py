@@ -79,7 +79,8 @@ class TaskDataModule(SupervisedDataModule):
         Args:
             template: How a request becomes a prompt: alpaca, plain, or chat, the tokenizer's own chat
                 template. chat suits instruct models; alpaca and plain work with every tokenizer.
-            train: Sources of the training split. Quote sources with a slice in YAML lists:
+            train: Sources of the training split: task names, paths, URLs or hub ids
+                (owner/name:configuration@split). A slice reads some of the rows; quote it in YAML lists:
                 ["openbookqa[:2000]"]. Splits without sources use the sample data, unless train names data of
                 your own.
             validation: Sources of the validation split; or a number of training examples, or a fraction of

@@ -93,7 +93,7 @@ def _split_answer_format(row: dict[str, Any]) -> tuple[str, tuple[str, ...], int
     if not marker or len(labels) < 2:
         raise ValueError("field 'instruction': expected a last line 'Answer format: label1/label2/…'")
     if row["answer"] not in labels:
-        raise ValueError(f"field 'answer': {row['answer']!r} is not among the options {'/'.join(labels)}")
+        raise ValueError(f"field 'answer': {row['answer']!r} is not one of the options {'/'.join(labels)}")
     return body, labels, labels.index(row["answer"])
 
 
