@@ -1,5 +1,7 @@
 """The frozen model: loading it, probing what it does, and running it with less memory and time."""
 
+from typing import Any
+
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import (
     context_length,
@@ -12,6 +14,7 @@ from gatera_lightning.backbone.loading import (
     prepare_for_training,
 )
 from gatera_lightning.backbone.source import hub_id
+from gatera_lightning.compatibility import moved_modules
 
 __all__ = [
     "BackboneConfig",
@@ -25,3 +28,8 @@ __all__ = [
     "native_dtype",
     "prepare_for_training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Find names that `gatera_lightning.backbone` had when it was a module; they are deprecated."""
+    return moved_modules.renamed(__name__, name)

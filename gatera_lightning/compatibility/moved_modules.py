@@ -61,11 +61,23 @@ MOVED: dict[str, tuple[str, ...]] = {
     "commands.speaker": ("cli.terminal_model",),
     "commands.submit": ("cli.commands.submit", "cli.slurm_job"),
     "datamodules.commonsense": ("datamodules.tasks.commonsense",),
-    "datamodules.conversations": ("datamodules.prompts.conversations",),
+    "datamodules.conversations": (
+        "datamodules.prompts.conversations",
+        "datamodules.prompts.conversation_prompts",
+    ),
     "datamodules.convai2": ("datamodules.tasks.convai2_files",),
     "datamodules.dialogue": ("datamodules.tasks.dialogue",),
     "datamodules.dialogue_prompts": ("datamodules.prompts.dialogue_prompts",),
     "datamodules.family": ("datamodules.tasks.base",),
+    "datamodules.batches": ("datamodules.batching.datasets",),
+    "datamodules.held_out": ("datamodules.batching.holdout",),
+    "datamodules.leakage": ("datamodules.overlap",),
+    "datamodules.loader": ("datamodules.batching.loader", "datamodules.batching.workers"),
+    "datamodules.mixture": ("datamodules.batching.mixture",),
+    "datamodules.packing": ("datamodules.batching.packing",),
+    "datamodules.plan": ("datamodules.batching.batch_schedule",),
+    "datamodules.statistics": ("datamodules.batching.statistics",),
+    "datamodules.tables": ("datamodules.tokenization.cache",),
     "datamodules.math": ("datamodules.tasks.math",),
     "datamodules.own_data": ("datamodules.tasks.instruction",),
     "datamodules.personas": ("datamodules.tasks.personas",),
@@ -91,7 +103,26 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 """Old module -> the modules that hold its content now, both below ``gatera_lightning``."""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "backbone.device_here": "backbone.loading.default_device",
+    "backbone.evaluating": "backbone.probes.eval_mode",
+    "backbone.keeps_packed_rows_apart": "backbone.probes.isolates_packed_sequences",
+    "backbone.ready_for_training": "backbone.loading.prepare_for_training",
+    "checkpoint_files.WholeCheckpointIO": "checkpointing.checkpoint_io.AtomicCheckpointIO",
+    "checkpoint_files.newest_sound_checkpoint": "checkpointing.integrity.newest_valid_checkpoint",
+    "cli.GateRACLI": "cli.lightning_cli.GateRACLI",
+    "cli.find_config": "cli.shipped_configs.find_config",
+    "cli.with_found_configs": "cli.shipped_configs.with_found_configs",
+    "commands.plan.plan": "cli.commands.estimate.estimate",
+    "datamodules.family.TaskFamily": "datamodules.TaskDataModule",
+    "datamodules.own_data.OwnDataModule": "datamodules.InstructionDataModule",
+    "inspection.reading.read_gates": "gate_analysis.probing.profile_gates",
+    "losses.next_token_labels": "objectives.next_token.shift_labels",
+    "losses.next_token_mask": "objectives.next_token.shift_mask",
+    "losses.target_positions_only": "objectives.next_token.head_only_at",
+    "losses.IGNORE": "datamodules.batch.IGNORE_INDEX",
+    "recomputation.elementwise_recomputed": "backbone.recomputation.recompute_elementwise",
+}
 """Old attribute -> new attribute, both as ``module.name`` below ``gatera_lightning``."""
 
 
@@ -107,7 +138,9 @@ def renamed(module: str, name: str) -> Any:
     """
     key = f"{module.removeprefix(f'{_ROOT}.')}.{name}"
     if key not in RENAMED:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        moved = " and ".join(f"{_ROOT}.{new}" for new in MOVED.get(module.removeprefix(f"{_ROOT}."), ()))
+        hint = f"; it has moved to {moved}, see CHANGELOG.md" if moved else ""
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{hint}")
     new_module, _, new_name = RENAMED[key].rpartition(".")
     _warn(f"{_ROOT}.{key}", f"{_ROOT}.{RENAMED[key]}")
     return getattr(importlib.import_module(f"{_ROOT}.{new_module}"), new_name)
