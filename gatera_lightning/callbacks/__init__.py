@@ -1,1 +1,1 @@
-"""Everything periodic: one callback a file; none changes a step."""
+"""Lightning callbacks, one in each file; none of them changes the numbers of a training step."""

@@ -2,7 +2,7 @@
 
 import lightning as L
 import pytest
-from tiny_backbone import run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import NO_PICTURES, run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.datamodules.loss_mask_view import highlight_supervised
@@ -65,9 +65,9 @@ def test_summary_does_not_change_training(tiny_backbone, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_do_not_deadlock(tiny_backbone, tmp_path):
     """``trainer.log_dir`` is a collective: if only one rank read it, the run would hang."""
-    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)]
+    args = ["fit", "--config", "quickstart.yaml", *tiny_args(tiny_backbone), *NO_PICTURES]
     printed = run_program(
-        *args, "--trainer.devices", "2", "--trainer.strategy", "ddp", cwd=tmp_path, timeout=90
+        *args, "--trainer.devices", "2", "--trainer.strategy", "ddp", cwd=tmp_path, timeout=200
     )
     assert printed.count("a training example, with its supervised tokens marked:") == 1
     assert "logs and checkpoints: runs/quickstart/version_0" in printed
