@@ -1,8 +1,8 @@
 """Import modules under the names they had before version 0.2.
 
-The names stand in users' scripts, in ``class_path`` entries of YAML files and in pickled checkpoints. An old name imports
-a stand-in that looks its attributes up in the modules that took over; the import says where they are now. The old names
-go away in version 0.3.
+The names stand in users' scripts, in ``class_path`` entries of YAML files and in pickled checkpoints. An old
+name imports a stand-in that looks its attributes up in the modules that took over, with a warning that names
+them. The old names go away in version 0.3.
 """
 
 import importlib
@@ -186,5 +186,5 @@ class _StandInLoader(Loader):
 
 
 def _warn(old: str, new: str) -> None:
-    # FutureWarning, not DeprecationWarning: old names also stand in YAML files, whose authors should see this.
+    # FutureWarning, not DeprecationWarning: authors of YAML files with old names should see this.
     warnings.warn(f"{old} has moved to {new}; the old name goes away in 0.3", FutureWarning, stacklevel=2)
