@@ -73,7 +73,7 @@ def report_error(error: Exception) -> ExitCode | None:
 
 
 def _report_config_error(error: ConfigError) -> None:
-    if global_rank() and error.on_every_process:
+    if global_rank() and error.on_every_rank:
         _wait_for_rank_zero()
         return
     count = len(error.problems)

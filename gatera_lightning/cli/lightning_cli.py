@@ -184,7 +184,7 @@ def _slurm_environment() -> SLURMEnvironment:
 
 
 def _trainer_error(error: Exception) -> ConfigError:
-    return ConfigError(f"trainer: {' '.join(str(error).split())}", on_every_process=True)
+    return ConfigError(f"trainer: {' '.join(str(error).split())}", on_every_rank=True)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -67,7 +67,7 @@ def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer) -> None:
                 ranks_of.setdefault(of_rank[name], []).append(rank)
             found = ", ".join(f"{_ranks_have(ranks)} {value}" for value, ranks in ranks_of.items())
             problems.append(f"{name}: {found}; accepted: the same on every rank")
-    raise ConfigError(problems, on_every_process=True)
+    raise ConfigError(problems, on_every_rank=True)
 
 
 def _flatten(name: str, value: Any) -> dict[str, str]:

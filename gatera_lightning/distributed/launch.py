@@ -55,5 +55,5 @@ def check_rank_count(trainer: L.Trainer) -> None:
             f"trainer.devices: {trainer.num_devices}, trainer.num_nodes: {trainer.num_nodes}; {launcher} "
             f"started {ranks} ranks on {nodes} nodes; accepted: --trainer.devices {ranks // nodes} "
             f"--trainer.num_nodes {nodes}",
-            on_every_process=True,
+            on_every_rank=True,
         )

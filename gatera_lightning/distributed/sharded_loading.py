@@ -119,7 +119,7 @@ def _build_without_weights(
 def _picklable(error: Exception) -> Exception:
     """Return an error to raise on all ranks: the error itself, or its text if it cannot be pickled."""
     if isinstance(error, ConfigError):
-        error.on_every_process = True
+        error.on_every_rank = True
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # an object's own code decides how pickling it fails

@@ -130,7 +130,7 @@ class AdapterShardingStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
         if problems := self.problems(ranks):
-            raise ConfigError(problems, on_every_process=True)
+            raise ConfigError(problems, on_every_rank=True)
         set_data_parallel_size(self, ranks)  # every rank has its own examples, also within a shard group
         super().setup_environment()
         if self.replicate_size == 1:

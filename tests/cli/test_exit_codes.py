@@ -85,7 +85,7 @@ def test_report_error_gives_rank_zero_time_to_print(monkeypatch, capsys, launche
         monkeypatch.setenv(launcher, "1")
     monkeypatch.setattr(exit_codes, "global_rank", lambda: rank)
     monkeypatch.setattr(exit_codes.time, "sleep", waited.append)
-    error = ConfigError("rows: differ", on_every_process=True)
+    error = ConfigError("rows: differ", on_every_rank=True)
     assert exit_codes.report_error(error) == exit_codes.ExitCode.USAGE
     assert ("rows: differ" in capsys.readouterr().err) == (rank == 0)
     assert bool(waited) == (rank == 1 and launcher is not None)

@@ -62,7 +62,7 @@ def test_check_rank_count_accepts_what_its_error_proposes(monkeypatch, environme
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="accepted: ") as refusal:
         check_rank_count(SimpleNamespace(num_nodes=nodes, num_devices=devices))
-    assert refusal.value.on_every_process
+    assert refusal.value.on_every_rank
     *_, devices, _, nodes = str(refusal.value).split()
     check_rank_count(SimpleNamespace(num_nodes=int(nodes), num_devices=int(devices)))
 

@@ -105,7 +105,7 @@ def tiny_args(folder):
 
 
 def run_program(*args, cwd, timeout=120):
-    """``python -m gatera_lightning ARGS`` in a folder; a program that hangs is ended with all its processes."""
+    """Run ``python -m gatera_lightning ARGS`` in a folder and return its output; kill it if it hangs."""
     command = [sys.executable, "-m", "gatera_lightning", *args]
     options = {
         "stdout": subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The package installed from a wheel, an sdist and the source tree, used in a folder with its own ``datamodules/``."""
+"""The package works from a wheel, an sdist and the source tree, beside a user's own ``datamodules/``."""
 
 import json
 import os
@@ -20,15 +20,17 @@ from pathlib import Path
 from gatera_lightning.cli.shipped_configs import find_config
 from gatera_lightning.datamodules import CommonsenseDataModule
 
-configs = [find_config(name) for name in ("quickstart.yaml", "llama_commonsense.yaml", "overlays/fsdp.yaml", "lora.yaml")]
+names = ("quickstart.yaml", "llama_commonsense.yaml", "overlays/fsdp.yaml", "lora.yaml")
+configs = [find_config(name) for name in names]
 assert all("Purpose" in Path(path).read_text() for path in configs)
 data = CommonsenseDataModule(template="plain", answer_format="content", train_on="response")
 assert data.problems("fit") == data.problems("test") == []
 rows = {split: sum(1 for _ in data.examples(split)) for split in ("train", "validation", "test")}
+modules = (gatera_lightning, gatera_lightning.datamodules, gatera_lightning.cli_configs)
 print(json.dumps({
     "rows": rows,
     "configs": configs,
-    "modules": [m.__file__ for m in (gatera_lightning, gatera_lightning.datamodules, gatera_lightning.cli_configs)],
+    "modules": [module.__file__ for module in modules],
     "typed": (Path(gatera_lightning.__file__).parent / "py.typed").is_file(),
     "shadowed": [name for name in ("datamodules", "cli_configs") if name in sys.modules],
 }))

@@ -48,7 +48,7 @@ def test_type_checkers_see_the_same_names():
 
 
 def test_unknown_name_is_answered_with_the_public_ones():
-    with pytest.raises(AttributeError, match="has no attribute 'inject_adapter'.*inject_adapters"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'inject_adapter'.*inject_adapters"):
         gatera_lightning.inject_adapter  # noqa: B018
 
 

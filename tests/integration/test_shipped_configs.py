@@ -246,7 +246,7 @@ def test_recipe_states_what_is_supervised(name):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_changes_neither_data_nor_backbone(name):
-    """Otherwise it would replace those of the recipe; a backbone overlay names one, and cpu.yaml sets the dtype."""
+    """Except that a backbone overlay names a backbone, and cpu.yaml sets the dtype."""
     settings = yaml.safe_load((SHIPPED / name).read_text())
     allowed = {"id"} if "/backbone/" in name else {"dtype"} if name.endswith("cpu.yaml") else set()
     assert "data" not in settings
