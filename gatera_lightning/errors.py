@@ -43,3 +43,7 @@ class Preempted(RuntimeError):
             else f"resume with --ckpt_path {checkpoint}"
         )
         super().__init__(f"preempted at optimizer step {step}; saved {checkpoint}; {then}")
+
+
+class AdapterFileError(ValueError):
+    """An adapter folder is incomplete or corrupt, or belongs to another backbone or method."""

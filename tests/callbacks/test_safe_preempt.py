@@ -203,7 +203,7 @@ def test_slurm_job_is_requeued_and_exit_status_is_success(preempted, scontrol, m
     status, error = preempted("--ckpt_path", "last")
     assert status == 0
     assert record.read_text() == "requeue Incomplete 17\n"
-    assert f"preempted at optimizer step 2; saved {LAST}; the job is requeued and goes on from there" in error
+    assert f"preempted at optimizer step 2; saved {LAST}; the job is requeued and resumes from there" in error
     assert step_of(LAST) == 2
 
 
