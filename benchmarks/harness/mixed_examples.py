@@ -1,4 +1,4 @@
-"""Rows of ARC-Easy, ARC-Challenge, OpenBookQA and ConvAI2 in one data module, prompted as the smollm2 recipes prompt them."""
+"""Examples of ARC-Easy, ARC-Challenge, OpenBookQA and ConvAI2 in one data module."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.harness.fitting import CONVAI2
 from gatera_lightning.datamodules import (
     CommonsenseDataModule,
     DialogueDataModule,
@@ -14,17 +15,24 @@ from gatera_lightning.datamodules import (
 )
 
 MULTIPLE_CHOICE = ("ARC-Easy", "ARC-Challenge", "openbookqa")
-DIALOGUE = "$GATERA_DATA/dialogue/convai2/valid_self_original.shared.txt"
 
 
-class MixedRows(SupervisedDataModule):
-    """The first rows of each source, a quarter each: training files to learn from, test files and other personas held out."""
+class MixedExamples(SupervisedDataModule):
+    """The first examples of each source, a quarter each, with the prompts of the smollm2 recipes.
+
+    The validation split is from the test files, and from other personas of ConvAI2.
+
+    Args:
+        train_examples: Number of examples to train on.
+        validation_examples: Number of examples of the validation split.
+        settings: Settings of every data module.
+    """
 
     free_text = True
 
-    def __init__(self, *, rows: int, held_out_rows: int, **common: Any) -> None:
-        super().__init__(train_on="response", **common)
-        self.counts = {"train": rows, "validation": held_out_rows, "test": 0}
+    def __init__(self, *, train_examples: int, validation_examples: int, **settings: Any) -> None:
+        super().__init__(train_on="response", **settings)
+        self.counts = {"train": train_examples, "validation": validation_examples, "test": 0}
         self.sources: list[SupervisedDataModule] = [
             CommonsenseDataModule(
                 template="plain",
@@ -41,27 +49,27 @@ class MixedRows(SupervisedDataModule):
                 train_on="response",
                 split_by="persona",
                 max_history_turns=2,
-                train=[f"{DIALOGUE}[:66]"],
-                validation=[f"{DIALOGUE}[66:]"],
+                train=[f"{CONVAI2}[:66]"],
+                validation=[f"{CONVAI2}[66:]"],
                 max_length=self.max_length,
             )
         )
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the data, and every source of it, the backbone's tokenizer."""
+        """Give the backbone's tokenizer to this data module and to all its sources."""
         super().connect(tokenizer)
         for source in self.sources:
             source.connect(tokenizer)
 
     def examples(self, split: str) -> Iterator[Example]:
-        """As many of every source, to within one."""
+        """Yield the examples of a split, source by source; their numbers differ by at most one."""
         for number, source in enumerate(self.sources):
             share = range(number, self.counts[split], len(self.sources))
             yield from islice(source.examples(split), len(share))
 
-    def token_rows(self) -> Iterator[dict[str, list[int]]]:
-        """The training rows as Hugging Face's collators want them: what our batch of each row alone holds, as plain lists."""
+    def token_lists(self) -> Iterator[dict[str, list[int]]]:
+        """Yield each training example as Hugging Face's collators expect it, with the tokens of our batches."""
         table = self.token_table("train")
-        for row in range(len(table.examples)):
-            batch = table.batch([row], self.train_on, all_candidates=False)
+        for index in range(len(table.examples)):
+            batch = table.batch([index], self.train_on, all_candidates=False)
             yield {name: batch[name][0].tolist() for name in ("input_ids", "attention_mask", "labels")}

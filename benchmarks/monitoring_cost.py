@@ -82,7 +82,9 @@ def main() -> None:
     own, others = parser.parse_known_args()
     intervals = {callback.__name__: default_interval(callback) for callback in RUN_CALLBACKS.values()}
     due = [
-        f"--{section}.{SETTING}={INTERVAL}" for section, kind in RUN_CALLBACKS.items() if intervals[kind.__name__]
+        f"--{section}.{SETTING}={INTERVAL}"
+        for section, kind in RUN_CALLBACKS.items()
+        if intervals[kind.__name__]
     ]
     flags = [
         f"--trainer.max_steps={STEPS}",
