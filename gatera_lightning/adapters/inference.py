@@ -32,9 +32,9 @@ def prepared_for_inference(
     """Inside the ``with`` block, forward passes reuse cached products.
 
     Without thresholds the output is bit-identical. With thresholds, a token with ``g < skip_below`` reads
-    only ``W0``, one with ``g > merge_above`` reads only the merged weight ``W1``, and others compute ``W0 x +
-    g (W1 x − W0 x)``; a layer whose gate does not depend on the token reads only the merged weight. The
-    output is then off by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the rounding of the
+    only ``W0``, one with ``g > merge_above`` reads only the merged weight ``W1``, and others interpolate
+    between both outputs by g. A layer whose gate does not depend on the token reads only the merged weight.
+    The output is then off by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the rounding of the
     merged weight.
 
     The cache takes as much memory as the adapted weights (without thresholds, HiRA's weights only). Layers
@@ -147,30 +147,27 @@ class TwoWeightPath:
             return self._frozen(x)
         if all(z > self.merge_above_logit for z in logits):
             return self._merged(x)
-        hard = [
-            0.0
-            if z < self.skip_below_logit
-            else 1.0
-            if z > self.merge_above_logit
-            else 0.5 + 0.5 * math.tanh(z / 2)
-            for z in logits
-        ]
-        return self._mixed(x, x.new_tensor(hard).view(x.shape[:-1]))
+        g = x.new_tensor([self._hard_gate(z) for z in logits])
+        return self._mixed(x, g.view(x.shape[:-1]))
+
+    def _hard_gate(self, z: float) -> float:
+        if z < self.skip_below_logit:
+            return 0.0
+        return 1.0 if z > self.merge_above_logit else 0.5 + 0.5 * math.tanh(z / 2)
 
     def _sorted_by_gate(self, x: Tensor, hard: Tensor) -> Tensor:
         """Let saturated tokens read one weight: x (tokens, in), hard gates (tokens,) -> (tokens, out)."""
         tokens = tokens_by_gate(hard)
         if tokens is None:
             return self._mixed(x, hard)
-        order, back, closed, frozen = tokens
+        order, inverse, closed, not_open = tokens
         rows, g = x.index_select(0, order), hard.index_select(0, order)
-        between = self._mixed(rows[closed:frozen], g[closed:frozen])
-        return torch.cat([self._frozen(rows[:closed]), between, self._merged(rows[frozen:])]).index_select(
-            0, back
-        )
+        between = self._mixed(rows[closed:not_open], g[closed:not_open])
+        y = torch.cat([self._frozen(rows[:closed]), between, self._merged(rows[not_open:])])
+        return y.index_select(0, inverse)
 
     def _update_first(self, x: Tensor, rows: Tensor, gate: Gate, listener: GateListener | None) -> Tensor:
-        """Compute both outputs, from which the gate is computed: nothing can be skipped."""
+        """Compute both outputs first, because the gate reads them."""
         frozen, merged = self._frozen(rows), self._merged(rows)
         logit = gate(x, frozen if self.bias is None else frozen - self.bias, merged - frozen)
         if listener is not None:

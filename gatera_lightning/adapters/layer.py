@@ -56,14 +56,15 @@ class AdaptedLinear(nn.Module):
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
         if self._inference_path is not None:  # first, because Python's overhead shows when decoding one token
             return self._inference_path(x, self._gate_listener)
-        if self.gate is None:
+        gate = self.gate
+        if gate is None:
             return cast(Tensor, self.update(x, self.base, None, self.dropout))
-        if self.gate.needs_update:
-            return self._forward_update_first(x, self.gate)
-        logit = self.gate(x)  # (...)
+        if gate.needs_update:
+            return self._forward_update_first(x, gate)
+        logit = gate(x)  # (...)
         if self._gate_listener is not None:
             self._gate_listener(logit)
-        return cast(Tensor, self.update(x, self.base, self.gate.values(logit), self.dropout))
+        return cast(Tensor, self.update(x, self.base, gate.values(logit), self.dropout))
 
     def _forward_update_first(self, x: Tensor, gate: Gate) -> Tensor:
         """Compute the output with a gate that reads the update's output."""
