@@ -90,7 +90,7 @@ def caches_only_keys_and_values(model: PreTrainedModel) -> bool:
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let a module compute ``forward`` instead of its own; its hooks still run."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
-def run_on_every_rank(work: Callable[[], None], *, catch: tuple[type[Exception], ...]) -> str | None:
+def run_on_every_rank(work: Callable[[], None], *, catch: tuple[type[BaseException], ...]) -> str | None:
     """Do this rank's share of some work, then learn whether every rank succeeded. Collective.
 
     A disk may be full for one rank only. If that rank alone raised, the others would wait for it.

