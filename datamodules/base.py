@@ -172,7 +172,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
                 log.log(level, "%s", overlap)
 
     def splits(self, stage: str) -> list[str]:
-        """Return the splits that a stage reads; a held-out validation split is part of the training split."""
+        """Return the splits that a stage reads; a validation split by number is part of the training split."""
         held_out = self.held_out is not None and "validation" in _SPLITS[stage]
         return ["train"] if held_out else _SPLITS[stage]
 

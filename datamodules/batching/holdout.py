@@ -37,12 +37,12 @@ def hold_out_validation(table: Dataset, size: int | float, seed: int) -> tuple[D
     count = size if isinstance(size, int) else max(1, round(size * len(table)))
     if count >= len(table):
         raise ConfigError(
-            f"data.validation: {size} held out of {len(table)} examples leaves none to train on"
+            f"data.validation: {size} of {len(table)} training examples leaves none to train on"
         )
     held_out = validation_mask(table["group"], count, seed)
     if held_out.all():
         raise ConfigError(
-            f"data.validation: {size} held out of {len(table)} examples leaves none to train on, because "
+            f"data.validation: {size} of {len(table)} training examples leaves none to train on, because "
             "examples of the same group stay together"
         )
     return table.select(np.flatnonzero(~held_out)), table.select(np.flatnonzero(held_out))

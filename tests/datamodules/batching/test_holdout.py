@@ -67,6 +67,6 @@ def test_repeated_setup_takes_validation_examples_once(make_data, write, rows):
 
 @pytest.mark.parametrize("validation", [5, 6, 0.95])
 def test_some_examples_must_remain_to_train_on(validation, make_data, write, rows):
-    message = f"^data.validation: {validation} held out of 5 examples leaves none to train on$"
+    message = f"^data.validation: {validation} of 5 training examples leaves none to train on$"
     with pytest.raises(ConfigError, match=message):
         make_data(train=[write("rows.json", rows(5))], validation=validation, stage="fit")
