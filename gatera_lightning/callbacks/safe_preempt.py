@@ -29,6 +29,8 @@ class SafePreempt(L.Callback):
     A safe point is the end of an optimizer step. If a validation follows that step, it is the end of the
     validation, so that a resumed run validates at the same steps as an uninterrupted one.
 
+    Needs an AdapterCheckpoint among the callbacks, and ends the run by raising Preempted.
+
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCheckpoint(), SafePreempt()])
     """
