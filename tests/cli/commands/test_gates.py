@@ -33,7 +33,9 @@ def test_gates_rejects_recipe_with_other_tokenizer(tuned, tiny_backbone, tmp_pat
     tokenizer.save_pretrained(other)
     recipe = ["--config", "quickstart.yaml", "--model.backbone.id", str(other)]
     assert run_gates(tmp_path, *recipe, texts=[]) == 2
-    message = f"'{other}' has another vocabulary than the adapter's backbone '{tiny_backbone}'"
+    message = (
+        f"the vocabulary of '{other}' is not that of the adapter's backbone '{tiny_backbone}'; accepted: "
+    )
     assert f"model.backbone.id: {message}" in capsys.readouterr().err
 
 

@@ -14,9 +14,11 @@ from gatera_lightning.cli.main import main
 BASH = shutil.which("bash")
 SBATCH = """#!/bin/bash
 echo "sbatch ${*:1:$#-1}" >> "$FAKE/calls"
-if [[ "${!#}" != *.sbatch || "$1" == "$REJECTED" ]]; then echo "sbatch: error: invalid partition specified"
->&2; exit 1; fi if [[ "$1" == --parsable ]]; then echo "$(<"${!#}")" > "$FAKE/submitted"; echo "4711;cluster";
+if [[ "${!#}" != *.sbatch || "$1" == "$REJECTED" ]]; then
+    echo "sbatch: error: invalid partition specified" >&2
+    exit 1
 fi
+if [[ "$1" == --parsable ]]; then echo "$(<"${!#}")" > "$FAKE/submitted"; echo "4711;cluster"; fi
 """
 SCONTROL = """#!/bin/bash
 cd "$JOBS/job-4711" && echo "scontrol $*: $(echo *)" >> "$FAKE/calls"
