@@ -29,11 +29,11 @@ test: $(INSTALLED)  ## the fast tests
 slow: $(INSTALLED)  ## several processes, a real model, wheels
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not stress"
 
-stress: $(INSTALLED)  ## what takes longer than CI has: every test, then real rows (needs GATERA_DATA)
+stress: $(INSTALLED)  ## what takes longer than CI has: every test, then real data (needs GATERA_DATA)
 	GATERA_KILLS=20 GATERA_PREEMPTIONS=10 $(BIN)/python -m pytest
-	$(BIN)/python benchmarks/real_rows.py gatera:1e-2 hira:1e-2 lora:2e-3 dora:2e-3
+	$(BIN)/python -m benchmarks.methods_on_arc gatera:1e-2 hira:1e-2 lora:2e-3 dora:2e-3
 	for recipe in smollm2_dialogue smollm2_math own_data; do \
-		$(BIN)/python benchmarks/recipe.py $$recipe.yaml --out results/$$recipe || exit; done
+		$(BIN)/python -m benchmarks.recipe $$recipe.yaml --out results/$$recipe || exit; done
 
 lint: $(INSTALLED)  ## ruff, mypy, spelling, and the words in docs/words_to_avoid.txt
 	$(BIN)/ruff check .

@@ -1,19 +1,21 @@
 """Greedy decoding: tokens per second and the time to the first token, this library's and PEFT's.
 
-    python -m benchmarks.decoding [--dtype float32] [--batch 8] [--only backbone gatera gatera_fast] [--out results/decoding.json]
+    python -m benchmarks.decoding [--dtype float32] [--batch 8] \\
+        [--only backbone gatera gatera_fast] [--out results/decoding.json]
 
-SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, a prompt of 64 tokens, Hugging Face's
-``generate`` with its cache. Gates are set as in train_step.py: about 70 % of the tokens are closed, nearly all
-others open, in every layer.
+SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, a prompt of 64 tokens, Hugging
+Face's ``generate`` with its cache. Gates are set as in train_step.py: about 70 % of the tokens are closed,
+nearly all others open, in every layer.
 
 backbone      what a merged adapter costs, too
 gatera        exact
 gatera_fast   reads one of two weights where a gate is saturated
 gatera_plain  the layer as it is in training, which computes ``B A`` for every token
 
-``saturated`` is the share of the gates of decoded tokens below 0.1 or above 0.9. The time to the first token is
-that of a ``generate`` of one token. ``prepare`` is the time that an adapter needs before decoding: once for all
-prompts of a ``with`` block, and once in every call of ``gatera_lightning.generation.decoding.generate``.
+``saturated`` is the share of the gates of decoded tokens below 0.1 or above 0.9. The time to the first
+token is that of a ``generate`` of one token. ``prepare`` is the time that an adapter needs before decoding:
+once for all prompts of a ``with`` block, and once in every call of
+``gatera_lightning.generation.decoding.generate``.
 """
 
 import statistics
@@ -135,7 +137,8 @@ def main() -> None:
         )
         print(
             f"{name:<15}{speed:>10.1f}   {format_ratio(reference, one.by_round('token_s')):<24}"
-            f"{prepare:>10.2f}{first:>17.2f}{one.by_round('saturated')[0]:>12.0%}{one.peak_bytes / 1e6:>13.0f}"
+            f"{prepare:>10.2f}{first:>17.2f}{one.by_round('saturated')[0]:>12.0%}"
+            f"{one.peak_bytes / 1e6:>13.0f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What ``estimate`` predicts for Llama-3-8B and 70B on 1, 8 and 64 GPUs: the table of docs/results/scaling.md.
+"""What ``estimate`` predicts for Llama-3 on 1, 8 and 64 GPUs: the table of docs/results/scaling.md.
 
     python -m benchmarks.llama_estimates
 

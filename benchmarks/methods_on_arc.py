@@ -6,9 +6,9 @@
 Trains on ARC-Easy, ARC-Challenge and the first 2,000 examples of OpenBookQA, except 16 (prompt ``Question:
 {q}\\nAnswer:``, answer the option's text and EOS): 80 steps of 16 examples, rank 16 on q, k, v, up, down,
 linear decay after 10 warm-up steps, clipping at 1. Evaluates on the first 300 examples of ARC-Easy's test
-file: cross-entropy loss of the correct answers (nats per token), and accuracy by per-token likelihood with its
-95 % interval. All methods share data, order of examples and schedule; only the learning rate is each method's
-own, and every one that was tried is printed. Results in ``--out`` are not computed again.
+file: cross-entropy loss of the correct answers (nats per token), and accuracy by per-token likelihood with
+its 95 % interval. All methods share data, order of examples and schedule; only the learning rate is each
+method's own, and every one that was tried is printed. Results in ``--out`` are not computed again.
 """
 
 import json

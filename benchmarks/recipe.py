@@ -1,13 +1,14 @@
 """What a shipped recipe reaches by method and seed: ``fit``, ``test`` and ``compare``, as a user runs them.
 
     GATERA_DATA=… python -m benchmarks.recipe smollm2_dialogue.yaml --seeds 0 1 2 --out results/dialogue
-    GATERA_DATA=… python -m benchmarks.recipe smollm2_commonsense.yaml --methods untrained lora hira gatera --out results/c
+    GATERA_DATA=… python -m benchmarks.recipe smollm2_commonsense.yaml \\
+        --methods untrained lora hira gatera --out results/c
 
-Arguments after ``--`` are passed to both subcommands: ``-- --data.init_args.answer_format label``. Methods share
-data, the order of examples, steps and schedule; the learning rate is that of the recipe or the overlay. A seed
-draws the adapter, the examples of a step and their order, and the validation split; the test examples are the
-same for all seeds. Results in ``--out`` are not computed again, and an interrupted evaluation resumes. Seconds
-are those of the whole process, start and loading included.
+Arguments after ``--`` are passed to both subcommands: ``-- --data.init_args.answer_format label``. Methods
+share data, the order of examples, steps and schedule; the learning rate is that of the recipe or the
+overlay. A seed draws the adapter, the examples of a step and their order, and the validation split; the
+test examples are the same for all seeds. Results in ``--out`` are not computed again, and an interrupted
+evaluation resumes. Seconds are those of the whole process, start and loading included.
 """
 
 import json

@@ -1,11 +1,12 @@
 """The peak memory of a step by method: predicted by ``estimate``, allocated by PyTorch, and of the process.
 
-    python -m benchmarks.step_memory [--dtype float32] [--only gatera peft_lora peft_hira] [--settings "4 x 160"] [--out FILE]
+    python -m benchmarks.step_memory [--dtype float32] [--only gatera peft_lora peft_hira] \\
+        [--settings "4 x 160"] [--out FILE]
 
 SmolLM2-135M's shape: weights, adapter, moments, gradients and activations of the optimizer steps of
-train_step.py. ``estimate`` predicts nothing for PEFT's methods. The allocated memory counts tensors; the memory
-of the process includes the interpreter, its libraries, and what the heap keeps for later. No time is measured,
-so other programs may run at the same time.
+train_step.py. ``estimate`` predicts nothing for PEFT's methods. The allocated memory counts tensors; the
+memory of the process includes the interpreter, its libraries, and what the heap keeps for later. No time is
+measured, so other programs may run at the same time.
 """
 
 import math

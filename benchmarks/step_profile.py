@@ -2,8 +2,9 @@
 
     python -m benchmarks.step_profile [--dtype float32] [--rounds 3] [--only frozen gatera peft_lora]
 
-The steps of train_step.py, each under PyTorch's profiler: seconds in kernels, medians over the rounds. GFLOP/s
-is the rate of the matmuls; where it is near the processor's peak, only fewer matmuls would take less time.
+The steps of train_step.py, each under PyTorch's profiler: seconds in kernels, medians over the rounds.
+GFLOP/s is the rate of the matmuls; where it is near the processor's peak, only fewer matmuls would take
+less time.
 """
 
 import statistics

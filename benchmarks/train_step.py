@@ -1,6 +1,7 @@
 """What an optimizer step costs: this library's methods, PEFT's, and the frozen backbone as the lower limit.
 
-    python -m benchmarks.train_step [--dtype float32] [--rounds 7] [--only gatera peft_lora] [--out results/train_step.json]
+    python -m benchmarks.train_step [--dtype float32] [--rounds 7] [--only gatera peft_lora] \\
+        [--out results/train_step.json]
 
 SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, 4 examples of 160 tokens with 8
 supervised tokens each, AdamW.
@@ -17,9 +18,10 @@ gatera_saturated   most other gates are above 0.9, and use the merged weight
 peft_*             as PEFT's documentation shows, with the logits of every token
 peft_lora_targets  PEFT's LoRA with our output head
 
-Columns: GFLOP of a step's matmuls; the peak allocated memory (tensors, weights and moments included); the peak
-of the process, with interpreter and libraries; what the forward pass saves for backward, without weights; the
-loss of the first step. The command fails if the losses of gatera, plain_loop and module differ.
+Columns: GFLOP of a step's matmuls; the peak allocated memory (tensors, weights and moments included); the
+peak of the process, with interpreter and libraries; what the forward pass saves for backward, without
+weights; the loss of the first step. The command fails if the losses of gatera, plain_loop and module
+differ.
 """
 
 import math

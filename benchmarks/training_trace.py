@@ -1,11 +1,12 @@
 """Record what short runs compute, bit for bit, and compare it with another commit's record.
 
-    GATERA_DATA=… python benchmarks/training_trace.py --out before.json                       # on the earlier commit
-    GATERA_DATA=… python benchmarks/training_trace.py --out after.json --against before.json   # on the later one
+    GATERA_DATA=… python -m benchmarks.training_trace --out before.json  # on the earlier commit
+    GATERA_DATA=… python -m benchmarks.training_trace --out after.json --against before.json
 
-Each run is twelve optimizer steps of a shipped recipe, started from the command line as a user would. The record holds every
-value that was logged at each step (losses, gate statistics, gradient norms, learning rates) and the SHA-256 of the final
-adapter. A change that must not alter numbers leaves both equal; the command exits with 1 where they differ.
+Each run is twelve optimizer steps of a shipped recipe, started from the command line as a user would. The record
+holds every value that was logged at each step (losses, gate statistics, gradient norms, learning rates) and the
+SHA-256 of the final adapter. A change that must not alter numbers leaves both equal; the command exits with 1 if
+they differ.
 """
 
 import argparse

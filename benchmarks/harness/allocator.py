@@ -78,7 +78,7 @@ def peak_allocated_bytes(step: Step, model: nn.Module, optimizer: torch.optim.Op
 
 
 def saved_bytes(forward: Forward) -> int:
-    """Return the bytes that a forward pass allocates and that are alive while its loss is: saved for backward."""
+    """Return the bytes that a forward pass saves for backward: those that are alive with its loss."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         loss = forward()

@@ -36,7 +36,7 @@ def bare_trainer(**settings: Any) -> L.Trainer:
 def arc_data(**settings: Any) -> CommonsenseDataModule:
     """Return ARC-Easy, ARC-Challenge and 2,000 examples of OpenBookQA to train on.
 
-    The prompt is ``Question: {q}\\nAnswer:``, the answer the option's text and EOS, which alone is supervised.
+    The prompt is ``Question: {q}\\nAnswer:``; the answer, the option's text and EOS, is supervised.
 
     Args:
         settings: Other settings of the data module: the validation split, the test files, sizes and the seed.

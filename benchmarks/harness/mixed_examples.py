@@ -68,7 +68,7 @@ class MixedExamples(SupervisedDataModule):
             yield from islice(source.examples(split), len(share))
 
     def token_lists(self) -> Iterator[dict[str, list[int]]]:
-        """Yield each training example as Hugging Face's collators expect it, with the tokens of our batches."""
+        """Yield the tokens of each training example as Hugging Face's collators expect them."""
         table = self.token_table("train")
         for index in range(len(table.examples)):
             batch = table.batch([index], self.train_on, all_candidates=False)

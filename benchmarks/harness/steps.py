@@ -216,7 +216,7 @@ def adapted_backbone(settings: StepSettings, config: AdapterConfig) -> LlamaForC
 
 
 def random_batch(examples: int, tokens: int, supervised: int) -> Batch:
-    """Return a batch of random tokens (examples, tokens), of which the last of each example are supervised."""
+    """Return a batch of random tokens (examples, tokens); the last ones of each example are supervised."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (examples, tokens), generator=generator).to(DEVICE)
     labels = ids.clone()

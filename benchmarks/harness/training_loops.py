@@ -1,4 +1,4 @@
-"""Two training loops over the same tokenized examples: ours, and Hugging Face's with PEFT, as users run them."""
+"""Two training loops over the same tokenized examples: ours, and Hugging Face's with PEFT."""
 
 import math
 import tempfile
@@ -99,7 +99,7 @@ def lightning_loop(
 def hugging_face_loop(
     method: str, data: MixedExamples, settings: LoopSettings, seed: int, sampling: str = "random"
 ) -> TrainingLoop:
-    """Return PEFT in transformers.Trainer, whose default clipping, AdamW and schedule are the same as ours."""
+    """Return PEFT in transformers.Trainer, whose defaults for clipping, AdamW and schedule are ours."""
     from peft import HiraConfig, LoraConfig, get_peft_model
 
     transformers.set_seed(seed)

@@ -1,4 +1,4 @@
-"""benchmarks/epoch.py compares loops over the same rows: both see each row once, and train by the same loss."""
+"""The training loops that benchmarks/epoch.py compares see the same examples and train the same loss."""
 
 import os
 from collections import Counter
@@ -8,36 +8,37 @@ import pytest
 
 
 @pytest.mark.skipif(
-    "GATERA_DATA" not in os.environ, reason="GATERA_DATA is unset: it names the folder with the real rows"
+    "GATERA_DATA" not in os.environ, reason="GATERA_DATA is unset: it names the folder with the real data"
 )
-def test_loops_see_the_same_rows_and_take_the_same_loss(tiny_backbone, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which training sets, and other tests may not find
-    from epoch import held_out, rows_of, same_loss
-    from loops import LOOPS, Settings
-    from watch import Watch
+def test_loops_train_same_examples_and_loss(tiny_backbone, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # training sets it, and other tests must not see it
+    from benchmarks.epoch import check_loss, load_data, validation_batches
+    from benchmarks.harness.monitoring import LoopMonitor
+    from benchmarks.harness.training_loops import LOOPS, LoopSettings
 
-    settings = Settings(str(tiny_backbone), "float32", rows=22, held_out=4, batch_size=4, rank=2)
+    settings = LoopSettings(
+        str(tiny_backbone), "float32", train_examples=22, validation_examples=4, batch_size=4, rank=2
+    )
     seen = {}
     for name in ("gatera", "hf_lora"):
-        data = rows_of(settings, seed=0)
-        loop, batch = LOOPS[name](data, settings, 0), held_out(data)[0]
-        first = same_loss(loop, batch, settings)
-        rows = seen[name] = Counter()
+        data = load_data(settings, seed=0)
+        loop, batch = LOOPS[name](data, settings, 0), validation_batches(data)[0]
+        untrained = check_loss(loop, batch, settings)
+        examples = seen[name] = Counter()
 
-        def note(_, args, given, rows=rows):
-            if (
-                "attention_mask" not in given
-            ):  # two tokens by which our module learns what its model's head does
+        def record(_, args, inputs, examples=examples):
+            if "attention_mask" not in inputs:  # our module's probe of what the model's head returns
                 return
-            ids, real = given["input_ids"], given["attention_mask"].bool()
-            rows.update(tuple(ids[line][real[line]].tolist()) for line in range(len(ids)))
+            ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+            examples.update(tuple(ids[i][mask[i]].tolist()) for i in range(len(ids)))
 
-        handle = loop.model.register_forward_pre_hook(note, with_kwargs=True)
-        watch = Watch(loop.model)
-        assert loop.train(watch) == 6
+        handle = loop.model.register_forward_pre_hook(record, with_kwargs=True)
+        monitor = LoopMonitor(loop.model)
+        assert loop.train(monitor) == 6
         handle.remove()
-        assert same_loss(loop, batch, settings) != first  # it has learned, and still takes the plain loss
-        targets = sum(label != -100 for row in data.token_rows() for label in row["labels"])
-        assert watch.head_positions == (targets if name == "gatera" else watch.positions)
-    assert seen["gatera"] == seen["hf_lora"] == Counter(tuple(row["input_ids"]) for row in data.token_rows())
+        assert check_loss(loop, batch, settings) != untrained
+        supervised = sum(label != -100 for example in data.token_lists() for label in example["labels"])
+        assert monitor.head_positions == (supervised if name == "gatera" else monitor.positions)
+    expected = Counter(tuple(example["input_ids"]) for example in data.token_lists())
+    assert seen["gatera"] == seen["hf_lora"] == expected
