@@ -59,7 +59,7 @@ pictures: $(INSTALLED)  ## every picture of README and docs, from one real run; 
 		--config quickstart.yaml --rows 3 --out $(PICTURES)/gates.html
 	chromium --headless --no-sandbox --hide-scrollbars --window-size=1250,1500 \
 		--screenshot=docs/images/gates.png file://$(CURDIR)/$(PICTURES)/gates.html
-	GATERA_RUN=$(PICTURES) GATERA_PICTURES=docs $(BIN)/python -m pytest tests/callbacks/test_tensorboard_browser.py
+	GATERA_RUN=$(PICTURES) GATERA_PICTURES=docs/images $(BIN)/python -m pytest tests/callbacks/test_tensorboard_browser.py
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

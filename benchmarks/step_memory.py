@@ -5,7 +5,7 @@
 
 SmolLM2-135M's shape: weights, adapter, moments, gradients and activations of the optimizer steps of
 train_step.py. ``estimate`` predicts nothing for PEFT's methods. The allocated memory counts tensors; the
-memory of the process includes the interpreter, its libraries, and what the heap keeps for later. No time is
+memory of the process includes the interpreter, its libraries, and freed memory in the heap. No time is
 measured, so other programs may run at the same time.
 """
 

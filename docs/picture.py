@@ -1,4 +1,4 @@
-"""Draw a terminal log, with its colours, as docs/demo.svg:  make pictures."""
+"""Draw a terminal log, with its colors, as docs/images/demo.svg: run by ``make pictures``."""
 
 import sys
 from pathlib import Path
@@ -8,4 +8,4 @@ from rich.text import Text
 
 console = Console(record=True, width=104, file=sys.stderr, force_terminal=True)
 console.print(Text.from_ansi(sys.stdin.read()))
-console.save_svg(str(Path(__file__).with_name("demo.svg")), title="make demo")
+console.save_svg(str(Path(__file__).parent / "images" / "demo.svg"), title="make demo")
