@@ -33,6 +33,19 @@ def test_forward_equals_definition(randomize, update, gated, training):
 
 
 @pytest.mark.parametrize("update", UPDATE_NAMES)
+def test_forward_with_dropout_equals_definition_with_dropout(randomize, update):
+    settings = {"dtype": torch.float64, "adapter_dtype": "float64", "dropout": 0.5}
+    layer = randomize(adapted_layer(update, "none", **settings)).train()
+    x, _ = layer_inputs(layer)
+    torch.manual_seed(5)
+    found = layer.update(x, layer.base, None, layer.dropout)
+    torch.manual_seed(5)
+    delta = layer.update.delta_with_dropout(x, layer.base, layer.dropout)
+    torch.testing.assert_close(found, layer.base(x) + delta, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(delta, layer.update.delta(x, layer.base))
+
+
+@pytest.mark.parametrize("update", UPDATE_NAMES)
 def test_prepared_definition_equals_plain_definition(randomize, update):
     layer = randomize(adapted_layer(update, "none"))
     x, _ = layer_inputs(layer)
