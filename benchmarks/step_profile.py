@@ -26,6 +26,7 @@ DEFAULT = ["frozen", "gatera", "gatera_70_closed", "gatera_saturated", "hira", "
 def profiled_step(method: str, settings: StepSettings) -> Round:
     """Return a step whose figures are the seconds in its kernels."""
     step = build_contender(method, settings).step
+    step()  # the first step also probes what the model supports
     flops = float(count_flops(step))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
 
