@@ -167,7 +167,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         inject_adapters(model, config)
     try:
         check_fit(model, config, origin, tensors, folder)
-    except AdapterFileError:
+    except Exception:  # whatever it is, the model must be as it was
         if injected:
             for name, layer in adapted_linears(model).items():
                 replace_module(model, name, layer.base)

@@ -175,7 +175,7 @@ def _flops_per_token(module: Any, batches: TrainingBatches) -> float | None:
         # Initializing the copy must not advance the run's random state.
         with torch.random.fork_rng(devices=[]):
             model = build_on_meta(deepcopy(module.model.config), backbone, module.adapter, torch.bfloat16)
-            flops = sum(step_flops(model, batch))
+            flops = sum(step_flops(model, batch, objectives=module.objectives))
     except ConfigError as error:
         log.warning("throughput: model_tflops is not logged, because the FLOPs cannot be counted (%s)", error)
         return None

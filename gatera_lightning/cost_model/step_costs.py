@@ -244,19 +244,24 @@ def _meta_batch(batch: MicroBatch) -> Batch:
     shape = (batch.sequences, batch.length)
     ids, mask = torch.zeros(2, *shape, dtype=torch.long, device="meta").unbind()
     labels = torch.full(shape, IGNORE_INDEX)
-    following = torch.zeros(
-        batch.sequences, batch.length - 1, dtype=torch.bool
-    )  # a first token is never supervised
+    # The first token of a sequence is never supervised.
+    following = torch.zeros(batch.sequences, batch.length - 1, dtype=torch.bool)
     following.view(-1)[: batch.supervised_tokens] = True
     labels[:, 1:][following] = 0
-    found: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "step_supervised_tokens": batch.supervised_tokens,
-        "step_tokens": batch.tokens,
-    }
-    return cast(Batch, found)
+    per_sequence = torch.zeros(batch.sequences, dtype=torch.long, device="meta")
+    return Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels,
+        response_mask=labels != IGNORE_INDEX,
+        example_ids=per_sequence,
+        answer_ids=per_sequence,
+        gold_ids=per_sequence,
+        answer_characters=per_sequence,
+        all_candidates_present=False,
+        step_supervised_tokens=batch.supervised_tokens,
+        step_tokens=batch.tokens,
+    )
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -56,7 +56,12 @@ def estimate(argv: Sequence[str]) -> None:
         load_config(recipe.model.backbone), recipe.model.backbone, recipe.model.adapter, dtype
     )
     sizes = model_sizes(model)
-    costs = step_costs(model, batch, recomputed=recipe.model.backbone.gradient_checkpointing)
+    costs = step_costs(
+        model,
+        batch,
+        recomputed=recipe.model.backbone.gradient_checkpointing,
+        objectives=recipe.model.objectives,
+    )
     limit = args.memory * GIB if args.memory else _memory_of_device(device_type)
     for line in [
         *_describe_recipe(recipe, layout, sizes, dtype),
