@@ -141,8 +141,10 @@ def test_only_adapter_is_trainable(tiny_llama):
         for layer in ("self_attn.q_proj", "mlp.down_proj")
         for name in ("update.a", "update.b", "update.magnitude", "gate.weight", "gate.bias")
     }
-    kept = {name.replace(".base.", "."): p for name, p in model.named_parameters() if name not in adapter}
-    assert {name: id(p) for name, p in kept.items()} == {name: id(p) for name, p in frozen.items()}
+    frozen_now = {
+        name.replace(".base.", "."): p for name, p in model.named_parameters() if name not in adapter
+    }
+    assert {name: id(p) for name, p in frozen_now.items()} == {name: id(p) for name, p in frozen.items()}
     model(torch.arange(8).reshape(1, 8)).logits.square().sum().backward()
     assert all((p.grad is not None) == (name in adapter) for name, p in model.named_parameters())
     assert all(torch.equal(p, values[name]) for name, p in frozen.items())
