@@ -47,7 +47,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
     """True if answers are free text: generated answers are scored by text metrics, not as right or wrong."""
 
     ranking: ClassVar[str] = "accuracy"
-    """Name of the share of questions whose correct answer is ranked first."""
+    """Name of the top-1 ranking metric: accuracy or hits@1."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
                 log.log(level, "%s", overlap)
 
     def splits(self, stage: str) -> list[str]:
-        """Return the splits that a stage reads; a validation split by number is part of the training split."""
+        """Return the splits that a stage reads; a held-out validation split is part of the training data."""
         held_out = self.held_out is not None and "validation" in _SPLITS[stage]
         return ["train"] if held_out else _SPLITS[stage]
 

@@ -62,12 +62,18 @@ class Gate(nn.Module, ABC):
         """
 
     def values(self, logit: Tensor) -> GateValues:
-        """Return the gate values for these logits: ``σ(z)`` unless a gate overrides it."""
+        """Return the gate values for these logits: ``σ(z)`` unless a gate overrides it.
+
+        Reports, captures and ``train/gate_mean`` show ``σ(z)`` of the logits. Override this only if they may
+        differ from what the layer applies: for a hard gate with a straight-through gradient, for instance.
+        """
         return GateValues(torch.sigmoid(logit))
 
     def constant_value(self) -> Tensor:
         """Return the value of every token, (1,); required of a gate that does not depend on the token."""
-        raise NotImplementedError(f"{type(self).__name__} has no constant value: it depends on the token")
+        raise NotImplementedError(
+            f"{type(self).__name__}: implement constant_value, or set depends_on_token = True"
+        )
 
     def linear_logit(self) -> tuple[Tensor, float] | None:
         """Return ``(w, b)`` if the logit is exactly ``w·x + b``, which speeds up decoding; else None."""
@@ -138,7 +144,9 @@ class GateConfig(ABC):
     formula: ClassVar[str]
     """What the gate computes, on one line for ``--help``."""
 
-    entropy_weight = 0.0  # not a setting here: a kind with an entropy term declares the field
+    # Declare `entropy_weight: float = 0.01` in your config to add the entropy term. Without an annotation, it
+    # is not a setting.
+    entropy_weight = 0.0
 
     lr_multiplier: float = 1.0
     """Learning rate of the gate's parameters, as a multiple of optimizer.lr."""

@@ -31,7 +31,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if layer.gate is not None and layer.gate.depends_on_token:
             raise ValueError(
-                f"merge_adapter: {name} has a {layer.config.gate.kind!r} gate, whose weight differs between "
+                f"merge_adapter: {name} has a {layer.config.gate.kind!r} gate, whose value differs between "
                 "tokens, so no single matrix equals it. Only gates that do not depend on the token "
                 "merge ('none', 'static'); keep the adapter folder instead."
             )

@@ -1,4 +1,4 @@
-"""Write files and folders so that a reader, or a killed process, never leaves or finds a half-written one.
+"""Write files and folders so that a killed process never leaves, and a reader never finds, a partial one.
 
 Content goes to a temporary path beside the target, is flushed to the disk, and is then renamed.
 """

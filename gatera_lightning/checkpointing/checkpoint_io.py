@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, flushes it to the disk, then renames it.
 
-    A process that is killed while writing leaves the previous checkpoint and a temporary file that nobody
-    reads.
+    A process that is killed while writing leaves the previous checkpoint and a temporary file that is
+    never read.
 
     Attributes:
         failure: Why the last checkpoint could not be written; None if it was. Only rank 0 writes, so an
@@ -68,7 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{path}: it holds objects of another program ({one_line(error)})"
+                f"{path}: it contains pickled classes that are not allowed ({one_line(error)})"
             ) from error
 
     @override

@@ -14,7 +14,7 @@ from gatera_lightning.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 _IS_FOLDER = 0x10
-"""Attribute of a zip archive's entry. For a tensor that has it, PyTorch returns uninitialized memory."""
+"""Attribute of a zip archive's entry. If a tensor's entry has it, PyTorch returns uninitialized memory."""
 
 
 def find_corruption(path: Path) -> str | None:
@@ -44,7 +44,7 @@ def find_corruption(path: Path) -> str | None:
         if not bad:  # PyTorch reads parts of the archive's directory that zipfile does not check
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        return None  # intact, but it holds other classes; whoever loads it decides whether to trust them
+        return None  # intact, but it holds other classes; loading decides whether to trust them
     except Exception as error:  # a flipped bit makes zipfile and zlib raise nearly anything
         return f"the file is corrupt ({one_line(error)})"
     return f"the file is corrupt (record {bad} does not match its checksum)" if bad else None

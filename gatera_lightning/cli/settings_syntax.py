@@ -60,7 +60,8 @@ def describe_choices(parser: LightningArgumentParser) -> None:
     """Append the registered updates and gates to the help of the settings that name one."""
     descriptions = {
         "model.adapter.update": describe_updates(),
-        GATE: f"{describe_gates()}. Flags of its settings: --{GATE}.help KIND",
+        GATE: f"{describe_gates()}; or the import path of your own class, such as my_gates.NormGateConfig "
+        f"(its module must be on PYTHONPATH). Flags of its settings: --{GATE}.help KIND",
     }
     for action in parser._actions:  # argparse has no public way to find an argument
         if action.dest in descriptions:

@@ -37,7 +37,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "optimization": ("training.optimizer",),
     "parallel": ("distributed.sharding",),
     "recomputation": ("backbone.recomputation",),
-    "resuming": ("checkpointing.resume",),
+    "resuming": ("checkpointing.data_position",),
     "sharded_loading": ("distributed.sharded_loading",),
     "streaming": ("generation.streaming",),
     "adapters.dora": ("adapters.updates.dora",),

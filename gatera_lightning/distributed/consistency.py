@@ -58,14 +58,13 @@ def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer) -> None:
     for name in differing:
         if name == _EXAMPLES:
             others = [rank for rank, of_rank in enumerate(digests) if of_rank[name] != digests[0][name]]
-            problems.append(
-                f"{_ranks_have(others)} other {_EXAMPLES} than rank 0; accepted: the same on every rank"
-            )
+            readers = _ranks(others, "reads", "read")
+            problems.append(f"{readers} different {_EXAMPLES} from rank 0; accepted: the same on every rank")
         else:
             ranks_of: dict[str, list[int]] = {}
             for rank, of_rank in enumerate(values):
                 ranks_of.setdefault(of_rank[name], []).append(rank)
-            found = ", ".join(f"{_ranks_have(ranks)} {value}" for value, ranks in ranks_of.items())
+            found = ", ".join(f"{_ranks(ranks, 'has', 'have')} {value}" for value, ranks in ranks_of.items())
             problems.append(f"{name}: {found}; accepted: the same on every rank")
     raise ConfigError(problems, on_every_rank=True)
 
@@ -81,6 +80,7 @@ def _flatten(name: str, value: Any) -> dict[str, str]:
     }
 
 
-def _ranks_have(ranks: list[int]) -> str:
+def _ranks(ranks: list[int], singular: str, plural: str) -> str:
+    """Return ranks as the subject of a verb, which is given in both forms."""
     listed = ", ".join(map(str, ranks))
-    return f"rank {listed} has" if len(ranks) == 1 else f"ranks {listed} have"
+    return f"rank {listed} {singular}" if len(ranks) == 1 else f"ranks {listed} {plural}"

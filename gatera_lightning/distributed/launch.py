@@ -24,8 +24,8 @@ def check_started_by_srun() -> None:
     if started_by_slurm() and "SLURM_STEP_ID" not in os.environ and os.environ["SLURM_NTASKS"] != "1":
         raise ConfigError(
             f"SLURM_NTASKS: {os.environ['SLURM_NTASKS']}, but this process was started without srun; "
-            "accepted: srun python -m gatera_lightning …, or SLURM_JOB_NAME=interactive if SLURM is not to "
-            "start the ranks"
+            "accepted: srun python -m gatera_lightning …, or SLURM_JOB_NAME=interactive if you "
+            "start the ranks yourself"
         )
 
 

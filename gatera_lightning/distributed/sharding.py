@@ -74,7 +74,7 @@ class AdapterShardingStrategy(ModelParallelStrategy):
             shard_size: Ranks over which one copy of the model is sharded; auto divides all ranks by
                 replicate_size.
             replicate_size: Copies of the model (HSDP). Shard within a node and replicate over nodes, so that
-                parameters travel over fast links only. The product of the two sizes is the number of ranks.
+                all-gathers stay within a node. The product of the two sizes is the number of ranks.
             cpu_offload: Keep shards on the CPU and copy each layer to the accelerator when it runs.
             sharded_checkpoints: Let every rank write its own file, all at the same time, instead of one file
                 in total. An adapter is usually small enough for one file.

@@ -1,1 +1,1 @@
-"""Training: one step, its optimizer, and what keeps it safe."""
+"""Training: one step, its optimizer, and its checks."""

@@ -1,7 +1,7 @@
 """A module's settings as plain values in checkpoints, and back; checkpoints of version 0.1 included.
 
 Checkpoints of version 0.1 hold pickled settings classes under the names of modules that have moved, or, if
-the run was started from the command line, plain values in the places of that version.
+the run was started from the command line, plain values in the locations of that version.
 """
 
 import warnings
@@ -95,7 +95,7 @@ def read_hyperparameters(
 def move_deprecated(
     adapter: AdapterConfig, optimizer: OptimizerConfig, deprecated: dict[str, Any]
 ) -> tuple[AdapterConfig, OptimizerConfig]:
-    """Move gate settings out of the places that they had in version 0.1.
+    """Move gate settings out of their locations in version 0.1.
 
     Args:
         adapter: The adapter's settings.

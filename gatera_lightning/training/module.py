@@ -22,7 +22,7 @@ from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
 from gatera_lightning.objectives.next_token import SupervisedLogits, supervised_logits
 from gatera_lightning.objectives.training_loss import objectives_for
-from gatera_lightning.training import adapter_state
+from gatera_lightning.training import checkpoint_contents
 from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer_batch
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
@@ -72,7 +72,7 @@ class GateRAModule(L.LightningModule):
         self.optimizer = optimizer
         self.decoding = decoding if decoding is not None else DecodingConfig()
         self.warm_start = warm_start
-        self.objectives = objectives or objectives_for(adapter)
+        self.objectives = objectives_for(adapter) if objectives is None else objectives
         self.strict_loading = False  # checkpoints hold the adapter only; load_state_dict checks its tensors
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
@@ -99,7 +99,7 @@ class GateRAModule(L.LightningModule):
             check_ranks_agree(self, self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Add what exact resume (random states) and ``test`` (results) need, whoever built the Trainer."""
+        """Add what exact resume (random states) and ``test`` (results) need, with any Trainer."""
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback() for callback in (RNGState, EvaluationReport) if callback not in present]
 
@@ -117,11 +117,11 @@ class GateRAModule(L.LightningModule):
         return load_tokenizer(self.backbone)
 
     def on_fit_start(self) -> None:
-        """Check that nobody has frozen or cast the adapter's parameters."""
+        """Check that the adapter's parameters are trainable and have their dtype."""
         check_adapter_parameters(self.model, self.adapter)
 
     def on_train_start(self) -> None:
-        """Let the objectives probe the model; during training, a resumed run would round differently."""
+        """Probe before the first step: probing later would make a resumed run differ by rounding."""
         for objective in self.objectives:
             objective.prepare(self.model)
 
@@ -176,7 +176,7 @@ class GateRAModule(L.LightningModule):
         self._guard.clear()
 
     def _log_under_step(self, step: int) -> None:
-        """Let Lightning log under a given step: its own is one behind. It then no longer adds the epoch."""
+        """Log under this step, not Lightning's, which is one less; Lightning then omits the epoch."""
         self.log_dict({"step": float(step), "epoch": float(self.current_epoch)})
 
     # --- evaluation ---
@@ -208,7 +208,7 @@ class GateRAModule(L.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the adapter's tensors only: a checkpoint never holds the backbone."""
         state = super().state_dict(*args, **kwargs)
-        adapter_state.keep_adapter_tensors(state, self.model, kwargs.get("prefix", ""))
+        checkpoint_contents.keep_adapter_tensors(state, self.model, kwargs.get("prefix", ""))
         return state
 
     def load_state_dict(
@@ -216,7 +216,7 @@ class GateRAModule(L.LightningModule):
     ) -> Any:
         """Load the adapter's tensors; frozen tensors may be missing."""
         keys = super().load_state_dict(state_dict, strict=False, assign=assign)
-        return type(keys)(*adapter_state.adapter_key_problems(self.model, *keys, strict=strict))
+        return type(keys)(*checkpoint_contents.adapter_key_problems(self.model, *keys, strict=strict))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the number of skipped steps, the prompt template, and what the adapter belongs to."""
@@ -225,16 +225,16 @@ class GateRAModule(L.LightningModule):
             "template": getattr(data, "template", None),
             "skipped_steps": self._guard.skipped_steps,
         }
-        checkpoint |= adapter_state.describe_adapter(self.model, self.adapter, self.backbone)
+        checkpoint |= checkpoint_contents.describe_adapter(self.model, self.adapter, self.backbone)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits (else CheckpointError), and adjust its position in the data."""
-        adapter_state.check_is_adapter_checkpoint(checkpoint)
+        checkpoint_contents.check_is_adapter_checkpoint(checkpoint)
         self._guard.restore(checkpoint.get("skipped_steps", 0))
-        adapter_state.adjust_position(checkpoint, attached_trainer(self))
+        checkpoint_contents.adjust_position(checkpoint, attached_trainer(self))
         self.warm_start = None  # the checkpoint holds every value
         self.configure_model()
-        adapter_state.check_checkpoint_fits(checkpoint, self.model)
+        checkpoint_contents.check_checkpoint_fits(checkpoint, self.model)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -55,7 +55,8 @@ class NonFiniteGuard:
         if self.skipped_steps >= self.max_skipped_steps:
             last = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none was written"
             raise NonFiniteLossError(
-                f"{reason} Steps skipped before: {self.skipped_steps} of {self.max_skipped_steps}. "
+                f"{reason} To skip such steps, raise model.optimizer.max_skipped_steps "
+                f"(now {self.max_skipped_steps}; skipped so far: {self.skipped_steps}). "
                 f"Last checkpoint: {last}"
             )
         self.skipped_steps += 1
@@ -78,8 +79,9 @@ class NonFiniteGuard:
         ]
         ids = sorted(i for of_rank in gather_objects(blamed) for i in of_rank)
         return (
-            f"the loss of optimizer step {trainer.global_step} is {loss} and the norm of its gradients "
-            f"{gradient_norm}; example ids of the micro-batches concerned: {ids}. The step was not taken, "
-            f"and earlier checkpoints are unchanged. Usual causes: optimizer.lr is too high ({self.lr}), "
-            "or gradients are not clipped (trainer.gradient_clip_val)."
+            f"the loss of optimizer step {trainer.global_step + 1} is {loss} and the norm of its gradients "
+            f"{gradient_norm}; example ids (indices in the training split) of the micro-batches concerned: "
+            f"{ids}. The step was not taken, and earlier checkpoints are unchanged. Usual causes: "
+            f"model.optimizer.lr is too high ({self.lr}), or gradients are not clipped "
+            "(trainer.gradient_clip_val)."
         )

@@ -26,7 +26,7 @@ def module_problems(
         gate = adapter.gate.to_dict()
         problems.append(
             f"backbone.compile: true, with adapter.gate.skip_below {gate['skip_below']} and merge_above "
-            f"{gate['merge_above']}, whose matmuls have as many rows as there are saturated gates; "
+            f"{gate['merge_above']}: thresholds give matmuls of varying size, which cannot be compiled; "
             "accepted: false, or 0 and 1"
         )
     if warm_start is not None:
@@ -61,8 +61,10 @@ def check_packing(model: PreTrainedModel, backbone: BackboneConfig) -> None:
 
 
 def check_adapter_parameters(model: PreTrainedModel, adapter: AdapterConfig) -> None:
-    """Raise RuntimeError if somebody has frozen or cast a parameter of the adapter."""
+    """Raise RuntimeError if a parameter of the adapter was frozen or cast."""
     expected = getattr(torch, adapter.adapter_dtype)
     for name, parameter in adapter_parameters(model).items():
-        if parameter.dtype != expected or not parameter.requires_grad:
+        if not parameter.requires_grad:
+            raise RuntimeError(f"{name} should be trainable in {expected}, but is frozen")
+        if parameter.dtype != expected:
             raise RuntimeError(f"{name} should be trainable in {expected}, but is {parameter.dtype}")

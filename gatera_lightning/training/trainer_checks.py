@@ -1,8 +1,8 @@
 """Checks of trainer settings under which training would silently compute something else.
 
 The command line applies them to parsed settings, before it builds a Trainer; GateRAModule applies them to the
-Trainer it runs in, whoever built it. Each check returns messages that name the setting, its value and what is
-accepted; an empty list means no problem.
+Trainer it runs in. Each check returns messages that name the setting, its value and what is accepted; an
+empty list means no problem.
 """
 
 from datetime import timedelta
@@ -81,9 +81,7 @@ def sampler_problems(use_distributed_sampler: bool) -> list[str]:
     """Reject Lightning's distributed sampler: the data module already divides the data among ranks."""
     if not use_distributed_sampler:
         return []
-    return [
-        "trainer.use_distributed_sampler: true would divide the batch schedule a second time; accepted: false"
-    ]
+    return ["trainer.use_distributed_sampler: true would shard the data twice; accepted: false"]
 
 
 def strategy_problems(strategy: Any) -> list[str]:

@@ -41,7 +41,9 @@ def test_token_gate_starts_at_bias_and_depends_on_token():
         gate.weight.normal_()
     torch.testing.assert_close(gate(x), x @ gate.weight - 2)
     assert gate.depends_on_token
-    with pytest.raises(NotImplementedError, match="TokenGate has no constant value"):
+    with pytest.raises(
+        NotImplementedError, match="TokenGate: implement constant_value, or set depends_on_token"
+    ):
         gate.constant_value()
 
 

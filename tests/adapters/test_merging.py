@@ -79,7 +79,7 @@ def test_merged_weight_equals_dense_formula(randomize, update, gate):
 def test_merge_rejects_token_gate(tiny_llama, randomize, update):
     model = _adapted(tiny_llama, randomize, update, "token")
     before, modules = _logits(model), [id(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="q_proj has a 'token' gate, whose weight differs between tokens"):
+    with pytest.raises(ValueError, match="q_proj has a 'token' gate, whose value differs between tokens"):
         merge_adapter(model)
     assert [id(module) for module in model.modules()] == modules
     assert torch.equal(_logits(model), before)

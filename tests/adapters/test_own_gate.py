@@ -148,5 +148,5 @@ def test_prepared_model_equals_plain_model(tiny_llama, randomize, thresholds):
 
 
 def test_merge_is_rejected(tiny_llama):
-    with pytest.raises(ValueError, match="has a 'norm' gate, whose weight differs between tokens"):
+    with pytest.raises(ValueError, match="has a 'norm' gate, whose value differs between tokens"):
         merge_adapter(_adapted(tiny_llama()))

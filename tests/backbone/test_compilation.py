@@ -175,7 +175,7 @@ def test_compile_with_gate_thresholds_is_refused(tiny_backbone):
     module.backbone.compile = True
     (problem,) = module.problems()
     assert problem.startswith(
-        "model.backbone.compile: true, with adapter.gate.skip_below 0.1 and merge_above 1.0, "
+        "model.backbone.compile: true, with adapter.gate.skip_below 0.1 and merge_above 1.0: "
     )
     assert problem.endswith("; accepted: false, or 0 and 1")
 

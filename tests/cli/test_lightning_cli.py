@@ -188,7 +188,7 @@ def test_non_finite_loss_stops_the_run(fit, capsys):
     flags += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "2"]
     assert main([*fit, *flags]) == 1
     error = capsys.readouterr().err
-    assert "the loss of optimizer step 1 is nan" in error
+    assert "the loss of optimizer step 2 is nan" in error
     assert "(1e+30)" in error
     assert "Traceback" not in error
     ids = {int(i) for i in re.search(r"\[([\d, ]+)\]", error)[1].split(", ")}

@@ -40,5 +40,5 @@ def test_fit_refuses_different_examples_under_the_same_name(launch, tmp_path):
         (folder / "rows.json").write_text(json.dumps(sample_rows("train")[rank : rank + 16]))
         environment = torchrun_environment(rank, port) | {"ROWS": str(folder)}
         ranks.append(([*SHARDED, *TWO, "--data.init_args.train", '["$ROWS/rows.json"]'], environment))
-    message = "rank 1 has other training examples than rank 0; accepted: the same on every rank"
+    message = "rank 1 reads different training examples from rank 0; accepted: the same on every rank"
     assert_refused(launch(*ranks), "1 problem in the configuration", message)

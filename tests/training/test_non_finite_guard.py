@@ -59,7 +59,7 @@ def test_skipped_step_changes_only_the_schedule(recorded, clean, tmp_path, monke
     assert run.rates == clean.rates  # the schedule continues as if the step had been taken
     assert [logged.get("train/skipped_steps") for logged in run.logged][:3] == [None, None, 1.0]
     loss = "nan" if kind == "loss" else ""
-    assert f"skipped 1 of at most 1 steps: the loss of optimizer step 2 is {loss}" in caplog.text
+    assert f"skipped 1 of at most 1 steps: the loss of optimizer step 3 is {loss}" in caplog.text
     saved = [torch.load(tmp_path / f"step_{step}.ckpt", weights_only=True) for step in (2, 3, 4)]
     assert [checkpoint["skipped_steps"] for checkpoint in saved] == [0, 1, 1]
     assert [checkpoint["global_step"] for checkpoint in saved] == [2, 3, 4]
@@ -72,7 +72,7 @@ def test_resumed_run_counts_steps_skipped_before(recorded, clean, tmp_path):
     assert same(resumed.parameters[-1], uninterrupted.parameters[-1])
     with pytest.raises(
         NonFiniteLossError,
-        match=r"optimizer step 3 is nan .* Steps skipped before: 1 of 1\. Last checkpoint: ",
+        match=r"optimizer step 4 is nan .*max_skipped_steps \(now 1; skipped so far: 1\)\. Last checkpoint: ",
     ):
         recorded(skip=1, poison=clean.ids[3][0], resume=f"{tmp_path}/step_3.ckpt")
 
@@ -83,10 +83,13 @@ def test_error_names_step_examples_and_last_checkpoint(recorded, clean, tmp_path
         recorded(poison=clean.ids[2][0], keep=keep)
     last = tmp_path / "checkpoints" / "last.ckpt"
     message = str(caught.value)
-    assert message.startswith("the loss of optimizer step 2 is nan")
-    assert f"example ids of the micro-batches concerned: {sorted(clean.ids[2])}. The step was not" in message
+    assert message.startswith("the loss of optimizer step 3 is nan")
+    assert f"of the micro-batches concerned: {sorted(clean.ids[2])}. The step was not" in message
     expected = last if keep else "none was written"
-    assert message.endswith(f"Steps skipped before: 0 of 0. Last checkpoint: {expected}")
+    assert message.endswith(
+        "To skip such steps, raise model.optimizer.max_skipped_steps (now 0; skipped so far: 0). "
+        f"Last checkpoint: {expected}"
+    )
     if keep:
         assert torch.load(last, weights_only=True)["global_step"] == 2
 

@@ -67,10 +67,18 @@ def test_warm_start_from_other_method_is_rejected(tiny_backbone, build, tmp_path
     ]
 
 
-@pytest.mark.parametrize("change", ["frozen", "cast"])
-def test_changed_adapter_parameter_is_rejected(build, change):
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda model: model.requires_grad_(False), "frozen"),
+        (lambda model: model.bfloat16(), "torch.bfloat16"),
+        (lambda model: model.bfloat16().requires_grad_(False), "frozen"),
+    ],
+    ids=["frozen", "cast", "both"],
+)
+def test_changed_adapter_parameter_is_rejected(build, change, found):
     module = build()
     check_adapter_parameters(module.model, module.adapter)
-    module.model.requires_grad_(False) if change == "frozen" else module.model.bfloat16()
-    with pytest.raises(RuntimeError, match=r"should be trainable in torch\.float32, but is torch\."):
+    change(module.model)
+    with pytest.raises(RuntimeError, match=rf"should be trainable in torch\.float32, but is {found}$"):
         check_adapter_parameters(module.model, module.adapter)

@@ -126,5 +126,5 @@ def require_no_grad() -> None:
     """Raise RuntimeError if gradients are enabled: cached products would pass none to the adapter."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "a forward with gradients inside prepared_for_inference: the adapter's parameters would get none"
+            "prepared_for_inference needs torch.no_grad(): cached products pass no gradient to the adapter"
         )

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         nargs="+",
         type=Path,
-        help="a run's folder or its predictions.jsonl; the baseline comes first",
+        help="an evaluation folder (--evaluation.folder) or its predictions.jsonl; the baseline comes first",
     )
     parser.add_argument(
         "--out",

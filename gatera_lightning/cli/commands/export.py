@@ -25,7 +25,7 @@ def export(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: The path is not a checkpoint of this package.
-        CheckpointError: The checkpoint is corrupt, or holds objects of another program.
+        CheckpointError: The checkpoint is corrupt, or contains pickled classes that are not allowed.
     """
     args = _parser().parse_args(argv)
     path: Path = args.checkpoint

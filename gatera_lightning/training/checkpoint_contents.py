@@ -9,7 +9,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import backbone_identity, check_fit
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.config import BackboneConfig
-from gatera_lightning.checkpointing.resume import begin_next_epoch, recount_batches
+from gatera_lightning.checkpointing.data_position import begin_next_epoch, recount_batches
 from gatera_lightning.errors import AdapterFileError, CheckpointError
 
 _MODEL = "model."  # the prefix of the model's tensors in the state of a LightningModule

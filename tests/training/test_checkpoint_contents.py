@@ -4,7 +4,7 @@ import pytest
 
 from gatera_lightning import adapter_parameters
 from gatera_lightning.errors import CheckpointError
-from gatera_lightning.training.adapter_state import (
+from gatera_lightning.training.checkpoint_contents import (
     adapter_key_problems,
     check_checkpoint_fits,
     check_is_adapter_checkpoint,
