@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.gate_recording import GateRecord
+from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.objectives.base import Objective, Term
 
@@ -24,10 +25,18 @@ class GateEntropy(Objective):
     """λ; with 0 the entropy is only logged."""
 
     def terms(self, model: PreTrainedModel, batch: Batch, gates: GateRecord) -> dict[str, Term]:
-        """Compute both terms from the recorded gate logits."""
+        """Compute both terms from the recorded gate logits.
+
+        Raises:
+            ValueError: If the model has gates, but none were recorded.
+        """
         mask = batch["attention_mask"]  # (batch, tokens), 1 = not padding
         z = gates.stacked(mask)  # (layers, batch, tokens)
         if z is None:
+            if self.weight and any(layer.gate is not None for layer in adapted_linears(model).values()):
+                raise ValueError(
+                    "GateEntropy: no gates were recorded; place it after the objective that runs the model"
+                )
             return {}
         count = max(1, batch["step_tokens"]) * len(z)
         entropy = summed_gate_entropy(z if self.weight else z.detach(), mask)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.gate_recording import GateRecord
 from gatera_lightning.objectives.gate_entropy import GateEntropy, gate_entropy, summed_gate_entropy
 
@@ -54,7 +55,7 @@ def test_terms_average_over_tokens_and_layers(record):
         "gate_entropy": (16, 0.5),
         "gate_mean": (16, 0.0),
     }
-    assert float(terms["gate_entropy"].total) == pytest.approx(float(entropy.sum()), rel=1e-6)
+    assert terms["gate_entropy"].total.item() == pytest.approx(entropy.sum().item(), rel=1e-6)
     assert float(terms["gate_mean"].total) == pytest.approx(float(g.sum()), rel=1e-6)
     assert not terms["gate_mean"].total.requires_grad
 
@@ -65,6 +66,15 @@ def test_entropy_without_weight_has_no_gradient(record, weight):
     assert GateEntropy(weight).terms(None, batch, gates)["gate_entropy"].total.requires_grad == (weight > 0)
 
 
-def test_no_gates_give_no_terms(record):
-    _, batch = record
-    assert GateEntropy(0.1).terms(None, batch, GateRecord()) == {}
+@pytest.mark.parametrize(("gate", "weight"), [("none", 0.1), ("token", 0.0)])
+def test_nothing_recorded_gives_no_terms(record, tiny_llama, gate, weight):
+    model = tiny_llama()
+    inject_adapters(model, AdapterConfig(rank=2, gate=gate))
+    assert GateEntropy(weight).terms(model, record[1], GateRecord()) == {}
+
+
+def test_entropy_before_forward_pass_is_rejected(record, tiny_llama):
+    model = tiny_llama()
+    inject_adapters(model, AdapterConfig(rank=2))
+    with pytest.raises(ValueError, match="place it after the objective that runs the model"):
+        GateEntropy(0.1).terms(model, record[1], GateRecord())
