@@ -172,7 +172,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
                 log.log(level, "%s", overlap)
 
     def splits(self, stage: str) -> list[str]:
-        """Return the splits that a stage reads; a held-out validation split is part of the training data."""
+        """Return the splits a stage reads; a held-out validation split is taken from the training split."""
         held_out = self.held_out is not None and "validation" in _SPLITS[stage]
         return ["train"] if held_out else _SPLITS[stage]
 
