@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from gatera_lightning.checkpointing.atomic_files import flush
@@ -49,7 +50,7 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path, *, rank: int) -> Non
         return _PLACEHOLDER + name
 
     rest = map_tensors(checkpoint, take_out)
-    dcp.save(shards, storage_writer=FileSystemWriter(folder, sync_files=True))
+    save(shards, storage_writer=FileSystemWriter(folder, sync_files=True))
     if rank == 0:
         with (folder / REST).open("wb") as file:
             torch.save(rest, file)
@@ -76,7 +77,7 @@ def read_sharded(folder: Path, *, weights_only: bool | None = None) -> dict[str,
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)  # write_sharded writes tensors only
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    load(tensors, storage_reader=reader, no_dist=True)
     rest: dict[str, Any] = torch.load(folder / REST, map_location="cpu", weights_only=weights_only)
 
     def put_back(state: Any) -> Any:
