@@ -198,9 +198,11 @@ def _load_settings(text: str) -> Any:
 
 
 def _dump_settings(settings: Any) -> str:
-    """Write YAML with the kind of gate in place of its class."""
+    """Write YAML with the kind of gate in place of its class; a user's own class stays importable."""
     match settings:
-        case {"model": {"adapter": {"gate": dict(gate)}}} if config := _config_class(gate):
+        case {"model": {"adapter": {"gate": dict(gate)}}} if (config := _config_class(gate)) and (
+            config.__module__ == GateConfig.__module__
+        ):
             settings = copy.deepcopy(settings)
             settings["model"]["adapter"]["gate"] = {"kind": config.kind, **gate.get("init_args", {})}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=False)

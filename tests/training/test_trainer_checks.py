@@ -49,7 +49,11 @@ def test_distributed_sampler_is_rejected():
     assert problem.startswith("trainer.use_distributed_sampler: true")
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", DDPStrategy(), AdapterShardingStrategy()], ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    ["auto", "ddp", DDPStrategy(), AdapterShardingStrategy()],
+    ids=["auto", "ddp", "DDPStrategy", "AdapterShardingStrategy"],  # str() would hold an address
+)
 def test_strategies_that_work_are_accepted(strategy):
     assert strategy_problems(strategy) == []
 
