@@ -151,7 +151,7 @@ def test_flops_with_thresholds_are_an_upper_bound(show):
 def test_gradient_checkpointing_reaches_the_cost_model(show, monkeypatch):
     costs, seen = StepCosts(activations=400, logits=50, peak=700, forward_flops=2, backward_flops=5), []
     monkeypatch.setattr(
-        estimate_command, "step_costs", lambda *_, recomputed: seen.append(recomputed) or costs
+        estimate_command, "step_costs", lambda *_, recomputed, **__: seen.append(recomputed) or costs
     )
     show()
     show("--model.backbone.gradient_checkpointing", "true")
