@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import multiprocessing.util  # registers multiprocessing's own exit hook, before the one below
 import signal
 
 
