@@ -43,7 +43,7 @@ lint: $(INSTALLED)  ## ruff, mypy, spelling, and the words in docs/words_to_avoi
 	! git grep -nEi -f docs/words_to_avoid.txt -- '*.py' '*.md' '*.yaml' '*.html'
 
 docs: $(INSTALLED)  ## the documentation site in site/, with strict links
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
