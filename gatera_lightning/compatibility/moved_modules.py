@@ -176,10 +176,9 @@ class _StandInLoader(Loader):
         def __getattr__(name: str) -> Any:
             if not name.startswith("__"):
                 for new in self.new_names:
-                    try:
-                        return getattr(importlib.import_module(f"{_ROOT}.{new}"), name)
-                    except (AttributeError, ModuleNotFoundError):
-                        continue
+                    found = importlib.import_module(f"{_ROOT}.{new}")
+                    if hasattr(found, name):
+                        return getattr(found, name)
             return renamed(old, name)
 
         module.__getattr__ = __getattr__  # type: ignore[method-assign]
