@@ -24,10 +24,10 @@ from gatera_lightning.datamodules.batching.loader import ResumableLoader, evalua
 from gatera_lightning.datamodules.batching.mixture import mix_tasks
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.overlap import SplitOverlap, find_split_overlaps
-from gatera_lightning.datamodules.settings import integer_problems, subset_problems, unknown_choice
+from gatera_lightning.datamodules.settings import integer_problems, subset_problems
 from gatera_lightning.datamodules.tokenization.cache import tokenize_split
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, unknown_value
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         """Return every problem of the settings for ``stage`` (fit, validate, test or predict)."""
         problems = []
         if self.train_on not in get_args(TrainOn):
-            problems.append(unknown_choice("train_on", self.train_on, get_args(TrainOn)))
+            problems.append(unknown_value("data.train_on", self.train_on, get_args(TrainOn)))
         for name in ("max_length", "batch_size", "eval_batch_size"):
             problems += integer_problems(name, getattr(self, name))
         problems += integer_problems("token_budget", self.token_budget, optional=True)
@@ -155,7 +155,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         """Open the splits of a stage, hold out the validation split, and report overlaps before training."""
         self._train_position = None  # a position that was loaded for evaluation is not one of this run
         if self.train_on not in get_args(TrainOn):
-            raise ConfigError(unknown_choice("train_on", self.train_on, get_args(TrainOn)))
+            raise ConfigError(unknown_value("data.train_on", self.train_on, get_args(TrainOn)))
         self._connect_to_module()
         opened = [split for split in self.splits(stage) if split not in self.tables]
         for split in opened:

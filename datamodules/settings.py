@@ -3,12 +3,6 @@
 from collections.abc import Sequence
 
 
-def unknown_choice(name: str, value: object, accepted: Sequence[str]) -> str:
-    """Return the problem of a setting whose value is not among the accepted ones."""
-    reason = "is not set" if value is None else f"{value!r} is unknown"
-    return f"data.{name}: {reason}; accepted: {', '.join(accepted)}"
-
-
 def integer_problems(name: str, value: int | None, *, optional: bool = False) -> list[str]:
     """Return the problem of a setting that has to be at least 1 (or None, if optional), or an empty list."""
     if (value is None and optional) or (value is not None and value >= 1):

@@ -1,6 +1,35 @@
-"""The exceptions that end a run, each with a message for the user."""
+"""The exceptions that end a run, each with a message for the user, and the wording that messages share."""
 
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+# Control characters except tab and line break, surrogates, and characters that change the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""Escape characters that would control a terminal, as JSON does: ESC becomes `\u001b`."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def near_miss(value: object, accepted: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` if an accepted name is close to ``value``, else an empty string."""
+    close = difflib.get_close_matches(value, list(accepted), n=1) if isinstance(value, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_value(setting: str, value: object, accepted: Iterable[str]) -> str:
+    """Describe a setting whose value is not one of the accepted names, with the closest of them.
+
+    Args:
+        setting: Name of the setting.
+        value: Its value; None if it is not set.
+        accepted: The accepted names.
+    """
+    names = list(accepted)
+    reason = "is not set" if value is None else f"{value!r} is unknown"
+    return f"{setting}: {reason}; accepted: {', '.join(names)}{near_miss(value, names)}"
 
 
 class ConfigError(ValueError):

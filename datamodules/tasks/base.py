@@ -14,7 +14,6 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batching.mixture import weight_problems
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import Template
-from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.sources.files import read_rows
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
 from gatera_lightning.datamodules.sources.spec import (
@@ -25,7 +24,7 @@ from gatera_lightning.datamodules.sources.spec import (
     expand_path,
     is_url,
 )
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, unknown_value
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class TaskDataModule(SupervisedDataModule):
         """
         found = super().problems(stage)
         if self.template not in get_args(Template):
-            found.append(unknown_choice("template", self.template, get_args(Template)))
+            found.append(unknown_value("data.template", self.template, get_args(Template)))
         for split in self.splits(stage):
             if not self.sources[split]:
                 count = ", or a number of examples to take from training" if split == "validation" else ""

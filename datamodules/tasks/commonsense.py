@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 from gatera_lightning.datamodules.answers.options import ParsedAnswer, find_keyword
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
-from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.tasks.base import TaskDataModule
+from gatera_lightning.errors import unknown_value
 
 AnswerFormat = Literal["label", "content"]
 
@@ -119,7 +119,7 @@ class CommonsenseDataModule(TaskDataModule):
         """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.answer_format not in get_args(AnswerFormat):
-            found.append(unknown_choice("answer_format", self.answer_format, get_args(AnswerFormat)))
+            found.append(unknown_value("data.answer_format", self.answer_format, get_args(AnswerFormat)))
         return found
 
     def example(self, row: dict[str, Any], task: str) -> Example:
@@ -143,7 +143,7 @@ class CommonsenseDataModule(TaskDataModule):
             request = row["instruction"]
             answers = [f"the correct answer is {label}" for label in labels]
         else:
-            raise ValueError(unknown_choice("answer_format", self.answer_format, get_args(AnswerFormat)))
+            raise ValueError(unknown_value("data.answer_format", self.answer_format, get_args(AnswerFormat)))
         prompt, texts = render(self.template, request, answers, self.tokenizer)
         identity, chat = row["instruction"], self.template == "chat"
         return Example(prompt, texts, gold, task, labels=labels, identity=identity, chat=chat)

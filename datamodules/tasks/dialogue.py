@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.overlap import SplitOverlap
 from gatera_lightning.datamodules.prompts.dialogue_prompts import DialoguePrompts
-from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
 from gatera_lightning.datamodules.sources.spec import Source
 from gatera_lightning.datamodules.tasks.base import TaskDataModule
@@ -20,7 +19,7 @@ from gatera_lightning.datamodules.tasks.convai2_files import (
     read_persona_chat,
 )
 from gatera_lightning.datamodules.tasks.personas import find_persona_overlap, persona_ids
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, unknown_value
 
 SplitBy = Literal["dialogue", "persona"]
 
@@ -87,7 +86,7 @@ class DialogueDataModule(TaskDataModule):
                 "Every reply is already an example of its own"
             )
         if self.split_by not in get_args(SplitBy):
-            found.append(unknown_choice("split_by", self.split_by, get_args(SplitBy)))
+            found.append(unknown_value("data.split_by", self.split_by, get_args(SplitBy)))
         if self.max_history_turns is not None and self.max_history_turns < 0:
             found.append(
                 f"data.max_history_turns: {self.max_history_turns}; "

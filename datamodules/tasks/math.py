@@ -21,8 +21,8 @@ from gatera_lightning.datamodules.answers.numbers import (
 from gatera_lightning.datamodules.answers.options import ParsedAnswer
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
-from gatera_lightning.datamodules.settings import unknown_choice
 from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
+from gatera_lightning.errors import unknown_value
 
 AnswerStyle = Literal["gsm8k", "metamath"]
 
@@ -119,7 +119,7 @@ class MathDataModule(TaskDataModule):
         """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
         if self.answer_style not in get_args(AnswerStyle):
-            found.append(unknown_choice("answer_style", self.answer_style, get_args(AnswerStyle)))
+            found.append(unknown_value("data.answer_style", self.answer_style, get_args(AnswerStyle)))
         if self.rank_validation:
             found.append(
                 "data.rank_validation: true, but a word problem has a single candidate, "

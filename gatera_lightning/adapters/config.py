@@ -1,10 +1,9 @@
 """Settings of an adapter: which layers to adapt, with which update ``u`` and which gate ``g``."""
 
-import difflib
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
@@ -17,7 +16,7 @@ from gatera_lightning.adapters.gates import (
 )
 from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.adapters.updates.base import Update
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, unknown_value
 
 AdapterDtype = Literal["float32", "float64"]
 
@@ -106,9 +105,9 @@ class AdapterConfig:
         """Return one message for every value that cannot work with any model; empty if all are valid."""
         found = []
         if self._update is None:
-            found.append(_unknown("adapter.update", self.update, UPDATES))
+            found.append(unknown_value("adapter.update", self.update, UPDATES))
         if self.adapter_dtype not in get_args(AdapterDtype):
-            found.append(_unknown("adapter.adapter_dtype", self.adapter_dtype, get_args(AdapterDtype)))
+            found.append(unknown_value("adapter.adapter_dtype", self.adapter_dtype, get_args(AdapterDtype)))
         if not _is_int(self.rank) or self.rank < 1:
             found.append(f"adapter.rank: {self.rank!r} is not a rank; accepted: an integer of at least 1")
         found += self._alpha_problems()
@@ -119,7 +118,7 @@ class AdapterConfig:
         if isinstance(self.gate, GateConfig):
             found += self.gate.problems() or self._threshold_problems()
         else:
-            found.append(_unknown("adapter.gate", self.gate, GATES))
+            found.append(unknown_value("adapter.gate", self.gate, GATES))
         if not isinstance(self.target_modules, list) or not self.target_modules:
             found.append(
                 f"adapter.target_modules: {self.target_modules!r}; "
@@ -221,13 +220,6 @@ def _with_flat_settings(gate: GateConfig, flat: Mapping[str, Any]) -> GateConfig
                 f"adapter.gate.{name}: {value!r}, with a {gate.kind!r} gate; accepted: gate 'token'"
             )
     return gate_from_dict(values)
-
-
-def _unknown(setting: str, value: Any, accepted: Iterable[str]) -> str:
-    """Describe a value that is not one of the accepted names, with the closest of them."""
-    close = difflib.get_close_matches(value, list(accepted), n=1) if isinstance(value, str) else []
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{setting}: {value!r} is unknown; accepted: {', '.join(accepted)}{hint}"
 
 
 def _is_int(value: Any) -> bool:

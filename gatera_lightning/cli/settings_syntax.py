@@ -5,7 +5,6 @@ the kind of gate instead, and may still use the gate settings' places of version
 """
 
 import copy
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -19,7 +18,7 @@ from typing_extensions import override
 from gatera_lightning.adapters.gates import GATES, GateConfig, describe_gates
 from gatera_lightning.adapters.updates import describe_updates
 from gatera_lightning.cli.deprecation import announce_deprecation
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, unknown_value
 
 LIGHTNING_SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -214,9 +213,7 @@ def _class_names() -> list[str]:
 
 def _class_path(kind: Any) -> str:
     if kind not in GATES:
-        near = difflib.get_close_matches(str(kind), GATES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{GATE}: {kind!r} is unknown{hint}; accepted: {', '.join(GATES)}")
+        raise ConfigError(unknown_value(GATE, kind, GATES))
     return f"{GATES[kind].__module__}.{GATES[kind].__qualname__}"
 
 

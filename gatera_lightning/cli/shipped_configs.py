@@ -1,6 +1,5 @@
 """Finds configs by name: the user's own files, and the ones that ship with this package."""
 
-import difflib
 import itertools
 import os
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from gatera_lightning.cli.deprecation import announce_deprecation
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, near_miss
 
 RENAMED_CONFIGS = {
     "decided_gates.yaml": ("saturated_gates.yaml",),
@@ -51,11 +50,10 @@ def find_config(name: str) -> str:
     shipped = _shipped_configs()
     if name in shipped:
         return str(shipped[name])
-    near = difflib.get_close_matches(name, shipped, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
     names = sorted({path.relative_to(_folder()).as_posix() for path in shipped.values()})
     raise ConfigError(
-        f"--config: {name!r} is neither a file nor a shipped config{hint}; shipped: {', '.join(names)}"
+        f"--config: {name!r} is neither a file nor a shipped config{near_miss(name, shipped)}; "
+        f"shipped: {', '.join(names)}"
     )
 
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,14 +32,11 @@ from gatera_lightning.datamodules.prompts.conversation_prompts import Conversati
 from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, printable
 from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.colored_text import color_by_gate, color_scale
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
 from gatera_lightning.generation.streaming import TextStream
-
-# Control characters except tab and line break, surrogates, and characters that change the direction of text.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 class Answer(NamedTuple):
@@ -227,8 +223,3 @@ class TerminalModel:
     def note(self, line: str) -> None:
         """Print a line to standard error."""
         self._notes.print(Text(printable(line), "dim"))
-
-
-def printable(text: str) -> str:
-    r"""Escape characters that would control a terminal, as JSON does: ESC becomes `\u001b`."""
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

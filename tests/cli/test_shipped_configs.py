@@ -44,8 +44,8 @@ def test_folder_does_not_hide_shipped_config(working_folder):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("quickstrat.yaml", " (did you mean quickstart.yaml?)"),
-        ("lroa.yaml", " (did you mean lora.yaml?)"),
+        ("quickstrat.yaml", "; did you mean 'quickstart.yaml'?"),
+        ("lroa.yaml", "; did you mean 'lora.yaml'?"),
         ("x", ""),
     ],
 )
