@@ -37,7 +37,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"update": ["hira"]}, "adapter.update: ['hira'] is unknown"),
         ({"gate": "threshold"}, "adapter.gate: 'threshold' is unknown; accepted: none, static, token"),
         ({"gate": "tokens"}, "did you mean 'token'?"),
-        ({"gate": None}, "adapter.gate: None is unknown"),
+        ({"gate": None}, "adapter.gate: is not set"),
         (
             {"adapter_dtype": "float16"},
             "adapter.adapter_dtype: 'float16' is unknown; accepted: float32",

@@ -188,7 +188,11 @@ def test_column_that_no_row_has_is_rejected(column, save, make_instruction_data)
             True,
             "true, but every example has a single response, which always ranks first; accepted: false",
         ),
-        ("train_on", "responses", "'responses' is unknown; accepted: response, every_response, all"),
+        (
+            "train_on",
+            "responses",
+            "'responses' is unknown; accepted: response, every_response, all; did you mean 'response'?",
+        ),
     ],
 )
 def test_problem_names_setting_value_and_accepted_values(setting, value, problem, make_instruction_data):
