@@ -77,6 +77,24 @@ def objectives_for(adapter: AdapterConfig) -> list[Objective]:
     return [NextToken(), GateEntropy(weight)]
 
 
+def objectives_problems(objectives: Sequence[Objective], adapter: AdapterConfig) -> list[str]:
+    """Return a message if the gate's entropy weight has no effect with these objectives, else an empty list.
+
+    Args:
+        objectives: What is trained.
+        adapter: The adapter's settings.
+    """
+    weight = getattr(adapter.gate, "entropy_weight", 0.0)
+    weights = [objective.weight for objective in objectives if isinstance(objective, GateEntropy)]
+    if not weight or weights == [weight]:
+        return []
+    found = f"GateEntropy has the weight {weights[0]}" if weights else "there is no GateEntropy"
+    return [
+        f"adapter.gate.entropy_weight: {weight}, but among the objectives {found}; accepted: one "
+        f"GateEntropy({weight}), or entropy_weight 0"
+    ]
+
+
 _DEFAULTS: WeakKeyDictionary[PreTrainedModel, list[Objective]] = WeakKeyDictionary()
 
 

@@ -81,7 +81,9 @@ class GateRAModule(L.LightningModule):
 
     def problems(self) -> list[str]:
         """Return one message for every setting that cannot work; empty if all are valid. Reads no weights."""
-        return module_problems(self.backbone, self.adapter, self.optimizer, self.decoding, self.warm_start)
+        return module_problems(
+            self.backbone, self.adapter, self.optimizer, self.decoding, self.warm_start, self.objectives
+        )
 
     def _reset_step(self) -> None:
         self._totals = StepTotals()

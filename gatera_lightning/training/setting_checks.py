@@ -1,5 +1,7 @@
 """Checks of GateRAModule's own settings, by themselves and against the model."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
@@ -10,6 +12,8 @@ from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.probes import isolates_packed_sequences
 from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.objectives.base import Objective
+from gatera_lightning.objectives.training_loss import objectives_problems
 from gatera_lightning.training.optimizer import OptimizerConfig
 
 
@@ -19,9 +23,11 @@ def module_problems(
     optimizer: OptimizerConfig,
     decoding: DecodingConfig,
     warm_start: str | None,
+    objectives: Sequence[Objective],
 ) -> list[str]:
     """Return one message for every setting that cannot work; empty if all are valid. Reads no weights."""
-    problems = backbone.problems() + adapter.problems() + optimizer.problems() + decoding.problems()
+    problems = objectives_problems(objectives, adapter)
+    problems += backbone.problems() + adapter.problems() + optimizer.problems() + decoding.problems()
     if backbone.compile and not adapter.problems() and adapter.gate.has_thresholds:
         gate = adapter.gate.to_dict()
         problems.append(

@@ -15,6 +15,7 @@ from gatera_lightning import (
 from gatera_lightning.adapters.gates import StaticGateConfig, TokenGateConfig
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.objectives import GateEntropy, NextToken, default_objectives, training_loss
+from gatera_lightning.objectives.training_loss import objectives_problems
 from gatera_lightning.training.optimizer import build_optimizer
 
 ADAPTERS = {
@@ -99,3 +100,19 @@ def test_default_objectives_use_weight_of_gate_settings(tiny_llama, gate, weight
     model = tiny_llama()
     inject_adapters(model, ADAPTERS[gate])
     assert default_objectives(model) == [NextToken(), GateEntropy(weight)]
+
+
+@pytest.mark.parametrize(
+    ("gate", "objectives", "found"),
+    [
+        ("token", [NextToken()], "there is no GateEntropy"),
+        ("token", [NextToken(), GateEntropy(0.3)], "GateEntropy has the weight 0.3"),
+        ("static", [GateEntropy(0.0)], "GateEntropy has the weight 0.0"),
+        ("token", [NextToken(), GateEntropy(0.5)], None),
+        ("token without entropy", [NextToken()], None),
+        ("none", [NextToken()], None),
+    ],
+)
+def test_entropy_weight_without_effect_is_a_problem(gate, objectives, found):
+    problems = objectives_problems(objectives, ADAPTERS[gate])
+    assert [found in problem for problem in problems] == [True] * (found is not None)
