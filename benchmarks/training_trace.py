@@ -5,8 +5,8 @@
 
 Each run is twelve optimizer steps of a shipped recipe, started from the command line as a user would. The
 record holds every value that was logged at each step (losses, gate statistics, gradient norms, learning
-rates) and the SHA-256 of the final adapter's values. A change that must not alter numbers leaves both equal; the
-command exits with 1 if they differ.
+rates) and the SHA-256 of the final adapter's values. A change that must not alter numbers leaves both equal;
+the command exits with 1 if they differ.
 """
 
 import argparse

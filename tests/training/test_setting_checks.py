@@ -5,6 +5,7 @@ import pytest
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, GateRAModule, OptimizerConfig
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.objectives.training_loss import objectives_for
 from gatera_lightning.training.setting_checks import check_adapter_parameters, module_problems
 
 
@@ -32,12 +33,14 @@ def test_problems_of_all_sections_are_collected():
 
 def problems(tiny_backbone, **settings):
     backbone = BackboneConfig(id=str(tiny_backbone), compile=settings.pop("compile", False))
+    adapter = AdapterConfig(**settings.pop("adapter", {}))
     return module_problems(
         backbone,
-        AdapterConfig(**settings.pop("adapter", {})),
+        adapter,
         OptimizerConfig(),
         DecodingConfig(),
         settings.pop("warm_start", None),
+        objectives_for(adapter),
     )
 
 
