@@ -22,9 +22,13 @@ class GateRecord:
     """The logits of each, (batch, tokens) or as the model flattened them."""
 
     def add(self, name: str, logit: Tensor) -> None:
-        """Append the logits of the layer ``name``."""
+        """Append a copy of the logits of the layer ``name``.
+
+        A gate may return a view of its parameter, as the static gate does. FSDP2 frees a layer's parameters
+        when the layer has run, and the view would point to freed memory.
+        """
         self.names.append(name)
-        self.logits.append(logit)
+        self.logits.append(logit.clone())
 
     def clear(self) -> None:
         """Remove all names and logits, before the next forward pass is recorded."""

@@ -191,3 +191,28 @@ def test_reentrant_checkpointing_is_rejected(tiny_llama, randomize, gate, inputs
         model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match=r"8 layers .*reentrant"), record_gates(model):
         model(_tokens(), use_cache=False)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "logit_of",
+    [
+        lambda weight: weight[0].expand(2, 4),
+        lambda weight: weight.view(2, 4),
+        lambda weight: weight.detach().view(4, 2).t(),
+        lambda weight: weight.unsqueeze(0)[:, :4],
+        lambda weight: weight,
+    ],
+    ids=["expanded", "reshaped", "detached", "sliced", "parameter itself"],
+)
+def test_recorded_logits_share_no_memory_with_parameters(logit_of, mode):
+    """Sharded training frees a layer's parameters as soon as the layer has run."""
+    weight = torch.nn.Parameter(torch.arange(8.0))
+    record = GateRecord()
+    with mode():
+        logit = logit_of(weight)
+        record.add("layer", logit)
+    expected = logit.detach().clone()
+    weight.data.fill_(-1)
+    assert torch.equal(record.logits[0], expected)
+    assert record.logits[0].requires_grad == (logit.requires_grad and mode is torch.enable_grad)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted_layers import METHODS
 from fits import assert_same, fit, read, run_script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -14,7 +15,8 @@ from gatera_lightning.backbone import load_backbone
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "sharding_script.py"
+HELPERS = Path(__file__).parents[1] / "helpers"
+SCRIPT = HELPERS / "sharding_script.py"
 CLIP = 0.003  # below the gradient norm of every step
 
 
@@ -51,6 +53,22 @@ def test_replicated_and_offloaded_models_train_as_one_process(
     assert_ranks_have_different_targets(tmp_path)
     for of_rank in held:
         assert of_rank["frozen_here"] / of_rank["frozen"] == pytest.approx(share, abs=0.05)
+
+
+@pytest.fixture(scope="module", params=["fsdp", "hsdp"])
+def every_method(request, tiny_backbone, tmp_path_factory):
+    """An epoch of every update with every gate on two ranks."""
+    out = tmp_path_factory.mktemp(request.param)
+    job = {"strategy": request.param, "checkpointing": request.param == "hsdp"}
+    run_script(HELPERS / "methods_script.py", tiny_backbone, out, accumulate=2, **job)
+    return out
+
+
+@pytest.mark.parametrize(("update", "gate"), METHODS)
+def test_every_method_trains_as_one_process(tiny_backbone, tmp_path, every_method, update, gate):
+    """A static gate's logits are a view of its parameter, whose memory is freed after the layer."""
+    fit(tiny_backbone, tmp_path, update=update, gate=gate)
+    assert_same(every_method / f"{update}-{gate}", tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 from gatera_lightning import AdapterConfig, GateRAModule, adapter_parameters, save_adapter
-from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.adapters.gates import GATES
 from gatera_lightning.backbone import BackboneConfig, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
@@ -49,6 +49,8 @@ class Job:
     """Backend of torch.compile, which then compiles the decoder layers."""
     clip: float | None = None
     dropout: float = 0.0
+    update: str = "hira"
+    gate: str = "token"
     workers: int = 0
     epochs: int = 1
     dtype: str = "float64"
@@ -142,7 +144,11 @@ class Recorder(L.Callback):
             return
         self.losses.append(float(trainer.callback_metrics["train/loss"]).hex())
         self.logged_norms.append(
-            [float(trainer.callback_metrics[f"grad_norm/{group}"]) for group in ("update", "gate")]
+            [
+                float(trainer.callback_metrics[f"grad_norm/{group}"])
+                for group in ("update", "gate")
+                if self.job.gate != "none" or group != "gate"
+            ]
         )
         if self.job.keep:  # one line per step, on the disk before the checkpoint of that step
             ids = self.ids[-trainer.accumulate_grad_batches :]
@@ -173,7 +179,8 @@ class Recorder(L.Callback):
 
 
 def build_module(job):
-    gate = TokenGateConfig(bias=0.3, lr_multiplier=0.5, entropy_weight=0.1)
+    settings = {} if job.gate == "none" else {"bias": 0.3, "entropy_weight": 0.1}
+    gate = GATES[job.gate](lr_multiplier=0.5, **settings)
     dtype = "float64" if job.dtype == "float64" else "float32"
     poison = [] if job.poison is None else [Poison(job.poison)]
     return GateRAModule(
@@ -185,7 +192,7 @@ def build_module(job):
             gradient_checkpointing=job.checkpointing,
             compile=job.backend is not None,
         ),
-        adapter=AdapterConfig(rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype),
+        adapter=AdapterConfig(update=job.update, rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_skipped_steps=job.skip),
         objectives=[NextToken(), GateEntropy(gate.entropy_weight), *poison],
     )
