@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -139,42 +140,58 @@ def test_evaluation_rejects_corrupt_predictions(complete, module, tmp_path):
         evaluate(module, folder, after=0)
 
 
-@pytest.mark.slow
-def test_killed_program_resumes_on_any_number_of_ranks(tiny_backbone, tmp_path, monkeypatch):
+@pytest.fixture
+def evaluation_args(tiny_backbone, tmp_path, monkeypatch):
+    """A command that tests 48 questions by likelihood and by generation."""
     monkeypatch.chdir(tmp_path)
     adapter = save_adapter(perturbed_module(tiny_backbone).model, tmp_path / "adapter")
-    args = [
-        *(
-            "test",
-            "--config",
-            "quickstart.yaml",
-            *tiny_args(tiny_backbone),
-            "--model.warm_start",
-            str(adapter),
-        ),
+    return [
+        *("test", "--config", "quickstart.yaml", *tiny_args(tiny_backbone)),
+        *("--model.warm_start", str(adapter)),
         *("--data.init_args.test", '["everyday[:48]"]', "--data.init_args.eval_batch_size", "4"),
         *("--data.init_args.evaluate_by", "[likelihood, generation]", "--model.decoding.beams", "4"),
     ]
-    assert main([*args, "--evaluation.folder", "complete"]) == 0
-    command = [sys.executable, "-m", "gatera_lightning", *args, "--evaluation.folder", "killed"]
+
+
+def run_and_kill(args, folder, size):
+    """Start a command, and kill it when a file of predictions is larger than ``size`` bytes."""
+    command = [sys.executable, "-m", "gatera_lightning", *args, "--evaluation.folder", str(folder)]
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, start_new_session=True, **options) as program:
         deadline = time.monotonic() + 120
         try:
             while program.poll() is None and time.monotonic() < deadline:
-                if any(path.stat().st_size > 8_000 for path in tmp_path.glob("killed/part-*")):
+                if any(path.stat().st_size > size for path in folder.glob("part-*")):
                     break
                 time.sleep(0.002)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
     assert program.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_killed_program_resumes_on_any_number_of_ranks(evaluation_args, tmp_path):
+    assert main([*evaluation_args, "--evaluation.folder", "complete"]) == 0
+    run_and_kill(evaluation_args, tmp_path / "killed", size=8_000)
     assert 0 < len(read_records(tmp_path / "killed")) < 2 * 48
     shutil.copytree("killed", "killed_2")
-    assert main([*args, "--evaluation.folder", "killed"]) == 0
+    assert main([*evaluation_args, "--evaluation.folder", "killed"]) == 0
     two_ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    run_program(*args, "--evaluation.folder", "killed_2", *two_ranks, cwd=tmp_path, timeout=300)
+    run_program(*evaluation_args, "--evaluation.folder", "killed_2", *two_ranks, cwd=tmp_path, timeout=300)
     for name in ("killed", "killed_2"):
         assert merged_bytes(tmp_path / name) == merged_bytes(tmp_path / "complete")
         summary = json.loads((tmp_path / name / "test_results.json").read_text())
         assert 0 < summary["resumed_predictions"] < 2 * 48
+
+
+@pytest.mark.slow
+@pytest.mark.stress
+def test_program_killed_at_random_resumes(evaluation_args, tmp_path):
+    assert main([*evaluation_args, "--evaluation.folder", "complete"]) == 0
+    draw = random.Random(0)
+    for number in range(int(os.environ.get("GATERA_KILLS", "3")) // 3):
+        folder = tmp_path / f"killed_{number}"
+        run_and_kill(evaluation_args, folder, size=draw.randint(0, 12_000))
+        assert main([*evaluation_args, "--evaluation.folder", folder.name]) == 0
+        assert merged_bytes(folder) == merged_bytes(tmp_path / "complete")
