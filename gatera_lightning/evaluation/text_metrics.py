@@ -1,10 +1,11 @@
 """Metrics that compare generated texts with their references, as papers on dialogue report them."""
 
-import string
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from gatera_lightning.evaluation.words import normalized_tokens, spaced, words
 
 Texts = Sequence[str]
 
@@ -21,8 +22,12 @@ EXAMPLE_METRICS = {
 CORPUS_METRICS = {"bleu": "BLEU", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
 """Metrics of all texts together: name -> label in tables."""
 
-_PUNCTUATION_TO_SPACES = str.maketrans({character: " " for character in string.punctuation})
-_ARTICLES = {"a", "an", "the"}
+
+class _Words:
+    """The tokenizer that rouge-score calls."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
 
 
 class MetricUnavailable(RuntimeError):
@@ -101,8 +106,8 @@ def corpus_metrics(generated: Texts, references: Texts) -> tuple[dict[str, float
 def token_f1(generated: Texts, references: Texts) -> list[float]:
     """F1 of the words that each text shares with its reference, 0 to 1, as ConvAI2 computes it.
 
-    With the multisets of words G and R (:func:`normalized_tokens`), ``F1 = 2 |G ∩ R| / (|G| + |R|)``.
-    Source: ``F1Metric`` of ParlAI.
+    With the multisets of words G and R (:func:`~gatera_lightning.evaluation.words.normalized_tokens`),
+    ``F1 = 2 |G ∩ R| / (|G| + |R|)``; 0 if either text has no words. Source: ``F1Metric`` of ParlAI.
     """
     scores = []
     for text, reference in zip(generated, references, strict=True):
@@ -115,20 +120,25 @@ def token_f1(generated: Texts, references: Texts) -> list[float]:
 def rouge_l(generated: Texts, references: Texts) -> list[float]:
     """ROUGE-L F-measure of each text, 0 to 1, without stemming, by the package rouge-score.
 
-    With the longest common subsequence of words LCS(G, R), ``ROUGE-L = 2 LCS / (|G| + |R|)``.
-    Source: Lin 2004, "ROUGE: a package for automatic evaluation of summaries".
+    With the longest common subsequence of words LCS(G, R), ``ROUGE-L = 2 LCS / (|G| + |R|)``; 0 if either
+    text has no words, even if the texts are equal. The words are those of
+    :func:`~gatera_lightning.evaluation.words.words`: the package's own rule knows ASCII letters and digits
+    alone. Source: Lin 2004, "ROUGE: a package for automatic evaluation of summaries".
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise _missing_package("rouge-score") from error
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = zip(generated, references, strict=True)
     return [float(scorer.score(reference, text)["rougeL"].fmeasure) for text, reference in pairs]
 
 
 def meteor(generated: Texts, references: Texts) -> list[float]:
     """METEOR of each text, 0 to 1, over the word tokens of NLTK; needs NLTK's WordNet.
+
+    In scripts without spaces between words, every character is a word
+    (:func:`~gatera_lightning.evaluation.words.spaced`).
 
     Source: Banerjee and Lavie 2005, "METEOR: an automatic metric for MT evaluation with improved correlation
     with human judgments".
@@ -145,10 +155,10 @@ def meteor(generated: Texts, references: Texts) -> list[float]:
         raise MetricUnavailable(
             "NLTK's WordNet is not on this machine: python -m nltk.downloader wordnet"
         ) from error
-    words = NLTKWordTokenizer().tokenize
+    tokenize = NLTKWordTokenizer().tokenize
     pairs = zip(generated, references, strict=True)
     return [
-        float(single_meteor_score(words(reference), words(text), wordnet=wordnet))
+        float(single_meteor_score(tokenize(spaced(reference)), tokenize(spaced(text)), wordnet=wordnet))
         for text, reference in pairs
     ]
 
@@ -200,6 +210,9 @@ def bert_layer_problem(model: str, layer: int) -> str:
 def bleu(generated: Texts, references: Texts) -> float:
     """Corpus BLEU, 0 to 100, with the tokenization (13a) and the smoothing of sacrebleu; 0 without texts.
 
+    In scripts without spaces between words, every character is a token, as in sacrebleu's ``zh``
+    (:func:`~gatera_lightning.evaluation.words.spaced`).
+
     Source: Post, WMT 2018, arXiv 1804.08771.
     """
     try:
@@ -208,7 +221,7 @@ def bleu(generated: Texts, references: Texts) -> float:
         raise _missing_package("sacrebleu") from error
     if not generated:
         return 0.0
-    return float(sacrebleu.corpus_bleu(list(generated), [list(references)]).score)
+    return float(sacrebleu.corpus_bleu(list(map(spaced, generated)), [list(map(spaced, references))]).score)
 
 
 def distinct(generated: Texts, n: int) -> float:
@@ -221,17 +234,6 @@ def distinct(generated: Texts, n: int) -> float:
         tokens = normalized_tokens(text)
         grams.update(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
     return len(grams) / max(1, grams.total())
-
-
-def normalized_tokens(text: str) -> list[str]:
-    """Split a text into lower-case words without punctuation and articles, as ParlAI's ``normalize_answer``.
-
-    >>> normalized_tokens("I have a dog; it's THE best!")
-    ['i', 'have', 'dog', 'it', 's', 'best']
-    """
-    return [
-        token for token in text.lower().translate(_PUNCTUATION_TO_SPACES).split() if token not in _ARTICLES
-    ]
 
 
 def _check_lengths(generated: Texts, references: Texts) -> None:

@@ -332,6 +332,15 @@ def test_two_ranks_score_their_shares(monkeypatch, rank):
     assert skipped == SKIPPED | {"rouge_l": "no package here"}
 
 
+def test_scores_of_an_older_version_are_computed_again():
+    """Version 0.1 stored ROUGE-L 0 for all texts in Cyrillic; BERTScore takes long, so it is kept."""
+    record = {"text": "Привет, мир", "reference": "Привет, мир", "scores": {"rouge_l": 0.0}}
+    record["scores"] |= dict.fromkeys(["bert_score_precision", "bert_score_recall", "bert_score_f1"], 0.5)
+    score_texts([record], rank=0, world_size=1, bert_model="roberta-large", bert_layer=17)
+    assert record["scores"]["rouge_l"] == record["scores"]["token_f1"] == 1.0
+    assert record["scores"]["bert_score_f1"] == 0.5
+
+
 def test_bert_score_uses_configured_model_and_layer(module, generated_examples, tmp_path, monkeypatch):
     calls = []
 
