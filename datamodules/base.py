@@ -46,6 +46,9 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
     free_text: ClassVar[bool] = False
     """True if answers are free text: generated answers are scored by text metrics, not as right or wrong."""
 
+    answer_rule: ClassVar[str] = ""
+    """The rule that judges generated answers, if predictions under another rule must not be reused."""
+
     ranking: ClassVar[str] = "accuracy"
     """Name of the top-1 ranking metric: accuracy or hits@1."""
 

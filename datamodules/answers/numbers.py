@@ -8,6 +8,9 @@ import re
 import unicodedata
 from fractions import Fraction
 
+TOLERANCE = Fraction(1, 1000)
+"""Largest difference between a correct answer and the number in the data, as in LLM-Adapters."""
+
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+)"
 _RATIO = rf"{_DECIMAL} ?/ ?{_DECIMAL}"
@@ -21,6 +24,17 @@ _NUMBER = re.compile(
 )
 # What follows a number that is part of an expression.
 _EXPRESSION = re.compile(r" ?(?:\\sqrt|√|\\pi|π|\^)|[xyzn](?![A-Za-z0-9])|[eE][-+]?[0-9]")
+# What follows or precedes the first number of a conclusion that is part of an expression in variables. A
+# single letter is a variable, except where a word follows it ("72 - a dozen").
+_OPERATOR = r"(?:[-+*/^·×÷]|\\(?:times|cdot|div|pm)(?![A-Za-z]))"
+_VARIABLE = r"(?:[xyzn](?![A-Za-z0-9])|[A-Za-z](?![A-Za-z0-9']| +[A-Za-z])|\\[A-Za-z]+|[√π])"
+_EXPRESSION_AFTER = re.compile(
+    rf" ?(?:(?!/){_OPERATOR} ?{_VARIABLE}|/ ?[xyzn](?![A-Za-z0-9])"
+    r"|\((?=[^()]*[-+*/^])[^()]*(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
+)
+_EXPRESSION_BEFORE = re.compile(
+    rf"(?:(?<![A-Za-z0-9'])[A-Za-z]|[0-9²³π)}}\]])(?:{_OPERATOR}| ?{_OPERATOR} )[$(]*\Z"
+)
 # A unit has at least two letters, because a single letter is a variable. "million" is not a unit.
 _UNIT = re.compile(
     r" ?[%$£€¥₹°]?(?: ?/?(?! ?(?:hundred|thousand|(?:m|b|tr)illion|dozen)|[abcxyz]{2,3}(?![A-Za-z])) ?"
@@ -65,7 +79,9 @@ def find_final_number(text: str) -> str | None:
     4. the last number in the text, as in LLM-Adapters' evaluation.
 
     A marker applies to the rest of its line, or to the next line with text. If no number follows it there, or
-    an expression, the solution has no final number; numbers in front of the marker are not considered.
+    an expression in variables (``n^2+1``, ``5 - x``), the solution has no final number; numbers in front of
+    the marker are not considered. Of several numbers (``3 + 4``, ``3 or 4``) the first counts, as in the
+    published evaluations.
 
     Returns:
         The number as it is written in the normalized text; None if there is none.
@@ -76,7 +92,11 @@ def find_final_number(text: str) -> str | None:
     if not numbers:
         return None
     found = numbers[-1 if conclusion is None else 0]
-    return None if _EXPRESSION.match(found.string, found.end()) else found[0].strip()
+    if _EXPRESSION.match(found.string, found.end()) or (
+        conclusion is not None and _in_expression(conclusion, found)
+    ):
+        return None
+    return found[0].strip()
 
 
 def find_option_letter(text: str, letters: str = "ABCDE") -> str | None:
@@ -117,14 +137,20 @@ def find_option_letter(text: str, letters: str = "ABCDE") -> str | None:
 
 
 def numbers_equal(first: Fraction, second: Fraction) -> bool:
-    """Compare two numbers, with a tolerance of 1e-12 of the larger one unless both are integers.
+    """Compare two numbers with a tolerance of 0.001, as LLM-Adapters' evaluation does.
 
-    The datasets of LLM-Adapters contain rounded floats, ``0.6666666666666666`` for 2/3 and even
-    ``1.8333333333333335`` for 11/6. ``0.67`` is not equal to 2/3.
+    Its datasets contain rounded floats, such as ``0.6666666666666666`` for 2/3. ``0.667`` is equal to 2/3,
+    and ``0.67`` is not. Different integers are never equal. Source: ``evaluate.py`` of LLM-Adapters,
+    ``miss = 0.001``.
     """
-    if first == second or first.denominator == second.denominator == 1:
-        return first == second
-    return abs(first - second) <= Fraction(1, 10**12) * max(abs(first), abs(second))
+    return abs(first - second) <= TOLERANCE
+
+
+def _in_expression(conclusion: str, number: re.Match[str]) -> bool:
+    """Whether the first number of a conclusion is part of an expression in variables."""
+    sign = len(number[0]) - len(number[0].lstrip("+-"))  # may be the operator of a sum
+    before = conclusion[: number.start() + sign]
+    return bool(_EXPRESSION_BEFORE.search(before) or _EXPRESSION_AFTER.match(conclusion, number.end()))
 
 
 def _conclusion(text: str) -> str | None:

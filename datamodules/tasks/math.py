@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from gatera_lightning.datamodules.answers.numbers import (
+    TOLERANCE,
     find_final_number,
     find_option_letter,
     numbers_equal,
@@ -97,6 +98,7 @@ def parse_problem(row: dict[str, Any], *, keep_annotations: bool = False) -> Pro
 class MathDataModule(TaskDataModule):
     """Word problems, trained on worked solutions where available, and evaluated by their final answer."""
 
+    answer_rule = f"numbers within {float(TOLERANCE):g}"
     tasks = TASKS
     sample_tasks = ("arithmetic",)
 
@@ -159,8 +161,8 @@ class MathDataModule(TaskDataModule):
         return example
 
     def parse_answer(self, text: str, labels: Sequence[str]) -> ParsedAnswer:
-        """Parse the final answer of a generated solution, and compare it with the correct one by value, or by
-        letter.
+        """Parse the final answer of a generated solution, and compare it with the correct one by value (within
+        0.001) or by letter.
 
         Args:
             text: Generated text.

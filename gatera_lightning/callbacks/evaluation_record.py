@@ -21,6 +21,7 @@ def evaluation_identity(module: Any, data: Any) -> dict[str, Any]:
         module: The GateRAModule.
         data: The data module, after ``setup("test")``.
     """
+    judged_by_rule = data.answer_rule and "generation" in data.evaluate_by
     return {
         "format": FORMAT_VERSION,
         "backbone": backbone_identity(module.model),
@@ -36,6 +37,7 @@ def evaluation_identity(module: Any, data: Any) -> dict[str, Any]:
         "dtype": str(module.model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "attn_implementation": module.backbone.attn_implementation,
         "decoding": asdict(module.decoding),
+        **({"answer_rule": data.answer_rule} if judged_by_rule else {}),
     }
 
 

@@ -9,6 +9,9 @@ from evaluations import EXAMPLES, evaluate, merged_bytes, perturbed_module
 from safetensors.torch import load_file, save_file
 
 from gatera_lightning import ConfigError, adapter_parameters
+from gatera_lightning.backbone.loading import load_tokenizer
+from gatera_lightning.callbacks.evaluation_record import evaluation_identity
+from gatera_lightning.datamodules import MathDataModule
 from gatera_lightning.evaluation.identity import FORMAT_VERSION, IDENTITY_FILE
 from gatera_lightning.evaluation.prediction_files import PREDICTIONS_FILE
 from gatera_lightning.generation import DecodingConfig
@@ -96,3 +99,16 @@ def test_evaluation_rejects_folder_of_older_format(completed, module, tmp_path):
     with pytest.raises(ConfigError, match=f"format was 1 and is {FORMAT_VERSION}"):
         evaluate(module, folder, after=0)
     assert merged_bytes(folder) == merged_bytes(completed)
+
+
+def test_identity_names_the_rule_that_judges_generated_numbers(module):
+    """Predictions that were judged by another rule are not reused."""
+    rules = {}
+    for kind, evaluate_by in (("generation", ["generation"]), ("likelihood", ["likelihood"])):
+        data = MathDataModule(
+            template="plain", train_on="response", answer_style="gsm8k", evaluate_by=evaluate_by
+        )
+        data.connect(load_tokenizer(module.backbone))
+        data.setup("test")
+        rules[kind] = evaluation_identity(module, data).get("answer_rule")
+    assert rules == {"generation": "numbers within 0.001", "likelihood": None}
