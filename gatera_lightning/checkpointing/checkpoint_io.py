@@ -10,7 +10,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
 from gatera_lightning.checkpointing.atomic_files import atomic_file, remove
-from gatera_lightning.checkpointing.integrity import find_corruption, one_line
+from gatera_lightning.checkpointing.contents import not_allowed
+from gatera_lightning.checkpointing.integrity import find_corruption
 from gatera_lightning.checkpointing.sharded_format import read_sharded
 from gatera_lightning.errors import CheckpointError
 
@@ -62,14 +63,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         if problem := find_corruption(path):
             raise CheckpointError(f"{path}: {problem}")
-        if path.is_dir():
-            return read_sharded(path, weights_only=weights_only)
         try:
+            if path.is_dir():
+                return read_sharded(path, weights_only=weights_only)
             return super().load_checkpoint(path, map_location, weights_only)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path}: it contains pickled classes that are not allowed ({one_line(error)})"
-            ) from error
+            raise not_allowed(path, error) from error
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -45,6 +45,8 @@ def find_corruption(path: Path) -> str | None:
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         return None  # intact, but it holds other classes; loading decides whether to trust them
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or one_line(error)})"
     except Exception as error:  # a flipped bit makes zipfile and zlib raise nearly anything
         return f"the file is corrupt ({one_line(error)})"
     return f"the file is corrupt (record {bad} does not match its checksum)" if bad else None
@@ -96,6 +98,8 @@ def one_line(error: Exception) -> str:
 def _corruption_of_folder(folder: Path) -> str | None:
     try:
         digests = json.loads((folder / DIGESTS).read_text())
+    except PermissionError as error:
+        return f"it cannot be read ({DIGESTS}: {error.strerror})"
     except (OSError, ValueError) as error:
         return f"the checkpoint is corrupt ({DIGESTS}: {error})"
     for name in (REST, METADATA, *(file.name for file in sorted(folder.glob("*.distcp")))):
@@ -104,7 +108,11 @@ def _corruption_of_folder(folder: Path) -> str | None:
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"the checkpoint is corrupt ({name} is missing)"
-        if sha256(folder / name) != digest:
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            return f"it cannot be read ({name}: {error.strerror or one_line(error)})"
+        if found != digest:
             return f"the checkpoint is corrupt ({name} does not match its checksum)"
     try:
         check_metadata(folder)

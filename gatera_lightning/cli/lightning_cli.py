@@ -20,6 +20,7 @@ from gatera_lightning.backbone.loading import load_skeleton, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.progress_bar import StepProgressBar, disable_library_bars
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
+from gatera_lightning.checkpointing.contents import check_entries, read_contents
 from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.commands import SUMMARIES
@@ -98,6 +99,10 @@ class GateRACLI(LightningCLI):
             self.save_config_kwargs["overwrite"] = True
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would replace flags and configs by the settings in a checkpoint file."""
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, with a progress bar and SLURM's environment where they are needed.
 
@@ -130,6 +135,7 @@ class GateRACLI(LightningCLI):
             find_targets(skeleton, self.model.adapter)
         self.datamodule.connect(load_tokenizer(self.model.backbone))
         self._resolve_checkpoint()
+        self._check_checkpoint()
 
     def _resolve_checkpoint(self) -> None:
         """Replace a `ckpt_path` that is a folder or `last` by the newest valid checkpoint."""
@@ -156,6 +162,12 @@ class GateRACLI(LightningCLI):
         for callback in callbacks:
             if isinstance(callback, SafePreempt) and path != "last":
                 callback.disable_requeue()  # a requeued job would start from the beginning every time
+
+    def _check_checkpoint(self) -> None:
+        """Refuse a checkpoint that cannot be used before any weight is loaded."""
+        path = self.config_init[self.subcommand].ckpt_path
+        if path is not None:
+            check_entries(read_contents(Path(path)), path, resumes=self.subcommand == "fit")
 
 
 def end_started_ranks(trainer: Trainer, seconds: float = 10) -> None:

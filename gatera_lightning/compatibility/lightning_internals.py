@@ -28,6 +28,7 @@ OVERRIDDEN_METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "_should_skip_check": ("trainer",),
     },
     "lightning.pytorch.cli.LightningCLI": {
+        "_parse_ckpt_path": (),
         "_run_subcommand": ("subcommand",),
     },
 }

@@ -63,12 +63,6 @@ def describe_adapter(model: nn.Module, adapter: AdapterConfig, backbone: Backbon
     }
 
 
-def check_is_adapter_checkpoint(checkpoint: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint holds an adapter and says where it belongs."""
-    if missing := [name for name in ("state_dict", "adapter", "backbone") if name not in checkpoint]:
-        raise CheckpointError(f"this is not a checkpoint of an adapter; it lacks {', '.join(missing)}")
-
-
 def adjust_position(checkpoint: dict[str, Any], trainer: L.Trainer | None) -> None:
     """Adjust a checkpoint's position in the data to this run's micro-batches per step, if there is a run."""
     if trainer is None:

@@ -4,6 +4,7 @@ Checkpoints of version 0.1 hold pickled settings classes under the names of modu
 the run was started from the command line, plain values in the locations of that version.
 """
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -18,6 +19,8 @@ from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.training.optimizer import OptimizerConfig
+
+log = logging.getLogger(__name__)
 
 # Allows old checkpoints to be read without unpickling anything else.
 torch.serialization.add_safe_globals(
@@ -50,7 +53,8 @@ def from_plain(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
             0.1.
 
     Returns:
-        The settings classes, the other values unchanged, without Lightning's own entries.
+        The settings classes, the other values unchanged, without Lightning's own entries. A file never
+        turns on ``trust_remote_code``.
 
     Raises:
         ConfigError: If a setting is unknown.
@@ -65,6 +69,12 @@ def from_plain(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = _adapter(values) if config is AdapterConfig else config(**values)
     if "adapter" in found:
         found["adapter"] = _with_gate_settings(found["adapter"], **moved)
+    if getattr(found.get("backbone"), "trust_remote_code", False):
+        log.warning(
+            "the checkpoint has model.backbone.trust_remote_code true, which is ignored: only your own code "
+            "can turn it on, with backbone=BackboneConfig(..., trust_remote_code=True)"
+        )
+        found["backbone"] = replace(found["backbone"], trust_remote_code=False)
     return found
 
 

@@ -15,6 +15,7 @@ from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
+from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.distributed.consistency import check_ranks_agree
@@ -231,7 +232,7 @@ class GateRAModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits (else CheckpointError), and adjust its position in the data."""
-        checkpoint_contents.check_is_adapter_checkpoint(checkpoint)
+        check_entries(checkpoint, "the checkpoint")
         self._guard.restore(checkpoint.get("skipped_steps", 0))
         checkpoint_contents.adjust_position(checkpoint, attached_trainer(self))
         self.warm_start = None  # the checkpoint holds every value

@@ -1,7 +1,9 @@
 """``fit``, ``validate``, ``test`` and ``predict``: how settings combine, and what runs leave behind."""
 
 import contextlib
+import io
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_backbone import run_program, tiny_args
 
-from gatera_lightning import GateRAModule
+from gatera_lightning import ConfigError, GateRAModule
 from gatera_lightning.cli.main import main
 
 # --- settings ---
@@ -213,3 +215,126 @@ def test_users_folders_do_not_shadow_the_package(fit, working_folder):
     run_program(*fit, cwd=working_folder)
     last = working_folder / "runs/quickstart/version_0/checkpoints/last"
     assert (last / "adapter_model.safetensors").is_file()
+
+
+# --- checkpoints do not change settings ---
+
+
+@pytest.fixture
+def settings_in_runs(monkeypatch):
+    """The settings of every module whose weights were about to be loaded."""
+    found = []
+
+    def stop(self):
+        found.append(self)
+        raise ConfigError("weights would be loaded now")
+
+    monkeypatch.setattr(GateRAModule, "configure_model", stop)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "path"),
+    [*((name, "last.ckpt") for name in ("fit", "validate", "test", "predict")), ("fit", "")],
+)
+def test_checkpoint_does_not_replace_settings(recipe, checkpoints, settings_in_runs, subcommand, path):
+    flags = ["--model.decoding.max_new_tokens", "3", "--model.optimizer.max_skipped_steps", "7"]
+    assert main([subcommand, *recipe, *flags, "--ckpt_path", str(checkpoints / path)]) == 2
+    (module,) = settings_in_runs
+    assert module.decoding.max_new_tokens == 3
+    assert module.optimizer.max_skipped_steps == 7
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"backbone": {"id": "nobody/model", "trust_remote_code": True}},
+        {"warm_start": "elsewhere"},
+        {"adapter": {"rank": 64}, "decoding": {"beams": 5}},
+        {"_class_path": "os.system", "command": "true"},
+        {"_instantiator": "os.system"},
+    ],
+    ids=["trust", "warm start", "sections", "class", "instantiator"],
+)
+def test_settings_in_a_checkpoint_file_are_ignored(
+    recipe, checkpoints, settings_in_runs, tiny_backbone, foreign
+):
+    contents = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    contents["hyper_parameters"] |= foreign
+    torch.save(contents, "foreign.ckpt")
+    main(["validate", *recipe, "--ckpt_path", "foreign.ckpt"])
+    (module,) = settings_in_runs
+    assert module.backbone.id == str(tiny_backbone)
+    assert module.backbone.trust_remote_code is False
+    assert (module.warm_start, module.adapter.rank, module.decoding.beams) == (None, 4, 1)
+
+
+# --- unusable checkpoint files ---
+
+
+def truncated(path, content):
+    path.write_bytes(content[: len(content) // 2])
+
+
+def state_dict_only(path, content):
+    torch.save(torch.load(io.BytesIO(content), weights_only=True)["state_dict"], path)
+
+
+def pickled_object(path, content):
+    torch.save({"state_dict": {}, "model": Marker()}, path)
+
+
+def without_optimizer(path, content):
+    contents = torch.load(io.BytesIO(content), weights_only=True)
+    del contents["optimizer_states"]
+    torch.save(contents, path)
+
+
+class Marker:
+    """Leaves a file where it is unpickled."""
+
+    def __reduce__(self):
+        return (Path("unpickled").touch, ())
+
+
+UNUSABLE = {
+    "truncated": (truncated, "the file is corrupt"),
+    "empty": (lambda path, _: path.write_bytes(b""), "the file is empty"),
+    "text": (lambda path, _: path.write_text("not a checkpoint\n"), "the file is corrupt"),
+    "pickle": (lambda path, _: path.write_bytes(pickle.dumps(Marker())), "the file is corrupt"),
+    "legacy": (
+        lambda path, _: torch.save({"a": Marker()}, path, _use_new_zipfile_serialization=False),
+        "the file is corrupt",
+    ),
+    "pickled object": (pickled_object, "classes that are not allowed"),
+    "state dict": (state_dict_only, "not a checkpoint of an adapter; it lacks"),
+    "list": (lambda path, _: torch.save([1, 2], path), "it holds a list, not a checkpoint"),
+    "tensor": (lambda path, _: torch.save(torch.ones(2), path), "it holds a Tensor, not a checkpoint"),
+    "folder": (lambda path, _: path.mkdir(), "the checkpoint is corrupt (files.json"),
+}
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "kind"),
+    [("fit", kind) for kind in UNUSABLE]
+    + [(name, "truncated") for name in ("validate", "test", "predict", "export")]
+    + [("export", kind) for kind in ("pickled object", "empty", "folder")],
+)
+def test_unusable_checkpoint_is_one_sentence(recipe, checkpoints, no_weights, capsys, kind, subcommand):
+    make, message = UNUSABLE[kind]
+    make(Path("bad.ckpt"), (checkpoints / "last.ckpt").read_bytes())
+    args = ["bad.ckpt", "--out", "out"] if subcommand == "export" else [*recipe, "--ckpt_path", "bad.ckpt"]
+    assert main([subcommand, *args]) in (1, 2)
+    error = capsys.readouterr().err
+    assert "bad.ckpt" in error
+    assert "Traceback" not in error
+    assert message in error
+    assert not Path("unpickled").exists()
+
+
+def test_resuming_needs_more_than_the_adapter(fit, recipe, checkpoints, no_weights, capsys):
+    without_optimizer(Path("weights.ckpt"), (checkpoints / "last.ckpt").read_bytes())
+    assert main([*fit, "--ckpt_path", "weights.ckpt"]) == 1
+    assert "weights.ckpt: this checkpoint cannot resume a run; it lacks optimizer_states" in (
+        capsys.readouterr().err
+    )

@@ -3,11 +3,11 @@
 import pytest
 
 from gatera_lightning import adapter_parameters
+from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.errors import CheckpointError
 from gatera_lightning.training.checkpoint_contents import (
     adapter_key_problems,
     check_checkpoint_fits,
-    check_is_adapter_checkpoint,
     describe_adapter,
     keep_adapter_tensors,
 )
@@ -39,7 +39,7 @@ def test_checkpoint_of_same_module_fits(build):
     module = build()
     checkpoint = {"state_dict": module.state_dict()}
     checkpoint |= describe_adapter(module.model, module.adapter, module.backbone)
-    check_is_adapter_checkpoint(checkpoint)
+    check_entries(checkpoint | {"global_step": 0}, "the checkpoint")
     check_checkpoint_fits(checkpoint, module.model)
     assert checkpoint["adapter"]["gate"]["kind"] == "token"
     assert set(checkpoint["backbone"]) == {"id", "revision", "fingerprint"}

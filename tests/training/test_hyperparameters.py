@@ -120,3 +120,11 @@ def test_settings_are_read_from_open_file_and_from_yaml(tmp_path):
     found = read_hyperparameters(OLD, tmp_path / "hparams.yaml")
     assert found["optimizer"] == OptimizerConfig(lr=0.5)
     assert found["adapter"].gate == StaticGateConfig(lr_multiplier=2.0)
+
+
+@pytest.mark.parametrize("as_class", [False, True], ids=["values", "class"])
+def test_checkpoint_does_not_switch_on_remote_code(as_class, caplog):
+    backbone = {"id": "nobody/model", "trust_remote_code": True}
+    found = from_plain({"backbone": BackboneConfig(**backbone) if as_class else backbone})
+    assert found["backbone"] == BackboneConfig(id="nobody/model")
+    assert "trust_remote_code true, which is ignored" in caplog.text

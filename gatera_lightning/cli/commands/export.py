@@ -7,6 +7,7 @@ from pathlib import Path
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.serialization import write_adapter
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
+from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.errors import ConfigError
@@ -45,6 +46,7 @@ def export(argv: Sequence[str]) -> None:
         raise ConfigError(
             f"CHECKPOINT: {found} is not a checkpoint of an adapter; missing entries: {', '.join(missing)}"
         )
+    check_entries(checkpoint, found)
     config = AdapterConfig.from_dict(checkpoint["adapter"])
     tensors = {
         name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()
