@@ -18,6 +18,7 @@ from gatera_lightning.adapters.gates import Gate
 from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 from gatera_lightning.adapters.kernels.saturated_gates import hard_gates, tokens_by_gate
 from gatera_lightning.adapters.layer import AdaptedLinear, GateListener
+from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.updates.base import require_no_grad
 
@@ -38,7 +39,8 @@ def prepared_for_inference(
     merged weight.
 
     The cache takes as much memory as the adapted weights (without thresholds, HiRA's weights only). Layers
-    with sharded weights are left as they are. The adapter's parameters must not change inside the block.
+    with sharded weights, with hooks or with a forward of their own are left as they are. The adapter's
+    parameters must not change inside the block.
 
     Args:
         model: A model with an adapter.
@@ -52,6 +54,7 @@ def prepared_for_inference(
         layer
         for layer in adapted_linears(model).values()
         if not isinstance(layer.base.weight, DTensor)
+        and has_plain_forward(layer.base)
         and layer.inference_path is None
         and not layer.update.is_prepared
     ]

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,10 @@ from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.errors import ConfigError
 
-_UNQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")
 
 
@@ -46,10 +47,17 @@ class InjectionReport:
         return f"{text}; not adapted: the experts' {', '.join(self.experts)}" if self.experts else text
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule ``name`` of ``model`` by ``module``."""
-    parent_name, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent_name), child, module)
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace submodules of ``model`` under every name that they are registered under."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children omits second names
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put the frozen layers back in place of the adapted ones."""
+    replace_modules(model, {layer: layer.base for layer in adapted_linears(model).values()})
 
 
 def inject_adapters(
@@ -68,7 +76,8 @@ def inject_adapters(
 
     Raises:
         ConfigError: If a setting cannot work, a pattern matches no linear layer, the rank exceeds a layer's
-            size, or the model is already adapted. The error names all problems; the model is unchanged.
+            size, or the model is already adapted. The error names all problems. After any error, the model is
+            as it was.
     """
     problems = config.problems()
     if adapted_linears(model):
@@ -77,9 +86,18 @@ def inject_adapters(
         raise ConfigError(problems)
     targets, matches = find_targets(model, config)
 
+    was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    for name, linear in targets.items():
-        replace_module(model, name, AdaptedLinear(linear, config, generator).train(linear.training))
+    try:
+        adapted: dict[nn.Module, nn.Module] = {
+            linear: AdaptedLinear(linear, config, generator).train(linear.training)
+            for linear in targets.values()
+        }
+    except Exception:  # an update or a gate of somebody else's may raise anything
+        for parameter, trainable in was_trainable:
+            parameter.requires_grad_(trainable)
+        raise
+    replace_modules(model, adapted)
     adapter = {id(p): p.numel() for p in adapter_parameters(model).values()}
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
     return InjectionReport(tuple(targets), matches, sum(adapter.values()), frozen, _experts(model))
@@ -100,8 +118,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             layer is quantized. The error names all problems.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n}
-    linears = {name: linear for name, linear in linears.items() if _processes_text(model, name)}
+    linears = {
+        name: m for name, m in _linears(model, "", (model,)) if m is not head and _processes_text(model, name)
+    }
     problems = []
     in_layers = linears
     if config.layers is not None:
@@ -117,7 +136,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
     matches = {}
     for pattern in config.target_modules:
         found = {name: linear for name, linear in in_layers.items() if _matches(pattern, name)}
-        matches[pattern] = len(found)
+        matches[pattern] = len(set(found.values()))
         targets.update(found)
         if not found and any(_matches(pattern, name) for name in linears):
             problems.append(
@@ -125,14 +144,38 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             )
         elif not found:
             problems.append(_no_match(model, pattern, linears, head))
-    problems += _layer_problems(targets, config.rank)
+    problems += _shared_layer_problems(targets, linears)
+    problems += _layer_problems(model, targets, config.rank)
     if problems:
         raise ConfigError(problems)
-    return {name: targets[name] for name in linears if name in targets}, matches
+    first_names = {linear: name for name, linear in reversed(linears.items())}
+    return {name: linear for linear, name in reversed(first_names.items()) if name in targets}, matches
 
 
-def _layer_problems(targets: dict[str, nn.Linear], rank: int) -> list[str]:
-    """Describe the first layer that is too small for the rank, and the first that is quantized."""
+def _linears(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield every linear layer inside a module, a layer with several names once for each of them."""
+    for child_name, child in module._modules.items():
+        path = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, nn.Linear):
+            yield path, child
+        if child is not None and child not in parents:
+            yield from _linears(child, path, (*parents, child))
+
+
+def _shared_layer_problems(targets: dict[str, nn.Linear], linears: dict[str, nn.Linear]) -> list[str]:
+    """Describe the first layer that is selected under one of its names only."""
+    selected = {linear: name for name, linear in targets.items()}
+    for name, linear in linears.items():
+        if linear in selected and name not in targets:
+            return [
+                f"adapter.target_modules: {selected[linear]} is the same layer as {name}, which is not "
+                "selected; accepted: both or neither, in target_modules and in layers"
+            ]
+    return []
+
+
+def _layer_problems(model: nn.Module, targets: dict[str, nn.Linear], rank: int) -> list[str]:
+    """Describe the first layer that is too small for the rank, and the first with an unsuitable weight."""
     problems = []
     for name, linear in targets.items():
         smaller = min(linear.in_features, linear.out_features)
@@ -142,15 +185,11 @@ def _layer_problems(targets: dict[str, nn.Linear], rank: int) -> list[str]:
                 f"accepted here: 1 to {smaller}"
             )
             break
-    for name, linear in targets.items():
-        shape = tuple(linear.weight.shape)
-        if linear.weight.dtype not in _UNQUANTIZED or shape != (linear.out_features, linear.in_features):
-            dtype = str(linear.weight.dtype).removeprefix("torch.")
-            problems.append(
-                f"backbone.id: {name} is a {type(linear).__name__} whose weight is {dtype} {shape}; "
-                "accepted: weights that are not quantized"
-            )
-            break
+    in_memory = any(not parameter.is_meta for parameter in model.parameters())
+    unsuitable = (
+        weight_problem(name, linear, others_have_memory=in_memory) for name, linear in targets.items()
+    )
+    problems += [problem for problem in unsuitable if problem is not None][:1]
     return problems
 
 

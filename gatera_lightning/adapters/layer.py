@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import weight_fingerprint
 from gatera_lightning.adapters.gates import Gate
+from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.adapters.updates.base import Update, add_gated
 
@@ -69,7 +70,8 @@ class AdaptedLinear(nn.Module):
     def _forward_update_first(self, x: Tensor, gate: Gate) -> Tensor:
         """Compute the output with a gate that reads the update's output."""
         y = self.base(x)
-        base_out = y if self.base.bias is None else F.linear(x, self.base.weight)  # (..., out)
+        is_matmul = self.base.bias is None and has_plain_forward(self.base)
+        base_out = y if is_matmul else F.linear(x, self.base.weight)  # (..., out)
         update_out = self.update.delta_with_dropout(x, self.base, self.dropout)  # (..., out)
         logit = gate(x, base_out, update_out)  # (...)
         if self._gate_listener is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import backbone_identity, check_fit, full_cpu_tensor
-from gatera_lightning.adapters.injection import inject_adapters, replace_module
+from gatera_lightning.adapters.injection import inject_adapters, remove_adapters
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.checkpointing.atomic_files import atomic_file
 from gatera_lightning.errors import AdapterFileError, ConfigError
@@ -169,8 +169,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         check_fit(model, config, origin, tensors, folder)
     except Exception:  # whatever it is, the model must be as it was
         if injected:
-            for name, layer in adapted_linears(model).items():
-                replace_module(model, name, layer.base)
+            remove_adapters(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(was_trainable[name])
         raise

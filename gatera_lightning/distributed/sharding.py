@@ -44,9 +44,20 @@ def shard_layers(model: nn.Module, mesh: DeviceMesh, offload: OffloadPolicy | No
 
     Raises:
         ValueError: The decoder layers cannot be found.
+        ConfigError: Several decoder layers share a weight, which belongs to one group only.
     """
     offload = offload or OffloadPolicy()
-    for layer in decoder_layers(model):
+    layers = decoder_layers(model)
+    seen: dict[nn.Parameter, str] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            path = f"{index}.{name}"
+            if (other := seen.setdefault(parameter, path)) != path:
+                raise ConfigError(
+                    f"trainer.strategy: AdapterShardingStrategy, but decoder layers {other} and {path} share "
+                    "a weight, which only one group of shards can hold; accepted: auto, ddp"
+                )
+    for layer in layers:
         fully_shard(layer, mesh=mesh, offload_policy=offload)
     fully_shard(model, mesh=mesh, offload_policy=offload)
 

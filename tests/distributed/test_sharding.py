@@ -9,9 +9,10 @@ from adapted_layers import METHODS
 from fits import assert_same, fit, read, run_script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gatera_lightning import AdapterConfig, BackboneConfig, adapter_parameters, inject_adapters
+from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.backbone import load_backbone
+from gatera_lightning.distributed.sharding import shard_layers
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +129,17 @@ def test_tied_embeddings_stay_tied_and_train_as_one_process(sharded, deep_backbo
     assert_same(out, tmp_path)
     assert_ranks_have_different_targets(out)
     assert all(of_rank["tied"] and of_rank["in_head"] for of_rank in held)
+
+
+def test_decoder_layers_that_share_a_weight_are_rejected(tiny_llama):
+    model = tiny_llama()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    inject_adapters(model, AdapterConfig(rank=4))
+    with pytest.raises(
+        ConfigError, match=r"0\.mlp\.up_proj\.base\.weight and 1\.mlp\.up_proj\.base\.weight share"
+    ):
+        shard_layers(model, mesh=None)
 
 
 def test_nan_on_one_rank_skips_the_step_on_both(tiny_backbone, tmp_path):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.gates import GateValues
+from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.updates.base import Update, add_gated
 
 
@@ -54,11 +55,12 @@ class DoRA(Update):
 
     def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
         """Compute the output of the adapted layer with one ``W0 x``, which both terms share."""
-        if base.bias is None:
+        plain = has_plain_forward(base)
+        if plain and base.bias is None:
             y = base_out = base(x)
         else:
             base_out = F.linear(x, base.weight)  # (..., out): DoRA rescales this part, not the bias
-            y = base_out + base.bias
+            y = base_out + base.bias if plain else base(x)
         return add_gated(y, self._delta(dropout(x), base_out, base.weight), gate)
 
     def _delta(self, x: Tensor, base_out: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from gatera_lightning.adapters.kernels.hadamard import (
     merged_hadamard,
 )
 from gatera_lightning.adapters.kernels.saturated_gates import partitioned_hadamard
+from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.updates.base import Update
 
 
@@ -35,7 +36,8 @@ class HiRA(Update):
         cached = self.cached()
         if cached is not None:
             return add_gated_product(base(x), dropout(x), cached, g)
-        if self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity):
+        fused = self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity)
+        if fused and has_plain_forward(base):
             if gate is None and _merging_is_accurate(x, base.weight):
                 return merged_hadamard(x, base.weight, base.bias, self.a, self.b)
             if gate is not None and gate.has_thresholds and not x.is_meta:

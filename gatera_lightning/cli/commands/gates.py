@@ -12,8 +12,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.injection import replace_module
-from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.injection import remove_adapters
 from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config
 from gatera_lightning.backbone.config import BackboneConfig, Dtype
 from gatera_lightning.backbone.loading import (
@@ -60,8 +59,7 @@ def gates(argv: Sequence[str]) -> None:
         model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
     adapters: list[AdapterProfile] = []
     for folder, (config, origin) in zip(args.adapter, configs, strict=True):
-        for name, layer in adapted_linears(model).items():  # remove the previous adapter
-            replace_module(model, name, layer.base)
+        remove_adapters(model)  # the previous one
         load_adapter(model, folder)
         if args.generate and not adapters:
             texts = [_with_response(model, tokenizer, text, args.generate) for text in texts]

@@ -1,0 +1,59 @@
+"""Which linear layers can be adapted, and which of them compute nothing but ``W0 x + b``."""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
+
+_UNQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, DTensor, FakeTensor)
+
+
+def has_plain_forward(linear: nn.Linear) -> bool:
+    """Return whether calling a layer computes ``W0 x + b`` and nothing else.
+
+    A subclass may override ``forward``, a library may replace it on the instance, and hooks may change the
+    input and the output. What the layer computes is then only known by calling it.
+    """
+    return not (
+        type(linear).forward is not nn.Linear.forward
+        or "forward" in linear.__dict__
+        or linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+    )
+
+
+def weight_problem(name: str, linear: nn.Linear, *, others_have_memory: bool) -> str | None:
+    """Describe why the weight of a layer cannot be adapted; None if it can.
+
+    Args:
+        name: Name of the layer.
+        linear: The layer.
+        others_have_memory: Whether other parameters of the model are in memory. A layer on the meta device is
+            then offloaded; in a model that is only on the meta device, nothing has values.
+    """
+    layer = f"backbone.id: {name} is a {type(linear).__name__}"
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return (
+            f"{layer} whose weight is computed from other tensors (a parametrization such as weight_norm, or "
+            "pruning); accepted: plain weights. To make it plain, call "
+            "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove"
+        )
+    if type(weight) not in _PLAIN_TENSORS or type(weight.data) not in _PLAIN_TENSORS:
+        return f"{layer} whose weight is a {_class_name(weight)}; accepted: weights that are not quantized"
+    shape, dtype = tuple(weight.shape), str(weight.dtype).removeprefix("torch.")
+    if weight.dtype not in _UNQUANTIZED or shape != (linear.out_features, linear.in_features):
+        return f"{layer} whose weight is {dtype} {shape}; accepted: weights that are not quantized"
+    if weight.is_meta and (others_have_memory or hasattr(linear, "_hf_hook")):
+        return (
+            f"{layer} whose weight is on the meta device (offloaded to disk or CPU memory by accelerate, or "
+            "never loaded); accepted: a model that is loaded whole, without offloading in its device_map"
+        )
+    return None
+
+
+def _class_name(weight: Tensor) -> str:
+    return next(kind.__name__ for kind in (type(weight.data), type(weight)) if kind not in _PLAIN_TENSORS)
