@@ -51,7 +51,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     """Replace submodules of ``model`` under every name that they are registered under."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children omits second names
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 
