@@ -161,8 +161,9 @@ class MathDataModule(TaskDataModule):
         return example
 
     def parse_answer(self, text: str, labels: Sequence[str]) -> ParsedAnswer:
-        """Parse the final answer of a generated solution, and compare it with the correct one by value (within
-        0.001) or by letter.
+        """Parse the final answer of a generated solution, and compare it with the correct one.
+
+        Numbers are equal within 0.001; letters must be the same.
 
         Args:
             text: Generated text.

@@ -12,6 +12,7 @@ from gatera_lightning.evaluation.intervals import Average, Proportion
 from gatera_lightning.evaluation.paired_tests import (
     Difference,
     PairedOutcomes,
+    holm,
     macro_difference,
     pooled_difference,
 )
@@ -237,13 +238,15 @@ def _compare(
         different_settings=_different_settings(first, second),
         accuracies=accuracies,
         loss=loss,
-        text_metrics={metric: _text_difference(pairs, metric, seed) for metric in metrics},
+        text_metrics=dict(
+            zip(metrics, holm([_text_difference(pairs, metric, seed) for metric in metrics]), strict=True)
+        ),
         retokenized=retokenized,
     )
 
 
 def _accuracy_differences(pairs: Pairs, seed: int) -> tuple[AccuracyDifference, ...]:
-    """Differences by measure, each task in turn and then the average over tasks."""
+    """Differences by measure, each task in turn and then the average over tasks; these form a family."""
     by_task = {task: list(of_task) for task, of_task in groupby(pairs, key=lambda pair: pair[0].task)}
     differences = []
     for measure in MEASURES:
@@ -253,12 +256,15 @@ def _accuracy_differences(pairs: Pairs, seed: int) -> tuple[AccuracyDifference, 
                 outcomes[task] = PairedOutcomes.of(
                     [a.is_correct(measure) for a, _ in judged], [b.is_correct(measure) for _, b in judged]
                 )
-        differences += [
-            AccuracyDifference(measure, task, table, table.difference) for task, table in outcomes.items()
-        ]
+        rows: list[tuple[str | None, PairedOutcomes | None]] = [*outcomes.items()]
+        family = [table.difference for table in outcomes.values()]
         if len(outcomes) > 1:  # the average of one task is that task, and would only add a second p-value
-            macro = macro_difference(list(outcomes.values()), np.random.default_rng(seed))
-            differences.append(AccuracyDifference(measure, None, None, macro))
+            rows.append((None, None))
+            family.append(macro_difference(list(outcomes.values()), np.random.default_rng(seed)))
+        differences += [
+            AccuracyDifference(measure, task, table, difference)
+            for (task, table), difference in zip(rows, holm(family), strict=True)
+        ]
     return tuple(differences)
 
 

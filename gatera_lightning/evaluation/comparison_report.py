@@ -16,10 +16,11 @@ _NOTES = (
     "both have. b / c: questions that only the baseline / only the run answers correctly.",
     "p-values: the mid-p form of McNemar's test for one task, with an interval by Newcombe's method 10; for "
     "the average over tasks, the loss and the means of text metrics, a paired bootstrap of "
-    f"{RESAMPLES:,} resamples (none with fewer than {MIN_BOOTSTRAP_EXAMPLES} examples). Verdicts are at the "
-    "5 % level.",
-    "p-values are not corrected for the number of comparisons: of 20 comparisons between equal runs, one is "
-    "expected below 0.05.",
+    f"{RESAMPLES:,} resamples (none with fewer than {MIN_BOOTSTRAP_EXAMPLES} examples).",
+    "p (Holm) is p adjusted by Holm's method for the number of tests: over the tasks and their average for "
+    "each measure, and over the text metrics. Verdicts use it at the 5 % level, so at most 5 % of "
+    "comparisons of equal runs name any task better or worse. It is not adjusted for the number of measures "
+    "or of runs.",
     "One run per method says nothing about seeds: another seed may change a method by more than these "
     "intervals, which cover the choice of questions alone.",
 )
@@ -121,7 +122,12 @@ def _average_fields(run: RunResult, measure: str, tasks: Sequence[str]) -> dict[
 
 
 def _difference_fields(difference: Difference, *, higher_is_better: bool) -> dict[str, Any]:
-    numbers = {name: None if math.isnan(value) else value for name, value in asdict(difference).items()}
+    numbers = {
+        name: None if value is None or math.isnan(value) else value
+        for name, value in asdict(difference).items()
+    }
+    if difference.adjusted_p is None:  # a test that stands alone
+        numbers["adjusted_p"] = numbers["p"]
     return {**numbers, "verdict": difference.verdict(higher_is_better=higher_is_better)}
 
 
@@ -156,7 +162,7 @@ def _difference_table(pair: PairResult) -> str:
         counts = f"{outcomes.only_first} / {outcomes.only_second}" if outcomes else ""
         value, *tested = _difference_cells(found.difference, higher_is_better=True)
         rows.append([found.measure, task, value, counts, *tested])
-    return _table(["measure", "task", "difference", "b / c", "p", "verdict"], rows)
+    return _table(["measure", "task", "difference", "b / c", "p", "p (Holm)", "verdict"], rows)
 
 
 def _settings_paragraphs(pair: PairResult) -> list[str]:
@@ -186,7 +192,8 @@ def _loss_table(comparison: Comparison) -> str:
         elif pair.loss is None:
             cells = ["–", "–", "not comparable"]
         else:
-            cells = _difference_cells(pair.loss, higher_is_better=False)
+            difference, p, _, verdict = _difference_cells(pair.loss, higher_is_better=False)
+            cells = [difference, p, verdict]
         tokens = "–" if run.gold_tokens is None else str(run.gold_tokens)
         rows.append([run.label, tokens, _number(run.loss, "{:.4f}"), *cells])
     return _table(["run", "tokens", "loss", "difference on common examples", "p", "verdict"], rows)
@@ -199,24 +206,25 @@ def _text_table(comparison: Comparison) -> str:
             if metric not in run.text_metrics:
                 continue
             if pair is None:
-                cells = ["", "", "baseline"]
+                cells = ["", "", "", "baseline"]
             elif metric not in pair.text_metrics:
-                cells = ["", "", "not tested"]
+                cells = ["", "", "", "not tested"]
             else:
                 cells = _difference_cells(pair.text_metrics[metric], higher_is_better=True)
             rows.append([label, run.label, f"{run.text_metrics[metric]:.3f}", *cells])
-    return _table(["metric", "run", "value", "difference on common examples", "p", "verdict"], rows)
+    header = ["metric", "run", "value", "difference on common examples", "p", "p (Holm)", "verdict"]
+    return _table(header, rows)
 
 
 def _difference_cells(difference: Difference, *, higher_is_better: bool) -> list[str]:
-    """Cells for the difference with its interval, for p, and for the verdict."""
+    """Cells for the difference with its interval, for p and adjusted p, and for the verdict."""
     digits = 3 if higher_is_better else 4
     signed = f"{{:+.{digits}f}}"
     value, low, high = (_number(end, signed) for end in (difference.value, difference.low, difference.high))
-    p = _number(difference.p, "{:.4f}")
+    ps = (_number(p, "{:.4f}") for p in (difference.p, difference.adjusted_p))
     return [
         f"{value} [{low}, {high}]",
-        "<0.0001" if p == "0.0000" else p,
+        *("<0.0001" if p == "0.0000" else p for p in ps),
         difference.verdict(higher_is_better=higher_is_better),
     ]
 

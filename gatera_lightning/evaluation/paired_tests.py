@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +26,18 @@ class Difference:
         low: Lower end of its 95 % interval; NaN with too few examples.
         high: Upper end of its 95 % interval; NaN with too few examples.
         p: Two-sided p-value; NaN with too few examples.
+        adjusted_p: The p-value that :func:`holm` adjusted for other tests of the same family; None for a test
+            that stands alone.
     """
 
     value: float
     low: float
     high: float
     p: float
+    adjusted_p: float | None = None
 
     def verdict(self, *, higher_is_better: bool) -> str:
-        """Describe the second run at the 5 % significance level.
+        """Describe the second run at the 5 % significance level, by the adjusted p-value if there is one.
 
         Args:
             higher_is_better: True for an accuracy, False for a loss.
@@ -44,7 +47,7 @@ class Difference:
         """
         if math.isnan(self.p):
             return "too few examples"
-        if self.p >= SIGNIFICANCE_LEVEL:
+        if (self.p if self.adjusted_p is None else self.adjusted_p) >= SIGNIFICANCE_LEVEL:
             return "no difference shown"
         return "better" if (self.value > 0) == higher_is_better else "worse"
 
@@ -219,6 +222,27 @@ def pooled_difference(
         examples = rng.integers(n, size=(min(chunk, resamples - start), n))
         drawn.append(values[examples].sum(1) / np.maximum(1, weights[examples].sum(1)))
     return _percentile_bootstrap(value, np.concatenate(drawn))
+
+
+def holm(family: Sequence[Difference]) -> tuple[Difference, ...]:
+    """Adjust the p-values of a family of tests, so that equal runs get any verdict in at most 5 % of cases.
+
+    With m tests in the order of their p-values, the k-th is multiplied by m − k + 1, at least as large as the
+    one before it and at most 1. Differences with too few examples are not tested, and do not count.
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+
+    Args:
+        family: Differences that answer one question together, such as the tasks of one measure.
+
+    Returns:
+        The differences in the same order, with their adjusted p-values.
+    """
+    tested = sorted((found.p, index) for index, found in enumerate(family) if not math.isnan(found.p))
+    adjusted, largest = [math.nan] * len(family), 0.0
+    for rank, (p, index) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        adjusted[index] = largest
+    return tuple(replace(found, adjusted_p=p) for found, p in zip(family, adjusted, strict=True))
 
 
 def _percentile_bootstrap(value: float, drawn: NDArray[np.float64]) -> Difference:

@@ -47,17 +47,20 @@ def test_as_markdown_has_accuracies_differences_and_losses(comparison):
     assert f"| {SUMMED} | b\\|q | 40 | {accuracy[0]} | {accuracy[1]} | – |" in text
     assert "| generation | average of 2 tasks |  | 1.000 [0.938, 1.000] | 0.000 [0.000, 0.062] | – |" in text
     low, high = PairedOutcomes(20, 0, 12, 8).interval
-    assert f"| {SUMMED} | arc | +0.300 [{low:+.3f}, {high:+.3f}] | 0 / 12 | 0.0002 | better |" in text
-    assert "| 40 / 0 | <0.0001 | worse |" in text
+    difference = f"+0.300 [{low:+.3f}, {high:+.3f}]"
+    assert f"| {SUMMED} | arc | {difference} | 0 / 12 | 0.0002 | 0.0006 | better |" in text
+    assert "| 40 / 0 | <0.0001 | <0.0001 | worse |" in text
     assert "## hira × token minus hira × none" in text
     assert "40 examples in common; 40 more only in hira × none, 10 more only in lora × none." in text
     assert LOSS_SECTION in text
     loss = "| hira × token | 160 | 1.5000 | +0.0000 [+0.0000, +0.0000] | 1.0000 | no difference shown |"
     assert loss in text
-    assert "not corrected for the number of comparisons" in text
+    assert "p adjusted by Holm's method" in text
+    assert "not adjusted for the number of measures or of runs" in text
     assert "says nothing about seeds" in text
-    widths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(widths) == {7}  # every table has six columns
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    widths = [{line.replace("\\|", "").count("|") for line in table} for table in tables]
+    assert widths == [{7}, {8}, {8}, {7}]  # seven columns where p-values are adjusted
 
 
 def test_as_json_has_the_same_figures(comparison):
@@ -72,7 +75,13 @@ def test_as_json_has_the_same_figures(comparison):
     entry = pair["accuracy"][0]
     assert entry["outcomes"] == {"both": 20, "only_first": 0, "only_second": 12, "neither": 8}
     assert (entry["value"], entry["verdict"], entry["p"]) == (pytest.approx(0.3), "better", 2**-12)
+    average = pair["accuracy"][2]
+    assert average["task"] is None
+    assert average["p"] < entry["p"]
+    assert entry["adjusted_p"] == average["adjusted_p"] == 3 * average["p"]  # two tasks and the average
     assert pair["nats_per_token"]["verdict"] == "no difference shown"
+    assert pair["nats_per_token"]["adjusted_p"] == pair["nats_per_token"]["p"]
+    assert any("Holm" in note for note in found["notes"])
 
 
 def test_as_json_keeps_its_keys(comparison, compare):
@@ -90,7 +99,7 @@ def test_as_json_keeps_its_keys(comparison, compare):
         *("baseline", "label", "common", "only_baseline", "only_run", "evaluated_otherwise"),
         *("accuracy", "nats_per_token", "retokenized", "text"),
     ]
-    entry = ["measure", "task", "outcomes", "value", "low", "high", "p", "verdict"]
+    entry = ["measure", "task", "outcomes", "value", "low", "high", "p", "adjusted_p", "verdict"]
     assert list(found["pairs"][0]["accuracy"][0]) == entry
 
 
@@ -101,10 +110,10 @@ def test_reports_of_few_examples_have_no_interval(compare):
     assert "| +0.0000 [–, –] | – | too few examples |" in as_markdown(result)
     lines, _, _ = random_text_lines(1, n=19)
     result = compare(lines, lines)
-    nothing = dict.fromkeys(("low", "high", "p"))
+    nothing = dict.fromkeys(("low", "high", "p", "adjusted_p"))
     expected = {"value": 0.0, **nothing, "verdict": "too few examples"}
     assert json.loads(as_json(result))["pairs"][0]["text"]["meteor"] == expected
-    assert "| +0.000 [–, –] | – | too few examples |" in as_markdown(result)
+    assert "| +0.000 [–, –] | – | – | too few examples |" in as_markdown(result)
 
 
 def test_as_markdown_omits_average_of_single_task(compare):
@@ -185,7 +194,7 @@ def test_as_markdown_marks_text_metrics_of_one_run(compare):
     for fields in lines:
         del fields["generation"]["scores"]["meteor"]
     text = as_markdown(compare(lines, more))
-    assert f"| METEOR | b | {meteor.mean():.3f} |  |  | not tested |" in text
+    assert f"| METEOR | b | {meteor.mean():.3f} |  |  |  | not tested |" in text
     assert "METEOR | a" not in text
 
 
@@ -194,7 +203,7 @@ def test_as_markdown_and_as_json_agree_on_text_metrics(compare):
     markdown, found = as_markdown(result), json.loads(as_json(result))
     table = markdown.partition(f"{TEXT_SECTION}\n\n")[2].partition("\n\n")[0]
     head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert head == ["metric", "run", "value", "difference on common examples", "p", "verdict"]
+    assert head == ["metric", "run", "value", "difference on common examples", "p", "p (Holm)", "verdict"]
     names = {
         "F1": "token_f1",
         "METEOR": "meteor",
@@ -208,14 +217,15 @@ def test_as_markdown_and_as_json_agree_on_text_metrics(compare):
         assert value == f"{found['runs'][number]['text'][metric]:.3f}"
         pair = found["pairs"][number - 1]["text"] if number else {}
         if number == 0:
-            assert tested == ["", "", "baseline"]
+            assert tested == ["", "", "", "baseline"]
         elif metric in pair:
             numbers = pair[metric]
             difference = f"{numbers['value']:+.3f} [{numbers['low']:+.3f}, {numbers['high']:+.3f}]"
-            p = f"{numbers['p']:.4f}"
-            assert tested == [difference, p if p != "0.0000" else "<0.0001", numbers["verdict"]]
+            ps = [f"{numbers[name]:.4f}" for name in ("p", "adjusted_p")]
+            ps = [p if p != "0.0000" else "<0.0001" for p in ps]
+            assert tested == [difference, *ps, numbers["verdict"]]
         else:
-            assert tested == ["", "", "not tested"]
+            assert tested == ["", "", "", "not tested"]
     assert [set(pair["text"]) for pair in found["pairs"]] == [{"token_f1", "meteor"}] * 2
     assert found["pairs"][0]["text"]["token_f1"]["verdict"] == "better"
     assert found["runs"][0]["accuracy"] == {}

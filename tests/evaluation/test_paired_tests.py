@@ -11,6 +11,7 @@ from gatera_lightning.evaluation import paired_tests as paired
 from gatera_lightning.evaluation.paired_tests import (
     Difference,
     PairedOutcomes,
+    holm,
     macro_difference,
     pooled_difference,
 )
@@ -224,6 +225,35 @@ def test_verdict_depends_on_sign_and_level():
     ]
 
 
+def differences(*ps):
+    return [Difference(0.1, 0.0, 0.2, p) for p in ps]
+
+
+@pytest.mark.parametrize(
+    ("ps", "adjusted"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # the example of R's p.adjust
+        ([0.02], [0.02]),
+        ([0.5, 0.9, 0.6], [1.0, 1.0, 1.0]),
+        ([0.01, 0.01, 0.01], [0.03, 0.03, 0.03]),
+        ([0.03, math.nan, 0.01], [0.03, math.nan, 0.02]),  # an untested difference is no test
+        ([math.nan], [math.nan]),
+        ([], []),
+    ],
+)
+def test_holm(ps, adjusted):
+    found = holm(differences(*ps))
+    assert [d.adjusted_p for d in found] == pytest.approx(adjusted, nan_ok=True)
+    assert [d.p for d in found] == pytest.approx(ps, nan_ok=True)
+
+
+def test_verdict_uses_adjusted_p():
+    found = holm(differences(0.02, 0.03, 0.9, math.nan))
+    verdicts = ["no difference shown"] * 3 + ["too few examples"]
+    assert [d.verdict(higher_is_better=True) for d in found] == verdicts
+    assert holm(differences(0.001, 0.03))[1].verdict(higher_is_better=True) == "better"
+
+
 # --- calibration: of 100 comparisons between equal runs, about 5 are significant ----------------------------
 
 
@@ -289,3 +319,21 @@ def test_macro_difference_has_nominal_error_rate(sizes, shared):
             tasks.append(PairedOutcomes.of(first[0].tolist(), second[0].tolist()))
         rejected.append(macro_difference(tasks, generator, resamples=400).p < paired.SIGNIFICANCE_LEVEL)
     assert 0.03 <= np.mean(rejected) <= 0.07
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.6])
+def test_equal_runs_on_eight_tasks_rarely_get_a_verdict(shared):
+    """The tasks and their average are one family; without Holm, a third of comparisons name a task."""
+    generator, replications = rng(16), 600
+    tasks = [answers(generator, replications, 150, accuracy, shared) for accuracy in np.linspace(0.5, 0.9, 8)]
+    raw = adjusted = better = 0
+    for i in range(replications):
+        tables = [PairedOutcomes.of(first[i].tolist(), second[i].tolist()) for first, second in tasks]
+        family = [table.difference for table in tables]
+        family.append(macro_difference(tables, generator, resamples=500))
+        verdicts = {found.verdict(higher_is_better=True) for found in holm(family)}
+        raw += any(found.p < paired.SIGNIFICANCE_LEVEL for found in family)
+        adjusted += verdicts != {"no difference shown"}
+        better += "better" in verdicts
+    assert raw / replications > 0.25
+    assert better <= adjusted <= 0.065 * replications  # 0.05 and 1.7 standard errors
