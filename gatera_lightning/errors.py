@@ -1,8 +1,12 @@
 """The exceptions that end a run, each with a message for the user, and the wording that messages share."""
 
 import difflib
+import math
 import re
+import types
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # Control characters except tab and line break, surrogates, and characters that change the direction of text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -30,6 +34,54 @@ def unknown_value(setting: str, value: object, accepted: Iterable[str]) -> str:
     names = list(accepted)
     reason = "is not set" if value is None else f"{value!r} is unknown"
     return f"{setting}: {reason}; accepted: {', '.join(names)}{near_miss(value, names)}"
+
+
+def type_problems(section: str, settings: Any) -> dict[str, str]:
+    """Describe every field of a settings class whose value is not of its annotated type.
+
+    True is not a number, and a setting that is a number is neither NaN nor infinite. A subclass's own types
+    are not checked.
+
+    Args:
+        section: Name of the section in configs.
+        settings: An instance of a dataclass.
+
+    Returns:
+        Name of each such field -> a message that names the setting, its value and what is accepted.
+    """
+    found = {}
+    hints = get_type_hints(type(settings))
+    for field in fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if get_origin(hint) is Literal and (not isinstance(value, str) or value not in get_args(hint)):
+            found[field.name] = unknown_value(f"{section}.{field.name}", value, get_args(hint))
+        elif not _has_type(value, hint):
+            found[field.name] = f"{section}.{field.name}: {value!r:.60}; accepted: {_accepted(hint)}"
+    return found
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    match hint:
+        case _ if get_origin(hint) in (Union, types.UnionType):
+            return any(_has_type(value, choice) for choice in get_args(hint))
+        case _ if hint is int:
+            return isinstance(value, int) and not isinstance(value, bool)
+        case _ if hint is float:
+            return _has_type(value, int) or (isinstance(value, float) and math.isfinite(value))
+        case _ if hint in (bool, str, types.NoneType):
+            return isinstance(value, hint)
+    return True
+
+
+def _accepted(hint: Any) -> str:
+    names = {
+        bool: "true, false",
+        int: "an integer",
+        float: "a finite number",
+        str: "text",
+        types.NoneType: "null",
+    }
+    return ", or ".join(names[choice] for choice in get_args(hint) or (hint,))
 
 
 class ConfigError(ValueError):

@@ -1,8 +1,12 @@
 """The wording that messages share."""
 
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
 import pytest
 
-from gatera_lightning.errors import printable, unknown_value
+import gatera_lightning as gl
+from gatera_lightning.errors import printable, type_problems, unknown_value
 
 
 def test_printable_escapes_what_would_control_the_terminal():
@@ -21,3 +25,46 @@ def test_printable_escapes_what_would_control_the_terminal():
 )
 def test_unknown_value_names_accepted_and_closest_names(value, message):
     assert unknown_value("update", value, ["lora", "hira"]) == message
+
+
+@dataclass
+class Settings:
+    rate: float = 0.5
+    count: int | None = None
+    mode: Literal["fast", "slow"] = "fast"
+    quiet: bool = False
+    name: str = "x"
+    names: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({}, None),
+        ({"rate": 1, "count": 3, "mode": "slow", "names": None}, None),
+        ({"rate": float("nan")}, "s.rate: nan; accepted: a finite number"),
+        ({"rate": "1e-3"}, "s.rate: '1e-3'; accepted: a finite number"),
+        ({"rate": True}, "s.rate: True; accepted: a finite number"),
+        ({"count": 1.0}, "s.count: 1.0; accepted: an integer, or null"),
+        ({"mode": "fats"}, "s.mode: 'fats' is unknown; accepted: fast, slow; did you mean 'fast'?"),
+        ({"mode": ["fast"]}, "s.mode: ['fast'] is unknown; accepted: fast, slow"),
+        ({"quiet": 1}, "s.quiet: 1; accepted: true, false"),
+        ({"name": None}, "s.name: None; accepted: text"),
+    ],
+)
+def test_type_problems_name_setting_value_and_accepted_type(values, problem):
+    assert list(type_problems("s", Settings(**values)).values()) == ([] if problem is None else [problem])
+
+
+CONFIGS = [gl.AdapterConfig, gl.BackboneConfig, gl.OptimizerConfig, gl.DecodingConfig]
+CONFIGS += [gl.TokenGateConfig, gl.StaticGateConfig, gl.NoGateConfig]
+WRONG = [None, "x", "", -1, 1.5, float("nan"), float("inf"), True, [], {}, 10**30, b"x", ["x"], object()]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_setting_with_value_of_wrong_kind_is_named(config):
+    for setting in fields(config):
+        for value in WRONG:
+            problems = config(**{setting.name: value}).problems()
+            assert all(setting.name in problem for problem in problems), (setting.name, value, problems)
+            assert problems or value in (None, "x", "", -1, 1.5, True, 10**30, ["x"]), (setting.name, value)

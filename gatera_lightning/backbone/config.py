@@ -1,9 +1,10 @@
 """Settings of the frozen model."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from gatera_lightning.backbone.source import source_problems
+from gatera_lightning.errors import type_problems
 
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -43,9 +44,5 @@ class BackboneConfig:
         Returns:
             Messages that name the setting, its value and what is accepted; empty if there is no problem.
         """
-        found = []
-        for name, accepted in (("dtype", Dtype), ("attn_implementation", Attention)):
-            value, choices = getattr(self, name), get_args(accepted)
-            if value not in choices:
-                found.append(f"backbone.{name}: {value!r} is unknown; accepted: {', '.join(choices)}")
-        return found + source_problems(self.id)
+        found = type_problems("backbone", self)
+        return [*found.values(), *([] if "id" in found else source_problems(self.id))]

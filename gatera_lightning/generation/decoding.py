@@ -1,6 +1,5 @@
 """Decode completions of prompts with an adapted model, by ``generate`` of Transformers."""
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.generation import BaseStreamer
 from gatera_lightning.adapters.gates import threshold_problems
 from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.datamodules.batch import PromptBatch
+from gatera_lightning.errors import type_problems
 
 
 @dataclass
@@ -52,31 +52,25 @@ class DecodingConfig:
 
     def problems(self) -> list[str]:
         """Describe every value that is not valid; empty if all are."""
-        found = [
-            f"decoding.{name}: {getattr(self, name)}; accepted: an integer of at least 1"
-            for name in ("beams", "max_new_tokens")
-            if getattr(self, name) < 1
-        ]
-        if self.no_repeat_ngram_size < 0:
-            found.append(
-                f"decoding.no_repeat_ngram_size: {self.no_repeat_ngram_size}; "
-                "accepted: an integer of at least 0"
-            )
-        if not math.isfinite(self.length_penalty):
-            found.append(f"decoding.length_penalty: {self.length_penalty}; accepted: a finite number")
-        elif self.beams == 1 and self.length_penalty != 1:
-            found.append(
+        found = type_problems("decoding", self)
+        for name, least in (("beams", 1), ("max_new_tokens", 1), ("no_repeat_ngram_size", 0)):
+            if name not in found and getattr(self, name) < least:
+                value = getattr(self, name)
+                found[name] = f"decoding.{name}: {value}; accepted: an integer of at least {least}"
+        if "length_penalty" not in found and self.beams == 1 and self.length_penalty != 1:
+            found["length_penalty"] = (
                 f"decoding.length_penalty: {self.length_penalty}, with beams 1; "
                 "accepted: 1, or more than 1 beam"
             )
+        if found.keys() & {"skip_below", "merge_above"}:
+            return list(found.values())
         thresholds = threshold_problems(self.skip_below, self.merge_above)
-        found += [f"decoding.{problem}" for problem in thresholds]
-        if not thresholds and not self.prepared and self.uses_gate_thresholds:
-            found.append(
+        if not thresholds and self.prepared is False and self.uses_gate_thresholds:
+            found["prepared"] = (
                 f"decoding.prepared: false, with skip_below {self.skip_below} and "
                 f"merge_above {self.merge_above}; accepted: true, or skip_below 0 and merge_above 1"
             )
-        return found
+        return [*found.values(), *(f"decoding.{problem}" for problem in thresholds)]
 
     @property
     def uses_gate_thresholds(self) -> bool:

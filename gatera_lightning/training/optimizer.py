@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.errors import type_problems
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -43,17 +44,13 @@ class OptimizerConfig:
 
     def problems(self) -> list[str]:
         """Return one message for every value that cannot work; empty if all are valid."""
-        found = []
-        if self.schedule not in get_args(Schedule):
-            found.append(
-                f"optimizer.schedule: {self.schedule!r} is unknown; accepted: {', '.join(get_args(Schedule))}"
-            )
-        if not 0 < self.lr < math.inf:
-            found.append(f"optimizer.lr: {self.lr}; accepted: a number above 0")
+        found = type_problems("optimizer", self)
+        if "lr" not in found and self.lr <= 0:
+            found["lr"] = f"optimizer.lr: {self.lr}; accepted: a number above 0"
         for name in ("weight_decay", "warmup_steps", "max_skipped_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                found.append(f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0")
-        return found
+            if name not in found and getattr(self, name) < 0:
+                found[name] = f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0"
+        return list(found.values())
 
 
 def _accept_gate_lr_multiplier(init: Callable[..., None]) -> Callable[..., None]:

@@ -49,7 +49,7 @@ def test_problems_reports_package_without_gguf_file(name):
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [
-        ("dtype", "float16", "auto, bfloat16, float32, float64"),
+        ("dtype", "float16", "auto, bfloat16, float32, float64; did you mean 'bfloat16'?"),
         ("attn_implementation", "fast", "sdpa, eager, flash_attention_2"),
     ],
 )

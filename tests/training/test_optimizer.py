@@ -133,9 +133,9 @@ def test_valid_settings_have_no_problems():
     [
         ({"lr": 0.0}, "a number above 0"),
         ({"lr": -1e-3}, "a number above 0"),
-        ({"lr": math.nan}, "a number above 0"),
+        ({"lr": math.nan}, "a finite number"),
         ({"weight_decay": -0.1}, "at least 0"),
-        ({"weight_decay": math.nan}, "at least 0"),
+        ({"weight_decay": math.nan}, "a finite number"),
         ({"warmup_steps": -1}, "at least 0"),
         ({"schedule": "triangular"}, "linear, cosine, constant"),
     ],
