@@ -1,12 +1,17 @@
 """The exceptions that end a run, each with a message for the user, and the wording that messages share."""
 
 import difflib
+import functools
+import inspect
 import math
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Control characters except tab and line break, surrogates, and characters that change the direction of text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -60,20 +65,65 @@ def type_problems(section: str, settings: Any) -> dict[str, str]:
     return found
 
 
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError, with a sentence, if an argument has another type than annotated.
+
+    Args:
+        function: The function, or the ``__init__`` of a class.
+        arguments: Values by argument name; other names are ignored.
+    """
+    name = function.__qualname__.removesuffix(".__init__")
+    for argument, hint in _hints(function).items():
+        value = arguments.get(argument)
+        if argument in arguments and not _has_type(value, hint):
+            found = f"{value.__name__} itself" if isinstance(value, type) else f"{value!r:.60}"
+            raise TypeError(f"{name}: {argument} is {found}; accepted: {_accepted(hint)}")
+
+
+def checks_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a public function check the types of its arguments; see :func:`check_arguments`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # Python's own message also names the function
+            return function(*args, **kwargs)
+        check_arguments(function, arguments)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(function)
+
+
 def _has_type(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
     match hint:
-        case _ if get_origin(hint) in (Union, types.UnionType):
+        case _ if origin in (Union, types.UnionType):
             return any(_has_type(value, choice) for choice in get_args(hint))
         case _ if hint is int:
             return isinstance(value, int) and not isinstance(value, bool)
         case _ if hint is float:
             return _has_type(value, int) or (isinstance(value, float) and math.isfinite(value))
-        case _ if hint in (bool, str, types.NoneType):
-            return isinstance(value, hint)
-    return True
+        case _ if origin is Literal or hint is Any:
+            return True
+    if origin is list:
+        (element,) = get_args(hint)
+        return isinstance(value, list) and all(_has_type(item, element) for item in value)
+    expected = origin or hint
+    return not isinstance(expected, type) or isinstance(value, expected)
 
 
 def _accepted(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return ", or ".join(_accepted(choice) for choice in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list of {getattr(get_args(hint)[0], '__name__', 'values')}"
     names = {
         bool: "true, false",
         int: "an integer",
@@ -81,7 +131,8 @@ def _accepted(hint: Any) -> str:
         str: "text",
         types.NoneType: "null",
     }
-    return ", or ".join(names[choice] for choice in get_args(hint) or (hint,))
+    name = getattr(get_origin(hint) or hint, "__name__", str(hint))
+    return names.get(hint, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
 
 
 class ConfigError(ValueError):

@@ -41,7 +41,7 @@ class Settings:
     ("values", "problem"),
     [
         ({}, None),
-        ({"rate": 1, "count": 3, "mode": "slow", "names": None}, None),
+        ({"rate": 1, "count": 3, "mode": "slow", "names": ["a"]}, None),
         ({"rate": float("nan")}, "s.rate: nan; accepted: a finite number"),
         ({"rate": "1e-3"}, "s.rate: '1e-3'; accepted: a finite number"),
         ({"rate": True}, "s.rate: True; accepted: a finite number"),
@@ -50,6 +50,7 @@ class Settings:
         ({"mode": ["fast"]}, "s.mode: ['fast'] is unknown; accepted: fast, slow"),
         ({"quiet": 1}, "s.quiet: 1; accepted: true, false"),
         ({"name": None}, "s.name: None; accepted: text"),
+        ({"names": None}, "s.names: None; accepted: a list of str"),
     ],
 )
 def test_type_problems_name_setting_value_and_accepted_type(values, problem):

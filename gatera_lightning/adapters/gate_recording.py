@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.errors import checks_arguments
 
 
 @dataclass
@@ -61,6 +62,7 @@ class GateRecord:
         return torch.stack([logit.reshape(mask.shape) for logit in self.logits])
 
 
+@checks_arguments
 @contextmanager
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     """Record the gate logits of every forward pass inside the ``with`` block.

@@ -263,8 +263,11 @@ def register_gate(config: ConfigClass) -> ConfigClass:
     """Make a kind of gate available under its ``kind``; usable as a class decorator.
 
     Raises:
+        TypeError: If it is not a subclass of GateConfig.
         ValueError: If another class has this name.
     """
+    if not (isinstance(config, type) and issubclass(config, GateConfig)):
+        raise TypeError(f"register_gate: {config!r:.60}; accepted: a subclass of GateConfig")
     if GATES.setdefault(config.kind, config) is not config:
         raise ValueError(f"a gate named {config.kind!r} is already registered: {GATES[config.kind].__name__}")
     return config

@@ -14,18 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gatera_lightning.adapters.gates import Gate
+from gatera_lightning.adapters.gates import Gate, threshold_problems
 from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 from gatera_lightning.adapters.kernels.saturated_gates import hard_gates, tokens_by_gate
 from gatera_lightning.adapters.layer import AdaptedLinear, GateListener
 from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.updates.base import require_no_grad
+from gatera_lightning.errors import checks_arguments
 
 FEW_TOKENS = 32
 """Up to this many tokens, sorting them costs more than it saves, because reading the weights dominates."""
 
 
+@checks_arguments
 @contextmanager
 def prepared_for_inference(
     model: nn.Module, *, skip_below: float = 0.0, merge_above: float = 1.0
@@ -48,8 +50,11 @@ def prepared_for_inference(
         merge_above: Gate values above this count as 1; 1 is exact.
 
     Raises:
+        ValueError: If a threshold is out of range.
         RuntimeError: If a forward pass inside the block runs with gradients.
     """
+    if problems := threshold_problems(skip_below, merge_above):
+        raise ValueError(f"prepared_for_inference: {'; '.join(problems)}")
     layers = [
         layer
         for layer in adapted_linears(model).values()

@@ -13,7 +13,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, checks_arguments
 
 _FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")
 
@@ -60,6 +60,7 @@ def remove_adapters(model: nn.Module) -> None:
     replace_modules(model, {layer: layer.base for layer in adapted_linears(model).values()})
 
 
+@checks_arguments
 def inject_adapters(
     model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None
 ) -> InjectionReport:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.errors import checks_arguments
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -17,6 +18,7 @@ def has_token_gates(model: nn.Module) -> bool:
     )
 
 
+@checks_arguments
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the adapter's parameters by full name; whatever trains, saves or counts them uses this."""
     return {

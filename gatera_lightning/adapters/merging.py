@@ -8,8 +8,10 @@ from torch import nn
 from gatera_lightning.adapters.injection import remove_adapters
 from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.errors import checks_arguments
 
 
+@checks_arguments
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every adapted layer by an ``nn.Linear`` with the weight ``W = W0 + g·ΔW``, in place.

@@ -14,7 +14,7 @@ from gatera_lightning.adapters.identity import backbone_identity, check_fit, ful
 from gatera_lightning.adapters.injection import inject_adapters, remove_adapters
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.checkpointing.atomic_files import atomic_file
-from gatera_lightning.errors import AdapterFileError, ConfigError
+from gatera_lightning.errors import AdapterFileError, ConfigError, checks_arguments
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -22,6 +22,7 @@ FORMAT_VERSION = 2
 """Version of ``adapter_config.json``. Version 1, with flat names for the gate's settings, is still read."""
 
 
+@checks_arguments
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -141,6 +142,7 @@ def trained_template(folder: str | Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
+@checks_arguments
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     """Load an adapter folder into a model, after injecting the adapter if the model has none.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.gate_recording import record_gates
+from gatera_lightning.errors import checks_arguments
 
 Phase = Literal["prefill", "decoding"]
 
@@ -109,6 +110,7 @@ class GateCapture:
         return {name: np.concatenate(values) if values else np.array([]) for name, values in parts.items()}
 
 
+@checks_arguments
 @contextmanager
 def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
     """Capture the gates of every forward pass inside the ``with`` block, ``generate`` included.

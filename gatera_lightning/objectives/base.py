@@ -39,6 +39,12 @@ class Term:
     weight: float = 1.0
     """Factor in the loss; a term of weight 0 is only logged."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.total, Tensor):
+            raise TypeError(f"Term: total is {self.total!r:.60}; accepted: a scalar tensor")
+        if not self.count > 0:
+            raise ValueError(f"Term: count is {self.count}; accepted: a number above 0")
+
 
 class Objective(ABC):
     """A part of the training loss.

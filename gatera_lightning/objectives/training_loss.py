@@ -46,17 +46,40 @@ def training_loss(
         A scalar, part of the autograd graph.
 
     Raises:
-        ValueError: If the batch lacks one of the three tensors.
+        TypeError: If the batch is no mapping of tensors, or an objective is none.
+        ValueError: If the batch lacks one of the three tensors, or their shapes differ.
     """
-    if missing := [name for name in ("input_ids", "attention_mask", "labels") if name not in batch]:
-        raise ValueError(f"training_loss: the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
+    _check_batch(batch)
     if objectives is None:
         if model not in _DEFAULTS:
             _DEFAULTS[model] = default_objectives(model)
         objectives = _DEFAULTS[model]
     for objective in objectives:
+        if not isinstance(objective, Objective):
+            raise TypeError(
+                f"training_loss: {objective!r:.60} among objectives; accepted: instances of Objective"
+            )
         objective.prepare(model)
     return evaluate_objectives(objectives, model, _with_totals(batch)).loss
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"training_loss: batch is a {type(batch).__name__}; accepted: a mapping of tensors")
+    names = ("input_ids", "attention_mask", "labels")
+    if missing := [name for name in names if name not in batch]:
+        raise ValueError(f"training_loss: the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
+    for name in names:
+        if not isinstance(batch[name], Tensor):
+            raise TypeError(
+                f"training_loss: batch[{name!r}] is a {type(batch[name]).__name__}; accepted: a tensor"
+            )
+        if name != "attention_mask" and batch[name].is_floating_point():
+            raise TypeError(f"training_loss: batch[{name!r}] has {batch[name].dtype}; accepted: token ids")
+    shapes = {name: tuple(batch[name].shape) for name in names}
+    if len(set(shapes.values())) > 1 or len(shapes["labels"]) != 2:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"training_loss: {found}; accepted: three tensors of one shape (batch, tokens)")
 
 
 def default_objectives(model: PreTrainedModel) -> list[Objective]:

@@ -19,6 +19,7 @@ from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.distributed.consistency import check_ranks_agree
+from gatera_lightning.errors import check_arguments
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
 from gatera_lightning.objectives.next_token import SupervisedLogits, supervised_logits
@@ -65,6 +66,7 @@ class GateRAModule(L.LightningModule):
             objectives: What to train; null: next-token cross-entropy and the gate entropy.
         """
         super().__init__()
+        check_arguments(GateRAModule.__init__, locals())
         adapter, optimizer = move_deprecated(adapter, optimizer, deprecated)
         self.save_hyperparameters(ignore="objectives")
         self.save_hyperparameters(to_plain(self.hparams))

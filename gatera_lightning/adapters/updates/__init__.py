@@ -23,8 +23,11 @@ def register_update(update: UpdateClass) -> UpdateClass:
     """Make an update available under its ``name``; usable as a class decorator.
 
     Raises:
+        TypeError: If it is not a subclass of Update.
         ValueError: If another class has this name.
     """
+    if not (isinstance(update, type) and issubclass(update, Update)):
+        raise TypeError(f"register_update: {update!r:.60}; accepted: a subclass of Update")
     if UPDATES.setdefault(update.name, update) is not update:
         raise ValueError(
             f"an update named {update.name!r} is already registered: {UPDATES[update.name].__name__}"
