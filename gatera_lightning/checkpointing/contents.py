@@ -15,11 +15,11 @@ _ADAPTER_ENTRIES: dict[str, type] = {
     "state_dict": dict,
     "adapter": dict,
     "backbone": dict,
-    "global_step": int,
 }
 """Entries that every checkpoint of an adapter has."""
 
 _RESUME_ENTRIES: dict[str, type] = {
+    "global_step": int,
     "loops": dict,
     "callbacks": dict,
     "optimizer_states": list,

@@ -33,6 +33,7 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.distributed.launch import check_rank_count, check_started_by_srun, started_by_slurm
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.training.module import GateRAModule
+from gatera_lightning.training.resume_rules import check_resume
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,10 @@ class GateRACLI(LightningCLI):
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that cannot be used before any weight is loaded."""
         path = self.config_init[self.subcommand].ckpt_path
-        if path is not None:
-            check_entries(read_contents(Path(path)), path, resumes=self.subcommand == "fit")
+        if path is not None and self.subcommand is not None:
+            contents = read_contents(Path(path))
+            check_entries(contents, path, resumes=self.subcommand == "fit")
+            check_resume(contents, self.model, self.trainer, self.datamodule, stage=self.subcommand)
 
 
 def end_started_ranks(trainer: Trainer, seconds: float = 10) -> None:

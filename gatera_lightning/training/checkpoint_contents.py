@@ -9,8 +9,10 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import backbone_identity, check_fit
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.data_position import begin_next_epoch, recount_batches
 from gatera_lightning.errors import AdapterFileError, CheckpointError
+from gatera_lightning.training.resume_rules import check_resume, recorded_settings
 
 _MODEL = "model."  # the prefix of the model's tensors in the state of a LightningModule
 
@@ -61,6 +63,26 @@ def describe_adapter(model: nn.Module, adapter: AdapterConfig, backbone: Backbon
             "fingerprint": backbone_identity(model),
         },
     }
+
+
+def describe_run(trainer: L.Trainer | None) -> dict[str, Any]:
+    """Return the entries ``template`` and ``run_settings`` of a checkpoint, which Lightning does not save."""
+    data = getattr(trainer, "datamodule", None)
+    settings = {} if trainer is None else recorded_settings(trainer)
+    return {"template": getattr(data, "template", None), "run_settings": settings}
+
+
+def check_settings(checkpoint: dict[str, Any], module: L.LightningModule, trainer: L.Trainer | None) -> None:
+    """Check that a checkpoint is one of an adapter, and that the settings of a run do not contradict it.
+
+    Raises:
+        CheckpointError: If an entry is missing.
+        ConfigError: With every setting that differs.
+    """
+    check_entries(checkpoint, "the checkpoint")
+    if trainer is not None and trainer.state.fn is not None:
+        data = getattr(trainer, "datamodule", None)
+        check_resume(checkpoint, module, trainer, data, stage=trainer.state.fn.value)
 
 
 def adjust_position(checkpoint: dict[str, Any], trainer: L.Trainer | None) -> None:

@@ -15,7 +15,6 @@ from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
-from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.distributed.consistency import check_ranks_agree
@@ -29,7 +28,12 @@ from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
 from gatera_lightning.training.non_finite_guard import NonFiniteGuard
-from gatera_lightning.training.optimizer import OptimizerConfig, build_optimizer, squared_gradient_norms
+from gatera_lightning.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    report_new_length,
+    squared_gradient_norms,
+)
 from gatera_lightning.training.setting_checks import check_adapter_parameters, check_packing, module_problems
 from gatera_lightning.training.step_totals import StepTotals
 from gatera_lightning.training.trainer_checks import check_trainer, prepare_trainer
@@ -129,6 +133,7 @@ class GateRAModule(L.LightningModule):
         """Probe before the first step: probing later would make a resumed run differ by rounding."""
         for objective in self.objectives:
             objective.prepare(self.model)
+        report_new_length(attached_trainer(self))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse the first packed batch if the model cannot isolate packed sequences."""
@@ -224,19 +229,17 @@ class GateRAModule(L.LightningModule):
         return type(keys)(*checkpoint_contents.adapter_key_problems(self.model, *keys, strict=strict))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the number of skipped steps, the prompt template, and what the adapter belongs to."""
-        data = getattr(attached_trainer(self), "datamodule", None)
-        checkpoint |= {
-            "template": getattr(data, "template", None),
-            "skipped_steps": self._guard.skipped_steps,
-        }
+        """Add what describes the run, and what the adapter belongs to."""
+        checkpoint |= checkpoint_contents.describe_run(attached_trainer(self))
+        checkpoint["skipped_steps"] = self._guard.skipped_steps
         checkpoint |= checkpoint_contents.describe_adapter(self.model, self.adapter, self.backbone)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits (else CheckpointError), and adjust its position in the data."""
-        check_entries(checkpoint, "the checkpoint")
+        trainer = attached_trainer(self)
+        checkpoint_contents.check_settings(checkpoint, self, trainer)
         self._guard.restore(checkpoint.get("skipped_steps", 0))
-        checkpoint_contents.adjust_position(checkpoint, attached_trainer(self))
+        checkpoint_contents.adjust_position(checkpoint, trainer)
         self.warm_start = None  # the checkpoint holds every value
         self.configure_model()
         checkpoint_contents.check_checkpoint_fits(checkpoint, self.model)

@@ -1,12 +1,14 @@
 """AdamW on the adapter's fp32 parameters, and learning-rate schedules counted in optimizer steps."""
 
 import functools
+import logging
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.errors import type_problems
+
+log = logging.getLogger(__name__)
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -129,6 +133,35 @@ def build_optimizer(
     optimizer.register_step_pre_hook(lambda optimizer, *_: _set_foreach(optimizer, True))
     optimizer.register_step_post_hook(lambda optimizer, *_: _set_foreach(optimizer, None))
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
+
+
+def report_new_length(trainer: L.Trainer | None) -> None:
+    """Warn if a resumed run has another length than the one that wrote its checkpoint.
+
+    A checkpoint restores the learning rate of the step after it, as its own run would have used it; at the
+    end of a linear or cosine schedule that is 0. With another ``max_steps`` or ``max_epochs``, this one step
+    uses it, and the steps after it follow the schedule of the new length. A constant schedule is the same.
+
+    Args:
+        trainer: The Trainer, when training starts; None, outside of a Trainer, does nothing.
+    """
+    schedulers = [] if trainer is None else [config.scheduler for config in trainer.lr_scheduler_configs]
+    if trainer is None or not trainer.global_step or not trainer.is_global_zero or not schedulers:
+        return
+    if not isinstance(scheduler := schedulers[0], LambdaLR):
+        return  # a scheduler of a subclass
+    restored = scheduler.optimizer.param_groups[0]["lr"]
+    rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    if rate != restored:
+        log.warning(
+            "the run now ends at step %s, and its checkpoint belongs to one of another length: step %d uses "
+            "the checkpoint's learning rate of %.3g, which is %.3g in a run of this length, and later steps "
+            "follow the new schedule",
+            trainer.estimated_stepping_batches,
+            trainer.global_step + 1,
+            restored,
+            rate,
+        )
 
 
 def _set_foreach(optimizer: Optimizer, foreach: bool | None) -> None:

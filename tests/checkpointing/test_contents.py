@@ -14,9 +14,8 @@ ADAPTER = {
     "state_dict": {},
     "adapter": {},
     "backbone": {"id": "a", "revision": None, "fingerprint": "b"},
-    "global_step": 3,
 }
-RESUMES = {"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+RESUMES = {"global_step": 3, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
 
 
 def test_file_and_sharded_checkpoint_are_read(checkpoint_file, sharded_checkpoint):

@@ -1,0 +1,174 @@
+"""Which settings a resumed run may change.
+
+A checkpoint continues a run: its tensors, optimizer, schedule and position only make sense with the settings
+that produced them. Every setting of the model and of the data has to stay as it was, unless :data:`FREE`
+lists it, and so do the settings of the Trainer in :data:`TRAINER_SETTINGS`. Other settings of the Trainer
+are free: devices, strategy and micro-batches do not change the steps, and intervals only say when something
+is written. ``max_steps`` and ``max_epochs`` may grow: see
+:func:`~gatera_lightning.training.optimizer.report_new_length`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from gatera_lightning.errors import CheckpointError, ConfigError
+from gatera_lightning.training.hyperparameters import from_plain, to_plain
+
+FREE = {
+    "model.backbone.id": "the fingerprint of the weights is compared",
+    "model.backbone.revision": "the fingerprint of the weights is compared",
+    "model.backbone.trust_remote_code": "it says what may run, not what is computed",
+    "model.backbone.attn_implementation": "equal up to rounding",
+    "model.backbone.gradient_checkpointing": "equal up to rounding",
+    "model.backbone.compile": "equal up to rounding",
+    "model.adapter.target_modules": "the names of all tensors are compared",
+    "model.adapter.layers": "the names of all tensors are compared",
+    "model.optimizer.max_skipped_steps": "a limit that no step depends on",
+    "model.decoding": "used by evaluation only",
+    "model.warm_start": "compared for evaluation as well",
+    "data.data_dir": "a location; the examples of every step are compared",
+    "data.eval_batch_size": "used by evaluation only",
+    "data.evaluate_by": "used by evaluation only",
+    "data.num_workers": "batches do not depend on it",
+    "data.rank_validation": "adds values to the validation",
+    "data.test": "used by evaluation only",
+}
+"""Settings, or sections, that a resumed run may change -> why this does not alter the run."""
+
+TRAINER_SETTINGS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
+"""Settings of the Trainer that every step or the order of the data depends on."""
+
+_MODEL_SECTIONS = ("backbone", "adapter", "optimizer")
+
+
+def recorded_settings(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the settings of a run that Lightning does not save, for the entry ``run_settings``."""
+    settings = {f"trainer.{name}": getattr(trainer, name) for name in TRAINER_SETTINGS}
+    return settings | {"seed_everything": _seed()}
+
+
+def check_resume(
+    checkpoint: Mapping[str, Any], module: Any, trainer: L.Trainer, data: Any, *, stage: str
+) -> None:
+    """Refuse settings that contradict a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint, with or without its tensors.
+        module: The GateRAModule that loads it.
+        trainer: The Trainer.
+        data: The data module; None without one.
+        stage: fit, validate, test or predict; only fit compares more than ``model.warm_start``.
+
+    Raises:
+        ConfigError: With every setting that differs, its value here, and its value in the checkpoint.
+        CheckpointError: The settings in the checkpoint cannot be read.
+    """
+    stored = _stored_module(checkpoint)
+    problems = _warm_start_problems(stored.get("warm_start"), module.warm_start)
+    if stage == "fit":
+        adapter = f"model.warm_start set to the adapter folder of step {checkpoint.get('global_step')}"
+        problems += [
+            f"{name}: {new!r}, but the run that the checkpoint continues has {old!r}; accepted: {old!r}, or "
+            f"a new run without ckpt_path and with {adapter}"
+            for name, old, new in _differences(checkpoint, stored, module, data, trainer)
+        ]
+        problems += _length_problems(checkpoint, trainer)
+    if problems:
+        raise ConfigError(problems, on_every_rank=True)
+
+
+def _differences(
+    checkpoint: Mapping[str, Any], stored: Mapping[str, Any], module: Any, data: Any, trainer: L.Trainer
+) -> list[tuple[str, Any, Any]]:
+    """Settings that must not differ and do: name, value in the checkpoint, value here."""
+    found: list[tuple[str, Any, Any]] = []
+    classes = [name for name, entry in checkpoint.items() if _has_position(entry)]
+    if data is not None and classes and type(data).__qualname__ not in classes:
+        return [("data.class_path", classes[0], type(data).__qualname__)]  # its settings are others, too
+    old, new = dict(checkpoint.get("run_settings", {})), recorded_settings(trainer)
+    if new["seed_everything"] is None:  # a script without seed_everything
+        old.pop("seed_everything", None)
+    here = to_plain({name: getattr(module, name) for name in _MODEL_SECTIONS})
+    old |= _flatten("model", {name: stored[name] for name in _MODEL_SECTIONS if name in stored})
+    new |= _flatten("model", here)
+    old |= _data_settings(checkpoint.get("datamodule_hyper_parameters", {}))
+    new |= _data_settings(data.hparams if data is not None else {})
+    for name in old.keys() & new.keys() - {free for free in old if _is_free(free)}:
+        if old[name] != new[name] and not (old[name] is None and name == "seed_everything"):
+            found.append((name, old[name], new[name]))
+    return sorted(found)
+
+
+def _length_problems(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> list[str]:
+    """Refuse a run that ends before the checkpoint's position."""
+    problems = []
+    step = checkpoint.get("global_step", 0)
+    if -1 < trainer.max_steps < step:
+        problems.append(
+            f"trainer.max_steps: {trainer.max_steps}, but the checkpoint was written after step {step}; "
+            f"accepted: at least {step}, or -1 with trainer.max_epochs"
+        )
+    epochs = _completed_epochs(checkpoint)
+    if trainer.max_epochs is not None and -1 < trainer.max_epochs < epochs:
+        problems.append(
+            f"trainer.max_epochs: {trainer.max_epochs}, but the checkpoint was written after {epochs} "
+            f"complete epochs; accepted: at least {epochs}"
+        )
+    return problems
+
+
+def _completed_epochs(checkpoint: Mapping[str, Any]) -> int:
+    try:
+        return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["total"]["completed"])
+    except (KeyError, TypeError):  # weights alone, which the caller has refused or does not resume
+        return 0
+
+
+def _warm_start_problems(stored: Any, asked: str | None) -> list[str]:
+    if asked is None or (isinstance(stored, str) and Path(stored).absolute() == Path(asked).absolute()):
+        return []
+    return [
+        f"model.warm_start: {asked!r}, but the checkpoint replaces every value of the adapter; "
+        "accepted: null, or no ckpt_path"
+    ]
+
+
+def _stored_module(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the module in a checkpoint, as plain values."""
+    try:
+        return to_plain(from_plain(checkpoint.get("hyper_parameters", {})))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the settings in the checkpoint cannot be read: {error}") from error
+
+
+def _flatten(name: str, value: Any) -> dict[str, Any]:
+    """Nested settings under their dotted names."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {leaf: x for key, entry in value.items() for leaf, x in _flatten(f"{name}.{key}", entry).items()}
+
+
+def _data_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a data module, with lists for tuples, and without Lightning's own entries."""
+    return {
+        f"data.{name}": list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+        if not name.startswith("_")
+    }
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE)
+
+
+def _has_position(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "train_position" in entry
+
+
+def _seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
