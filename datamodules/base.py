@@ -171,8 +171,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             self.tables["train"] = mix_tasks(self.tables["train"], self.weights, self.seed)
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
             for overlap in self.overlaps():
-                level = logging.WARNING if overlap.indices or overlap.unread else logging.INFO
-                log.log(level, "%s", overlap)
+                noteworthy = overlap.indices or overlap.reanswered or overlap.unread
+                log.log(logging.WARNING if noteworthy else logging.INFO, "%s", overlap)
 
     def splits(self, stage: str) -> list[str]:
         """Return the splits a stage reads; a held-out validation split is taken from the training split."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,12 @@ class Example:
     identity: str = ""
     """Text that identifies the question regardless of the template; prompt and answers if empty."""
 
+    request: str = ""
+    """What ``identity`` contains besides the answer, if it contains the answer."""
+
+    place: str = field(default="", compare=False)
+    """Where the example comes from (``train.jsonl, row 3``), for messages; empty if unknown."""
+
     group: str = ""
     """Examples of one group stay in the same split; an example without a group is independent."""
 
@@ -37,6 +43,14 @@ class Example:
     @property
     def key(self) -> str:
         """16 hex digits that identify the question; equal up to case and white space."""
-        parts = [self.identity] if self.identity else [self.prompt, *self.answers]
-        text = "\n".join(" ".join(part.casefold().split()) for part in parts)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest([self.identity] if self.identity else [self.prompt, *self.answers])
+
+    @property
+    def request_key(self) -> str:
+        """16 hex digits that identify the request, whatever its answer; ``key`` if requests are not known."""
+        return _digest([self.request]) if self.request else self.key
+
+
+def _digest(parts: Sequence[str]) -> str:
+    text = "\n".join(" ".join(part.casefold().split()) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -169,10 +170,10 @@ class TaskDataModule(SupervisedDataModule):
             rows = read_hub_rows(source.location, split) if file is None else read_rows(file)
             for place, row in islice(rows, source.rows.start, source.rows.stop):
                 try:
-                    yield self.example(row, source.name)
+                    yield replace(self.example(row, source.name), place=place)
                 except UnusableRow as error:
                     if split == "train" and error.training_example is not None:
-                        yield error.training_example
+                        yield replace(error.training_example, place=place)
                     else:
                         skipped.append(f"{place}: {error}")
                 except ValueError as error:

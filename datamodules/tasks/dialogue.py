@@ -120,10 +120,11 @@ class DialogueDataModule(TaskDataModule):
                     "candidates": turn.candidates,
                     "group": located.group,
                 }
+                place = f"{located.place}, turn {number}"
                 try:
-                    yield self.example(row, located.task)
+                    yield replace(self.example(row, located.task), place=place)
                 except ValueError as error:
-                    raise ConfigError(f"{located.place}, turn {number}: {error}") from error
+                    raise ConfigError(f"{place}: {error}") from error
                 history.append(turn.reply)
 
     def example(self, row: dict[str, Any], task: str) -> Example:
@@ -149,6 +150,7 @@ class DialogueDataModule(TaskDataModule):
             task,
             labels=replies,
             identity="\n".join([*persona, *history, replies[-1]]),
+            request="\n".join([*persona, *history]),
             group=row["group"],
             chat=self.template == "chat",
         )

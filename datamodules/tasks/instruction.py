@@ -89,6 +89,7 @@ class InstructionDataModule(TaskDataModule):
             task,
             labels=[conversation.response],
             identity="\n".join(texts),
+            request="\n".join(texts[:-1]),
             chat=self.template == "chat",
             earlier_responses=prompt.earlier_responses,
             truncated=prompt.truncated,

@@ -19,7 +19,7 @@ from gatera_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 """Increase it when tokenization or the columns change, so that tables of earlier versions are not read."""
 
 _INTEGERS = datasets.List(datasets.Value("int32"))
@@ -36,6 +36,7 @@ _COLUMNS = datasets.Features(
         "task": datasets.Value("string"),
         "example": datasets.Value("int32"),  # index within the split
         "key": datasets.Value("string"),  # Example.key
+        "request_key": datasets.Value("string"),  # Example.request_key
         "group": datasets.Value("string"),  # Example.group
         "truncated": datasets.Value("bool"),
     }
@@ -59,7 +60,11 @@ def tokenize_split(
     Raises:
         ConfigError: The split is empty, or an answer leaves no room for its prompt.
     """
-    rows = [{**asdict(example), "key": example.key, "example": i} for i, example in enumerate(examples)]
+    rows, places = [], []
+    for number, example in enumerate(examples):
+        fields = asdict(example)
+        places.append(fields.pop("place"))  # a table does not depend on where its files are
+        rows.append(fields | {"key": example.key, "request_key": example.request_key, "example": number})
     if not rows:
         raise ConfigError(f"data.{split}: the split is empty; give at least one example")
     closing = answer_suffix(tokenizer) if any(row["chat"] for row in rows) else ""
@@ -79,8 +84,10 @@ def tokenize_split(
                 tokenizer, row["prompt"], row["earlier_responses"], prompt_ids, special_tokens=special
             )
         except ValueError as error:
+            place = places[row["example"]]
             raise ConfigError(
-                f"data.{split}, example {row['example']} ({row['prompt'][:60]!r}…): {error}"
+                f"{place}{': ' if place else ''}data.{split}, example {row['example']} "
+                f"({row['prompt'][:60]!r}…): {error}"
             ) from error
         return {
             "prompt": prompt_ids,

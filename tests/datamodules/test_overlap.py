@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from gatera_lightning.datamodules import InstructionDataModule
 from gatera_lightning.datamodules.overlap import SplitOverlap, find_overlap
 
 # --- by hand ---
@@ -34,6 +35,26 @@ def test_overlap_report_names_first_five_indices():
     assert "1,100 of 1,200 test examples" in str(found)
     assert "(t 1,100; indices 100, 101, 102, 103, 104, …)" in str(found)
     assert "indices 0, 1, 2, 3, 4)" in str(find_overlap(keys[:5], keys, ["t"] * 1200, "test"))
+
+
+def test_find_overlap_counts_requests_with_another_response_apart():
+    """Example 0 is also in train, 1 has a request of train, 2 has both in one, 3 neither."""
+    found = find_overlap(
+        ["ab", "cd"],
+        ["ab", "ax", "cd", "xy"],
+        ["t"] * 4,
+        "test",
+        other_requests=["a", "c"],
+        requests=["a", "a", "c", "x"],
+    )
+    assert (found.indices, found.reanswered) == ((0, 2), (1,))
+    assert str(found) == (
+        "train/test overlap: 2 of 4 test examples are also in train (t 2; indices 0, 2); "
+        "1 have a request of train with another response (indices 1). "
+        "They are not removed; test results on them measure memorization."
+    )
+    alone = find_overlap([], ["k"], ["t"], "test", other_requests=["a"], requests=["a"])
+    assert str(alone).startswith("train/test overlap: none of 1 test examples; 1 have a request of train")
 
 
 # --- in the data module ---
@@ -108,6 +129,51 @@ def test_invalid_test_row_is_reported(sources, make_data, write, rows):
 def test_overlaps_without_test_source(sources, make_data):
     found = make_data(stage="fit", **sources | {"test": []}).overlaps()
     assert [overlap.split for overlap in found] == ["validation"]
+
+
+REQUESTS = {
+    "same_response": ({"instruction": "Say hi.", "output": "Hi."}, (0,), ()),
+    "other_response": ({"instruction": "say  HI.", "output": "Hello."}, (), (0,)),
+    "other_input": ({"instruction": "Say hi.", "input": "in French", "output": "Salut."}, (), ()),
+    "as_chat": (
+        {
+            "messages": [
+                {"role": "user", "content": "Say hi."},
+                {"role": "assistant", "content": "Good day."},
+            ]
+        },
+        (),
+        (0,),
+    ),
+    "longer_chat": (
+        {
+            "messages": [
+                {"role": "user", "content": "Say hi."},
+                {"role": "assistant", "content": "Hi."},
+                {"role": "user", "content": "Again."},
+                {"role": "assistant", "content": "Hi."},
+            ]
+        },
+        (),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "indices", "reanswered"), REQUESTS.values(), ids=REQUESTS)
+def test_own_data_overlaps_by_request(row, indices, reanswered, write, tokenizers_by_kind):
+    data = InstructionDataModule(
+        template="plain",
+        train_on="response",
+        train=[write("train.json", [{"instruction": "Say hi.", "output": "Hi."}])],
+        validation=[write("validation.json", [row])],
+        test=[write("test.json", [row])],
+    )
+    data.connect(tokenizers_by_kind["words"])
+    data.setup("fit")
+    validation, test, *_ = data.overlaps()
+    assert (validation.indices, validation.reanswered) == (test.indices, test.reanswered)
+    assert (test.indices, test.reanswered) == (indices, reanswered)
 
 
 # --- log ---

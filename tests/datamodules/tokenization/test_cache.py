@@ -1,9 +1,13 @@
 """Token tables: columns, cache and hash."""
 
+import json
 import logging
+import re
+from dataclasses import replace
 
 import pytest
 
+from gatera_lightning.datamodules import InstructionDataModule
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.tokenization import cache
 from gatera_lightning.datamodules.tokenization.cache import data_hash, tokenize_split
@@ -35,6 +39,7 @@ def test_token_table_by_hand(words):
             "task": "pets",
             "example": 0,
             "key": EXAMPLES[0].key,
+            "request_key": EXAMPLES[0].key,
             "group": "",
             "truncated": False,
         },
@@ -49,6 +54,7 @@ def test_token_table_by_hand(words):
             "task": "others",
             "example": 1,
             "key": EXAMPLES[1].key,
+            "request_key": EXAMPLES[1].key,
             "group": "",
             "truncated": True,
         },
@@ -224,6 +230,22 @@ def test_too_long_answer_error_names_split_and_example(make_ranks):
         ConfigError, match=r"data\.train, example 0 \('Below is.*an answer has \d+ tokens.*max_length 5"
     ):
         make_ranks(3, max_length=5)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_too_long_answer_error_names_file_and_row(suffix, write, words):
+    rows = [{"instruction": "Say it.", "output": "So."}] * 2 + [{"instruction": "Say.", "output": "so " * 99}]
+    file = write(f"long{suffix}", rows if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    data = InstructionDataModule(template="plain", train_on="response", max_length=30, train=[file])
+    data.connect(words)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(file)}, row 3: .*an answer has \d+ tokens"):
+        data.setup("fit")
+
+
+def test_cache_does_not_depend_on_the_place_of_a_row(words, token_cache):
+    for place in ("a.jsonl, row 1", "b.jsonl, row 2"):
+        tokenize_split([replace(EXAMPLES[0], place=place)], words, 99, "test")
+    assert len(list(token_cache.glob("*.arrow"))) == 1
 
 
 def test_truncated_prompts_are_logged(make_ranks, caplog):
