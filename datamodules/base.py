@@ -139,6 +139,10 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         problems += subset_problems("evaluate_by", self.evaluate_by, get_args(EvaluateBy))
         return problems
 
+    def _check(self, stage: str) -> None:
+        if problems := self.problems(stage):
+            raise ConfigError(problems)
+
     # --- tokenizer and splits ---
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,16 +153,17 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Tokenize into the cache, once per node; errors in the data show here, before weights are loaded."""
-        self._connect_to_module()
         function = self.trainer.state.fn if self.trainer is not None else None
-        for split in self.splits(function.value if function is not None else "fit"):
+        stage = function.value if function is not None else "fit"
+        self._check(stage)
+        self._connect_to_module()
+        for split in self.splits(stage):
             self._tokenize(split)
 
     def setup(self, stage: str) -> None:
         """Open the splits of a stage, hold out the validation split, and report overlaps before training."""
         self._train_position = None  # a position that was loaded for evaluation is not one of this run
-        if self.train_on not in get_args(TrainOn):
-            raise ConfigError(unknown_value("data.train_on", self.train_on, get_args(TrainOn)))
+        self._check(stage)
         self._connect_to_module()
         opened = [split for split in self.splits(stage) if split not in self.tables]
         for split in opened:

@@ -170,3 +170,14 @@ def test_answers_without_labels_are_parsed_by_their_text(tokenizer):
     assert example["labels"] == [" Lyon", " Paris"]
     texts = (" paris.\nOr Lyon", "Lyon", "Nice", "")
     assert [data.parse_answer(text, example["labels"]).choice for text in texts] == [1, 0, None, None]
+
+
+@pytest.mark.parametrize("step", ["prepare_data", "setup"])
+def test_problems_of_all_settings_are_raised_without_command_line(tokenizers_by_kind, step):
+    data = _commonsense(batch_size=0, eval_batch_size=-1, test=["gone.json"])
+    data.connect(tokenizers_by_kind["plain"])
+    with pytest.raises(ConfigError) as caught:
+        data.setup("test") if step == "setup" else data.prepare_data()
+    names = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert names[:2] == ["data.batch_size", "data.eval_batch_size"]
+    assert names[2:] == (["data.test"] if step == "setup" else [])

@@ -47,7 +47,7 @@ def test_empty_split_is_rejected(split, sources, make_data, write, rows):
     folder = rows_file.removesuffix("rows.json")
     splits = {"train": [rows_file], "validation": [rows_file], "test": [rows_file]}
     splits[split] = [folder + source for source in sources]
-    with pytest.raises(ConfigError, match=rf"^data\.{split}: the split is empty"):
+    with pytest.raises(ConfigError, match=rf"^data\.{split}: (the split is empty|no sources)"):
         make_data(stage="test" if split == "test" else "fit", **splits)
 
 

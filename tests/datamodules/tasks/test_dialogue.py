@@ -86,7 +86,7 @@ def test_example_that_is_too_long_is_reported(make_dialogue_data, write):
         "max_length 80 tokens$"
     )
     with pytest.raises(ConfigError, match=message):
-        make_dialogue_data(train=[path], max_length=80).setup("fit")
+        make_dialogue_data(train=[path], validation=[path], max_length=80).setup("fit")
     with pytest.raises(ConfigError, match=r"dialogue 1, turn 1: an answer has \d+ tokens, .* max_length 3$"):
         list(make_dialogue_data(train=[path], max_length=3).examples("train"))
 
