@@ -78,7 +78,7 @@ def test_isolates_packed_sequences_rejects_models_that_mix_them(name, config):
 @pytest.mark.parametrize("error", [0.02, 0.2])
 def test_isolates_packed_sequences_tolerates_rounding(error):
     """Kernels with a mask round differently; in bf16, by a tenth of the logits' standard deviation."""
-    model = build("llama", "sdpa")
+    model = build("llama", "sdpa", torch.bfloat16)
     forward = model.forward
 
     def rounded_differently(**inputs):
@@ -90,6 +90,50 @@ def test_isolates_packed_sequences_tolerates_rounding(error):
 
     model.forward = rounded_differently
     assert isolates_packed_sequences(model)
+
+
+class Leak(nn.Module):
+    """Adds to every token a little of the one before it, as a convolution does."""
+
+    def __init__(self, layer, size):
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x, *args, **kwargs):
+        return self.layer(x + self.size * F.pad(x, (0, 0, 1, 0))[:, :-1], *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float64, 1e-7), (torch.float32, 1e-3), (torch.bfloat16, 0.5)], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_isolates_packed_sequences_rejects_small_influence(name, dtype, size):
+    model = build(name, "sdpa", dtype, head_dim=8)
+    assert isolates_packed_sequences(model)
+    model.model.layers[0].mlp = Leak(model.model.layers[0].mlp, size)
+    assert not isolates_packed_sequences(model)
+
+
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 64}),
+        ("mamba", {"state_size": 4}),
+        ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8}),
+        ("bamba", MAMBA),
+        ("recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 32}),
+        ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("rwkv", {}),
+    ],
+)
+def test_isolates_packed_sequences_rejects_states_of_any_size(name, config, dtype):
+    """With weights as small as these, a state changes the loss by a millionth."""
+    assert not isolates_packed_sequences(build(name, dtype=dtype, **(config | {"initializer_range": 1e-3})))
 
 
 def test_isolates_packed_sequences_rejects_wrong_positions_under_a_correct_mask():
