@@ -230,16 +230,14 @@ class GateRAModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what describes the run, and what the adapter belongs to."""
-        checkpoint |= checkpoint_contents.describe_run(attached_trainer(self))
-        checkpoint["skipped_steps"] = self._guard.skipped_steps
+        checkpoint |= checkpoint_contents.describe_run(attached_trainer(self), self._guard.skipped_steps)
         checkpoint |= checkpoint_contents.describe_adapter(self.model, self.adapter, self.backbone)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits (else CheckpointError), and adjust its position in the data."""
-        trainer = attached_trainer(self)
-        checkpoint_contents.check_settings(checkpoint, self, trainer)
+        checkpoint_contents.check_settings(checkpoint, self, attached_trainer(self))
+        checkpoint_contents.adjust_position(checkpoint, attached_trainer(self))
         self._guard.restore(checkpoint.get("skipped_steps", 0))
-        checkpoint_contents.adjust_position(checkpoint, trainer)
         self.warm_start = None  # the checkpoint holds every value
         self.configure_model()
         checkpoint_contents.check_checkpoint_fits(checkpoint, self.model)
