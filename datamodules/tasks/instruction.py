@@ -125,8 +125,7 @@ class InstructionDataModule(TaskDataModule):
             task,
             labels=[conversation.response.strip() or unescape(prompt.answer).strip()],
             identity="\n".join(texts),
-            request="
-".join(texts[:-1]),
+            request="\n".join(texts[:-1]),
             chat=self.template == "chat" and not isinstance(conversation, PlainText),
             earlier_responses=prompt.earlier_responses,
             truncated=prompt.truncated,
