@@ -293,7 +293,7 @@ def test_every_response_needs_a_fast_tokenizer(
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     settings = {"template": template, "tokenizer": tokenizer}
     test = [write("chat.json", [{"messages": HI}])]
-    message = r"(?s)^data\.test, example 0 \(.*: train_on every_response needs a fast "
+    message = r"(?s)data\.test, example 0 \(.*: train_on every_response needs a fast "
     with pytest.raises(ConfigError, match=message):
         make_instruction_data(test=test, stage="test", **settings, train_on="every_response")
     assert marked(HI, **settings, train_on="response").count("⟦") == 1
