@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 import re
+import signal
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -175,6 +176,20 @@ class Preempted(RuntimeError):
             else f"resume with --ckpt_path {checkpoint}"
         )
         super().__init__(f"preempted at optimizer step {step}; saved {checkpoint}; {then}")
+
+
+class Interrupted(BaseException):
+    """A signal ended the program before its work was done; nothing but exiting may follow.
+
+    Args:
+        number: The signal.
+        activity: What was being done, such as ``test``; empty if unknown.
+    """
+
+    def __init__(self, number: int, activity: str = "") -> None:
+        self.number, self.activity = number, activity
+        during = f" during {activity}" if activity else ""
+        super().__init__(f"ended by {signal.Signals(number).name}{during}; its work is not complete")
 
 
 class AdapterFileError(ValueError):

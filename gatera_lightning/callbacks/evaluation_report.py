@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 from datasets import Dataset
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 from typing_extensions import override
@@ -40,6 +39,7 @@ from gatera_lightning.evaluation.predictions import (
 from gatera_lightning.evaluation.results import SUMMARY_FILE, EvaluationResult
 from gatera_lightning.evaluation.results_table import print_results
 from gatera_lightning.evaluation.text_metrics import bert_layer_problem
+from gatera_lightning.printing import SafeConsole
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class EvaluationReport(L.Callback):
         if trainer.is_global_zero:
             print_results(result, ranking=trainer.datamodule.ranking)  # type: ignore[attr-defined]
             self._write_summary(trainer, pl_module, result, seconds)
-            Console(soft_wrap=True).print(Text(f"every prediction: {self._path / PREDICTIONS_FILE}"))
+            SafeConsole(soft_wrap=True).print(Text(f"every prediction: {self._path / PREDICTIONS_FILE}"))
 
     @override
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -181,7 +181,7 @@ class EvaluationReport(L.Callback):
         result = self._merge(trainer)
         if trainer.is_global_zero:
             message = f"{len(result.examples)} predictions: {self._path / PREDICTIONS_FILE}"
-            Console(soft_wrap=True).print(Text(message))
+            SafeConsole(soft_wrap=True).print(Text(message))
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end

@@ -3,8 +3,9 @@
 import math
 import sys
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
+
+from gatera_lightning.printing import SafeConsole, print_text
 
 
 class ProgressDisplay:
@@ -15,7 +16,7 @@ class ProgressDisplay:
     """
 
     def __init__(self) -> None:
-        console = Console(highlight=False)
+        console = SafeConsole(highlight=False)
         # FORCE_COLOR makes a console interactive even if its output is a file.
         self._on_terminal = sys.stdout.isatty() and console.is_interactive
         self._progress = Progress(
@@ -85,7 +86,7 @@ class ProgressDisplay:
         position = f"{task.description} {int(task.completed)}{total}"
         # While a bar is shown, rich prints this above it. Flushed, because somebody may be following a log
         # file.
-        print("  ".join([position, *figures]), flush=True)
+        print_text("  ".join([position, *figures]))
 
     def close(self) -> None:
         """Remove the bars and restore the terminal."""

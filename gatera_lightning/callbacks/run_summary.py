@@ -4,11 +4,11 @@ from collections import Counter
 from typing import Any
 
 import lightning as L
-from rich.console import Console
 from rich.text import Text
 from typing_extensions import override
 
 from gatera_lightning.datamodules.loss_mask_view import highlight_supervised
+from gatera_lightning.printing import SafeConsole
 
 
 class RunSummary(L.Callback):
@@ -28,7 +28,7 @@ class RunSummary(L.Callback):
         )  # log_dir is a collective: all ranks have to read it
         if not trainer.is_global_zero:
             return
-        console = Console(highlight=False, soft_wrap=True)
+        console = SafeConsole(highlight=False, soft_wrap=True)
         module: Any = pl_module
         console.print(Text(str(module.report)))
         counts: Counter[tuple[str, str]] = Counter()

@@ -1,9 +1,11 @@
-"""Preemption: after a signal, save a checkpoint at the next safe point and end the run."""
+"""Preemption: after a signal, training saves a checkpoint at the next safe point; an evaluation ends."""
 
 import logging
 import os
 import signal
 import subprocess
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -12,7 +14,7 @@ from typing_extensions import override
 
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.compatibility.lightning_internals import is_accumulating, validation_follows
-from gatera_lightning.errors import ConfigError, Preempted
+from gatera_lightning.errors import ConfigError, Interrupted, Preempted
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,10 @@ class SafePreempt(L.Callback):
     A safe point is the end of an optimizer step. If a validation follows that step, it is the end of the
     validation, so that a resumed run validates at the same steps as an uninterrupted one.
 
-    Needs an AdapterCheckpoint among the callbacks, and ends the run by raising Preempted.
+    An evaluation outside of training has nothing to save: SIGTERM ends it at once by raising Interrupted.
+    Lightning alone would end it quietly, as if all of it were done.
+
+    Needs an AdapterCheckpoint among the callbacks of a training run, which it ends by raising Preempted.
 
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCheckpoint(), SafePreempt()])
@@ -47,6 +52,7 @@ class SafePreempt(L.Callback):
         self._received: int | None = None
         self._checkpoint: AdapterCheckpoint | None = None
         self._previous: dict[int, Any] = {}
+        self._installed: dict[int, Any] = {}
 
     def disable_requeue(self) -> None:
         """Never requeue the job, for a run that would start from the beginning instead of resuming."""
@@ -64,10 +70,33 @@ class SafePreempt(L.Callback):
         # Install the handlers after Lightning's own: its SIGTERM handler runs a collective at any point of a
         # step.
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            self._handle(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def end_evaluation(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, signal.SIG_IGN)  # once is enough: the run is ending
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.Signals(number))  # the ranks that this process started
+            raise Interrupted(number, str(getattr(trainer.state.fn, "value", "")))
+
+        self._handle(signal.SIGTERM, end_evaluation)
+
+    on_predict_start = on_sanity_check_start = on_test_start
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
+    def _handle(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
+            previous = signal.signal(number, handler)
+            self._previous.setdefault(number, previous)
+            self._installed[number] = handler
 
     @override
     def on_train_batch_end(
@@ -84,9 +113,11 @@ class SafePreempt(L.Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._note:  # else Lightning has already restored the handler
+            current = signal.getsignal(number)
+            # Otherwise Lightning has already restored the handler.
+            if current == self._installed[number] or current == signal.SIG_IGN:
                 signal.signal(number, handler)
-        self._previous = {}
+        self._previous, self._installed = {}, {}
 
     def _end_if_signaled(self, trainer: L.Trainer, *, validated: bool = False) -> None:
         """Save, requeue and raise Preempted if any rank received a signal; a collective."""

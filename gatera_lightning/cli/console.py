@@ -1,6 +1,7 @@
 """The log on standard error: lines of this package and of Lightning, above a live progress bar."""
 
 import logging
+import re
 import sys
 import warnings
 from typing import TextIO
@@ -8,11 +9,20 @@ from typing import TextIO
 from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from gatera_lightning.errors import printable
+
 # Warnings of our dependencies about each other, which a user of this package cannot act on.
 _IGNORED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     ".*does not have many workers",
     ".*recommended to use `self.log.*sync_dist=True",
+    ".*The `srun` command is available on your system but is not used",
+)
+
+# Information of Lightning that says nothing about the run, or that the error report says in its own line.
+_IGNORED_INFORMATION = re.compile(
+    r"(GPU|TPU|HPU) available: False|💡 Tip:|\nDetected KeyboardInterrupt"
+    r"|(\[rank: \d+\] )?(Seed set to|Received SIGTERM)"
 )
 
 
@@ -48,6 +58,14 @@ def global_rank() -> int:
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to the current `sys.stderr`: a live progress bar replaces it to print lines above itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(lambda record: not _IGNORED_INFORMATION.match(record.getMessage()))
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
     @override
     def emit(self, record: logging.LogRecord) -> None:

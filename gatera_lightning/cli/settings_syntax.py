@@ -8,7 +8,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
@@ -17,10 +17,13 @@ from typing_extensions import override
 
 from gatera_lightning.adapters.gates import GATES, GateConfig, describe_gates
 from gatera_lightning.adapters.updates import describe_updates
+from gatera_lightning.cli.commands import LIGHTNING_SUBCOMMANDS
 from gatera_lightning.cli.deprecation import announce_deprecation
+from gatera_lightning.cli.error_translation import ParseError
+from gatera_lightning.cli.parse_errors import describe
+from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
+from gatera_lightning.cli.yaml_checks import check_document
 from gatera_lightning.errors import ConfigError, unknown_value
-
-LIGHTNING_SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 GATE = "model.adapter.gate"
 
@@ -33,6 +36,8 @@ MOVED_SETTINGS = {
 }
 """Where a gate's setting was in version 0.1 -> its name below `model.adapter.gate`."""
 
+_SECTIONS = {"trainer", "model", *RUN_CALLBACKS}
+
 _KIND_FLAGS = (GATE, f"{GATE}.kind")
 
 _PARSER_MODE = "gatera_settings"
@@ -42,7 +47,24 @@ class SettingsParser(LightningArgumentParser):
     """A parser of flags, config files and checkpoints' hyperparameters in any of these spellings."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": _PARSER_MODE} | kwargs)
+        kwargs.setdefault("parser_mode", _PARSER_MODE)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    @override
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse would ignore a full disk or a closed pipe."""
+        print(self.format_help(), end="", file=file, flush=True)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise an error of parsing as one sentence.
+
+        Raises:
+            ParseError: Always, unless jsonargparse tries several types and reports the error itself.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ParseError(describe(self, message)) from ex
 
     @override
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -123,7 +145,10 @@ def translate_flags(argv: Sequence[str]) -> list[str]:
             announce_deprecation(flag, f"--{GATE}.{new_name}")
             settings.append((new_name, value))
         else:
+            check_document(value, flag)
             gate = expand_gate(get_loader("yaml")(value))
+            if not isinstance(gate, str | dict):
+                raise ConfigError(unknown_value(GATE, value, GATES))
             config = _config_class(gate)
             kinds.append(f"--{GATE}={json.dumps(gate) if isinstance(gate, dict) else value}")
     moved = [
@@ -192,8 +217,38 @@ def _pop_moved_settings(model: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, section.pop(key)
 
 
-def _load_settings(text: str) -> Any:
-    return translate_settings(get_loader("yaml")(text))
+def _load_settings(text: str, path: str = "") -> Any:
+    check_document(text, str(path))
+    settings = get_loader("yaml")(text)
+    if path:
+        if isinstance(settings, str):  # jsonargparse takes a mapping of empty sections for a text
+            settings = yaml.safe_load(text)
+        settings = _checked_sections(settings, str(path))
+    return translate_settings(settings)
+
+
+def _checked_sections(config: Any, name: str) -> dict[str, Any]:
+    """Return a config without its empty sections, which may hold nothing but comments.
+
+    Raises:
+        ParseError: The config or one of its sections is no mapping; jsonargparse would fail later, or never.
+    """
+    if not isinstance(config, dict):
+        kind = "is empty" if config in (None, "") else f"holds {config!r:.60}"
+        raise ParseError(f"--config: {name} {kind}; accepted: a mapping of settings, such as 'trainer: …'")
+    for path, section in _sections(config):
+        if section is not None and not isinstance(section, dict | str):  # a text is the name of a file
+            raise ParseError(f"{name}: {path}: {section!r:.60}; accepted: a mapping of settings")
+    return {key: value for key, value in config.items() if value is not None or key not in _SECTIONS}
+
+
+def _sections(config: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key in _SECTIONS & config.keys():
+        yield key, config[key]
+    model = config.get("model")
+    for key in ("backbone", "adapter", "optimizer"):
+        if isinstance(model, dict) and key in model:
+            yield f"model.{key}", model[key]
 
 
 def _dump_settings(settings: Any) -> str:

@@ -2,19 +2,8 @@
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Iterator
-
-
-@contextlib.contextmanager
-def exit_on_closed_pipe() -> Iterator[None]:
-    """Exit silently with 141, as after SIGPIPE, when the reader of the output (such as `head`) is gone."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
-        raise SystemExit(141) from None
 
 
 def accept_any_bytes() -> None:

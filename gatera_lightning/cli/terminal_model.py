@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
-from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
 
@@ -37,6 +36,7 @@ from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.colored_text import color_by_gate, color_scale
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
 from gatera_lightning.generation.streaming import TextStream
+from gatera_lightning.printing import SafeConsole
 
 
 class Answer(NamedTuple):
@@ -74,8 +74,8 @@ class TerminalModel:
             raise ConfigError(
                 f"--max_new_tokens: {args.max_new_tokens}; accepted by this model: less than {limit:,}"
             )
-        self._answers = Console(highlight=False, soft_wrap=True)
-        self._notes = Console(
+        self._answers = SafeConsole(highlight=False, soft_wrap=True)
+        self._notes = SafeConsole(
             stderr=True,
             highlight=False,
             soft_wrap=True,

@@ -1,11 +1,11 @@
 """Print the results of an evaluation as tables."""
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from gatera_lightning.evaluation.results import MEASURE_LABELS, EvaluationResult
 from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, EXAMPLE_METRICS
+from gatera_lightning.printing import SafeConsole
 
 _UNLIMITED_WIDTH = 10_000
 
@@ -17,7 +17,7 @@ def print_results(result: EvaluationResult, *, ranking: str = "accuracy") -> Non
         result: What to print.
         ranking: What the share of correctly ranked questions is called, such as ``hits@1``.
     """
-    console = Console()
+    console = SafeConsole()
     if not console.is_terminal:  # rich assumes 80 columns for a file, and would wrap every interval
         console.width = _UNLIMITED_WIDTH
     if result.measures:

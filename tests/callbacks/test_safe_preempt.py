@@ -12,7 +12,7 @@ from gatera_lightning import GateRAModule
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.safe_preempt import SafePreempt, requeue_job
 from gatera_lightning.cli.main import main
-from gatera_lightning.errors import Preempted
+from gatera_lightning.errors import Interrupted, Preempted
 
 BOTH = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -143,6 +143,32 @@ def test_due_validation_completes_and_resumed_run_equals_uninterrupted_one(
         names = [sorted(path.name for path in (root / "checkpoints").iterdir()) for root in roots]
         assert names[0] == names[1]
         assert f"best-step={4 if mode == 'max' else 2}.ckpt" in names[0]
+
+
+class SendInEvaluation(L.Callback):
+    """Sends SIGTERM in the first batch of any evaluation."""
+
+    def on_test_batch_start(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    on_predict_batch_start = on_validation_batch_start = on_test_batch_start
+
+
+@pytest.mark.parametrize("stage", ["test", "validate", "predict", "fit"])
+def test_signal_ends_evaluation(tiny_backbone, tmp_path, stray_signals, stage):
+    """In ``fit``, it arrives in the sanity check; Lightning alone would end all of them with success."""
+    trainer = tiny_trainer(
+        tmp_path,
+        AdapterCheckpoint(monitor=None),
+        SafePreempt(),
+        SendInEvaluation(),
+        num_sanity_val_steps=1,
+        limit_val_batches=2,
+    )
+    with pytest.raises(Interrupted) as caught:
+        getattr(trainer, stage)(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    assert str(caught.value) == f"ended by SIGTERM during {stage}; its work is not complete"
+    assert stray_signals == []
 
 
 # --- command line and SLURM ---

@@ -58,13 +58,14 @@ def problems(capsys):
 
 @pytest.fixture
 def parser_error(capsys):
-    """``parser_error(*args)``: standard error of a command line that the parser rejects."""
+    """``parser_error(*args)``: the one line about a command line that the parser rejects."""
 
     def report(*args):
-        with pytest.raises(SystemExit) as caught:
-            main(args)
-        assert caught.value.code == 2
-        return capsys.readouterr().err
+        assert main(args) == 2
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert error.count("\n") == 1
+        return error.removeprefix("python -m gatera_lightning: ").rstrip("\n")
 
     return report
 

@@ -31,8 +31,19 @@ def test_help_lists_all_subcommands(help_text):
     assert all(name in text for name in ("fit", "validate", "test", "predict"))
 
 
-def test_unknown_subcommand_lists_lightnings(parser_error):
-    assert "'fit', 'validate', 'test', 'predict'" in parser_error("train")
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("tset", "test"), ("Fit", "fit"), ("previw", "preview"), ("compair", "compare"), ("train", None)],
+)
+def test_unknown_subcommand_names_near_miss_before_anything_is_imported(parser_error, name, meant):
+    error = parser_error(name, "--config", "quickstart.yaml")
+    accepted = ", ".join(["fit, validate, test, predict", *SUMMARIES, *ALIASES])
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    assert error == f"COMMAND: {name!r} is unknown; accepted: {accepted}{hint}"
+
+
+def test_missing_subcommand_is_named(parser_error):
+    assert parser_error().startswith("COMMAND: is not set; accepted: fit, ")
 
 
 def test_subcommand_imports_no_other_subcommand():

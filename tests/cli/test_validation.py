@@ -79,8 +79,7 @@ def test_invalid_checkpoint_mode_lists_the_valid_ones(fit, parser_error):
 
 def test_type_error_names_the_setting(fit, parser_error):
     error = parser_error(*fit, "--model.adapter.rank", "many")
-    assert 'Parser key "model.adapter.rank"' in error
-    assert "Expected a <class 'int'>. Got value: many" in error
+    assert error == "model.adapter.rank: 'many'; accepted: an integer"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_type_error_names_the_setting(fit, parser_error):
 def test_invalid_choice_lists_the_valid_ones(fit, parser_error, flag, accepted):
     error = parser_error(*fit, f"--{flag}", "best")
     assert flag.rpartition(".")[2] in error
-    assert all(repr(value) in error for value in accepted)
+    assert all(value in error for value in accepted)
 
 
 def test_unknown_gate_names_what_is_accepted(fit, problems):

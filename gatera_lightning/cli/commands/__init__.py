@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import cast
 
+LIGHTNING_SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
 SUMMARIES = {
     "chat": "talk to a fine-tuned model in the terminal",
     "generate": "print a fine-tuned model's answers to prompts",

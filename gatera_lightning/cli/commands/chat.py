@@ -1,12 +1,11 @@
 """`chat`: a conversation with a model, line by line."""
 
-import argparse
 import re
 from collections.abc import Sequence
 
-from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.terminal_arguments import add_arguments, text_problem
-from gatera_lightning.cli.terminal_io import accept_any_bytes, exit_on_closed_pipe, input_lines
+from gatera_lightning.cli.terminal_io import accept_any_bytes, input_lines
 from gatera_lightning.cli.terminal_model import TerminalModel
 from gatera_lightning.datamodules.prompts.chat_template import Message
 from gatera_lightning.datamodules.prompts.conversations import Chat
@@ -29,11 +28,10 @@ def chat(argv: Sequence[str]) -> None:
     session.check_template()
     session.model.describe()
     session.model.note(_HELP)
-    with exit_on_closed_pipe():
-        for line in input_lines(_HELP):
-            if line == "/quit":
-                break
-            session.read(line)
+    for line in input_lines(_HELP):
+        if line == "/quit":
+            break
+        session.read(line)
 
 
 class ChatSession:
@@ -96,12 +94,11 @@ class ChatSession:
         return self.model.prompt_ids(Chat((*messages, {"role": "assistant", "content": ""})))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} chat",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "chat",
         description="Talk to a fine-tuned model, one line per turn; standard input may be a pipe.",
         epilog=_HELP,
-        allow_abbrev=False,
     )
     add_arguments(parser, ("chat", "plain"))  # the templates that support several turns
     return parser

@@ -1,14 +1,14 @@
 """`compare`: the evaluations of several runs, with paired tests on the questions they share."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.comparison import compare_runs
 from gatera_lightning.evaluation.comparison_report import as_json, as_markdown
 from gatera_lightning.evaluation.recorded_run import RecordedRun, read_run
+from gatera_lightning.printing import print_text
 
 _WRITERS = {".md": as_markdown, ".json": as_json}
 
@@ -42,12 +42,12 @@ def compare(argv: Sequence[str]) -> None:
     comparison = compare_runs(runs)
     for out in args.out:
         out.write_text(_WRITERS[out.suffix](comparison), encoding="utf-8")
-    print(as_markdown(comparison), end="")
+    print_text(as_markdown(comparison), end="")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} compare",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "compare",
         description="Compare evaluations that test has written: accuracies with 95 % intervals, and paired "
         "tests against the first run on the questions that both answered.",
     )

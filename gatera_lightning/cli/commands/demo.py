@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import cast
 
-from rich.console import Console
 from rich.table import Table
 
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.evaluation.results import EvaluationResult
+from gatera_lightning.printing import SafeConsole
 
 
 def demo(argv: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def demo(argv: Sequence[str]) -> None:
         ("accuracy, summed likelihood", "sum"),
     ):
         table.add_row(label, str(run.before.accuracy(score)), str(run.after.accuracy(score)))  # type: ignore[arg-type]
-    console = Console(soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     console.print(table)
     console.print(f"adapter:  {run.trainer.checkpoint_callback.best_model_path.removesuffix('.ckpt')}")  # type: ignore[union-attr]
     console.print(f"plots of loss and gates:  tensorboard --logdir {run.trainer.log_dir}")

@@ -1,6 +1,5 @@
 """`estimate`: memory, FLOPs and communication of a training step, predicted without loading weights."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from gatera_lightning.adapters.inference import prepared_bytes
 from gatera_lightning.backbone.loading import load_config, load_tokenizer, native_dtype
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.cost_model.device_memory import GIB, Layout, communication, predict_memory, verdict
 from gatera_lightning.cost_model.step_costs import (
@@ -29,6 +29,7 @@ from gatera_lightning.datamodules.batching.statistics import (
 )
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.printing import print_text
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def estimate(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: `fit` would reject the settings, or the model cannot run without its weights.
     """
-    args, fit_flags = _parser().parse_known_args(argv)
+    args, fit_flags = _parser().parse_before_fit(argv)
     if args.memory is not None and not args.memory > 0:  # rejects nan as well
         raise ConfigError(f"--memory: {args.memory}; accepted: GiB of one device, above 0")
     recipe = RecipeCLI(["fit", *fit_flags])
@@ -72,7 +73,7 @@ def estimate(argv: Sequence[str]) -> None:
         *_describe_generation(recipe, model, layout),
         *_describe_communication(sizes, layout, recipe.accumulate),
     ]:
-        print(line)
+        print_text(line)
 
 
 def layout_of(strategy: Any, world_size: int) -> Layout:
@@ -195,14 +196,13 @@ def _memory_of_device(device_type: str) -> float | None:
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} estimate",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "estimate",
         usage="%(prog)s [--memory GIB] [--config CONFIG ...] [any flag of fit]",
         description="Predict what a training step costs each device: memory by part, FLOPs and "
         "communication. Loads no weights. plan is another name of this subcommand.",
         epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--memory",

@@ -1,6 +1,5 @@
 """`export`: the adapter folder of a checkpoint."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +8,9 @@ from gatera_lightning.adapters.serialization import write_adapter
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
-from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.printing import print_text
 from gatera_lightning.training import hyperparameters  # noqa: F401  # reads settings of version 0.1
 
 _REQUIRED_KEYS = ("state_dict", "adapter", "backbone", "global_step")
@@ -52,12 +52,12 @@ def export(argv: Sequence[str]) -> None:
         name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()
     }
     folder = write_adapter(args.out, tensors, config, checkpoint["backbone"], checkpoint.get("template"))
-    print(f"{folder}: the adapter of {found}, at optimizer step {checkpoint['global_step']}")
+    print_text(f"{folder}: the adapter of {found}, at optimizer step {checkpoint['global_step']}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} export",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "export",
         description="Write the adapter folder of a checkpoint, sharded or not. The folder loads without "
         "Lightning and without pickle.",
     )

@@ -24,6 +24,7 @@ from gatera_lightning.backbone.loading import (
 )
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.commands.preview import SPLITS, PreviewedSplit
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.errors import AdapterFileError, ConfigError
@@ -32,6 +33,7 @@ from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, pro
 from gatera_lightning.gate_analysis.report import AdapterProfile, build_report, render_page
 from gatera_lightning.gate_analysis.token_labels import token_labels
 from gatera_lightning.generation.decoding import DecodingConfig, generate
+from gatera_lightning.printing import print_text
 
 FORMATS = ("html", "png", "json")
 
@@ -45,7 +47,7 @@ def gates(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: Something cannot work; reported before weights are loaded if it can be known then.
     """
-    args, fit_flags = _parser().parse_known_args(argv)
+    args, fit_flags = _parser().parse_before_fit(argv)
     configs = _check_arguments(args, fit_flags)
     _, origin = configs[0]
     backbone = BackboneConfig(id=origin["id"], revision=origin["revision"], dtype=args.dtype)
@@ -79,7 +81,7 @@ def gates(argv: Sequence[str]) -> None:
     page = _output_format(args) == "html"
     text = render_page(report) if page else json.dumps(report, ensure_ascii=False) + "\n"
     args.out.write_text(text, encoding="utf-8")
-    print(args.out)
+    print_text(str(args.out))
 
 
 def _write_pictures(out: Path, adapters: list[AdapterProfile], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,7 +99,7 @@ def _write_pictures(out: Path, adapters: list[AdapterProfile], tokenizer: PreTra
         )
         path = out.with_name(out.stem + suffix)
         figure.savefig(path)
-        print(path)
+        print_text(str(path))
 
 
 def _output_format(args: argparse.Namespace) -> str:
@@ -244,14 +246,13 @@ def _describe_adapter(folder: str, config: AdapterConfig, origin: dict[str, Any]
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} gates",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "gates",
         usage="%(prog)s --adapter FOLDER [--adapter FOLDER] "
         "[--text TEXT ... | --config CONFIG [any flag of fit]] --out FILE",
         description="Show an adapter's gates for every token of a few texts: an HTML page, pictures or JSON.",
         epilog="With --config, the texts are examples of that recipe, and all other flags are those of fit.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--adapter",

@@ -1,12 +1,11 @@
 """`generate`: a model's answers to prompts, for a terminal or a pipe."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.terminal_arguments import add_arguments, text_problem
-from gatera_lightning.cli.terminal_io import accept_any_bytes, exit_on_closed_pipe
+from gatera_lightning.cli.terminal_io import accept_any_bytes
 from gatera_lightning.cli.terminal_model import TerminalModel
 from gatera_lightning.datamodules.prompts.conversations import Instruction
 from gatera_lightning.errors import ConfigError
@@ -32,7 +31,7 @@ def generate(argv: Sequence[str]) -> None:
     ]
     model = TerminalModel(args, problems)
     prompt_ids = [
-        model.prompt_ids(prompt if model.template == "none" else Instruction(prompt, "", ""))
+        model.prompt_ids(prompt if model.template == "none" else Instruction(prompt.strip(), "", ""))
         for prompt in prompts
     ]
     if too_long := [
@@ -43,19 +42,17 @@ def generate(argv: Sequence[str]) -> None:
     ]:
         raise ConfigError(too_long)
     model.describe()
-    with exit_on_closed_pipe():
-        for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            if len(prompts) > 1:
-                model.note(f"> {prompt}")
-            if model.answer(ids).stopped:
-                raise SystemExit(130)
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if len(prompts) > 1:
+            model.note(f"> {prompt}")
+        if model.answer(ids).stopped:
+            raise SystemExit(130)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} generate",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "generate",
         description="Print a fine-tuned model's answers to prompts; nothing else goes to standard output.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--prompt",

@@ -1,16 +1,15 @@
 """`preview`: a recipe's data as the model sees it, from the tokenizer alone."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 from typing_extensions import override
 
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.batch_schedule import build_batch_schedule
 from gatera_lightning.datamodules.batching.datasets import PromptBatches, TokenTable
@@ -22,6 +21,7 @@ from gatera_lightning.datamodules.batching.statistics import (
 from gatera_lightning.datamodules.loss_mask_view import decode_span, highlight_supervised
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.printing import SafeConsole
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,7 +35,7 @@ def preview(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: The data cannot be read, or `fit` (for the test split: `test`) would reject it.
     """
-    args, fit_flags = _parser().parse_known_args(argv)
+    args, fit_flags = _parser().parse_before_fit(argv)
     problems = []
     if not args.rows.isdecimal() or int(args.rows) < 1:
         problems.append(f"--rows: {args.rows}; accepted: an integer of at least 1")
@@ -45,7 +45,7 @@ def preview(argv: Sequence[str]) -> None:
         raise ConfigError(problems)
     split = PreviewedSplit(["fit", *fit_flags], args.split)
     statistics = split.statistics()  # before anything is printed: this may raise what fit would raise
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     for index in range(min(int(args.rows), len(split.table.examples))):
         console.print(split.example(index, color=console.is_terminal))
     for line in statistics:
@@ -182,14 +182,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} preview",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "preview",
         usage="%(prog)s [--rows N] [--split SPLIT] [--config CONFIG ...] [any flag of fit]",
         description="Show examples of a split as the model sees them, and statistics of the whole split. "
         "Loads no weights.",
         epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
-        allow_abbrev=False,
     )
     parser.add_argument("--rows", metavar="N", default="3", help="number of examples to show; default: 3")
     parser.add_argument("--split", default="train", help=f"{', '.join(SPLITS)}; default: train")

@@ -20,8 +20,10 @@ from gatera_lightning.backbone.source import hub_id
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.slurm_job import SlurmJob
+from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.printing import print_text
 
 # Loggers that write to save_dir/name/version.
 _VERSIONED_LOGGERS = {"TensorBoardLogger", "CSVLogger"}
@@ -38,7 +40,7 @@ def submit(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: Something cannot work, SLURM is missing, or SLURM rejects the script.
     """
-    args, fit_flags = _parser().parse_known_args(argv)
+    args, fit_flags = _parser().parse_before_fit(argv)
     job = SlurmJob.from_arguments(args)
     recipe = _ResolvedRecipe(["fit", *fit_flags], job)
     script = job.script(recipe.job_name, recipe.logger_settings)
@@ -46,7 +48,7 @@ def submit(argv: Sequence[str]) -> None:
     if syntax.returncode:
         raise ConfigError(f"--setup: makes the script invalid bash: {syntax.stderr.strip()}")
     if args.dry_run:
-        print(script, end="")
+        print_text(script, end="")
         return
     if missing := [tool for tool in ("sbatch", "srun", "scontrol") if shutil.which(tool) is None]:
         raise ConfigError(
@@ -65,7 +67,8 @@ def submit(argv: Sequence[str]) -> None:
     except (OSError, ConfigError) as error:  # a held job would wait forever
         subprocess.run(["scancel", number], capture_output=True)
         raise ConfigError(f"submit: job {number} is cancelled: {error}") from error
-    print(f"job {number}: {folder}\n  log:     tail -F {folder / 'slurm.log'}\n  cancel:  scancel {number}")
+    print_text(f"job {number}: {folder}")
+    print_text(f"  log:     tail -F {folder / 'slurm.log'}\n  cancel:  scancel {number}")
 
 
 class _ResolvedRecipe(RecipeCLI):
@@ -156,14 +159,13 @@ def _run_slurm(*command: str) -> str:
     return done.stdout
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} submit",
+def _parser() -> SubcommandParser:
+    parser = SubcommandParser(
+        "submit",
         usage="%(prog)s --config CONFIG ... --nodes N --gpus-per-node G [options] [any flag of fit]",
         description="Submit fit as a SLURM job that requeues itself before its time limit and resumes from "
         "its newest checkpoint.",
         epilog=f"All other flags are those of fit: see {PROGRAM} fit --help",
-        allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes; default: 1")
     parser.add_argument(

@@ -69,6 +69,14 @@ def test_compare_needs_two_different_runs(runs, tmp_path, problems):
     assert not (tmp_path / "c.md").exists()
 
 
-@pytest.mark.parametrize("args", [["a", "b", "--seed", "1"], []], ids=["unknown flag", "no run"])
-def test_compare_rejects_wrong_arguments(parser_error, args):
-    assert "usage: python -m gatera_lightning compare" in parser_error("compare", *args)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a", "b", "--seed", "1"], "--seed: there is no such setting"),
+        (["a", "b", "--ot", "c.md"], "--ot: there is no such setting; did you mean '--out'?"),
+        ([], "RUN: required, but not given"),
+    ],
+    ids=["unknown flag", "typo", "no run"],
+)
+def test_compare_rejects_wrong_arguments(parser_error, args, message):
+    assert parser_error("compare", *args) == message

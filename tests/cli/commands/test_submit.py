@@ -310,13 +310,16 @@ def test_setup_that_is_invalid_bash_is_rejected(setup, slurm, reject):
     assert slurm.calls == []
 
 
-@pytest.mark.parametrize("typo", ["--node", "--gpu-per-node", "--dry-ru"])
-def test_unknown_flag_is_rejected(typo, slurm, recipe, parser_error):
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("--node", "--nodes"), ("--gpu-per-node", "--gpus-per-node"), ("--dry-ru", "--dry-run")],
+)
+def test_unknown_flag_names_near_miss(typo, meant, slurm, recipe, parser_error):
     error = parser_error("submit", *recipe, f"{typo}=2")
-    assert error.endswith(f"error: unrecognized arguments: {typo}=2\n")
+    assert error == f"{typo}: there is no such setting; did you mean {meant!r}?"
     assert slurm.calls == []
 
 
 def test_flag_that_needs_a_number_rejects_text(recipe, parser_error):
     error = parser_error("submit", *recipe, "--nodes", "two")
-    assert "argument --nodes: invalid int value: 'two'" in error
+    assert error == "--nodes: 'two'; accepted: an integer"

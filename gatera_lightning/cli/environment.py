@@ -1,0 +1,97 @@
+"""The environment of the process: variables are checked, and defaults set, before PyTorch is imported."""
+
+import logging
+import os
+import re
+import sys
+import threading
+import warnings
+from typing import Any
+
+from gatera_lightning.errors import ConfigError
+
+_PORT = ("a port from 1 to 65535", re.compile(r"0*([1-9]\d{0,4})"))
+_COUNT = ("an integer of at least 0", re.compile(r"\d+"))
+_THREADS = ("a number of threads of at least 1", re.compile(r"0*[1-9]\d*( *, *[1-9]\d*)*"))
+
+_VARIABLES = {
+    "MASTER_PORT": _PORT,
+    "GROUP_RANK": _COUNT,
+    "LOCAL_RANK": _COUNT,
+    "LOCAL_WORLD_SIZE": _COUNT,
+    "NODE_RANK": _COUNT,
+    "RANK": _COUNT,
+    "WORLD_SIZE": _COUNT,
+    "SLURM_LOCALID": _COUNT,
+    "SLURM_NNODES": _COUNT,
+    "SLURM_NODEID": _COUNT,
+    "SLURM_NTASKS": _COUNT,
+    "SLURM_PROCID": _COUNT,
+    "MKL_NUM_THREADS": _THREADS,
+    "OMP_NUM_THREADS": _THREADS,
+}
+"""Variable -> what is accepted; Lightning and PyTorch read them when they are imported."""
+
+_DEFAULTS = {
+    # A waiting thread of PyTorch's OpenMP spins; beside another process on its core it would spin in vain.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KINETO_LOG_LEVEL": "5",  # the profiler of PyTorch reports missing tracing tools
+}
+
+
+def check_environment() -> None:
+    """Refuse environment variables that the libraries would misread or fail on.
+
+    Raises:
+        ConfigError: With every variable that cannot work.
+    """
+    problems = []
+    for name, (accepted, pattern) in _VARIABLES.items():
+        value = os.environ.get(name)
+        if value is None:
+            continue
+        found = pattern.fullmatch(value.strip())
+        if not found or (name == "MASTER_PORT" and int(found[1]) > 65535):
+            problems.append(f"{name} (environment variable): {value!r}; accepted: {accepted}, or unset")
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if not problems and rank.isdecimal() and size.isdecimal() and int(rank) >= int(size):
+        problems.append(f"RANK (environment variable): {rank}, and WORLD_SIZE is {size}; accepted: less")
+    if problems:
+        raise ConfigError(problems)
+
+
+def set_up_process(*, show_traceback: bool) -> None:
+    """Set defaults of the libraries and make the standard streams safe to write to.
+
+    Args:
+        show_traceback: Whether threads and finalizers may print tracebacks.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller, as with >&-
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # lives on
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an encoding such as ASCII lacks some characters
+            stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are drawn with control characters
+    # Warnings that only the authors of other libraries can act on; this package's own name it.
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("default", message=r"gatera_lightning\.", category=FutureWarning)
+    if not show_traceback:
+        logging.raiseExceptions = False
+        threading.excepthook = _report_thread
+        sys.unraisablehook = _ignore_unraisable
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
+        logging.getLogger(__name__).warning(
+            "a background thread failed: %s: %s", failure.exc_type.__name__, failure.exc_value
+        )
+
+
+def _ignore_unraisable(failure: Any) -> None:
+    """Drop an error of a finalizer: nothing can be done about it."""

@@ -1,0 +1,55 @@
+"""Signals end every subcommand in the same way, from its first import to its last line."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from gatera_lightning.errors import Interrupted
+
+_ENDING_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+
+
+class EndingSignals:
+    """Raises an exception in the main thread when a signal arrives that would end the process silently.
+
+    Ctrl-C raises KeyboardInterrupt, as everywhere in Python; any other signal raises Interrupted. A signal
+    that the caller ignores (as `nohup` does) or handles keeps its handler.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        """The last signal; set even if a library has replaced the exception by one of its own."""
+        self._process = os.getpid()
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raise exceptions for signals inside this context."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python handles signals in the main thread only
+            return
+        previous = {}
+        for number in _ENDING_SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                previous[number] = signal.signal(number, self._raise)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker would print a traceback
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.received = number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Interrupted(number)
