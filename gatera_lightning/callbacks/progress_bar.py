@@ -16,10 +16,11 @@ from gatera_lightning.callbacks.throughput import Throughput
 class StepProgressBar(ProgressBar):
     """Show ``step 40/120  loss 2.310  open 0.52  1,234 tokens/s  ETA 3:20`` over all optimizer steps.
 
-    ``open`` is the mean gate. On a terminal this is a bar at the bottom; elsewhere it is plain lines. The
-    figures are updated, and lines printed, every ``trainer.log_every_n_steps`` steps (0: never) and at the
-    last step. An evaluation prints a line for each tenth of it; a validation during training prints a line
-    with its result. ``trainer.enable_progress_bar: false`` turns everything off. Only rank 0 prints.
+    ``open`` is the mean gate. On a terminal this is a bar at the bottom, whose figures are updated every
+    ``trainer.log_every_n_steps`` steps (0: never) and at the last step. Elsewhere it is plain lines, one of
+    these updates for each tenth of the run. An evaluation prints a line for each tenth of it; a validation
+    during training prints a line with its result. ``trainer.enable_progress_bar: false`` turns everything
+    off. Only rank 0 prints.
 
     Example:
         >>> trainer = Trainer(callbacks=[StepProgressBar()])

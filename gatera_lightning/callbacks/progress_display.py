@@ -3,7 +3,7 @@
 import math
 import sys
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn
 
 from gatera_lightning.printing import SafeConsole, print_text
 
@@ -31,6 +31,7 @@ class ProgressDisplay:
             redirect_stderr=sys.stderr.isatty(),
             disable=not self._on_terminal,
         )
+        self._tenths: dict[TaskID, int] = {}
         self._progress.start()
 
     @property
@@ -77,8 +78,17 @@ class ProgressDisplay:
         if not task.finished and task.time_remaining is not None:
             figures = [*figures, f"ETA {_format_time(int(task.time_remaining))}"]
         self._progress.update(task.id, figures="  ".join(figures))
-        if not self._on_terminal:
+        if not self._on_terminal and self._reached_a_tenth(task):
             self.print_line(task, figures)
+
+    def _reached_a_tenth(self, task: Task) -> bool:
+        """Whether a task has come to another tenth since its last line: a log file gets few lines."""
+        if not task.total or task.finished:
+            return True
+        tenth = int(10 * task.completed // task.total)
+        before = self._tenths.get(task.id, -1)
+        self._tenths[task.id] = tenth
+        return tenth > before
 
     def print_line(self, task: Task, figures: list[str]) -> None:
         """Print the position of a task and figures as a line that stays."""

@@ -46,10 +46,16 @@ def find_config(name: str) -> str:
         ConfigError: There is no such config; the message lists the shipped ones.
     """
     if os.path.isfile(name):
+        _check_text(name)
         return name
     shipped = _shipped_configs()
     if name in shipped:
         return str(shipped[name])
+    if os.path.exists(name):
+        kind = "a folder" if os.path.isdir(name) else "no regular file"
+        raise ConfigError(
+            f"--config: {name!r} is {kind}; accepted: a YAML file, or the name of a shipped config"
+        )
     names = sorted({path.relative_to(_folder()).as_posix() for path in shipped.values()})
     raise ConfigError(
         f"--config: {name!r} is neither a file nor a shipped config{near_miss(name, shipped)}; "
@@ -83,6 +89,21 @@ def with_found_configs(argv: Sequence[str]) -> list[str]:
 
 def _config_flags(name: str) -> list[str]:
     return [arg for path in find_configs(name) for arg in ("--config", path)]
+
+
+def _check_text(path: str) -> None:
+    """Refuse a config that cannot be read as text."""
+    try:
+        content = Path(path).read_bytes()
+        content.decode()
+    except OSError as error:
+        raise ConfigError(f"--config: {path!r}: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"--config: {path!r}, line {line}: the byte 0x{content[error.start]:02x} is not UTF-8; "
+            "accepted: a YAML file in UTF-8"
+        ) from error
 
 
 def _folder() -> Path:

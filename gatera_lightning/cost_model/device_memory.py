@@ -94,26 +94,3 @@ def communication(sizes: ModelSizes, layout: Layout, micro_batches: int) -> dict
         times = micro_batches if shards > 1 else 1
         found["all-reduce"] = times * 2 * (sizes.adapter // shards) * (replicas - 1) // replicas
     return found
-
-
-def verdict(memory: Memory, limit: float | None) -> str:
-    """Say whether the memory fits a device, and if not, how much is missing and what to change.
-
-    Args:
-        memory: The predicted memory.
-        limit: Bytes of the device; None if unknown.
-    """
-    if limit is None:
-        return "    (--memory GiB says whether it fits)"
-    if memory.peak <= limit:
-        return f"    of {limit / GIB:.1f}: fits"
-    largest = max(memory.parts, key=lambda name: memory.parts[name])
-    hints = {
-        "weights": "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload",
-        "activations": "model.backbone.gradient_checkpointing: true if it is not, or more "
-        "trainer.accumulate_grad_batches",
-        "logits": "more trainer.accumulate_grad_batches",
-    }
-    advice = hints.get(largest, "a smaller model.adapter.rank")
-    over = (memory.peak - limit) / GIB
-    return f"    of {limit / GIB:.1f}: DOES NOT FIT, by {over:.1f} GiB; most of it is {largest}: {advice}"

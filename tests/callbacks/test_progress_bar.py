@@ -97,6 +97,14 @@ def test_remaining_time_of_hour_long_steps(tiny_backbone, tmp_path, monkeypatch,
     ]
 
 
+def test_long_training_prints_line_for_each_tenth(tiny_backbone, tmp_path, capsys):
+    fit(tiny_backbone, tmp_path, max_steps=35)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == [
+        f"{n}/35" for n in (1, 4, 7, 11, 14, 18, 21, 25, 28, 32, 35)
+    ]
+
+
 def test_without_interval_only_last_step_is_printed(tiny_backbone, tmp_path, capsys):
     fit(tiny_backbone, tmp_path, log_every_n_steps=0)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 4/4"]

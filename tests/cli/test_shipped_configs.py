@@ -1,6 +1,7 @@
 """Configs found by name, from any folder."""
 
 import logging
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -92,3 +93,18 @@ def test_configs_move_before_flags(working_folder):
         *("fit", "--config", str(SHIPPED / "quickstart.yaml"), "--config", "mine.yaml"),
         *("--seed_everything", "3"),
     ]
+
+
+def test_config_that_is_no_readable_text_is_refused(working_folder):
+    (working_folder / "latin.yaml").write_bytes(b"a: 1\nb: caf\xe9\n")
+    (working_folder / "utf16.yaml").write_text("a: 1\n", encoding="utf-16")
+    (working_folder / "folder.yaml").mkdir()
+    os.mkfifo(working_folder / "fifo.yaml")
+    for name, message in {
+        "latin.yaml": "'latin.yaml', line 2: the byte 0xe9 is not UTF-8",
+        "utf16.yaml": "'utf16.yaml', line 1: the byte 0xff is not UTF-8",
+        "folder.yaml": "'folder.yaml' is a folder; accepted: a YAML file",
+        "fifo.yaml": "'fifo.yaml' is no regular file; accepted: a YAML file",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^--config: {message}"):
+            find_config(name)

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from gatera_lightning import AdapterConfig, BackboneConfig
-from gatera_lightning.cost_model.device_memory import Layout, Memory, communication, predict_memory, verdict
+from gatera_lightning.cost_model.device_memory import Layout, Memory, communication, predict_memory
 from gatera_lightning.cost_model.step_costs import (
     MicroBatch,
     ModelSizes,
@@ -93,29 +93,6 @@ def test_predict_memory_matches_manual_sums(layout, weights, adapter, peak):
 def test_predict_memory_counts_optimizer_temporaries_when_activations_are_small():
     costs = StepCosts(activations=50, logits=5, peak=150, forward_flops=2, backward_flops=5)
     assert predict_memory(SIZES, costs, Layout(1, 1)).peak == 1000 + 80 + 160 + 80 + 160
-
-
-@pytest.mark.parametrize(
-    ("largest", "advice"),
-    [
-        ("weights", "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload"),
-        (
-            "activations",
-            "model.backbone.gradient_checkpointing: true if it is not, or more "
-            "trainer.accumulate_grad_batches",
-        ),
-        ("logits", "more trainer.accumulate_grad_batches"),
-        ("moments", "a smaller model.adapter.rank"),
-        ("gradients", "a smaller model.adapter.rank"),
-    ],
-)
-def test_verdict_advises_on_largest_part(largest, advice, monkeypatch):
-    monkeypatch.setattr("gatera_lightning.cost_model.device_memory.GIB", 1)
-    parts = dict.fromkeys(("weights", "adapter", "gradients", "moments", "activations", "logits"), 1)
-    memory = Memory(parts | {largest: 2}, 7)
-    expected = f"    of 5.5: DOES NOT FIT, by 1.5 GiB; most of it is {largest}: {advice}"
-    assert verdict(memory, 5.5) == expected
-    assert verdict(memory, 7) == "    of 7.0: fits"
 
 
 @pytest.mark.slow

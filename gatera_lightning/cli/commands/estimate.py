@@ -12,7 +12,7 @@ from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.validation import validate_config
-from gatera_lightning.cost_model.device_memory import GIB, Layout, communication, predict_memory, verdict
+from gatera_lightning.cost_model.device_memory import GIB, Layout, Memory, communication, predict_memory
 from gatera_lightning.cost_model.step_costs import (
     MicroBatch,
     ModelSizes,
@@ -112,8 +112,31 @@ def _describe_recipe(recipe: RecipeCLI, layout: Layout, sizes: ModelSizes, dtype
 def _describe_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout, limit: float | None) -> list[str]:
     memory = predict_memory(sizes, costs, layout)
     parts = [f"    {name:<13}{size / GIB:8.2f}" for name, size in memory.parts.items()]
-    peak = f"    {'peak':<13}{memory.peak / GIB:8.2f}{verdict(memory, limit)}"
+    peak = f"    {'peak':<13}{memory.peak / GIB:8.2f}{describe_fit(memory, limit)}"
     return ["  memory per device, GiB", *parts, peak]
+
+
+def describe_fit(memory: Memory, limit: float | None) -> str:
+    """Say whether the memory fits a device, and if not, how much is missing and what to change.
+
+    Args:
+        memory: The predicted memory.
+        limit: Bytes of the device; None if unknown.
+    """
+    if limit is None:
+        return "    (--memory GiB says whether it fits)"
+    if memory.peak <= limit:
+        return f"    of {limit / GIB:.1f}: fits"
+    largest = max(memory.parts, key=lambda name: memory.parts[name])
+    hints = {
+        "weights": "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload",
+        "activations": "model.backbone.gradient_checkpointing: true if it is not, or more "
+        "trainer.accumulate_grad_batches",
+        "logits": "more trainer.accumulate_grad_batches",
+    }
+    advice = hints.get(largest, "a smaller model.adapter.rank")
+    over = (memory.peak - limit) / GIB
+    return f"    of {limit / GIB:.1f}: DOES NOT FIT, by {over:.1f} GiB; most of it is {largest}: {advice}"
 
 
 def _describe_compute(recipe: RecipeCLI, batch: MicroBatch, costs: StepCosts) -> list[str]:

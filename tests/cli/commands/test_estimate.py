@@ -9,10 +9,10 @@ import pytest
 from tiny_backbone import tiny_args, tiny_data
 
 from gatera_lightning.cli.commands import estimate as estimate_command
-from gatera_lightning.cli.commands.estimate import layout_of
+from gatera_lightning.cli.commands.estimate import describe_fit, layout_of
 from gatera_lightning.cli.main import main
 from gatera_lightning.cost_model import device_memory
-from gatera_lightning.cost_model.device_memory import Layout
+from gatera_lightning.cost_model.device_memory import Layout, Memory
 from gatera_lightning.cost_model.step_costs import StepCosts
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.errors import ConfigError
@@ -311,3 +311,26 @@ def test_layout_of_one_rank_shards_nothing():
 def test_layout_of_rejects_sizes_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"^trainer.strategy: replicate_size 2 × shard_size 3 is 6, "):
         layout_of(sharding(shard_size=3, replicate_size=2), 8)
+
+
+@pytest.mark.parametrize(
+    ("largest", "advice"),
+    [
+        ("weights", "shard them (overlays/fsdp.yaml), over more devices, or with cpu_offload"),
+        (
+            "activations",
+            "model.backbone.gradient_checkpointing: true if it is not, or more "
+            "trainer.accumulate_grad_batches",
+        ),
+        ("logits", "more trainer.accumulate_grad_batches"),
+        ("moments", "a smaller model.adapter.rank"),
+        ("gradients", "a smaller model.adapter.rank"),
+    ],
+)
+def test_fit_advises_on_largest_part(largest, advice, monkeypatch):
+    monkeypatch.setattr(estimate_command, "GIB", 1)
+    parts = dict.fromkeys(("weights", "adapter", "gradients", "moments", "activations", "logits"), 1)
+    memory = Memory(parts | {largest: 2}, 7)
+    expected = f"    of 5.5: DOES NOT FIT, by 1.5 GiB; most of it is {largest}: {advice}"
+    assert describe_fit(memory, 5.5) == expected
+    assert describe_fit(memory, 7) == "    of 7.0: fits"
