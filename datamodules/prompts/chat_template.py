@@ -1,51 +1,186 @@
 """The tokenizer's chat template: rendering messages with it, and finding out how it marks turns.
 
 Chat templates are arbitrary Jinja programs. Their conventions are found out by rendering short conversations,
-not by looking for known tokens.
+not by looking for known tokens, and what they write is compared with the messages that they were given.
 """
 
+import json
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[Literal["role", "content"], str]
-"""One message of a conversation, as chat templates expect it."""
+from gatera_lightning.datamodules.tokenization.chat_rendering import render_template
+from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens, unescape
+
+Message = dict[str, Any]
+"""One message: role, content, and optionally reasoning_content, tool_calls, tool_call_id, name and weight."""
+
+THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 
 _PLACEHOLDER_ANSWER = "the answer"
 _PLACEHOLDER_SYSTEM = "the rules"
+_EMPTY_THOUGHT = re.compile(rf"\s*{THOUGHT_START}\s*{THOUGHT_END}\s*")
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message]) -> tuple[str, str]:
+class ChatPrompt(NamedTuple):
+    """A prompt of a chat template."""
+
+    text: str
+    """With control tokens as text. Those that messages spell out are escaped."""
+
+    separator: str
+    """What stands between the prompt and an answer: white space (often none), or the end of a thought that
+    the prompt opens."""
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase | None,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+) -> ChatPrompt:
     """Render messages and the opening of the assistant's next turn.
+
+    If the template has no generation prompt, or an incomplete one, the opening is what it writes before the
+    text of an answer.
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        messages: The conversation so far.
-
-    Returns:
-        The prompt, with special tokens as text, and the white space that the template puts before an answer
-        (often none).
+        messages: The conversation so far; empty if the assistant speaks first.
+        tools: JSON schemas of the tools that the model may call.
 
     Raises:
-        ValueError: The tokenizer has no chat template, or the template rejects the messages.
+        ValueError: The tokenizer has no chat template, or the template rejects the messages, or writes
+            something else than these messages in this order.
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
-    conversation: list[dict[str, str]] = [
-        {"role": message["role"], "content": message["content"]} for message in messages
-    ]
+    _check_roles(tokenizer, [message["role"] for message in messages])
+    conversation, schemas = template_messages(tokenizer, messages), _escaped(tokenizer, list(tools))
     answer = {"role": "assistant", "content": _PLACEHOLDER_ANSWER}
+    answered = render_template(tokenizer, [*conversation, *template_messages(tokenizer, [answer])], schemas)
     try:
-        prompt = str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
-        answered = str(tokenizer.apply_chat_template([*conversation, answer], tokenize=False))
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template rejects these messages: {error}") from error
-    separator = ""
+        prompt = render_template(tokenizer, conversation, schemas, generation_prompt=True)
+    except ValueError:
+        if any(message["role"] == "user" for message in messages):
+            raise
+        return _split_opening(answered.rpartition(_PLACEHOLDER_ANSWER)[0])  # the assistant speaks first
+    end = _check_contents(prompt, messages, tools)
+    between = ""
     if answered.startswith(prompt):
-        separator = answered.removeprefix(prompt).partition(_PLACEHOLDER_ANSWER)[0]
-    return prompt, separator if separator.isspace() else ""
+        between, found, _ = answered.removeprefix(prompt).partition(_PLACEHOLDER_ANSWER)
+        if not found:
+            raise ValueError("the tokenizer's chat template does not write the text of assistant messages")
+    opening = prompt[end:]
+    if opening.count(THOUGHT_START) > opening.count(THOUGHT_END):
+        closing = ("" if prompt.endswith("\n") else "\n") + f"\n{THOUGHT_END}\n\n"
+        return ChatPrompt(prompt, between if THOUGHT_END in between else closing)
+    if not between.strip():
+        return ChatPrompt(prompt, between)
+    if _EMPTY_THOUGHT.fullmatch(between):  # the answer may start without one
+        return ChatPrompt(prompt, "")
+    return _split_opening(prompt + between)
+
+
+def render_response(
+    tokenizer: PreTrainedTokenizerBase,
+    history: Sequence[Message],
+    response: Message,
+    tools: Sequence[dict[str, Any]] = (),
+) -> tuple[str, str]:
+    """Render a conversation and the response that the model learns, with the thought and the tools it uses.
+
+    Returns:
+        The prompt as in :func:`render_chat`, and the response as it follows the prompt.
+
+    Raises:
+        ValueError: As in :func:`render_chat`, or the template cannot represent the response.
+    """
+    prompt, separator = render_chat(tokenizer, history, tools)
+    thought, content = _split_thought(response)
+    opens_thought = THOUGHT_END in separator
+    if response.get("tool_calls") or (thought is not None and response.get("reasoning_content")):
+        written = _written_response(tokenizer, prompt, history, response, tools)
+        if written is not None:
+            return prompt, written
+        if response.get("tool_calls"):
+            raise ValueError(
+                "the tokenizer's chat template does not write the response with its tool_calls after its own "
+                "generation prompt; accepted: responses without tool_calls, or another chat template"
+            )
+        if THOUGHT_START not in str(tokenizer.chat_template):
+            raise ValueError(
+                "the tokenizer's chat template does not write reasoning_content; accepted: messages without "
+                "it, or another chat template"
+            )
+    escape = control_tokens(tokenizer).escape
+    if thought is None:
+        return prompt, separator + escape(content, response=True)
+    if not opens_thought and THOUGHT_END in prompt[_check_contents(prompt, history, tools) :]:
+        raise ValueError(
+            "the response has a thought, but the tokenizer's chat template closes the thought before it; "
+            "accepted: responses without thoughts, or another chat template"
+        )
+    if opens_thought:  # the prompt has the first marker
+        answer = thought.removeprefix("\n") if prompt.endswith("\n") else thought
+    else:
+        answer = f"{separator}{THOUGHT_START}{thought}"
+    return prompt, escape(f"{answer}{THOUGHT_END}{content}", response=True)
+
+
+def _split_thought(response: Message) -> tuple[str | None, str]:
+    """The thought of a response, as it stands between its markers, or None; and the rest of the response.
+
+    Raises:
+        ValueError: The response has more than one thought, or one that does not end.
+    """
+    content = response["content"]
+    if reasoning := response.get("reasoning_content"):
+        if THOUGHT_START in content or THOUGHT_END in content:
+            raise ValueError(f"a response has reasoning_content and also {THOUGHT_START} in its content")
+        return "\n{}\n".format(reasoning.strip("\n")), f"\n\n{content}"
+    if not content.lstrip().startswith(THOUGHT_START):
+        return None, content
+    thought, end, rest = content.lstrip().removeprefix(THOUGHT_START).partition(THOUGHT_END)
+    if not end or THOUGHT_START in thought:
+        raise ValueError(f"a response opens a thought with {THOUGHT_START} that it does not close")
+    return thought, rest
+
+
+def _written_response(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    history: Sequence[Message],
+    response: Message,
+    tools: Sequence[dict[str, Any]],
+) -> str | None:
+    """What the template itself writes for a response; None if that does not continue the prompt."""
+    conversation = template_messages(tokenizer, [*history, response])
+    written = render_template(tokenizer, conversation, _escaped(tokenizer, list(tools)))
+    if not written.startswith(prompt):
+        return None
+    answer = written.removeprefix(prompt).rstrip()
+    for token in {end_of_turn(tokenizer), str(tokenizer.eos_token)} - {""}:
+        answer = answer.removesuffix(token)
+    plain = unescape(answer)
+    calls = [call["function"]["name"] for call in response.get("tool_calls", ())]
+    texts = [response.get("reasoning_content", "").strip(), response["content"].strip(), *calls]
+    return answer if all(text in plain for text in texts) else None
+
+
+def template_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """Return messages as the chat template expects them, with the control tokens in their texts escaped."""
+    converted = []
+    for message in messages:
+        others = {key: value for key, value in message.items() if key not in ("role", "content", "weight")}
+        content = control_tokens(tokenizer).escape(
+            message["content"], response=message["role"] == "assistant"
+        )
+        form: Any = [{"type": "text", "text": content}] if _wants_parts(tokenizer) else content
+        converted.append({"role": message["role"], "content": form} | _escaped(tokenizer, others))
+    return converted
 
 
 def supports_system_message(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -55,8 +190,8 @@ def supports_system_message(tokenizer: PreTrainedTokenizerBase) -> bool:
         {"role": "user", "content": "a question"},
     ]
     try:
-        return _PLACEHOLDER_SYSTEM in tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:
+        return _PLACEHOLDER_SYSTEM in render_template(tokenizer, template_messages(tokenizer, messages))
+    except ValueError:
         return False
 
 
@@ -70,7 +205,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
         {"role": "user", "content": "a question"},
         {"role": "assistant", "content": _PLACEHOLDER_ANSWER},
     ]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    rendered = render_template(tokenizer, template_messages(tokenizer, messages))
     ids = tokenizer(rendered.rpartition(_PLACEHOLDER_ANSWER)[2].lstrip(), add_special_tokens=False).input_ids
     added_special_ids = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     if not ids or ids[0] not in {*tokenizer.all_special_ids, *added_special_ids}:
@@ -87,3 +222,117 @@ def answer_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     token = end_of_turn(tokenizer)
     return "" if token == tokenizer.eos_token else token
+
+
+# --- what a template writes, compared with what it was given ---
+
+_PROBED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, bool]] = WeakKeyDictionary()
+
+
+def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template reads contents as lists of parts only, as some multimodal models do."""
+    known = _PROBED.setdefault(tokenizer, {})
+    key = ("parts", repr(tokenizer.chat_template))
+    if key not in known:
+        known[key] = not _writes(tokenizer, _PLACEHOLDER_ANSWER) and _writes(
+            tokenizer, [{"type": "text", "text": _PLACEHOLDER_ANSWER}]
+        )
+    return known[key]
+
+
+def _writes(tokenizer: PreTrainedTokenizerBase, content: Any) -> bool:
+    try:
+        text = render_template(tokenizer, [{"role": "user", "content": content}])
+    except ValueError:
+        return False
+    return _PLACEHOLDER_ANSWER in text and "'type'" not in text  # some print the list
+
+
+def _check_roles(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> None:
+    """Raise ValueError unless the template writes the text of every message once, in order.
+
+    Contents of data may repeat each other, so this takes other texts in their places. Tool messages answer a
+    call, so conversations with them are only searched for their own texts.
+    """
+    known = _PROBED.setdefault(tokenizer, {})
+    key = (*roles, repr(tokenizer.chat_template))
+    if key in known or not roles or "tool" in roles:
+        return
+    texts = [f"text number {number} here" for number in range(len(roles))]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    rendered = render_template(tokenizer, template_messages(tokenizer, messages), generation_prompt=True)
+    last = -1
+    for number, (role, text) in enumerate(zip(roles, texts, strict=True), 1):
+        if (count := rendered.count(text)) != 1:
+            times = "does not write" if count == 0 else f"writes {count} times"
+            raise ValueError(
+                f"the tokenizer's chat template {times} the text of message {number} ({role}) of "
+                f"{len(roles)}; accepted: a template that writes every message once"
+            )
+        if role != "system" and rendered.index(text) < last:
+            raise ValueError("the tokenizer's chat template writes messages in another order")
+        last = last if role == "system" else rendered.index(text)
+    known[key] = True
+
+
+def _check_contents(prompt: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> int:
+    """Return where the last message ends in a prompt; raise ValueError if the text of one is not there."""
+    plain, end = unescape(prompt), 0
+    for number, message in enumerate(messages, 1):
+        text = message["content"]
+        if message["role"] == "assistant":
+            text = text.rpartition(THOUGHT_END)[2]  # templates drop earlier thoughts
+        start = 0 if message["role"] == "system" else end
+        forms = dict.fromkeys([text.strip(), json.dumps(text.strip(), ensure_ascii=False)[1:-1]])
+        place, form = next(
+            ((place, form) for form in forms if (place := plain.find(form, start)) >= 0), (-1, "")
+        )
+        if place < 0:
+            raise ValueError(
+                f"the tokenizer's chat template changes the text of message {number} ({message['role']}), "
+                f"{text.strip()!r:.60}; accepted: a template that writes texts as they are"
+            )
+        if message["role"] != "system":
+            end = place + len(form)
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in plain:
+                raise ValueError(
+                    f"the tokenizer's chat template does not write the tool_calls of message {number}; "
+                    "accepted: messages without tool_calls, or another chat template"
+                )
+    for tool in tools:
+        if tool.get("function", tool).get("name", "") not in plain:
+            raise ValueError(
+                "the tokenizer's chat template does not write tools; accepted: rows without tools, or "
+                "another chat template"
+            )
+    return _escaped_position(prompt, end)
+
+
+def _escaped_position(escaped: str, position: int) -> int:
+    """The position in an escaped text of a position in the same text without escapes."""
+    if unescape(escaped) == escaped:
+        return position
+    plain = 0
+    for index, character in enumerate(escaped):
+        if plain == position:
+            return index
+        plain += unescape(character) != ""
+    return len(escaped)
+
+
+def _split_opening(text: str) -> ChatPrompt:
+    """Divide what precedes an answer: spaces at the end belong to the answer."""
+    prompt = text.rstrip(" ")
+    return ChatPrompt(prompt, text[len(prompt) :])
+
+
+def _escaped(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
+    """Escape the control tokens in all texts of a JSON value."""
+    if isinstance(value, str):
+        return control_tokens(tokenizer).escape(value)
+    if isinstance(value, dict):
+        return {_escaped(tokenizer, key): _escaped(tokenizer, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(tokenizer, item) for item in value]
+    return value

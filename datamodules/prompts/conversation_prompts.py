@@ -12,10 +12,16 @@ from gatera_lightning.datamodules.prompts.chat_template import (
     answer_suffix,
     end_of_turn,
     render_chat,
+    render_response,
     supports_system_message,
 )
-from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction
+from gatera_lightning.datamodules.prompts.conversations import (
+    Conversation,
+    Instruction,
+    PlainText,
+)
 from gatera_lightning.datamodules.prompts.templates import Template, render
+from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example
 
 _PLAIN_SPEAKERS = {"system": "", "user": "User: ", "assistant": "Assistant: "}
@@ -47,7 +53,7 @@ class ConversationPrompts:
     locate_earlier_responses: bool = False
     """Whether to fill in ``Prompt.earlier_responses``, which not every chat template allows."""
 
-    def render(self, conversation: Instruction | Chat, max_length: int) -> Prompt:
+    def render(self, conversation: Conversation, max_length: int) -> Prompt:
         """Render a conversation, without the oldest turns of a chat if it is too long.
 
         The system message and the last turn are always included. If they exceed ``max_length`` on their own,
@@ -61,22 +67,29 @@ class ConversationPrompts:
             ValueError: The template is unknown, or cannot represent the chat.
         """
         if isinstance(conversation, Instruction):
-            text, answers = render(
-                self.template,
-                conversation.request,
-                [conversation.response],
-                self.tokenizer,
-                context=conversation.context,
-            )
-            return Prompt(text, answers[0])
+            return self._render_instruction(conversation)
+        if isinstance(conversation, PlainText):
+            return Prompt(conversation.prompt, conversation.response)
         system = [message for message in conversation.messages if message["role"] == "system"]
         turns = conversation.messages[len(system) :]
-        turn_starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        # The first turn is the assistant's in some chats.
+        turn_starts = sorted({0, *(i for i, message in enumerate(turns) if message["role"] == "user")})
         for start in turn_starts:
-            prompt = self._render_chat([*system, *turns[start:]], truncated=start > 0)
+            prompt = self._render_chat([*system, *turns[start:]], conversation.tools, truncated=start > 0)
             if start == turn_starts[-1] or self._fits(prompt, max_length):
                 break
         return prompt
+
+    def _render_instruction(self, instruction: Instruction) -> Prompt:
+        request, context = instruction.request, instruction.context
+        if self.template == "chat":
+            content = f"{request}\n\n{context}" if context else request
+            response = {"role": "assistant", "content": instruction.response}
+            return self._render_chat_template([{"role": "user", "content": content}], response, (), False)
+        text, answers = render(
+            self.template, request, [instruction.response], self.tokenizer, context=context
+        )
+        return Prompt(text, answers[0])
 
     def _fits(self, prompt: Prompt, max_length: int) -> bool:
         options: dict[str, Any] = {}
@@ -85,10 +98,17 @@ class ConversationPrompts:
         tokenized = tokenize_example(self.tokenizer, prompt.text, [prompt.answer], max_length, **options)
         return not tokenized.truncated
 
-    def _render_chat(self, messages: Sequence[Message], *, truncated: bool) -> Prompt:
+    def _render_chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, truncated: bool
+    ) -> Prompt:
         *history, response = messages
         if self.template == "chat":
-            return self._render_chat_template(history, response, truncated)
+            return self._render_chat_template(history, response, tools, truncated)
+        if tools or any(_needs_chat_template(message) for message in messages):
+            raise ValueError(
+                f"template {self.template} has no place for tools, tool_calls and reasoning_content; "
+                "accepted template: chat"
+            )
         if self.template == "plain":
             return self._render_plain(history, response, truncated)
         if [message["role"] for message in history] not in (["user"], ["system", "user"]):
@@ -100,44 +120,66 @@ class ConversationPrompts:
         text, answers = render(self.template, request, [response["content"]], self.tokenizer)
         return Prompt(text, answers[0], (), truncated)
 
-    def _render_chat_template(self, history: Sequence[Message], response: Message, truncated: bool) -> Prompt:
-        if history[0]["role"] == "system" and not self._supports_system_message:
+    def _render_chat_template(
+        self,
+        history: Sequence[Message],
+        response: Message,
+        tools: Sequence[dict[str, Any]],
+        truncated: bool,
+    ) -> Prompt:
+        if len(history) > 1 and history[0]["role"] == "system" and not self._supports_system_message:
             system, first, *others = history
+            if first["role"] != "user":
+                raise ValueError(
+                    "the tokenizer's chat template has no system messages, and the assistant speaks first"
+                )
             content = f"{system['content']}\n\n{first['content']}"
-            history = [{"role": "user", "content": content}, *others]
-        text, separator = render_chat(self.tokenizer, history)
-        earlier = self._locate_earlier_responses(history, text) if self.locate_earlier_responses else ()
-        return Prompt(text, separator + response["content"], earlier, truncated)
+            history = [first | {"content": content}, *others]
+        text, answer = render_response(self.tokenizer, history, response, tools)
+        earlier: tuple[tuple[int, int], ...] = ()
+        if self.locate_earlier_responses:
+            earlier = self._locate_earlier_responses(history, tools, text)
+        return Prompt(text, answer, earlier, truncated)
 
     def _render_plain(self, history: Sequence[Message], response: Message, truncated: bool) -> Prompt:
         text, ranges = "", []
+        escape = control_tokens(self.tokenizer).escape
         for message in history:
             text += _PLAIN_SPEAKERS[message["role"]]
-            content = message["content"]
-            if message["role"] == "assistant":
+            is_response = message["role"] == "assistant"
+            content = escape(message["content"], response=is_response)
+            if is_response:
                 # Earlier responses end in EOS and start with the space before them, like the last one.
                 content += self.tokenizer.eos_token
-                ranges.append((len(text) - 1, len(text) + len(content)))
+                if message.get("weight") != 0:
+                    ranges.append((len(text) - 1, len(text) + len(content)))
             text += content + "\n"
         earlier = tuple(ranges) if self.locate_earlier_responses else ()
         opening = _PLAIN_SPEAKERS["assistant"].rstrip()
-        return Prompt(text + opening, f" {response['content']}", earlier, truncated)
+        answer = f" {escape(response['content'], response=True)}"
+        return Prompt(text + opening, answer, earlier, truncated)
 
-    def _locate_earlier_responses(self, history: Sequence[Message], text: str) -> tuple[tuple[int, int], ...]:
+    def _locate_earlier_responses(
+        self, history: Sequence[Message], tools: Sequence[dict[str, Any]], text: str
+    ) -> tuple[tuple[int, int], ...]:
         """Find the assistant's messages in a rendered chat, each with the token that ends its turn."""
         ranges = []
         for i, message in enumerate(history):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
-            opening = render_chat(self.tokenizer, history[:i])[0]
-            start = text.find(message["content"], len(opening))
+            if _needs_chat_template(message):  # what is learned is more than the content
+                opening, content = render_response(self.tokenizer, history[:i], message, tools)
+            else:
+                opening = render_chat(self.tokenizer, history[:i], tools).text
+                content = control_tokens(self.tokenizer).escape(message["content"].strip(), response=True)
+            start = text.find(content, len(opening))
             if not text.startswith(opening) or start < 0 or text[len(opening) : start].strip():
                 raise ValueError(
                     "train_on every_response: the tokenizer's chat template renders earlier responses "
                     "differently from the last one, so training on them would teach what the model never "
                     "generates; accepted: response, all"
                 )
-            end = start + len(message["content"])
+            end = start + len(content)
             turn_end = end + len(text[end:]) - len(text[end:].lstrip())
             if self._end_of_turn and text.startswith(self._end_of_turn, turn_end):
                 end = turn_end + len(self._end_of_turn)
@@ -155,3 +197,7 @@ class ConversationPrompts:
     @cached_property
     def _supports_system_message(self) -> bool:
         return supports_system_message(self.tokenizer)
+
+
+def _needs_chat_template(message: Message) -> bool:
+    return message["role"] == "tool" or "tool_calls" in message or "reasoning_content" in message

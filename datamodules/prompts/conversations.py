@@ -1,15 +1,35 @@
-"""Conversations: parse an instruction with its response, or a chat, from a row of the user's data."""
+"""Conversations: parse an instruction with its response, a chat or a plain text from a row of data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gatera_lightning.datamodules.prompts.chat_template import Message
+from gatera_lightning.datamodules.prompts.messages import (
+    EmptyResponseError,
+    parse_json_list,
+    parse_messages,
+    parse_text,
+    parse_tools,
+)
+from gatera_lightning.errors import near_miss
 
-COLUMNS = ("instruction", "input", "output", "messages")
-"""Columns of a row: either ``instruction``, ``output`` and optionally ``input``, or ``messages``."""
+COLUMNS = (
+    *("instruction", "input", "output", "messages"),
+    *("system", "history", "conversations", "tools", "prompt", "completion", "text"),
+)
+"""Columns of a row. Its shape is the first of these that it has: ``messages`` or ``conversations``;
+``instruction`` and ``output``, optionally with ``input`` and ``history``; ``prompt`` and ``completion``;
+``text``. ``system`` and ``tools`` belong to all but the last."""
 
-_ROLES = ("system", "user", "assistant")
+_LISTS = ("messages", "conversations", "tools", "history")
+
+_UNSUPPORTED = {
+    **dict.fromkeys(("images", "image", "videos", "audios"), "images, videos and sound"),
+    **dict.fromkeys(("functions", "function_call"), "functions; give them as 'tools'"),
+    **dict.fromkeys(("documents", "chat_template_kwargs"), "other inputs of a chat template"),
+}
+"""Columns that mean something for other trainers, and what they would add."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +50,30 @@ class Chat:
 
     messages: tuple[Message, ...]
 
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the tools that the model may call."""
+
     @property
     def response(self) -> str:
         """Content of the last message."""
-        return self.messages[-1]["content"]
+        return str(self.messages[-1]["content"])
 
 
-def parse_conversation(row: Any, columns: Mapping[str, str]) -> Instruction | Chat:
-    """Parse a row as an instruction or a chat. Surrounding white space is removed from all texts.
+@dataclass(frozen=True)
+class PlainText:
+    """A text that no template changes."""
+
+    prompt: str
+    """The beginning, which is not a part of the response; may be empty."""
+
+    response: str
+
+
+Conversation = Instruction | Chat | PlainText
+
+
+def parse_conversation(row: Any, columns: Mapping[str, str]) -> Conversation:
+    """Parse a row as an instruction, a chat or a plain text. Texts keep their white space.
 
     >>> parse_conversation({"question": "Why?", "output": "So."}, {"instruction": "question"})
     Instruction(request='Why?', context='', response='So.')
@@ -48,59 +84,156 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Instruction | Ch
             name}``.
 
     Raises:
-        ValueError: The row is neither an instruction nor a chat; the message says what was expected and what
-            was found.
+        EmptyResponseError: The row has no response to train on.
+        ValueError: The row has none of the shapes; the message says what was expected and what was found.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
-    names = {column: columns.get(column, column) for column in COLUMNS}
-    fields = {column: row.get(name) for column, name in names.items()}
-    if fields["messages"] is not None:
-        if fields["instruction"] is not None and fields["output"] is not None:
-            raise ValueError(
-                f"columns {names['messages']!r} and {names['instruction']!r}: expected only one of the two"
-            )
-        return Chat(tuple(_parse_messages(fields["messages"])))
-    for column in ("instruction", "output"):
-        if names[column] not in row:
-            alternative = "" if any(fields.values()) else f", and so is {names['messages']!r}"
-            raise ValueError(
-                f"column {names[column]!r} is missing{alternative}; the row has "
-                f"{', '.join(map(str, row)) or 'no columns'}. "
-                f"To read another column, set data.columns: {{{column}: NAME}}"
-            )
-    for column in ("instruction", "input", "output"):
-        if not isinstance(fields[column], str) and fields[column] is not None:
-            raise ValueError(f"column {names[column]!r}: expected text, found {fields[column]!r:.60}")
-    request, context, response = (
-        (fields[column] or "").strip() for column in ("instruction", "input", "output")
-    )
-    if not request or not response:
-        raise ValueError(f"column {names['output' if request else 'instruction']!r} is empty")
-    return Instruction(request, context, response)
-
-
-def _parse_messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"messages: expected a list of objects with role and content, found {value!r:.60}")
-    messages: list[Message] = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            found = ", ".join(map(str, message)) if isinstance(message, dict) else repr(message)
-            raise ValueError(f"message {number}: expected an object with role and content, found {found:.60}")
-        role, content = message["role"], message["content"]
-        if role not in _ROLES:
-            raise ValueError(f"message {number}: role {role!r} is unknown; accepted: {', '.join(_ROLES)}")
-        if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"message {number} ({role}): expected text as content, found {content!r:.60}")
-        if role == "system" and number > 1:
-            raise ValueError(f"message {number}: only the first message may be a system message")
-        messages.append({"role": role, "content": content.strip()})
-    turns = [message["role"] for message in messages if message["role"] != "system"]
-    if not turns or turns[-1] != "assistant":
+    fields = _Fields(row, columns)
+    fields.check_unsupported()
+    chats = [column for column in ("messages", "conversations") if fields[column] is not None]
+    is_instruction = fields["instruction"] is not None and fields["output"] is not None
+    if len(chats) > 1 or (chats and is_instruction):
+        first, second = [*chats, "instruction"][:2]
         raise ValueError(
-            f"the last message has role {messages[-1]['role']!r}; expected 'assistant', the response"
+            f"columns {fields.name(first)!r} and {fields.name(second)!r}: expected only one of the two"
         )
-    if turns[0] != "user":
-        raise ValueError(f"the first message after the system message has role {turns[0]!r}; expected 'user'")
-    return messages
+    if chats:
+        return _parse_chat(fields, chats[0])
+    if not is_instruction and fields["prompt"] is not None and fields["completion"] is not None:
+        return _parse_completion(fields)
+    if not is_instruction and isinstance(fields["text"], str) and fields["instruction"] is None:
+        return _parse_plain_text("", fields["text"], fields.name("text"))
+    return _parse_instruction(fields)
+
+
+class _Fields:
+    """The columns of a row under the names that this project gives them."""
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        self.row = row
+        self._names = dict(columns)
+        renamed = set(columns.values())  # such a column means what `columns` says, whatever its name is
+        self._hidden = {column for column in COLUMNS if column in renamed and column not in columns}
+
+    def name(self, column: str) -> str:
+        """The name of a column in the row."""
+        return self._names.get(column, column)
+
+    def __getitem__(self, column: str) -> Any:
+        value = None if column in self._hidden else self.row.get(self.name(column))
+        return None if value == "" and column in _LISTS else value  # CSV has no null
+
+    def text(self, column: str) -> str:
+        """The text of a column; empty if there is none.
+
+        Raises:
+            ValueError: It is neither text nor a number.
+        """
+        value = self[column]
+        return "" if value is None else parse_text(value, f"column {self.name(column)!r}")
+
+    def check_unsupported(self) -> None:
+        """Raise ValueError if the row has a column that would be ignored although it means something."""
+        for name, meaning in _UNSUPPORTED.items():
+            if self.row.get(name) and name not in self._names.values():
+                raise ValueError(
+                    f"column {name!r}: {meaning} are not supported; accepted columns: {', '.join(COLUMNS)}"
+                    f"{near_miss(name, COLUMNS)}"
+                )
+
+    def missing(self, column: str) -> ValueError:
+        """The error for a column that is not in the row."""
+        if self.row.get("chosen") or self.row.get("rejected"):
+            return ValueError(
+                "columns 'chosen' and 'rejected': pairs of responses to prefer from are not supported; "
+                f"accepted columns: {', '.join(COLUMNS)}"
+            )
+        others = any(self[name] is not None for name in ("instruction", "input", "output"))
+        alternative = "" if others else f", and so is {self.name('messages')!r}"
+        typo = ""
+        for name in self.row:
+            if near_miss(name, COLUMNS) and name not in COLUMNS:
+                typo = f" (column {name!r}{near_miss(name, COLUMNS).replace('; ', ': ')})"
+                break
+        return ValueError(
+            f"column {self.name(column)!r} is missing{alternative}; the row has "
+            f"{', '.join(map(str, self.row)) or 'no columns'}{typo}. "
+            f"To read another column, set data.columns: {{{column}: NAME}}"
+        )
+
+
+def _parse_instruction(fields: _Fields) -> Instruction | Chat:
+    for column in ("instruction", "output"):
+        if fields.name(column) not in fields.row:
+            raise fields.missing(column)
+    request, context, response = (fields.text(column) for column in ("instruction", "input", "output"))
+    if not request.strip():
+        raise ValueError(f"column {fields.name('instruction')!r} is empty")
+    if not response.strip():
+        raise EmptyResponseError(f"column {fields.name('output')!r} is empty")
+    context = context if context.strip() else ""
+    history, tools = _parse_history(fields), parse_tools(fields["tools"])
+    if not (history or tools or fields.text("system").strip()):
+        return Instruction(request, context, response)
+    content = f"{request}\n\n{context}" if context else request
+    turn = [{"role": "user", "content": content}, {"role": "assistant", "content": response}]
+    return Chat(tuple(_with_system(fields, [*history, *turn])), tools)
+
+
+def _parse_history(fields: _Fields) -> list[Message]:
+    """Earlier turns of an instruction: pairs of a request and a response."""
+    history: list[Message] = []
+    name = fields.name("history")
+    for number, pair in enumerate(parse_json_list(fields["history"]) or [], 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"column {name!r}, turn {number}: expected a pair of texts, found {pair!r:.60}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            content = parse_text(text, f"column {name!r}, turn {number}")
+            if not content.strip():
+                raise ValueError(f"column {name!r}, turn {number}: a text is empty")
+            history.append({"role": role, "content": content})
+    return history
+
+
+def _parse_chat(fields: _Fields, column: str) -> Chat:
+    messages = parse_messages(fields[column], fields.name(column))
+    return Chat(tuple(_with_system(fields, messages)), parse_tools(fields["tools"]))
+
+
+def _with_system(fields: _Fields, messages: list[Message]) -> list[Message]:
+    """The messages after the row's own system message, if it has one."""
+    system = fields.text("system")
+    if not system.strip():
+        return messages
+    if messages[0]["role"] == "system":
+        raise ValueError(f"column {fields.name('system')!r}, and the first message is a system message too")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _parse_completion(fields: _Fields) -> Chat | PlainText:
+    prompt, completion = (parse_json_list(fields[column]) for column in ("prompt", "completion"))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        messages = parse_messages([*prompt, *completion], fields.name("completion"))
+        return Chat(tuple(_with_system(fields, messages)), parse_tools(fields["tools"]))
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise ValueError(
+            f"columns {fields.name('prompt')!r} and {fields.name('completion')!r}: one is a list of messages "
+            "and the other is not; expected two texts, or two lists"
+        )
+    if fields["tools"] or fields.text("system").strip():
+        raise ValueError(
+            f"columns {fields.name('prompt')!r} and {fields.name('completion')!r} are texts, which take no "
+            "'system' and no 'tools'; expected lists of messages"
+        )
+    text = parse_text(prompt, f"column {fields.name('prompt')!r}")
+    if not text.strip():
+        raise ValueError(f"column {fields.name('prompt')!r} is empty")
+    return _parse_plain_text(text, completion, fields.name("completion"))
+
+
+def _parse_plain_text(prompt: str, value: Any, name: str) -> PlainText:
+    text = parse_text(value, f"column {name!r}")
+    if not text.strip():
+        raise EmptyResponseError(f"column {name!r} is empty")
+    return PlainText(prompt, text)

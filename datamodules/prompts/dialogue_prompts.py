@@ -14,6 +14,7 @@ from gatera_lightning.datamodules.prompts.chat_template import (
     supports_system_message,
 )
 from gatera_lightning.datamodules.prompts.templates import Template, render
+from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example
 
 _ALPACA_REQUEST = (
@@ -72,12 +73,15 @@ class DialoguePrompts:
     ) -> tuple[str, list[str]]:
         if self.template == "chat":
             prompt, separator = self._render_chat_template(persona, history)
-            return prompt, [separator + reply for reply in replies]
+            escape = control_tokens(self.tokenizer).escape
+            return prompt, [separator + escape(reply, response=True) for reply in replies]
         lines = [f"Persona: {' '.join(persona)}"] if persona else []
         lines += [f"{('You' if i % 2 else 'Partner')}: {text}" for i, text in enumerate(history)]
         if self.template == "plain":
-            return "\n".join([*lines, "You:"]), [f" {reply}" for reply in replies]
-        return render(self.template, _ALPACA_REQUEST + "\n".join(lines), replies)
+            escape = control_tokens(self.tokenizer).escape
+            prompt = escape("\n".join([*lines, "You:"]))
+            return prompt, [f" {escape(reply, response=True)}" for reply in replies]
+        return render(self.template, _ALPACA_REQUEST + "\n".join(lines), replies, self.tokenizer)
 
     def _render_chat_template(self, persona: Sequence[str], history: Sequence[str]) -> tuple[str, str]:
         about = _CHAT_PERSONA + " ".join(persona) if persona else ""

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.prompts.chat_template import render_chat
+from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens
 
 Template = Literal["alpaca", "plain", "chat"]
 """Stanford Alpaca's instruction format; ``Question: … Answer:``; or the tokenizer's chat template."""
@@ -41,8 +42,8 @@ def render(
         template: The prompt template.
         request: The question or instruction.
         answers: The candidate answers.
-        tokenizer: A tokenizer with a chat template; needed for ``chat`` only, where the request is one user
-            message.
+        tokenizer: The tokenizer, whose control tokens are escaped in all texts; None escapes nothing.
+            ``chat`` needs one with a chat template, where the request is one user message.
         context: What the request is about: the input in ``alpaca``; elsewhere it follows the request after an
             empty line.
 
@@ -53,6 +54,11 @@ def render(
     Raises:
         ValueError: The template is unknown, or it is ``chat`` and the tokenizer has no chat template.
     """
+    if tokenizer is not None:
+        escape = control_tokens(tokenizer).escape
+        answers = [escape(answer, response=True) for answer in answers]
+        if template != "chat":  # which escapes messages itself
+            request, context = escape(request), escape(context)
     if template == "alpaca":
         form = _ALPACA_WITH_INPUT if context else _ALPACA
         return form.format(request=request, context=context), list(answers)

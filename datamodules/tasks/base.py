@@ -33,7 +33,7 @@ _MAX_LISTED_ROWS = 5
 
 
 class UnusableRow(ValueError):
-    """A row without a correct answer to compare with: skipped with a warning, unlike other bad rows."""
+    """A row without a usable answer: skipped with a warning, unlike other bad rows."""
 
     def __init__(self, reason: str, training_example: Example | None = None) -> None:
         """Describe the row.
@@ -181,7 +181,7 @@ class TaskDataModule(SupervisedDataModule):
         if skipped:
             more = ["…"] if len(skipped) > _MAX_LISTED_ROWS else []
             log.warning(
-                "data.%s: skipped %d rows without a correct answer to compare with: %s",
+                "data.%s: skipped %d rows without a usable answer: %s",
                 split,
                 len(skipped),
                 "; ".join(skipped[:_MAX_LISTED_ROWS] + more),

@@ -1,19 +1,32 @@
-"""The user's own data: instructions with responses, or chats."""
+"""The user's own data: instructions with responses, chats, or plain texts."""
 
+import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.example import Example
+from gatera_lightning.datamodules.prompts.chat_template import Message
 from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
-from gatera_lightning.datamodules.prompts.conversations import COLUMNS, Chat, parse_conversation
-from gatera_lightning.datamodules.tasks.base import TaskDataModule
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.datamodules.prompts.conversations import (
+    COLUMNS,
+    Chat,
+    Instruction,
+    PlainText,
+    parse_conversation,
+)
+from gatera_lightning.datamodules.prompts.messages import EmptyResponseError
+from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
+from gatera_lightning.datamodules.tokenization.control_tokens import unescape
+from gatera_lightning.errors import ConfigError, near_miss
+
+log = logging.getLogger(__name__)
 
 
 class InstructionDataModule(TaskDataModule):
-    """Rows with ``instruction``, ``output`` and optionally ``input``, or with ``messages``.
+    """Rows with an instruction and its response, a chat, or a plain text, in any of the field's shapes.
 
     Responses have no single correct wording. They are evaluated by their likelihood, and generated responses
     by text metrics.
@@ -27,14 +40,16 @@ class InstructionDataModule(TaskDataModule):
         """Set the names of the columns. A file may contain both instructions and chats.
 
         Args:
-            columns: Names of your columns, if they are not called instruction, input, output and messages (a
-                list of objects with role and content): {instruction: question, output: answer}.
+            columns: Names of your columns, if they are not called instruction, input, output, system and
+                history; messages or conversations, and tools; prompt and completion; or text:
+                {instruction: question, output: answer}.
             common: Settings of :class:`TaskDataModule`.
         """
         super().__init__(**common)
         self.columns = columns or {}
         self._prompts: ConversationPrompts | None = None
         self._missing_columns: set[str] = set()
+        self._plain_texts = 0
 
     def problems(self, stage: str) -> list[str]:
         """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
@@ -42,6 +57,7 @@ class InstructionDataModule(TaskDataModule):
         if unknown_columns := [name for name in self.columns if name not in COLUMNS]:
             found.append(
                 f"data.columns: {', '.join(unknown_columns)} is unknown; accepted: {', '.join(COLUMNS)}"
+                f"{near_miss(unknown_columns[0], COLUMNS)}"
             )
         if self.rank_validation:
             found.append(
@@ -64,7 +80,16 @@ class InstructionDataModule(TaskDataModule):
                 silently.
         """
         self._missing_columns = set(self.columns.values())
+        self._plain_texts = 0
         yield from super().examples(split)
+        if self._plain_texts:
+            log.info(
+                "data.%s: %d plain texts (text, or prompt and completion) stay as they are; data.template "
+                "%s does not change them. Ask the adapter with --template none",
+                split,
+                self._plain_texts,
+                self.template,
+            )
         if self._missing_columns:
             names = ", ".join(
                 f"{column}: {name}" for column, name in self.columns.items() if name in self._missing_columns
@@ -75,22 +100,38 @@ class InstructionDataModule(TaskDataModule):
         """Build the prompt and the response of a row; see :meth:`TaskDataModule.example`."""
         if self._prompts is None:
             raise RuntimeError("the data module has no tokenizer yet: call connect(tokenizer) first")
-        conversation = parse_conversation(row, self.columns)
         self._missing_columns.difference_update(row)
+        try:
+            conversation = parse_conversation(row, self.columns)
+        except EmptyResponseError as error:
+            raise UnusableRow(str(error)) from error
         prompt = self._prompts.render(conversation, self.max_length)
         if isinstance(conversation, Chat):
-            texts = [message["content"] for message in conversation.messages]
-        else:
+            if self.train_on == "all" and any("weight" in message for message in conversation.messages):
+                raise ValueError(
+                    "a message has weight 0, but train_on all trains on every message; accepted: response, "
+                    "every_response"
+                )
+            texts = [_identifying_text(message) for message in conversation.messages]
+        elif isinstance(conversation, Instruction):
             texts = [conversation.request, conversation.context, conversation.response]
+        else:
+            self._plain_texts += 1
+            texts = [conversation.prompt, conversation.response]
         return Example(
             prompt.text,
             [prompt.answer],
             0,
             task,
-            labels=[conversation.response],
+            labels=[conversation.response.strip() or unescape(prompt.answer).strip()],
             identity="\n".join(texts),
             request="\n".join(texts[:-1]),
-            chat=self.template == "chat",
+            chat=self.template == "chat" and not isinstance(conversation, PlainText),
             earlier_responses=prompt.earlier_responses,
             truncated=prompt.truncated,
         )
+
+
+def _identifying_text(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return str(message["content"]) + (json.dumps(calls, sort_keys=True) if calls else "")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import tokenizers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.chat_template import answer_suffix
+from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens, unescape
 from gatera_lightning.datamodules.tokenization.tokenize import token_ranges, tokenize_example
 from gatera_lightning.errors import ConfigError
 
@@ -87,15 +89,15 @@ def tokenize_split(
             place = places[row["example"]]
             raise ConfigError(
                 f"{place}{': ' if place else ''}data.{split}, example {row['example']} "
-                f"({row['prompt'][:60]!r}…): {error}"
+                f"({unescape(row['prompt'])[:60]!r}…): {error}"
             ) from error
         return {
             "prompt": prompt_ids,
             "earlier_responses": earlier_responses,
             "answers": answer_ids,
             "lengths": [len(prompt_ids) + len(ids) for ids in answer_ids],
-            "characters": [len(answer.strip()) for answer in row["answers"]],
-            "labels": list(row["labels"] or row["answers"]),
+            "characters": [len(unescape(answer).strip()) for answer in row["answers"]],
+            "labels": list(row["labels"] or map(unescape, row["answers"])),
             "truncated": truncated or row["truncated"],
         }
 
@@ -132,7 +134,19 @@ def data_hash(table: Dataset) -> str:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash vocabulary, merges, pre-tokenizer and special tokens."""
+    """Hash everything that token ids depend on, besides the texts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256((state + repr(tokenizer.special_tokens_map)).encode()).hexdigest()
+    state: list[Any] = [
+        type(tokenizer).__qualname__,
+        tokenizers.__version__,
+        tokenizer.special_tokens_map,
+        bool(tokenizer.split_special_tokens),
+        control_tokens(tokenizer).tokens,
+    ]
+    if backend is not None:  # vocabulary, merges, normalizer, pre-tokenizer, post-processor and added tokens
+        fast = json.loads(backend.to_str())
+        state.append({name: part for name, part in fast.items() if name not in ("truncation", "padding")})
+    else:
+        state += [sorted(tokenizer.get_vocab().items()), repr(tokenizer.added_tokens_decoder)]
+        state.append({k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool | int | float)})
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from gatera_lightning.datamodules.tokenization.control_tokens import token_ids, token_offsets
+
 
 class TokenizedExample(NamedTuple):
     """Token ids of a prompt and of its candidate answers."""
@@ -30,8 +32,9 @@ def tokenize_example(
     """Tokenize a prompt and its candidate answers, and truncate the prompt where necessary.
 
     Prompt and answer are tokenized together and divided where the prompt ends, so the boundary is tokenized
-    as in running text. If the longest candidate does not fit into ``max_length``, the prompt loses tokens
-    after its BOS, the same ones for every candidate.
+    as in running text. Escaped control tokens (:mod:`.control_tokens`) are tokenized as text. If the
+    longest candidate does not fit into ``max_length``, the prompt loses tokens after its BOS, the same ones
+    for every candidate.
 
     Args:
         tokenizer: The backbone's tokenizer.
@@ -47,13 +50,13 @@ def tokenize_example(
     prompt_ids = tokenize_prompt(tokenizer, prompt, special_tokens=special_tokens)
     candidates = []
     for answer in answers:
-        joint = list(tokenizer(prompt + answer + answer_suffix, add_special_tokens=special_tokens).input_ids)
+        joint = token_ids(tokenizer, prompt + answer + answer_suffix, special_tokens=special_tokens)
         if joint[-1] == tokenizer.eos_token_id:
             joint.pop()
         if joint[: len(prompt_ids)] == prompt_ids:
             answer_ids = joint[len(prompt_ids) :]
         else:  # a token spans the boundary, but the prompt must be tokenized as it will be for generation
-            answer_ids = list(tokenizer(answer + answer_suffix, add_special_tokens=False).input_ids)
+            answer_ids = token_ids(tokenizer, answer + answer_suffix, special_tokens=False)
         candidates.append([*answer_ids, tokenizer.eos_token_id])
     longest = max(len(ids) for ids in candidates)
     room = max_length - longest
@@ -71,7 +74,7 @@ def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool = True
 ) -> list[int]:
     """Tokenize a text that is to be continued: without the EOS that some tokenizers append to every text."""
-    ids = list(tokenizer(prompt, add_special_tokens=special_tokens).input_ids)
+    ids = token_ids(tokenizer, prompt, special_tokens=special_tokens)
     if special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -103,7 +106,7 @@ def token_ranges(
         raise ValueError(
             "train_on every_response needs a fast tokenizer, which reports the characters of each token"
         )
-    offsets = tokenizer(prompt, add_special_tokens=special_tokens, return_offsets_mapping=True).offset_mapping
+    offsets, ranges = token_offsets(tokenizer, prompt, ranges, special_tokens=special_tokens)
     removed = len(tokenize_prompt(tokenizer, prompt, special_tokens=special_tokens)) - len(prompt_ids)
     first_token = 1 if removed and prompt_ids[0] == tokenizer.bos_token_id else 0  # BOS survives truncation
     found = []

@@ -1,5 +1,6 @@
 """Checkpoints that resume a run, and the adapter folder beside each of them."""
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,11 @@ from typing_extensions import override
 
 from gatera_lightning.adapters.serialization import save_adapter
 from gatera_lightning.checkpointing.rotation import hold_current, rotate
+from gatera_lightning.checkpointing.run_lock import claim, release
 from gatera_lightning.compatibility.lightning_internals import is_accumulating, validation_follows
-from gatera_lightning.errors import CheckpointError
+from gatera_lightning.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def default_mode(monitor: str | None) -> Literal["min", "max"]:
@@ -71,6 +75,67 @@ class AdapterCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self._step_of_last: int | None = None
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the folder of the checkpoints, and claim the run folder above it for training; a collective.
+
+        Raises:
+            ConfigError: On every rank, if another run holds the run folder.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        problem = claim(self._run_folder) if trainer.is_global_zero else None
+        if problem := trainer.strategy.broadcast(problem):
+            raise ConfigError(problem, on_every_rank=True)
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(str(self.dirpath)).parent
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self.dirpath is not None:
+            release(self._run_folder)
+
+    @override
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self.dirpath is not None:
+            release(self._run_folder)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore which checkpoints are best and last, as far as they are in this run's own folder.
+
+        They will be removed when better ones replace them, so a checkpoint must not name other files.
+        """
+        kept = dict(state_dict)
+        best = {path: score for path, score in kept.get("best_k_models", {}).items() if self._owns(path)}
+        if len(best) < len(kept.get("best_k_models", {})):
+            log.warning(
+                "the checkpoint names best checkpoints outside of %s, which are ignored", self.dirpath
+            )
+            worst = max if self.mode == "min" else min
+            kept |= {
+                "best_k_models": best,
+                "kth_best_model_path": worst(best, key=best.__getitem__, default=""),
+            }
+            kept["kth_value"] = best.get(kept["kth_best_model_path"], self.kth_value)
+        if not self._owns(kept.get("last_model_path")):
+            kept["last_model_path"] = ""
+        super().load_state_dict(kept)
+
+    def _owns(self, path: Any) -> bool:
+        """Whether a path is a checkpoint directly in this run's folder, once symbolic links are resolved."""
+        if self.dirpath is None or not isinstance(path, str) or not path.endswith(".ckpt"):
+            return False
+        resolved = Path(path).resolve()
+        return resolved.parent == Path(self.dirpath).resolve() and resolved.suffix == ".ckpt"
 
     @override
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
@@ -151,6 +216,9 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @override
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        if not self._owns(filepath):
+            log.warning("%s is not a checkpoint in %s: it is not removed", filepath, self.dirpath)
+            return
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             shutil.rmtree(Path(filepath).with_suffix(""), ignore_errors=True)

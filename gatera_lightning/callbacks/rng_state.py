@@ -18,7 +18,8 @@ class RNGState(L.Callback):
     """Save the random states of torch, numpy and Python on every rank, and restore them when resuming.
 
     Lightning saves no random states. They are restored at the first training batch, because the setup before
-    it may draw numbers that the uninterrupted run did not draw. A run that resumes on a different number of
+    it may draw numbers that the uninterrupted run did not draw. Until then, checkpoints hold them unchanged:
+    a finished run that is started again ends without a batch. A run that resumes on a different number of
     ranks cannot restore them, and logs a warning.
 
     Example:
@@ -26,13 +27,12 @@ class RNGState(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._saved: list[dict[str, Any]] | None = None
-        self._pending: dict[str, Any] | None = None
+        self._saved: list[dict[str, Any]] | None = None  # of all ranks, until they are restored
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the random states of all ranks; a collective."""
-        return {"ranks": gather_objects(_current())}
+        """Return the random states of all ranks; a collective unless they are still to be restored."""
+        return {"ranks": gather_objects(_current()) if self._saved is None else self._saved}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -44,11 +44,9 @@ class RNGState(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._saved is None:
+        if self._saved is None or len(self._saved) == trainer.world_size:
             return
-        if len(self._saved) == trainer.world_size:
-            self._pending = self._saved[trainer.global_rank]
-        elif trainer.is_global_zero:
+        if trainer.is_global_zero:
             log.warning(
                 "the checkpoint holds the random states of %d ranks, but this run has %d: dropout masks, if "
                 "any, differ from those of an uninterrupted run; adapter, optimizer and data resume exactly",
@@ -61,9 +59,9 @@ class RNGState(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._pending is not None:
-            _restore(self._pending)
-            self._pending = None
+        if self._saved is not None:
+            _restore(self._saved[trainer.global_rank])
+            self._saved = None
 
 
 def _current() -> dict[str, Any]:

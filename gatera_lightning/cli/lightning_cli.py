@@ -25,6 +25,7 @@ from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.commands import SUMMARIES
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS, default_trainer_callbacks
+from gatera_lightning.cli.run_folder import RunFolder
 from gatera_lightning.cli.settings_syntax import SettingsParser, describe_choices
 from gatera_lightning.cli.shipped_configs import with_found_configs
 from gatera_lightning.cli.validation import holds_checkpoints, validate_config
@@ -55,6 +56,7 @@ class GateRACLI(LightningCLI):
                 GateRAModule,
                 SupervisedDataModule,
                 subclass_mode_data=True,
+                save_config_callback=RunFolder,
                 args=with_found_configs(args),
                 parser_class=SettingsParser,
                 seed_everything_default=0,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gatera_lightning.adapters.gate_recording import record_gates
 from gatera_lightning.errors import checks_arguments
+from gatera_lightning.gate_analysis.row_identity import RowTracker, tracked_generation
 
 Phase = Literal["prefill", "decoding"]
 
@@ -45,13 +46,16 @@ class GateCall:
     """(batch, tokens); None for a forward from embeddings."""
 
     non_padding: Tensor
-    """(batch, tokens), True at every token that is not padding."""
+    """(batch, tokens), True at every token of a text: not at padding, nor after ``generate`` ended it."""
 
     positions: Tensor
     """(batch, tokens): the index of each token among the non-padding tokens of its row."""
 
     gates: Tensor
     """(modules, batch, tokens), ``g = σ(z)`` in fp32."""
+
+    cached: int = 0
+    """Number of earlier tokens, padding included, from whose keys the forward continued."""
 
 
 @dataclass
@@ -73,11 +77,21 @@ class GateCapture:
             The token ids of the row, and their gates as an array (modules, tokens).
 
         Raises:
-            ValueError: A forward was run from embeddings, which have no token ids.
+            ValueError: A forward was run from embeddings, which have no token ids, or a forward pass does not
+                continue the one before it, so that a row has several texts.
         """
         ids: list[int] = []
         gates = []
-        for call in self.calls:
+        read = self.calls[0].cached if self.calls else 0
+        for number, call in enumerate(self.calls):
+            _, batch, tokens = call.gates.shape
+            if call.cached != read or batch != self.calls[0].gates.shape[1]:
+                raise ValueError(
+                    f"row {index}: forward pass {number} does not continue forward pass {number - 1}, so the "
+                    "row has several texts (or generate ran without a cache); use columns(), or one "
+                    "capture_gates for each text"
+                )
+            read += tokens
             if call.input_ids is None:
                 raise ValueError("the token ids are unknown: a forward was run from embeddings")
             ids += call.input_ids[index][call.non_padding[index]].tolist()
@@ -115,7 +129,8 @@ class GateCapture:
 def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
     """Capture the gates of every forward pass inside the ``with`` block, ``generate`` included.
 
-    Gates are copied to the CPU after each forward pass. A model without gates yields an empty capture.
+    Gates are copied to the CPU after each forward pass. A model without gates yields an empty capture. What
+    ``generate`` reads after the end of a text, while others in the batch continue, counts as padding.
 
     Args:
         model: An adapted Transformers model.
@@ -125,23 +140,25 @@ def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
 
     Raises:
         RuntimeError: Another recording of the model's gates is active.
-        ValueError: A layer saw other tokens than those of the batch (for example in a mixture of experts).
+        ValueError: A layer saw other tokens than those of the batch (for example in a mixture of experts), or
+            the rows of the batch do not keep their texts, as in beam search.
 
     Example:
         >>> with capture_gates(model) as captured:
         ...     model.generate(**inputs, max_new_tokens=40)
         >>> table = pandas.DataFrame(captured.columns())
     """
-    captured = GateCapture()
+    captured, rows = GateCapture(), RowTracker()
 
     def store(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         shape = (ids if ids is not None else kwargs["inputs_embeds"][..., 0]).shape  # (batch, tokens)
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):  # of each kind of attention
+            mask = mask.get("full_attention", next(iter(mask.values())))
         cached = _cached_tokens(kwargs.get("past_key_values"), mask, shape[1])
-        if mask is None or mask.ndim != 2:
-            mask = torch.ones(shape[0], cached + shape[1], dtype=torch.long)
-        mask = mask.cpu().long()
+        rows.check_rows(getattr(output, "past_key_values", None), shape[1], continues=cached > 0)
+        mask = _tokens_of_texts(mask, shape[0], cached + shape[1])
         z = record.stacked(torch.ones(shape))
         if z is not None:
             captured.modules = [GatedModule(name) for name in record.names]
@@ -149,14 +166,15 @@ def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
                 GateCall(
                     phase="decoding" if cached > 0 else "prefill",
                     input_ids=None if ids is None else ids.detach().cpu(),
-                    non_padding=mask[:, -shape[1] :].bool(),
+                    non_padding=mask[:, -shape[1] :].bool() & rows.unfinished(shape[0]).unsqueeze(1),
                     positions=(mask.cumsum(1) - 1)[:, -shape[1] :].clamp_(min=0),
                     gates=torch.sigmoid(z.detach().float()).cpu(),
+                    cached=cached,
                 )
             )
         record.clear()
 
-    with record_gates(model) as record:
+    with record_gates(model) as record, tracked_generation(model, rows):
         handle = model.register_forward_hook(store, with_kwargs=True)
         try:
             yield captured
@@ -172,3 +190,13 @@ def _cached_tokens(cache: Any, mask: Tensor | None, tokens: int) -> int:
     except (AttributeError, NotImplementedError, ValueError):
         # There is no cache, or it holds a recurrent state and does not count tokens.
         return 0 if mask is None or mask.ndim != 2 else mask.shape[1] - tokens
+
+
+def _tokens_of_texts(mask: Tensor | None, rows: int, tokens: int) -> Tensor:
+    """Return a mask (rows, tokens) of the tokens that are not padding, from a mask of any kind."""
+    if mask is None or mask.ndim not in (2, 4):
+        return torch.ones(rows, tokens, dtype=torch.long)
+    if mask.ndim == 4:  # (rows, 1, queries, keys), from generate with a static cache: nobody reads padding
+        may_read = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = may_read[:, 0].any(1)[:, :tokens]
+    return mask.cpu().long()

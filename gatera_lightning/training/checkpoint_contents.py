@@ -65,11 +65,12 @@ def describe_adapter(model: nn.Module, adapter: AdapterConfig, backbone: Backbon
     }
 
 
-def describe_run(trainer: L.Trainer | None) -> dict[str, Any]:
-    """Return the entries ``template`` and ``run_settings`` of a checkpoint, which Lightning does not save."""
+def describe_run(trainer: L.Trainer | None, skipped_steps: int) -> dict[str, Any]:
+    """Return the entries that describe the run of a checkpoint, and that Lightning does not save."""
     data = getattr(trainer, "datamodule", None)
     settings = {} if trainer is None else recorded_settings(trainer)
-    return {"template": getattr(data, "template", None), "run_settings": settings}
+    template = getattr(data, "template", None)
+    return {"template": template, "run_settings": settings, "skipped_steps": skipped_steps}
 
 
 def check_settings(checkpoint: dict[str, Any], module: L.LightningModule, trainer: L.Trainer | None) -> None:

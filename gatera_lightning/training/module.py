@@ -23,7 +23,8 @@ from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
 from gatera_lightning.objectives.next_token import SupervisedLogits, supervised_logits
 from gatera_lightning.objectives.training_loss import objectives_for
-from gatera_lightning.training import checkpoint_contents
+from gatera_lightning.training import checkpoint_contents, setting_checks, trainer_checks
+from gatera_lightning.training.context_check import check_context
 from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer_batch
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
@@ -34,9 +35,7 @@ from gatera_lightning.training.optimizer import (
     report_new_length,
     squared_gradient_norms,
 )
-from gatera_lightning.training.setting_checks import check_adapter_parameters, check_packing, module_problems
 from gatera_lightning.training.step_totals import StepTotals
-from gatera_lightning.training.trainer_checks import check_trainer, prepare_trainer
 
 AnyBatch = Batch | PromptBatch
 
@@ -88,7 +87,7 @@ class GateRAModule(L.LightningModule):
 
     def problems(self) -> list[str]:
         """Return one message for every setting that cannot work; empty if all are valid. Reads no weights."""
-        return module_problems(
+        return setting_checks.module_problems(
             self.backbone, self.adapter, self.optimizer, self.decoding, self.warm_start, self.objectives
         )
 
@@ -101,8 +100,9 @@ class GateRAModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings that would silently change the result; reset what an earlier run left."""
-        check_trainer(self.trainer, stage, self.decoding)
-        prepare_trainer(self.trainer)
+        trainer_checks.check_trainer(self.trainer, stage, self.decoding)
+        check_context(self.trainer, stage, self.backbone, self.decoding)
+        trainer_checks.prepare_trainer(self.trainer)
         self._reset_step()
         if stage == "fit":
             check_ranks_agree(self, self.trainer)
@@ -127,7 +127,7 @@ class GateRAModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check that the adapter's parameters are trainable and have their dtype."""
-        check_adapter_parameters(self.model, self.adapter)
+        setting_checks.check_adapter_parameters(self.model, self.adapter)
 
     def on_train_start(self) -> None:
         """Probe before the first step: probing later would make a resumed run differ by rounding."""
@@ -138,7 +138,7 @@ class GateRAModule(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refuse the first packed batch if the model cannot isolate packed sequences."""
         if "position_ids" in batch and not self._packing_is_checked:
-            check_packing(self.model, self.backbone)
+            setting_checks.check_packing(self.model, self.backbone)
             self._packing_is_checked = True
 
     def configure_optimizers(self) -> Any:
@@ -230,16 +230,14 @@ class GateRAModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what describes the run, and what the adapter belongs to."""
-        checkpoint |= checkpoint_contents.describe_run(attached_trainer(self))
-        checkpoint["skipped_steps"] = self._guard.skipped_steps
+        checkpoint |= checkpoint_contents.describe_run(attached_trainer(self), self._guard.skipped_steps)
         checkpoint |= checkpoint_contents.describe_adapter(self.model, self.adapter, self.backbone)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits (else CheckpointError), and adjust its position in the data."""
-        trainer = attached_trainer(self)
-        checkpoint_contents.check_settings(checkpoint, self, trainer)
+        checkpoint_contents.check_settings(checkpoint, self, attached_trainer(self))
+        checkpoint_contents.adjust_position(checkpoint, attached_trainer(self))
         self._guard.restore(checkpoint.get("skipped_steps", 0))
-        checkpoint_contents.adjust_position(checkpoint, trainer)
         self.warm_start = None  # the checkpoint holds every value
         self.configure_model()
         checkpoint_contents.check_checkpoint_fits(checkpoint, self.model)

@@ -178,3 +178,71 @@ def test_last_checkpoint_is_end_of_training_without_improvement(tiny_backbone, t
     )
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps
     assert f"best-step={interval}.ckpt" in names(tmp_path)
+
+
+# --- paths in a checkpoint ---
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """A callback whose folder is ``run/checkpoints``, a file and a folder elsewhere, and its state."""
+    callback = AdapterCheckpoint(save_top_k=2)
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    callback.dirpath = str(folder)
+    for path in (tmp_path / "precious.ckpt", tmp_path / "precious" / "file", folder / "best-step=1.ckpt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    (folder / "best-step=1").mkdir()
+    (folder / "link.ckpt").symlink_to(tmp_path / "precious.ckpt")
+    (folder / "inner").symlink_to(tmp_path)
+    return callback, folder
+
+
+FOREIGN = [
+    "../../precious.ckpt",
+    "../../precious",
+    "link.ckpt",
+    "inner/precious.ckpt",
+    "inner/precious",
+    "../checkpoints/../../precious.ckpt",
+    "",
+    ".ckpt/..",
+]
+
+
+@pytest.mark.parametrize("path", FOREIGN)
+def test_path_outside_of_the_run_is_never_removed(owner, tmp_path, path):
+    callback, folder = owner
+    own, foreign = str(folder / "best-step=1.ckpt"), str(folder / path)
+    scores = {own: torch.tensor(1.0), foreign: torch.tensor(2.0)}
+    state = callback.state_dict() | {
+        "best_k_models": scores,
+        "kth_best_model_path": foreign,
+        "last_model_path": foreign,
+        "best_model_path": own,
+    }
+    callback.load_state_dict(state)
+    assert callback.best_k_models == {own: scores[own]}
+    assert (callback.kth_best_model_path, callback.last_model_path) == (own, "")
+    trainer = tiny_trainer(tmp_path)
+    callback._remove_checkpoint(trainer, foreign)
+    assert (tmp_path / "precious.ckpt").read_text() == "precious"
+    assert (tmp_path / "precious" / "file").read_text() == "precious"
+    assert folder.is_dir()
+    assert (folder / "best-step=1.ckpt").exists()
+
+
+def test_own_paths_are_restored_and_removed(owner, tmp_path):
+    callback, folder = owner
+    own = str(folder / "best-step=1.ckpt")
+    state = callback.state_dict() | {
+        "best_k_models": {own: torch.tensor(1.0)},
+        "kth_best_model_path": own,
+        "last_model_path": str(folder / "last.ckpt"),
+    }
+    callback.load_state_dict(state)
+    assert callback.state_dict() == state
+    callback._remove_checkpoint(tiny_trainer(tmp_path), own)
+    assert not (folder / "best-step=1.ckpt").exists()
+    assert not (folder / "best-step=1").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from power_cut import ADAPTER, cut_off
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_backbone import run_program, tiny_args
+from tiny_backbone import NO_PICTURES, run_program, tiny_args
 
 from gatera_lightning.cli.main import main
 
@@ -146,6 +146,20 @@ def test_ckpt_path_last_starts_and_resumes_in_the_same_folder(
     assert adapter_bytes("runs/quickstart/job") == adapter_bytes(uninterrupted)
     assert main(command) == 0  # there is nothing left to do
     assert adapter_bytes("runs/quickstart/job") == adapter_bytes(uninterrupted)
+
+
+def test_finished_run_started_again_changes_nothing(args, tmp_path, monkeypatch):
+    """It ends before its first batch, and used to save the random state of its own start."""
+    monkeypatch.chdir(tmp_path)
+    more = [*NO_PICTURES, "--gate_histogram.every_n_steps", "0", "--model.optimizer.schedule", "constant"]
+    more += ["--trainer.val_check_interval", "1"]
+    folders = []
+    for name, epochs in (("again", [1, 1, 2]), ("straight", [2])):
+        for count in epochs:
+            ends = ["--trainer.max_epochs", str(count), "--trainer.logger.init_args.version", name]
+            assert main([*args, *more, *ends, "--ckpt_path", "last"]) == 0
+        folders.append(f"runs/quickstart/{name}")
+    assert adapter_bytes(folders[0]) == adapter_bytes(folders[1])
 
 
 # --- gate histograms ---

@@ -1,5 +1,6 @@
 """Small tokenizers, data files and connected data modules; every test has its own token cache."""
 
+import copy
 import json
 import os
 import string
@@ -146,6 +147,18 @@ def chat_tokenizers():
         )
         found[kind].chat_template = template
     return found
+
+
+@pytest.fixture
+def with_chat_template(chat_tokenizers):
+    """``with_chat_template(template, kind)`` is a copy of a tokenizer with another chat template."""
+
+    def build(template, kind="gemma"):
+        tokenizer = copy.deepcopy(chat_tokenizers[kind])
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return build
 
 
 @pytest.fixture

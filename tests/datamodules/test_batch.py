@@ -240,7 +240,7 @@ CHATS = {  # the prompt for "Where?", and what ends an answer
     ),
     "llama2": ("<bos>[INST] Where? [/INST]", "<eos>"),
     "turns_without_names": ("Where?<eos>", "<eos>"),
-    "turn_ends_in_text": ("user: Where?\n", "<eos>"),
+    "turn_ends_in_text": ("user: Where?\nassistant:", "<eos>"),
 }
 
 
@@ -270,7 +270,8 @@ def test_chat_prompt_matches_apply_chat_template(kind, chat_batch, chat_tokenize
     prompt = batch["input_ids"][0][~batch["response_mask"][0]].tolist()
     turns = [{"role": "user", "content": "Where?"}]
     own = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=True)
-    assert prompt == own["input_ids"]
+    if kind != "turn_ends_in_text":  # has no generation prompt, so the opening is what precedes an answer
+        assert prompt == own["input_ids"]
     assert tokenizer.decode(prompt) == CHATS[kind][0]
 
 
@@ -286,7 +287,8 @@ def test_chat_prompt_has_no_second_bos(kind, chat_batch, chat_tokenizers):
 @pytest.mark.parametrize("kind", CHATS)
 def test_chat_answer_ends_turn_and_text(kind, chat_batch, chat_tokenizers):
     prompt, closing = CHATS[kind]
-    answer = f"{' ' * (kind == 'llama2')}fridge{closing}"  # its template writes a space there
+    spaced = kind in ("llama2", "turn_ends_in_text")  # their templates write a space there
+    answer = f"{' ' * spaced}fridge{closing}"
     for train_on, expected in (("response", answer), ("all", f"{prompt}{answer}")):
         batch = chat_batch(kind, train_on)
         ids, labels = batch["input_ids"][0], batch["labels"][0]

@@ -125,7 +125,10 @@ def test_capture_counts_cached_tokens_by_mask_if_cache_cannot(model, cache_argum
         model(input_ids=PROMPTS, **cache_arguments)
     assert [call.phase for call in captured.calls] == ["prefill", "decoding", "prefill"]
     assert captured.calls[1].positions.tolist() == [[4], [2]]
-    assert captured.row(1)[0][:3] == [5, 6, 0]
+    with pytest.raises(ValueError, match="row 1: forward pass 2 does not continue forward pass 1"):
+        captured.row(1)
+    del captured.calls[2]
+    assert captured.row(1)[0] == [5, 6, 0]
 
 
 def test_columns_have_one_line_per_module_and_token(model):

@@ -31,7 +31,7 @@ def generate(argv: Sequence[str]) -> None:
     ]
     model = TerminalModel(args, problems)
     prompt_ids = [
-        model.prompt_ids(prompt if model.template == "none" else Instruction(prompt.strip(), "", ""))
+        model.prompt_ids(prompt if model.template == "none" else Instruction(prompt, "", ""))
         for prompt in prompts
     ]
     if too_long := [

@@ -1,25 +1,11 @@
 """Tokenizers with other chat templates."""
 
-import copy
-
 import pytest
 
 _EOS_AFTER_EVERY_MESSAGE = (
     "{% for m in messages %}{% if m.role == 'system' %}SYSTEM"
     "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
 )
-
-
-@pytest.fixture
-def with_chat_template(chat_tokenizers):
-    """``with_chat_template(template, kind)`` is a copy of a tokenizer with another chat template."""
-
-    def build(template, kind="gemma"):
-        tokenizer = copy.deepcopy(chat_tokenizers[kind])
-        tokenizer.chat_template = template
-        return tokenizer
-
-    return build
 
 
 @pytest.fixture(params=["ignored", "rejected"])

@@ -1,5 +1,7 @@
 """Chat templates: rendered messages, and what is found out about a template."""
 
+import re
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -7,8 +9,10 @@ from gatera_lightning.datamodules.prompts.chat_template import (
     answer_suffix,
     end_of_turn,
     render_chat,
+    render_response,
     supports_system_message,
 )
+from gatera_lightning.datamodules.tokenization.control_tokens import unescape
 
 WHERE = [{"role": "user", "content": "Where?"}]
 
@@ -70,3 +74,216 @@ def test_answer_suffix_of_extra_special_token(chat_tokenizers, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, extra_special_tokens=["<end_of_turn>"])
     assert "<end_of_turn>" in tokenizer.all_special_tokens
     assert answer_suffix(tokenizer) == "<end_of_turn>"
+
+
+# --- what a template writes, compared with the messages ---
+
+HEADERS = "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
+CHANNEL = (
+    "{% for m in messages %}<im_start>{{ m.role }}{% if m.role == 'assistant' %}|final{% endif %}|"
+    "{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<im_start>assistant{% endif %}"
+)
+NAMED = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+PARTS = (
+    "{% for m in messages %}<im_start>{{ m.role }}\n{% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+)
+ONLY_LISTS = (
+    "{% for m in messages %}[{% if m['content'] is string %}{{ raise_exception('no') }}{% endif %}"
+    "{{ m['content'][0]['text'] }}]{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (HEADERS, ("<im_start>user\nWhere?<eos>\n<im_start>assistant\n", "")),
+        (CHANNEL, ("<im_start>user|Where?<eos><im_start>assistant|final|", "")),
+        (NAMED, ("user: Where?\nassistant:", " ")),  # the space is a part of the answer's first token
+        (PARTS, ("<im_start>user\nWhere?<eos>\n<im_start>assistant\n", "")),
+        (ONLY_LISTS, ("[Where?][", "")),
+    ],
+    ids=["no generation prompt", "incomplete one", "in words", "parts", "lists only"],
+)
+def test_opening_of_the_assistant_is_found(template, expected, with_chat_template):
+    assert render_chat(with_chat_template(template, "turn_ends_in_eos"), WHERE) == expected
+
+
+TALK = [
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "Here."},
+    {"role": "user", "content": "Why?"},
+]
+NOT_ONCE = {
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}|{% endif %}{% endfor %}": (
+        r"does not write the text of message 2 \(assistant\) of 3"
+    ),
+    "{% for m in messages %}{{ m.content }}|{{ m.content }}{% endfor %}": (
+        r"writes 2 times the text of message 1 \(user\) of 3"
+    ),
+    "{{ messages[-1].content }}": r"does not write the text of message 1 \(user\) of 3",
+    "{% for m in messages | reverse %}{{ m.content }}|{% endfor %}": "writes messages in another order",
+    "{% for m in messages %}{{ m.content[:9] }}|{% endfor %}": "does not write the text of message 1",
+    "hello": r"does not write the text of message 1 \(user\) of 3",
+    "{% for m in messages %}{{ m.content | replace('?', '.') }}|{% endfor %}": (
+        r"changes the text of message 1 \(user\), 'Where\?'; accepted: a template that writes texts as"
+    ),
+    "{% for m in messages %}{{ m.content | upper }}|{% endfor %}": "does not write the text of message 1",
+    "{% for m in messages %}{% if add_generation_prompt %}{{ m.content }}|{% endif %}{% endfor %}": None,
+}
+
+
+@pytest.mark.parametrize("template", NOT_ONCE)
+def test_every_message_must_stand_in_the_rendering_once_in_order(template, with_chat_template):
+    tokenizer, error = with_chat_template(template), NOT_ONCE[template]
+    if error is None:  # what is rendered without a generation prompt is no prompt
+        assert render_chat(tokenizer, TALK).text == "Where?|Here.|Why?|"
+        return
+    with pytest.raises(ValueError, match=f"^the tokenizer's chat template {error}"):
+        render_chat(tokenizer, TALK)
+
+
+def test_system_message_may_stand_in_the_last_turn(with_chat_template):
+    """As in templates of Mistral."""
+    tokenizer = with_chat_template(
+        "{% for m in messages if m.role != 'system' %}{% if loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}\n{% endif %}{{ m.content }}|{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "Be kind."}, *TALK]
+    assert render_chat(tokenizer, messages).text == "Where?|Here.|Be kind.\nWhy?|"
+
+
+def test_texts_that_repeat_each_other_are_found(chat_tokenizers):
+    messages = [{"role": role, "content": "user"} for role in ("user", "assistant", "user")]
+    assert render_chat(chat_tokenizers["gemma"], messages).text.count("user") == 5
+
+
+# --- thoughts ---
+
+OPENS = (
+    "{% for m in messages %}<im_start>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[-1].lstrip() }}{% else %}{{ m.content }}{% endif %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<im_start>assistant\nGENERATION{% endif %}"
+)
+WRITES = (  # as in Qwen 3
+    "{% for m in messages %}<im_start>{{ m.role }}\n{% if m.reasoning_content is defined %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+)
+THINK = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHere."}
+REASON = {"role": "assistant", "content": "Here.", "reasoning_content": "Hm."}
+PLAIN = {"role": "assistant", "content": "Here."}
+
+
+@pytest.mark.parametrize("response", [THINK, REASON, PLAIN], ids=["content", "reasoning_content", "none"])
+@pytest.mark.parametrize("generation", ["<think>\n", "<think>", " <think>\n\n"])
+def test_thought_that_the_prompt_opens_is_closed_once(generation, response, with_chat_template):
+    tokenizer = with_chat_template(OPENS.replace("GENERATION", generation), "turn_ends_in_eos")
+    prompt, answer = render_response(tokenizer, WHERE, response)
+    assert prompt == f"<im_start>user\nWhere?<eos>\n<im_start>assistant\n{generation}"
+    text = prompt + answer
+    assert text.count("<think>") == text.count("</think>") == 1
+    thought = "" if response is PLAIN else "Hm."
+    assert re.fullmatch(rf"<think>\s*{thought}\n</think>\n\nHere\.", text[text.index("<think>") :])
+
+
+def test_thought_that_the_template_writes(with_chat_template):
+    tokenizer = with_chat_template(WRITES, "turn_ends_in_eos")
+    learned = [render_response(tokenizer, WHERE, response)[1] for response in (THINK, REASON, PLAIN)]
+    assert learned == [THINK["content"], THINK["content"], "Here."]
+
+
+def test_answer_may_do_without_the_empty_thought_of_a_template(with_chat_template):
+    """As in Qwen 3: neither its generation prompt nor its users' answers have a thought."""
+    tokenizer = with_chat_template(
+        "{% for m in messages %}<im_start>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content }}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+    )
+    assert render_response(tokenizer, WHERE, PLAIN)[1] == "Here."
+
+
+@pytest.mark.parametrize(
+    ("template", "response", "error"),
+    [
+        (
+            OPENS,
+            PLAIN | {"content": "<think>Hm. Here."},
+            "opens a thought with <think> that it does not close",
+        ),
+        (OPENS, PLAIN | {"content": "<think>a<think>b</think>"}, "opens a thought with <think> that it"),
+        (
+            WRITES,
+            THINK | {"reasoning_content": "Hm."},
+            "has reasoning_content and also <think> in its content",
+        ),
+        (HEADERS, REASON, "does not write reasoning_content; accepted: messages without it"),
+        (
+            OPENS.replace("GENERATION", "<think>\n\n</think>\n\n"),
+            THINK,
+            "the response has a thought, but the tokenizer's chat template closes the thought before it",
+        ),
+    ],
+)
+def test_other_thoughts_are_rejected(template, response, error, with_chat_template):
+    with pytest.raises(ValueError, match=error):
+        render_response(with_chat_template(template, "turn_ends_in_eos"), WHERE, response)
+
+
+# --- tools ---
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo<eos>"}}}]
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<im_start>{{ m.role }}\n"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "<eos>\n{% endfor %}{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+)
+
+
+def test_tools_and_their_calls_are_written_by_the_template(with_chat_template):
+    tokenizer = with_chat_template(WITH_TOOLS, "turn_ends_in_eos")
+    call = {"role": "assistant", "content": "Look:", "tool_calls": CALLS}
+    written = '<call>{"name": "weather", "arguments": {"city": "Oslo<eos>"}}</call>'
+    prompt, answer = render_response(tokenizer, WHERE, call, [TOOL])
+    assert '"name": "weather"' in prompt
+    assert unescape(answer) == f"Look:{written}"
+    assert "<eos>" not in answer  # a control token in the arguments is escaped
+    history = [*WHERE, call, {"role": "tool", "content": "21 C"}]
+    text = unescape(render_chat(tokenizer, history, [TOOL]).text)
+    assert text.endswith(f"Look:{written}<eos>\n<im_start>tool\n21 C<eos>\n<im_start>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "history", "response", "tools", "error"),
+    [
+        (HEADERS, WHERE, PLAIN, [TOOL], "does not write tools; accepted: rows without tools"),
+        (
+            HEADERS,
+            WHERE,
+            PLAIN | {"tool_calls": CALLS},
+            [],
+            "does not write the response with its tool_calls",
+        ),
+        (
+            HEADERS,
+            [*WHERE, PLAIN | {"tool_calls": CALLS}, {"role": "tool", "content": "21 C"}],
+            PLAIN,
+            [],
+            "does not write the tool_calls of message 2",
+        ),
+        (
+            "{% for m in messages if m.role != 'tool' %}{{ m.content }}|{% endfor %}",
+            [*WHERE, PLAIN, {"role": "tool", "content": "21 C"}],
+            PLAIN,
+            [],
+            r"changes the text of message 3 \(tool\), '21 C'",
+        ),
+    ],
+)
+def test_tools_that_a_template_ignores_are_rejected(
+    template, history, response, tools, error, with_chat_template
+):
+    with pytest.raises(ValueError, match=f"the tokenizer's chat template {error}"):
+        render_response(with_chat_template(template, "turn_ends_in_eos"), history, response, tools)

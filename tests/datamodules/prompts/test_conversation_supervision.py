@@ -160,6 +160,79 @@ def test_file_may_mix_instructions_and_chats(chat_tokenizers, make_instruction_d
     }
 
 
+@pytest.mark.parametrize("template", ["plain", "chat"])
+@pytest.mark.parametrize("weights", [(0, 1, 1), (1, 0, None), (0, 0, 1), (None, None, 1)])
+def test_responses_of_weight_0_are_not_supervised(template, weights, chat_tokenizers, marked):
+    tokenizer = chat_tokenizers["llama3"]
+    messages = chat("Q1", "one", "Q2", "two", "Q3", "three")
+    weighted = [
+        message | ({} if message["role"] == "user" else {"weight": weights[i // 2]})
+        for i, message in enumerate(messages)
+    ]
+    text = marked(weighted, template=template, tokenizer=tokenizer)
+    expected = marked(messages, template=template, tokenizer=tokenizer)
+    assert without_marks(text) == without_marks(expected)
+    supervised = [span.partition("⟧")[0] for span in text.split("⟦")[1:]]
+    words = [word for word, weight in zip(("one", "two", "three"), weights, strict=True) if weight != 0]
+    assert [span.strip().partition("<")[0] for span in supervised] == words
+
+
+@pytest.mark.parametrize("train_on", ["response", "every_response"])
+def test_chat_ends_at_its_last_response_with_weight(train_on, marked):
+    messages = [*HI[1:], HI[1], HI[2] | {"weight": 0}]
+    assert marked(messages, train_on=train_on) == marked(HI[1:], train_on=train_on)
+
+
+def test_train_on_all_rejects_weight_0(make_instruction_data, write):
+    messages = [HI[1], HI[2] | {"weight": 0}, *HI[3:]]
+    data = make_instruction_data(train=[write("rows.json", [{"messages": messages}])], train_on="all")
+    message = r"rows\.json, row 1: a message has weight 0, but train_on all trains on every message; accepted"
+    with pytest.raises(ConfigError, match=message):
+        list(data.examples("train"))
+
+
+@pytest.mark.parametrize(("template", "kind"), [("plain", "llama3"), ("chat", "turn_ends_in_eos")])
+def test_assistant_may_speak_first(template, kind, chat_tokenizers, marked):
+    """Its greeting is supervised like every response, and stays if the chat is short enough."""
+    messages = [{"role": "assistant", "content": "Welcome!"}, *HI[1:3]]
+    text = marked(messages, template=template, tokenizer=chat_tokenizers[kind])
+    spans = [span.partition("⟧")[0].strip() for span in text.split("⟦")[1:]]
+    assert spans == ["Welcome!<eos>", "Hello.<eos>"]
+    with_rules = marked([HI[0], *messages], template=template, tokenizer=chat_tokenizers[kind])
+    assert [span.partition("⟧")[0].strip() for span in with_rules.split("⟦")[1:]] == spans
+
+
+@pytest.mark.parametrize("response", ["    return x\n", "\n\n- a\n- b", "x  ", "\tx"])
+@pytest.mark.parametrize(("template", "kind"), [("plain", "gemma"), ("chat", "gemma"), ("chat", "llama2")])
+def test_white_space_of_responses_is_supervised(template, kind, response, chat_tokenizers, marked):
+    """Also where a template trims earlier messages, as those of Gemma and Llama 3 do."""
+    tokenizer = chat_tokenizers[kind]
+    text = marked(chat("hi", response), template=template, tokenizer=tokenizer)
+    end = "<end_of_turn><eos>" if (template, kind) == ("chat", "gemma") else "<eos>"
+    space = "" if (template, kind) == ("chat", "gemma") else " "
+    assert text.partition("⟦")[2] == f"{space}{response}{end}⟧"
+
+
+def test_white_space_of_requests_stays(marked):
+    text = marked(chat("Continue:\n\tdef f(x):\n", "    return x"), train_on="response")
+    assert text == "<bos>User: Continue:\n\tdef f(x):\n\nAssistant:⟦     return x<eos>⟧"
+
+
+def test_text_is_supervised_as_a_whole(make_instruction_data, write):
+    """It is written as it is; prompt and completion are a text whose beginning is not supervised."""
+    rows = [{"text": " Once upon\n"}, {"prompt": "Once", "completion": " upon a time"}]
+    for template in ("plain", "alpaca"):
+        data = make_instruction_data(
+            validation=[write("rows.json", rows)], template=template, eval_batch_size=2, stage="validate"
+        )
+        (batch,) = data.val_dataloader()
+        order = {example: row for row, example in enumerate(batch["example_ids"].tolist())}
+        assert [mark_supervised(data.tokenizer, batch, order[example]) for example in (0, 1)] == [
+            "<bos>⟦ Once upon\n<eos>⟧",
+            "<bos>Once⟦ upon a time<eos>⟧",
+        ]
+
+
 # --- templates and tokenizers that do not allow every_response ---
 
 OPENS_WITH_REASONING = (  # the generation prompt is longer than the heading of an earlier turn
@@ -178,8 +251,6 @@ INCONSISTENT_TEMPLATES = {
     "renames_earlier_turns": "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
     "ASSISTANT: {% endif %}{{ m.content }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
-    # There is no generation prompt:
-    "no_generation_prompt": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
 }
 
 
@@ -200,7 +271,8 @@ def test_every_response_rejects_inconsistent_template(
         list(make_instruction_data(**settings, train_on="every_response").examples("train"))
     for train_on in ("response", "all"):
         (example,) = make_instruction_data(**settings, train_on=train_on).examples("train")
-        assert example.answers[0].strip() == "Bye!"
+        thought = "\n</think>\n\n" if template == "opens_with_reasoning" else ""
+        assert example.answers[0] in (f"{thought}Bye!", " Bye!")
 
 
 def test_every_response_accepts_single_turn_in_any_template(with_chat_template, make_instruction_data, write):
@@ -221,7 +293,7 @@ def test_every_response_needs_a_fast_tokenizer(
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     settings = {"template": template, "tokenizer": tokenizer}
     test = [write("chat.json", [{"messages": HI}])]
-    message = r"(?s)^data\.test, example 0 \(.*: train_on every_response needs a fast "
+    message = r"(?s)data\.test, example 0 \(.*: train_on every_response needs a fast "
     with pytest.raises(ConfigError, match=message):
         make_instruction_data(test=test, stage="test", **settings, train_on="every_response")
     assert marked(HI, **settings, train_on="response").count("⟦") == 1

@@ -261,7 +261,7 @@ def test_skipped_rows_are_counted_and_listed(make_math_data, write, caplog):
         list(make_math_data(test=[one] * 2 + [two]).examples("test"))
     short, long = (record.getMessage() for record in caplog.records)
     assert short.startswith(
-        f"data.test: skipped 4 rows without a correct answer to compare with: {one}, row 1: field 'answer': "
+        f"data.test: skipped 4 rows without a usable answer: {one}, row 1: field 'answer': "
     )
     assert f"; {one}, row 3: " in short
     assert short.count(", row ") == 4

@@ -180,8 +180,9 @@ def test_column_that_no_row_has_is_rejected(column, save, make_instruction_data)
     [
         (
             "columns",
-            {"instruction": "question", "prompt": "x", "response": "y"},
-            "prompt, response is unknown; accepted: instruction, input, output, messages",
+            {"instruction": "question", "promt": "x", "response": "y"},
+            "promt, response is unknown; accepted: instruction, input, output, messages, system, history, "
+            "conversations, tools, prompt, completion, text; did you mean 'prompt'?",
         ),
         (
             "rank_validation",
@@ -243,9 +244,31 @@ def test_missing_column_is_reported_with_the_existing_ones(suffix, save, make_in
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_empty_output_is_reported(suffix, save, make_instruction_data):
+def test_rows_without_response_are_skipped_and_counted(suffix, save, make_instruction_data, caplog):
     path = save(f"rows{suffix}", [*INSTRUCTIONS, INSTRUCTIONS[0] | {"output": " "}])
-    assert error_of(make_instruction_data(train=[path])) == f"{path}, row 4: column 'output' is empty"
+    data = make_instruction_data(train=[path])
+    assert [example.labels[0] for example in data.examples("train")] == [
+        row["output"] for row in INSTRUCTIONS
+    ]
+    assert (
+        f"data.train: skipped 1 rows without a usable answer: {path}, row 4: column 'output'" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Why?", "output": None},
+        {"messages": chat("hi", " \n")},
+        {"messages": [*chat("hi"), {"role": "assistant", "content": "Hello.", "weight": 0}]},
+        {"prompt": "Once", "completion": ""},
+        {"text": " "},
+    ],
+)
+def test_row_without_response_is_skipped_in_every_shape(row, write, make_instruction_data, caplog):
+    rows = [row, INSTRUCTIONS[0]]
+    assert len(list(make_instruction_data(train=[write("rows.json", rows)]).examples("train"))) == 1
+    assert "skipped 1 rows" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
@@ -255,11 +278,11 @@ def test_chat_without_response_is_reported(suffix, save, make_instruction_data):
     assert error_of(make_instruction_data(train=[path])) == message
 
 
-def test_csv_cannot_contain_chats(save, make_instruction_data):
-    path = save("rows.csv", [{"messages": json.dumps(CHATS[0]["messages"])}])
-    assert error_of(make_instruction_data(train=[path])).startswith(
-        f"{path}, row 1: messages: expected a list of objects with role and content, found '[{{"
-    )
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_messages_may_be_json_text(suffix, save, make_instruction_data):
+    path = save(f"rows{suffix}", [{"messages": json.dumps(row["messages"])} for row in CHATS])
+    expected = make_instruction_data(train=[save("rows.json", CHATS)]).examples("train")
+    assert list(make_instruction_data(train=[path]).examples("train")) == list(expected)
 
 
 def test_csv_without_header_shows_the_row_that_was_taken_for_it(save, make_instruction_data):
@@ -277,8 +300,8 @@ def test_alpaca_rejects_chat_of_several_turns(save, make_instruction_data):
 
 
 def test_malformed_row_stops_the_fit(save, make_instruction_data):
-    path = save("rows.jsonl", [*INSTRUCTIONS, INSTRUCTIONS[0] | {"input": 5}])
-    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 4: column 'input': expected text, found 5$"):
+    path = save("rows.jsonl", [*INSTRUCTIONS, INSTRUCTIONS[0] | {"input": [5]}])
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 4: column 'input': expected text, found \[5\]$"):
         make_instruction_data(train=[path], validation=1, stage="fit")
 
 

@@ -205,7 +205,7 @@ def test_row_without_correct_answer_is_skipped(row, split, make_math_data, write
     assert [example.labels for example in examples] == [["72"], ["72"], ["C"]]
     message = caplog.records[0].getMessage()
     field = "response" if "query" in row else "answer"
-    assert message.startswith(f"data.{split}: skipped 2 rows without a correct answer")
+    assert message.startswith(f"data.{split}: skipped 2 rows without a usable answer")
     assert f": {path}, row 2: field '{field}': expected it to end in a number or a letter of ABCDE" in message
     assert f"; {path}, row 4: " in message
 

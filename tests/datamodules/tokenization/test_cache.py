@@ -1,16 +1,23 @@
 """Token tables: columns, cache and hash."""
 
+import copy
+import datetime
+import itertools
 import json
 import logging
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from tokenizers import normalizers, pre_tokenizers, processors
+from transformers.utils import chat_template_utils
 
 from gatera_lightning.datamodules import InstructionDataModule
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.tokenization import cache
 from gatera_lightning.datamodules.tokenization.cache import data_hash, tokenize_split
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example
 from gatera_lightning.errors import ConfigError
 
 EOS = 0  # ids of the other words: 3 Question: · 4 cat? · 5 Answer: · 6 yes · 7 no · 8 never
@@ -141,6 +148,91 @@ def test_cache_distinguishes_turn_ends(chat_tokenizers):
     assert ends == ["here<end_of_turn><eos>", "here<start_of_turn><eos>", "here<eos>"]
 
 
+def _set(name, value):
+    return lambda tokenizer: setattr(tokenizer, name, value)
+
+
+def _backend(name, build):
+    return lambda tokenizer: setattr(tokenizer.backend_tokenizer, name, build())
+
+
+TOKENIZER_CHANGES = {
+    "split_special_tokens": _set("split_special_tokens", True),
+    "a special token": lambda tokenizer: tokenizer.add_special_tokens({"additional_special_tokens": ["say"]}),
+    "an added token": lambda tokenizer: tokenizer.add_tokens(["Now"]),
+    "another EOS": _set("eos_token", "<unk>"),
+    "added BOS": _backend(
+        "post_processor",
+        lambda: processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)]),
+    ),
+    "normalizer": _backend("normalizer", normalizers.Lowercase),
+    "pre-tokenizer": _backend("pre_tokenizer", lambda: pre_tokenizers.ByteLevel(add_prefix_space=True)),
+}
+
+
+@pytest.mark.parametrize("change", TOKENIZER_CHANGES)
+def test_cached_table_is_that_of_the_tokenizer(change, tokenizers_by_kind):
+    """A table is read from the cache only if the tokenizer would write the same one now."""
+    examples = [Example("say <eos> Now", [" x"], 0, "t")]
+    first, other = (copy.deepcopy(tokenizers_by_kind["plain"]) for _ in range(2))
+    TOKENIZER_CHANGES[change](other)
+    before = tokenize_split(examples, first, 50, "train")[0]
+    after = tokenize_split(examples, other, 50, "train")[0]
+    (answer,) = tokenize_example(other, "say <eos> Now", [" x"], 50).answer_ids
+    assert after["prompt"] == other("say <eos> Now").input_ids
+    assert after["answers"] == [answer]
+    assert (after["prompt"], after["answers"]) != (before["prompt"], before["answers"])
+
+
+def test_cache_does_not_depend_on_earlier_padding(tokenized_prompts, tokenizers_by_kind):
+    """Padding and truncation of a call stay in the backend of a tokenizer, but change no table."""
+    tokenizer = copy.deepcopy(tokenizers_by_kind["plain"])
+    tokenize_split(EXAMPLES, tokenizer, 99, "test")
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
+    tokenize_split(EXAMPLES, tokenizer, 99, "test")
+    assert len(tokenized_prompts) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("setting", ["vocabulary", "flag", "added token"])
+def test_cache_distinguishes_slow_tokenizers(setting, monkeypatch):
+    def digest(**settings):
+        words = {"a": 0, "b": 1} if settings.get("vocabulary") else {"a": 1, "b": 0}
+        tokenizer = SimpleNamespace(
+            special_tokens_map={},
+            split_special_tokens=False,
+            get_vocab=lambda: words,
+            added_tokens_decoder={5: "x"} if settings.get("added token") else {},
+            init_kwargs={"add_eos_token": bool(settings.get("flag")), "vocab_file": "/anywhere"},
+        )
+        return cache._tokenizer_digest(tokenizer)
+
+    monkeypatch.setattr(cache, "control_tokens", lambda tokenizer: SimpleNamespace(tokens=()))
+    assert digest() == digest()
+    assert digest(**{setting: True}) != digest()
+
+
+def test_table_does_not_change_overnight(with_chat_template, tokenized_prompts, monkeypatch, make_ranks):
+    """A template that writes the date gives the same tokens, the same cache and the same hash every day."""
+    tokenizer = with_chat_template(
+        "{{ strftime_now('%c') }}{% for m in messages %}|{{ m.content }}{% endfor %}", "turn_ends_in_eos"
+    )
+
+    class Clock(datetime.datetime):
+        days = itertools.count(1)
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 3, next(cls.days))
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    hashes = set()
+    for _ in range(2):
+        (module,) = make_ranks(2, stage="test", template="chat", tokenizer=tokenizer)
+        hashes.add(data_hash(module.tables["test"]))
+    assert len(hashes) == 1
+    assert len(tokenized_prompts) == 2
+
+
 # --- cache of a data module ---
 
 
@@ -236,7 +328,9 @@ def test_too_long_answer_error_names_split_and_example(make_ranks):
 def test_too_long_answer_error_names_file_and_row(suffix, write, words):
     rows = [{"instruction": "Say it.", "output": "So."}] * 2 + [{"instruction": "Say.", "output": "so " * 99}]
     file = write(f"long{suffix}", rows if suffix == ".json" else "\n".join(map(json.dumps, rows)))
-    data = InstructionDataModule(template="plain", train_on="response", max_length=30, train=[file])
+    data = InstructionDataModule(
+        template="plain", train_on="response", max_length=30, train=[file], validation=1
+    )
     data.connect(words)
     with pytest.raises(ConfigError, match=rf"^{re.escape(file)}, row 3: .*an answer has \d+ tokens"):
         data.setup("fit")

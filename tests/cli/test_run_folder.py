@@ -1,0 +1,55 @@
+"""One run in one folder: a second one ends with one sentence, before weights are loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from gatera_lightning import ConfigError, GateRAModule
+from gatera_lightning.checkpointing import run_lock
+from gatera_lightning.checkpointing.run_lock import LOCK_FILE
+from gatera_lightning.cli.main import main
+
+VERSION = ["--trainer.logger.init_args.version", "fixed"]
+FOLDER = Path("runs/quickstart/fixed")
+
+
+@pytest.fixture
+def finished(working_folder):
+    """The folder of a run that left its config."""
+    FOLDER.mkdir(parents=True)
+    (FOLDER / "config.yaml").write_text("seed_everything: 0\n")
+    return FOLDER
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_second_run_in_a_folder_is_one_sentence(finished, recipe, problems, no_weights, subcommand):
+    (problem,) = problems(subcommand, *recipe, *VERSION)
+    assert problem.startswith(f"the run folder {FOLDER} already has the config.yaml of another run")
+    assert "--ckpt_path last" in problem
+    assert (finished / "config.yaml").read_text() == "seed_everything: 0\n"
+
+
+def test_run_after_a_failed_one_is_one_sentence(fit, problems, capsys, monkeypatch):
+    def fail(self):
+        raise ConfigError("the first run fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GateRAModule, "configure_model", fail)
+        assert main([*fit, *VERSION]) == 2
+    assert (FOLDER / "config.yaml").is_file()
+    capsys.readouterr()
+    (problem,) = problems(*fit, *VERSION)
+    assert "already has the config.yaml" in problem
+
+
+def test_run_beside_a_running_one_is_one_sentence(fit, problems, monkeypatch, no_weights):
+    """Also one that would resume it."""
+    monkeypatch.setattr(run_lock.fcntl, "lockf", held)
+    FOLDER.mkdir(parents=True)
+    (FOLDER / LOCK_FILE).write_text('{"pid": 5, "host": "node3", "job": null, "started": "today"}')
+    (problem,) = problems(*fit, *VERSION, "--ckpt_path", "last")
+    assert "belongs to a run that is still going: process 5 on node3, started today" in problem
+
+
+def held(*args):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
