@@ -1,7 +1,13 @@
-"""Fingerprints of frozen weights, because an adapter fits only the backbone it was trained on."""
+"""Fingerprints of frozen weights, because an adapter fits only the backbone it was trained on.
+
+Version 1, of adapter folders and checkpoints up to format 2, samples a weight with a fixed stride, which sees
+one column of a matrix whose width the stride is a multiple of. Version 2 sees every column.
+"""
 
 import hashlib
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +15,14 @@ from torch import Tensor
 _SAMPLES = 4096
 
 
-def weight_fingerprint(weight: Tensor) -> str:
+class WeightFingerprint(NamedTuple):
+    """The fingerprints of one weight; both empty for a weight on the meta device, which has no values."""
+
+    version_1: str
+    version_2: str
+
+
+def weight_fingerprint(weight: Tensor) -> WeightFingerprint:
     """Return the SHA-256 of a weight's shape and of at least 4,096 evenly strided elements, as bfloat16.
 
     A base model and its instruct version differ nearly everywhere, so a sample distinguishes them cheaply.
@@ -17,20 +30,38 @@ def weight_fingerprint(weight: Tensor) -> str:
 
     Args:
         weight: A weight, (out, in).
-
-    Returns:
-        The hexadecimal digest; empty for a weight on the meta device, which has no values.
     """
     if weight.is_meta:
-        return ""
+        return WeightFingerprint("", "")
     flat = weight.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16).cpu().view(torch.int16)
+    strides = max(1, flat.numel() // _SAMPLES), _stride_over_all_columns(flat.numel(), weight.shape[-1])
+    return WeightFingerprint(*(_digest(weight, flat[::stride]) for stride in strides))
+
+
+def backbone_fingerprint(layers: Mapping[str, WeightFingerprint], version: int = 2) -> str:
+    """Return one SHA-256 over the fingerprints of the adapted layers, given by layer name.
+
+    The text of version 2 starts with ``2:``; :func:`fingerprint_version` reads it.
+    """
+    lines = "\n".join(f"{name} {layers[name][version - 1]}" for name in sorted(layers))
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return digest if version == 1 else f"{version}:{digest}"
+
+
+def fingerprint_version(fingerprint: str) -> int:
+    """Return the version of a stored fingerprint of a backbone."""
+    return 2 if fingerprint.startswith("2:") else 1
+
+
+def _stride_over_all_columns(elements: int, width: int) -> int:
+    """Return a stride that visits every column: coprime to the width, with at least that many samples."""
+    stride = max(1, elements // max(_SAMPLES, width))
+    while math.gcd(stride, width) > 1:
+        stride -= 1
+    return stride
+
+
+def _digest(weight: Tensor, sample: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(sample.numpy().tobytes())
+    digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
-
-
-def backbone_fingerprint(layers: Mapping[str, str]) -> str:
-    """Return one SHA-256 over the fingerprints of the adapted layers, given by layer name."""
-    lines = "\n".join(f"{name} {layers[name]}" for name in sorted(layers))
-    return hashlib.sha256(lines.encode()).hexdigest()

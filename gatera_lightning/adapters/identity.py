@@ -1,6 +1,7 @@
 """Identify a backbone and an adapter by their values, and check whether a stored adapter fits a model."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.fingerprint import backbone_fingerprint
-from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.fingerprint import backbone_fingerprint, fingerprint_version
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name
 from gatera_lightning.errors import AdapterFileError
 
 
-def backbone_identity(model: nn.Module) -> str:
+def backbone_identity(model: nn.Module, version: int = 2) -> str:
     """Return the fingerprint of the frozen weights of the adapted layers."""
-    return backbone_fingerprint(
-        {name: layer.base_fingerprint for name, layer in adapted_linears(model).items()}
-    )
+    layers = {own_name(name): layer.base_fingerprint for name, layer in adapted_linears(model).items()}
+    return backbone_fingerprint(layers, version)
+
+
+def non_finite_problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor with NaN or infinite values and count all of them; None if all are finite."""
+    found = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not found:
+        return None
+    others = f", and {len(found) - 1} other tensors," if len(found) > 1 else ""
+    return f"{found[0]}{others} holds NaN or infinite values"
 
 
 def adapter_identity(model: nn.Module) -> str:
@@ -52,17 +61,21 @@ def check_fit(
         source: Where the adapter is stored, for the error message.
 
     Raises:
-        AdapterFileError: If the method, the names, shapes or dtypes of the tensors, or the backbone differ.
+        AdapterFileError: If the method, the names, shapes or dtypes of the tensors, or the backbone differ,
+            or a value is NaN or infinite.
     """
     own = next(iter(adapted_linears(model).values())).config
     if _method(own) != _method(config):
         raise AdapterFileError(
             f"{source}: holds {_method(config)}, but the model was adapted with {_method(own)}"
         )
-    problems = _mismatches(adapter_parameters(model), tensors)
+    own_parameters = {own_name(name): parameter for name, parameter in adapter_parameters(model).items()}
+    problems = _mismatches(own_parameters, tensors)
     if problems:
         raise AdapterFileError(f"{source}: does not fit this model: {'; '.join(problems)}")
-    fingerprint = backbone_identity(model)
+    if problem := non_finite_problem(tensors):
+        raise AdapterFileError(f"{source}: {problem}; accepted: finite values")
+    fingerprint = backbone_identity(model, fingerprint_version(str(origin["fingerprint"])))
     if fingerprint != origin["fingerprint"]:
         raise AdapterFileError(
             f"{source}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.fingerprint import weight_fingerprint
+from gatera_lightning.adapters.fingerprint import WeightFingerprint, weight_fingerprint
 from gatera_lightning.adapters.gates import Gate
 from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.updates import UPDATES
@@ -104,11 +104,11 @@ class AdaptedLinear(nn.Module):
         self._inference_path = path
 
     @property
-    def base_fingerprint(self) -> str:
+    def base_fingerprint(self) -> WeightFingerprint:
         """The fingerprint of the frozen weight; empty if it had no memory when the layer was built."""
         return self._base_fingerprint
 
-    def set_base_fingerprint(self, fingerprint: str) -> None:
+    def set_base_fingerprint(self, fingerprint: WeightFingerprint) -> None:
         """Set the fingerprint of a frozen weight that is loaded or sharded after the layer was built."""
         self._base_fingerprint = fingerprint
 

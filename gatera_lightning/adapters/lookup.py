@@ -11,6 +11,22 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What torch.compile and checkpoint wrappers insert into the names of the modules inside them."""
+
+
+def own_name(name: str) -> str:
+    """Return the name that a module or parameter has without wrappers around it or its parents."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers that train it in parallel or compile it."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
 def has_token_gates(model: nn.Module) -> bool:
     """Return whether any adapted layer has a gate that depends on the token."""
     return any(

@@ -3,11 +3,13 @@
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gatera_lightning.adapters.identity import non_finite_problem
 from gatera_lightning.adapters.injection import remove_adapters
+from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.linear_layers import has_plain_forward
-from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.errors import checks_arguments
 
 
@@ -27,8 +29,8 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: If a gate depends on the token, an adapted layer computes more than ``W0 x + b``, or the
-            model has no adapter; the model is then unchanged.
+        ValueError: If a gate depends on the token, an adapted layer computes more than ``W0 x + b``, a value
+            is NaN or infinite, or the model has no adapter; the model is then unchanged.
     """
     layers = adapted_linears(model)
     if not layers:
@@ -46,6 +48,14 @@ def merge_adapter(model: nn.Module) -> nn.Module:
                 "matrix times its input. Remove the hooks (accelerate's with "
                 "accelerate.hooks.remove_hook_from_module), or keep the adapter folder instead."
             )
+    if problem := non_finite_problem(adapter_parameters(model)):
+        raise ValueError(f"merge_adapter: {problem}; the backbone is unchanged")
+    for name, layer in layers.items():
+        if not torch.isfinite(_merged_weight(layer)).all():
+            raise ValueError(
+                f"merge_adapter: the merged weight of {name} has NaN or infinite values in "
+                f"{layer.base.weight.dtype}; the backbone is unchanged. Load it in float32 to merge."
+            )
     dtypes = {layer.base.weight.dtype for layer in layers.values()}
     if dtypes & {torch.bfloat16, torch.float16}:
         warnings.warn(
@@ -54,11 +64,16 @@ def merge_adapter(model: nn.Module) -> nn.Module:
             stacklevel=2,
         )
     for layer in layers.values():
-        delta = layer.update.delta_weight(layer.base.weight)  # (out, in)
-        if layer.gate is not None:
-            delta = delta * layer.gate.constant_value()
-        merged = layer.base.weight.to(delta.dtype) + delta
         # Not in place: another layer, the embeddings or another model may share this weight.
-        layer.base.weight = nn.Parameter(merged.to(layer.base.weight.dtype), requires_grad=False)
+        layer.base.weight = nn.Parameter(_merged_weight(layer), requires_grad=False)
     remove_adapters(model)
     return model
+
+
+def _merged_weight(layer: AdaptedLinear) -> Tensor:
+    """Return ``W0 + g·ΔW``, (out, in), in the frozen weight's dtype."""
+    weight = layer.base.weight
+    delta = layer.update.delta_weight(weight)  # (out, in)
+    if layer.gate is not None:
+        delta = delta * layer.gate.constant_value()
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)

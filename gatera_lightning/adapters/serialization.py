@@ -1,25 +1,39 @@
 """Save and load adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, no pickle."""
 
+import hashlib
 import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.identity import backbone_identity, check_fit, full_cpu_tensor
+from gatera_lightning.adapters.identity import (
+    backbone_identity,
+    check_fit,
+    full_cpu_tensor,
+    non_finite_problem,
+)
 from gatera_lightning.adapters.injection import inject_adapters, remove_adapters
-from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name, unwrapped
 from gatera_lightning.checkpointing.atomic_files import atomic_file
-from gatera_lightning.errors import AdapterFileError, ConfigError, checks_arguments
+from gatera_lightning.datamodules.prompts.templates import Template
+from gatera_lightning.errors import AdapterFileError, ConfigError, checks_arguments, unknown_value
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 2
-"""Version of ``adapter_config.json``. Version 1, with flat names for the gate's settings, is still read."""
+FORMAT_VERSION = 3
+"""Version of ``adapter_config.json``. Also read: 1, with flat names for the gate's settings, and 2; both have
+no digest of the weights file, and fingerprints of version 1."""
 
 
 @checks_arguments
@@ -34,7 +48,8 @@ def save_adapter(
     """Save the adapter of a model to a folder; each file is replaced atomically.
 
     Every rank of a sharded model must call this: the adapter's parameters are gathered one by one, and rank 0
-    writes. The backbone is not saved; loading checks its fingerprint.
+    writes. The backbone is not saved; loading checks its fingerprint. The names of tensors do not depend on
+    torch.compile or DDP, and a cast of the model to a 16-bit dtype does not change the dtype of the file.
 
     Args:
         model: A model with an adapter.
@@ -48,11 +63,15 @@ def save_adapter(
 
     Raises:
         ValueError: If the model has no adapter.
+        AdapterFileError: If a value is NaN or infinite, or the folder holds a model; nothing is written.
     """
+    model = unwrapped(model)
     layers = adapted_linears(model)
     if not layers:
         raise ValueError("save_adapter: the model has no adapted layers")
-    tensors = {name: full_cpu_tensor(parameter) for name, parameter in adapter_parameters(model).items()}
+    tensors = {
+        own_name(name): full_cpu_tensor(parameter) for name, parameter in adapter_parameters(model).items()
+    }
     folder = Path(folder)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return folder
@@ -62,7 +81,13 @@ def save_adapter(
         "revision": revision or getattr(hf_config, "_commit_hash", None),
         "fingerprint": backbone_identity(model),
     }
-    return write_adapter(folder, tensors, next(iter(layers.values())).config, origin, template)
+    config = next(iter(layers.values())).config
+    dtype = reduce(
+        torch.promote_types, (t.dtype for t in tensors.values()), getattr(torch, config.adapter_dtype)
+    )
+    settings: dict[str, Any] = {"adapter_dtype": str(dtype).removeprefix("torch.")}
+    config = replace(config, **settings)
+    return write_adapter(folder, {name: t.to(dtype) for name, t in tensors.items()}, config, origin, template)
 
 
 def write_adapter(
@@ -83,13 +108,34 @@ def write_adapter(
 
     Returns:
         The folder.
+
+    Raises:
+        AdapterFileError: If a value is NaN or infinite, or the folder holds a model; nothing is written.
     """
-    description = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "backbone": origin}
-    if template is not None:
+    if problem := non_finite_problem(tensors):
+        raise AdapterFileError(f"{folder}: the adapter is not saved, because {problem}")
+    if (folder / "config.json").exists():
+        raise AdapterFileError(
+            f"{folder}: the adapter is not saved, because this folder holds a model (config.json), which an "
+            f"{CONFIG_FILE} beside it would break; accepted: a folder of its own"
+        )
+    weights = save(tensors, metadata={"format": "pt"})
+    description = {
+        "format_version": FORMAT_VERSION,
+        "adapter": config.to_dict(),
+        "backbone": origin,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    if template in get_args(Template):
         description["template"] = template
+    elif template is not None:
+        log.warning(
+            "%s: the prompt template %r is not stored, because chat and generate know only %s",
+            *(folder, template, ", ".join(get_args(Template))),
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / CONFIG_FILE) as config_file, atomic_file(folder / WEIGHTS_FILE) as weights_file:
-        save_file(tensors, weights_file, metadata={"format": "pt"})
+        weights_file.write_bytes(weights)
         config_file.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -107,14 +153,7 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
         AdapterFileError: If the file is missing, malformed or from a newer version.
     """
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterFileError(f"{folder}: not an adapter folder ({CONFIG_FILE} is missing)")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterFileError(f"{path}: malformed, not JSON ({error})") from error
-    if not isinstance(description, dict) or "format_version" not in description:
-        raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
+    description = _read_description(folder)
     version = description["format_version"]
     if version not in range(1, FORMAT_VERSION + 1):
         raise AdapterFileError(
@@ -133,12 +172,30 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
         raise AdapterFileError(f"{path}: {error}") from error
     if problems := config.problems():
         raise AdapterFileError(f"{path}: {'; '.join(problems)}")
+    if "template" in description and description["template"] not in get_args(Template):
+        problem = unknown_value("template", description["template"], get_args(Template))
+        raise AdapterFileError(f"{path}: {problem}")
     return config, origin
+
+
+def _read_description(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterFileError(f"{folder}: not an adapter folder ({CONFIG_FILE} is missing)")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: malformed, not JSON ({error})") from error
+    if not isinstance(description, dict) or "format_version" not in description:
+        raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
+    return description
 
 
 def trained_template(folder: str | Path) -> str | None:
     """Return the prompt template an adapter was trained with; None if its folder does not say."""
-    template = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")).get("template")
+    template = _read_description(folder).get("template")
     return template if isinstance(template, str) else None
 
 
@@ -161,8 +218,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
             not match.
         ConfigError: If the adapter cannot be injected.
     """
+    model = unwrapped(model)
     config, origin = read_adapter_config(folder)
-    tensors = _read_tensors(Path(folder) / WEIGHTS_FILE)
+    tensors = _read_tensors(Path(folder) / WEIGHTS_FILE, _read_description(folder))
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     injected = not adapted_linears(model)
     if injected:
@@ -177,14 +235,25 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         raise
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[own_name(name)])
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     if not path.is_file():
         raise AdapterFileError(f"{path.parent}: incomplete ({WEIGHTS_FILE} is missing)")
     try:
-        return load_file(path)
+        weights = path.read_bytes()
+        tensors = load(weights)
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read ({error.strerror})") from error
     except (SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{path}: corrupt, not a readable safetensors file ({error})") from error
+    digest = description.get("weights_sha256")
+    if digest is None and description["format_version"] >= 3:
+        raise AdapterFileError(f"{path.parent / CONFIG_FILE}: malformed: weights_sha256 is missing")
+    if digest not in (None, hashlib.sha256(weights).hexdigest()):
+        raise AdapterFileError(
+            f"{path}: corrupt, or changed after it was saved: its SHA-256 is not the one in {CONFIG_FILE}"
+        )
+    return tensors

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.fingerprint import WeightFingerprint
 from gatera_lightning.adapters.injection import InjectionReport, inject_adapters
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.serialization import load_adapter
@@ -25,7 +26,7 @@ class _ModelDescription:
     config: Any
     generation_config: Any  # it may name more tokens that end a text
     report: InjectionReport
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, WeightFingerprint]
     dtypes: dict[str, torch.dtype]  # some models keep layers in fp32
     buffers: dict[str, torch.Tensor]  # also those that no state dict holds, such as rotary frequencies
 

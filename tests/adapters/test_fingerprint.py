@@ -1,8 +1,14 @@
 """Fingerprints of weights and backbones."""
 
+import pytest
 import torch
 
-from gatera_lightning.adapters.fingerprint import backbone_fingerprint, weight_fingerprint
+from gatera_lightning.adapters.fingerprint import (
+    WeightFingerprint,
+    backbone_fingerprint,
+    fingerprint_version,
+    weight_fingerprint,
+)
 
 
 def test_weight_fingerprint_depends_on_values_and_shape():
@@ -20,12 +26,26 @@ def test_weight_fingerprint_depends_on_values_and_shape():
 
 
 def test_backbone_fingerprint_depends_on_names_not_order():
-    one, other = {"a": "1", "b": "2"}, {"b": "2", "a": "1"}
-    assert (
-        backbone_fingerprint(one) == backbone_fingerprint(other) != backbone_fingerprint({"a": "2", "b": "1"})
-    )
-    assert backbone_fingerprint({"a": "1"}) != backbone_fingerprint({"c": "1"})
+    first, second = WeightFingerprint("1", "2"), WeightFingerprint("3", "4")
+    for version in (1, 2):
+        found = backbone_fingerprint({"a": first, "b": second}, version)
+        assert found == backbone_fingerprint({"b": second, "a": first}, version)
+        assert found != backbone_fingerprint({"a": second, "b": first}, version)
+        assert found != backbone_fingerprint({"a": first, "c": second}, version)
+        assert fingerprint_version(found) == version
+
+
+@pytest.mark.parametrize(
+    ("rows", "width"), [(576, 576), (1536, 576), (4096, 4096), (512, 2048), (3, 20000), (1, 7), (128, 4095)]
+)
+def test_fingerprint_depends_on_every_column(rows, width):
+    weight = torch.zeros(rows, width, dtype=torch.bfloat16)
+    own = weight_fingerprint(weight).version_2
+    for column in {0, 1, width // 3, width // 2, width - 1}:
+        changed = weight.clone()
+        changed[:, column] = 1
+        assert weight_fingerprint(changed).version_2 != own
 
 
 def test_weight_without_values_has_no_fingerprint():
-    assert weight_fingerprint(torch.empty(3, 4, device="meta")) == ""
+    assert weight_fingerprint(torch.empty(3, 4, device="meta")) == WeightFingerprint("", "")

@@ -20,6 +20,7 @@ from adapted_layers import (
 from torch import nn
 
 from gatera_lightning import AdapterConfig
+from gatera_lightning.adapters.fingerprint import WeightFingerprint
 from gatera_lightning.adapters.layer import AdaptedLinear
 
 
@@ -220,6 +221,6 @@ def test_gate_listener_receives_logits():
 def test_fingerprint_can_be_set_for_weight_loaded_later():
     with torch.device("meta"):
         layer = AdaptedLinear(nn.Linear(6, 5), AdapterConfig(rank=2))
-    assert layer.base_fingerprint == ""
-    layer.set_base_fingerprint("abc")
-    assert layer.base_fingerprint == "abc"
+    assert layer.base_fingerprint == WeightFingerprint("", "")
+    layer.set_base_fingerprint(WeightFingerprint("abc", "def"))
+    assert layer.base_fingerprint == WeightFingerprint("abc", "def")

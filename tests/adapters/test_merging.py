@@ -7,7 +7,7 @@ import torch
 from adapted_layers import gate_config
 from torch import nn
 
-from gatera_lightning import AdapterConfig, inject_adapters, merge_adapter
+from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters, merge_adapter
 from gatera_lightning.adapters.lookup import adapted_linears
 
 UPDATES = ["lora", "dora", "hira"]
@@ -98,3 +98,25 @@ def test_merging_into_bfloat16_warns_and_rounds_once(tiny_llama, randomize, upda
     with pytest.warns(UserWarning, match="16-bit weights"):
         merge_adapter(model)
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["update.a", "update.b", "gate.bias"])
+def test_merge_rejects_non_finite_factors(tiny_llama, randomize, name, value):
+    model = _adapted(tiny_llama, randomize, "hira", "static")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items() if ".base." in key}
+    path = f"model.layers.1.mlp.up_proj.{name}"
+    with torch.no_grad():
+        adapter_parameters(model)[path].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"{path} holds NaN or infinite values; the backbone is unchanged"):
+        merge_adapter(model)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+def test_merge_rejects_weights_that_overflow(tiny_llama, randomize):
+    model = _adapted(tiny_llama, randomize, "lora", "none", torch.float16)
+    with torch.no_grad():
+        adapter_parameters(model)["model.layers.1.mlp.up_proj.update.b"].fill_(1e5)
+    with pytest.raises(ValueError, match=r"merged weight of model.layers.1.mlp.up_proj .* torch.float16"):
+        merge_adapter(model)
+    assert len(adapted_linears(model)) == 10

@@ -1,5 +1,6 @@
 """Adapter folders: what is written, what loads bit-identically, and what is rejected without side effects."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from gatera_lightning import (
 )
 from gatera_lightning.adapters.fingerprint import backbone_fingerprint, weight_fingerprint
 from gatera_lightning.adapters.gates import StaticGateConfig, TokenGateConfig
+from gatera_lightning.adapters.identity import backbone_identity
 from gatera_lightning.adapters.lookup import adapted_linears
 
 TARGETS = ["q_proj", "down_proj"]
@@ -57,6 +59,14 @@ def _assert_unchanged(model, before):
     for name, (identity, requires_grad, value) in parameters.items():
         assert (identity, requires_grad) == before[1][name][:2], name
         assert torch.equal(value, before[1][name][2]), name
+
+
+def _rewrite(folder, tensors):
+    """Replace the tensors of an adapter folder, and their digest."""
+    path = folder / "adapter_model.safetensors"
+    save_file(tensors, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    _edit(folder, lambda description: description.update(weights_sha256=digest))
 
 
 def _refusal(model, folder, error=AdapterFileError):
@@ -118,7 +128,8 @@ def test_folder_describes_adapter(tiny_llama, tmp_path):
     description = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     layers = adapted_linears(model)
     assert description == {
-        "format_version": 2,
+        "format_version": 3,
+        "weights_sha256": hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest(),
         "adapter": {
             "update": "dora",
             "gate": {"kind": "static", "lr_multiplier": 1.0, "bias": -2.0, "entropy_weight": 0.01},
@@ -186,14 +197,16 @@ def test_save_replaces_older_adapter(folder, tiny_llama, randomize):
 
 
 def test_failed_save_keeps_older_adapter(folder, tiny_llama, randomize, monkeypatch):
-    def disk_full(tensors, path, metadata):
-        path.write_bytes(b"half a fi")
+    def disk_full(path, content):
+        with path.open("wb") as file:
+            file.write(content[:9])
         raise OSError("no space left on device")
 
     older = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(serialization, "save_file", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        save_adapter(randomize(_adapted(tiny_llama()), seed=8), folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "write_bytes", disk_full)
+        with pytest.raises(OSError, match="no space"):
+            save_adapter(randomize(_adapted(tiny_llama()), seed=8), folder)
     assert {name: (folder / name).read_bytes() for name in older} == older
     load_adapter(tiny_llama(), folder)
 
@@ -274,8 +287,8 @@ def test_load_names_unknown_settings(folder, model):
 
 
 def test_load_rejects_newer_format(folder, model):
-    _edit(folder, lambda description: description.update(format_version=3, adapter={"from": "the future"}))
-    assert "format_version 3; this version reads 1 to 2" in _refusal(model, folder)
+    _edit(folder, lambda description: description.update(format_version=4, adapter={"from": "the future"}))
+    assert "format_version 4; this version reads 1 to 3" in _refusal(model, folder)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +355,7 @@ def test_load_rejects_other_shape(folder, tiny_llama, adapted):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
 def test_load_rejects_other_dtype(folder, model, dtype):
     path = folder / "adapter_model.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    _rewrite(folder, {name: tensor.to(dtype) for name, tensor in load_file(path).items()})
     text = _refusal(model, folder)
     assert "dtype" in text or str(dtype).removeprefix("torch.") in text
 
@@ -350,10 +363,10 @@ def test_load_rejects_other_dtype(folder, model, dtype):
 def test_load_rejects_unexpected_or_missing_tensor(folder, model, tmp_path):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {"lm_head.weight": torch.zeros(2)}, path)
+    _rewrite(folder, tensors | {"lm_head.weight": torch.zeros(2)})
     assert "1 unexpected tensors (lm_head.weight" in _refusal(model, folder)
     tensors.pop("model.layers.1.self_attn.q_proj.gate.bias")
-    save_file(tensors, path)
+    _rewrite(folder, tensors)
     assert "1 missing tensors (model.layers.1.self_attn.q_proj.gate.bias" in _refusal(model, folder)
 
 
@@ -382,6 +395,8 @@ def test_folder_of_format_version_1_loads(tiny_llama, randomize, tmp_path, gate)
 
     def to_version_1(description):
         description["format_version"] = 1
+        del description["weights_sha256"]
+        description["backbone"]["fingerprint"] = backbone_identity(saved, version=1)
         description["adapter"] |= {"gate": gate, "gate_bias": -2.0, "skip_below": 0.0, "merge_above": 1.0}
 
     _edit(tmp_path, to_version_1)
@@ -397,3 +412,130 @@ def test_gate_settings_are_saved(tiny_llama, tmp_path):
     save_adapter(_adapted(tiny_llama(), gate=gate), tmp_path)
     assert serialization.read_adapter_config(tmp_path)[0].gate == gate
     assert load_adapter(tiny_llama(), tmp_path).gate == gate
+
+
+# --- what must not be saved or loaded ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name", ["mlp.down_proj.update.a", "self_attn.q_proj.update.b", "self_attn.q_proj.gate.bias"]
+)
+def test_non_finite_values_are_neither_saved_nor_loaded(folder, tiny_llama, tmp_path, name, value):
+    name = f"model.layers.1.{name}"
+    model = _adapted(tiny_llama())
+    with torch.no_grad():
+        adapter_parameters(model)[name].view(-1)[-1] = value
+    with pytest.raises(AdapterFileError, match=f"not saved, because {name} holds NaN or infinite"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    _rewrite(folder, tensors)
+    assert f"{name} holds NaN or infinite values" in _refusal(tiny_llama(), folder)
+
+
+def test_one_changed_byte_anywhere_is_rejected(folder, tiny_llama):
+    path, model = folder / "adapter_model.safetensors", tiny_llama()
+    content = path.read_bytes()
+    for position in {*range(0, len(content), len(content) // 40), len(content) - 1}:
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        assert "adapter_model.safetensors: corrupt" in _refusal(model, folder)
+    path.write_bytes(content)
+    load_adapter(model, folder)
+
+
+def test_missing_digest_is_rejected_unless_the_format_is_old(folder, tiny_llama):
+    _edit(folder, lambda description: description.pop("weights_sha256"))
+    assert "malformed: weights_sha256 is missing" in _refusal(tiny_llama(), folder)
+    model = _adapted(tiny_llama())
+    _edit(folder, lambda description: description.update(format_version=2))
+    _edit(folder, lambda d: d["backbone"].update(fingerprint=backbone_identity(model, version=1)))
+    load_adapter(tiny_llama(), folder)
+
+
+@pytest.mark.parametrize("template", ["plane", "vicuna", 3, ["plain"], None])
+def test_unknown_template_is_rejected(folder, tiny_llama, template):
+    _edit(folder, lambda description: description.update(template=template))
+    text = _refusal(tiny_llama(), folder)
+    assert "template: " in text
+    assert "accepted: alpaca, plain, chat" in text
+
+
+def test_template_of_other_data_is_not_stored(tiny_llama, tmp_path, caplog):
+    save_adapter(_adapted(tiny_llama()), tmp_path, template="mine")
+    assert "the prompt template 'mine' is not stored" in caplog.text
+    load_adapter(tiny_llama(), tmp_path)
+
+
+def test_folder_of_a_model_is_not_written_to(tiny_llama, tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(AdapterFileError, match=r"holds a model \(config.json\)"):
+        save_adapter(_adapted(model), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+# --- models that were cast or wrapped ---
+
+
+@pytest.mark.parametrize("saved_as", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("adapter_dtype", ["float32", "float64"])
+def test_cast_model_saves_what_loads(tiny_llama, randomize, tmp_path, saved_as, adapter_dtype):
+    model = randomize(_adapted(tiny_llama(), adapter_dtype=adapter_dtype)).to(saved_as)
+    values = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    save_adapter(model, tmp_path)
+    loaded = tiny_llama()
+    config = load_adapter(loaded, tmp_path)
+    assert config.adapter_dtype == ("float64" if saved_as == torch.float64 else adapter_dtype)
+    assert all(
+        torch.equal(parameter, values[name].to(parameter.dtype))
+        for name, parameter in adapter_parameters(loaded).items()
+    )
+
+
+def _compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def _with_compiled_layer(model):
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    return model
+
+
+def _with_compiled_linear(model):
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = torch.compile(attention.q_proj, backend="eager")
+    return model
+
+
+def _with_checkpoint_wrapper(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        _compiled,
+        _with_compiled_layer,
+        _with_compiled_linear,
+        _with_checkpoint_wrapper,
+        torch.nn.DataParallel,
+        lambda model: torch.nn.DataParallel(_compiled(model)),
+    ],
+    ids=["compiled", "compiled layer", "compiled linear", "checkpoint wrapper", "parallel", "both"],
+)
+def test_wrapped_model_saves_and_loads_plain_names(folder, tiny_llama, tmp_path, wrap):
+    model = tiny_llama()
+    load_adapter(model, folder)
+    wrapped = wrap(model)
+    save_adapter(wrapped, tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapter_model.safetensors"
+    ).read_bytes()
+    load_adapter(tiny_llama(), tmp_path / "again")
+    load_adapter(wrapped, folder)

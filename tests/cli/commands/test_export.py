@@ -43,7 +43,7 @@ def test_checkpoint_gives_the_folder_beside_it(checkpoints, tiny_backbone, worki
     assert_same_files(working_folder / "mine", checkpoints / "last")
     assert trained_template("mine") == "plain"  # that of quickstart.yaml
     origin = json.loads((working_folder / "mine" / FILES[0]).read_text())["backbone"]
-    assert (origin["id"], origin["revision"], len(origin["fingerprint"])) == (str(tiny_backbone), None, 64)
+    assert (origin["id"], origin["revision"], len(origin["fingerprint"])) == (str(tiny_backbone), None, 66)
     model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
     load_adapter(model, "mine")
     saved = torch.load(last, weights_only=True)["state_dict"]
