@@ -1,52 +1,21 @@
-"""Read rows from JSON, JSON Lines, CSV and Parquet files, given by path or URL."""
+"""Read rows from JSON, JSON Lines, CSV, TSV and Parquet files, given by path or URL."""
 
 import csv
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from gatera_lightning.datamodules.sources.spec import is_url
+from gatera_lightning.datamodules.sources.spec import data_suffix
+from gatera_lightning.datamodules.sources.strict_json import first_invalid_element, parse_json
+from gatera_lightning.datamodules.sources.text_files import local_file, read_text, refused
 from gatera_lightning.errors import ConfigError
 
-
-def download(url: str) -> Path:
-    """Download a file into the cache of ``datasets``, or find it there.
-
-    Raises:
-        ConfigError: The file cannot be downloaded.
-    """
-    from datasets import DownloadConfig, DownloadManager
-
-    try:
-        return Path(str(DownloadManager(download_config=DownloadConfig(use_etag=False)).download(url)))
-    except Exception as error:  # the client raises a dozen unrelated types
-        raise ConfigError(
-            f"cannot download {url} ({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-
-
-def read_text(location: str) -> str:
-    """Read a UTF-8 text file, without its byte order mark.
-
-    Args:
-        location: Path or URL.
-
-    Raises:
-        ConfigError: The file cannot be read, or is not UTF-8.
-    """
-    path = download(location) if is_url(location) else Path(location)
-    try:
-        return path.read_text(encoding="utf-8").removeprefix("\ufeff")  # spreadsheets write one
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{location}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise ConfigError(f"{location}: cannot be read ({error.strerror})") from error
+_Rows = Iterator[tuple[int, Any]]
 
 
 def read_json(location: str) -> Any:
-    """Read a JSON file.
+    """Read a JSON file. A file of JSON Lines gives the list of its values.
 
     Args:
         location: Path or URL.
@@ -54,20 +23,18 @@ def read_json(location: str) -> Any:
     Raises:
         ConfigError: The file cannot be read, or is not valid JSON.
     """
-    try:
-        return json.loads(read_text(location))
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{location}: not valid JSON ({error.msg}, line {error.lineno}, column {error.colno})"
-        ) from error
+    text = read_text(location)
+    if _has_lines(location, text):
+        return [value for _, value in _json_lines(location, text)]
+    return _whole_json(location, text)
 
 
 def read_rows(location: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table: a JSON list, JSON Lines, CSV with a header, or Parquet.
+    """Yield the rows of a table: a JSON list, JSON Lines, CSV or TSV with a header, or Parquet.
 
     Args:
         location: Path or URL. The file name's ending selects the format; an unknown ending is read as a JSON
-            list.
+            list. A JSON list may also be in a file of JSON Lines, and the reverse.
 
     Yields:
         Where the row is, for error messages, and the row. Rows are counted from 1 (``train.json, row 3``); in
@@ -77,75 +44,114 @@ def read_rows(location: str) -> Iterator[tuple[str, Any]]:
         ConfigError: The file cannot be read, is malformed or is truncated. A CSV file that was truncated
             within its last field, or a file truncated between two rows, cannot be recognized.
     """
-    readers = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    for number, row in readers.get(Path(location).suffix.lower(), _json_list)(location):
+    readers = {".csv": _csv_rows, ".tsv": _tsv_rows, ".parquet": _parquet_rows}
+    for number, row in readers.get(data_suffix(location).removesuffix(".gz"), _json_rows)(location):
         yield f"{location}, row {number}", row
 
 
-def _json_list(location: str) -> Iterator[tuple[int, Any]]:
-    rows = read_json(location)
+def _json_rows(location: str) -> _Rows:
+    text = read_text(location)
+    if _has_lines(location, text):
+        yield from _json_lines(location, text)
+        return
+    rows = _whole_json(location, text)
     if not isinstance(rows, list):
-        raise ConfigError(f"{location}: expected a JSON list of rows, found {type(rows).__name__}")
+        raise refused(location, f"expected a JSON list of rows, found {type(rows).__name__}")
     yield from enumerate(rows, 1)
 
 
-def _json_lines(location: str) -> Iterator[tuple[int, Any]]:
+def _has_lines(location: str, text: str) -> bool:
+    """Whether a text holds several JSON values, one on each line, whatever the file is called."""
+    if data_suffix(location).startswith(".jsonl") and not text.lstrip().startswith("["):
+        return True
+    first_line, _, rest = text.strip().partition("\n")
+    try:
+        json.loads(first_line)
+    except (ValueError, RecursionError):
+        return False
+    return bool(rest)
+
+
+def _whole_json(location: str, text: str) -> Any:
+    if not text.strip():
+        raise refused(location, "is empty; expected a JSON list of rows")
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise refused(
+            location, f"not valid JSON ({error.msg}, line {error.lineno}, column {error.colno})"
+        ) from error
+    except ValueError as error:
+        row = f", row {first_invalid_element(text)}" if text.lstrip().startswith("[") else ""
+        raise refused(f"{location}{row}", str(error)) from error
+
+
+def _json_lines(location: str, text: str) -> _Rows:
     # Not splitlines, which also splits at characters that are allowed within a JSON text.
-    lines = read_text(location).split("\n")
+    lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            value = parse_json(line)
         except json.JSONDecodeError as error:
             hint = "; the file ends here without a newline, is it truncated?" if number == len(lines) else ""
-            raise ConfigError(
-                f"{location}, row {number}: not valid JSON ({error.msg}, column {error.colno}){hint}"
+            raise refused(
+                f"{location}, row {number}", f"not valid JSON ({error.msg}, column {error.colno}){hint}"
             ) from error
+        except ValueError as error:
+            raise refused(f"{location}, row {number}", str(error)) from error
+        yield number, value
 
 
-def _csv_rows(location: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _tsv_rows(location: str) -> _Rows:
+    yield from _csv_rows(location, "\t")
+
+
+def _csv_rows(location: str, delimiter: str = ",") -> _Rows:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KB, is too short for some texts
-    reader = csv.reader(io.StringIO(read_text(location), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(location), newline=""), delimiter=delimiter, strict=True)
     number = 0
     try:
         header = next(reader, [])
         if not header or len(set(header)) < len(header):
-            raise ConfigError(
-                f"{location}: expected a header with distinct column names, found {','.join(header)!r:.70}"
+            raise refused(
+                location, f"expected a header with distinct column names, found {','.join(header)!r:.70}"
             )
         for number, fields in enumerate(filter(None, reader), 1):
             if len(fields) != len(header):
-                raise ConfigError(
-                    f"{location}, row {number} (line {reader.line_num}): expected {len(header)} fields "
-                    f"({', '.join(header)}), found {len(fields)}"
+                raise refused(
+                    f"{location}, row {number} (line {reader.line_num})",
+                    f"expected {len(header)} fields ({', '.join(header)}), found {len(fields)}",
                 )
             yield number, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise ConfigError(
-            f"{location}, row {number + 1} (line {reader.line_num}): not valid CSV ({error})"
+        raise refused(
+            f"{location}, row {number + 1} (line {reader.line_num})", f"not valid CSV ({error})"
         ) from error
 
 
-def _parquet_rows(location: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(location: str) -> _Rows:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    path = download(location) if is_url(location) else Path(location)
-    if not path.is_file():
-        raise ConfigError(f"{location}: cannot be read (no such file)")
+    path = local_file(location)
     number = 0
     try:
         file = ParquetFile(path)
         columns = file.schema_arrow.names
         if len(set(columns)) < len(columns):
-            raise ConfigError(f"{location}: expected distinct column names, found {', '.join(columns)}")
+            raise refused(location, f"expected distinct column names, found {', '.join(columns)}")
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{location}: not a valid Parquet file, reading failed after {number} rows "
-            f"({' '.join(str(error).split())}); is it truncated?"
+    except ConfigError:
+        raise
+    # Besides errors of pyarrow: values that Python does not have, such as the year 20000.
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
+        raise refused(
+            location,
+            f"not a valid Parquet file, reading failed after {number} rows "
+            f"({' '.join(str(error).split())}); is it truncated?",
         ) from error

@@ -1,11 +1,11 @@
 """The base class of all tasks: rows from files, URLs or the hub, each of which becomes one example."""
 
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -18,14 +18,15 @@ from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.sources.files import read_rows
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
 from gatera_lightning.datamodules.sources.spec import (
-    DATA_SUFFIXES,
     ROW_SUFFIXES,
     Source,
+    data_suffix,
     duplicate_names,
     expand_path,
     is_url,
+    looks_like_path,
 )
-from gatera_lightning.errors import ConfigError, unknown_value
+from gatera_lightning.errors import ConfigError, near_miss, printable, unknown_value
 
 log = logging.getLogger(__name__)
 
@@ -63,23 +64,24 @@ class TaskDataModule(SupervisedDataModule):
         self,
         *,
         template: Template | None = None,
-        train: list[str] | None = None,
-        validation: list[str] | int | float | None = None,
-        test: list[str] | None = None,
+        train: list[str] | str | None = None,
+        validation: list[str] | int | float | str | None = None,
+        test: list[str] | str | None = None,
         data_dir: str = "samples",
         **common: Any,
     ) -> None:
         """Set the sources of each split and the prompt template.
 
         A source is the name of a task (the file ``data_dir/NAME/SPLIT.json``), a path, a URL, or a hub
-        dataset. Files are JSON lists, JSON Lines, CSV with a header, or Parquet, selected by their ending. A
-        hub dataset may name a configuration and a split: ``owner/name:configuration@split``. ``[:2000]``
-        after a source reads its first 2,000 rows, and ``[2000:]`` the others.
+        dataset. Files are JSON lists, JSON Lines, CSV or TSV with a header, or Parquet, selected by their
+        ending; all but Parquet may be compressed (.gz). A hub dataset may name a configuration and a split:
+        ``owner/name:configuration@split``. ``[:2000]`` after a source reads its first 2,000 rows, and
+        ``[2000:]`` the others.
 
         Args:
             template: How a request becomes a prompt: alpaca, plain, or chat, the tokenizer's own chat
                 template. chat suits instruct models; alpaca and plain work with every tokenizer.
-            train: Sources of the training split: task names, paths, URLs or hub ids
+            train: Sources of the training split, a list or a single one: task names, paths, URLs or hub ids
                 (owner/name:configuration@split). A slice reads some of the rows; quote it in YAML lists:
                 ["openbookqa[:2000]"]. Splits without sources use the sample data, unless train names data of
                 your own.
@@ -91,10 +93,14 @@ class TaskDataModule(SupervisedDataModule):
                 $VARIABLES are expanded.
             common: Settings of :class:`SupervisedDataModule`.
         """
+        train, test = _source_list(train), _source_list(test)
+        if not isinstance(validation, int | float):
+            validation = _source_list(validation)
         super().__init__(held_out=validation if isinstance(validation, int | float) else None, **common)
         self.template: Template = template  # type: ignore[assignment]  # render rejects None
         self.data_dir = data_dir
-        has_own_data = any(source.partition("[")[0] not in self.sample_tasks for source in train or [])
+        self._logged: set[tuple[str, str]] = set()
+        has_own_data = any(str(source).partition("[")[0] not in self.sample_tasks for source in train or [])
         default = [] if has_own_data or data_dir != "samples" else list(self.sample_tasks)
         self.sources = {
             "train": train if train is not None else default,
@@ -130,13 +136,16 @@ class TaskDataModule(SupervisedDataModule):
                 found.append(
                     f"data.{split}: no sources; accepted: a list of task names, files or hub ids{count}"
                 )
-            for source in self.sources[split]:
-                found += [f"data.{split}: {problem}" for problem in self._source_problems(source, split)]
+            sources = self.sources[split]
+            problems = [problem for text in sources for problem in self._source_problems(text, split)]
+            found += [f"data.{split}: {printable(problem)}" for problem in problems]
+            if problems:
+                continue
             # Test results and training weights are assigned to sources by name.
             if split == "test" or (split == "train" and self.weights is not None):
                 found += [f"data.{split}: {problem}" for problem in duplicate_names(self.sources[split])]
         if self.weights is not None and "train" in self.splits(stage):
-            names = [Source.parse(source).name for source in self.sources["train"]]
+            names = [Source.parse(str(source)).name for source in self.sources["train"]]
             found += weight_problems(self.weights, names)
         return found
 
@@ -164,11 +173,12 @@ class TaskDataModule(SupervisedDataModule):
             ConfigError: A source cannot be read, or a row is malformed; the message names the file and the
                 row.
         """
-        skipped: list[str] = []
+        skipped, empty, yielded = list[str](), list[str](), False
         for source in map(Source.parse, self.sources[split]):
             file = self._resolve_file(source.location, split)
             rows = read_hub_rows(source.location, split) if file is None else read_rows(file)
-            for place, row in islice(rows, source.rows.start, source.rows.stop):
+            for place, row in self._selected(rows, source, split, empty):
+                yielded = True
                 try:
                     yield replace(self.example(row, source.name), place=place)
                 except UnusableRow as error:
@@ -176,16 +186,56 @@ class TaskDataModule(SupervisedDataModule):
                         yield replace(error.training_example, place=place)
                     else:
                         skipped.append(f"{place}: {error}")
+                except KeyError as error:
+                    raise ConfigError(printable(f"{place}: field {error} is missing")) from error
+                except RecursionError as error:
+                    raise ConfigError(printable(f"{place}: values are nested too deeply")) from error
                 except ValueError as error:
-                    raise ConfigError(f"{place}: {error}") from error
+                    raise ConfigError(printable(f"{place}: {error}")) from error
+        if empty:
+            reason = "; ".join(empty)
+            raise ConfigError(
+                printable(f"data.{split}: {reason if yielded else f'the split is empty: {reason}'}")
+            )
         if skipped:
             more = ["…"] if len(skipped) > _MAX_LISTED_ROWS else []
             log.warning(
                 "data.%s: skipped %d rows without a usable answer: %s",
                 split,
                 len(skipped),
-                "; ".join(skipped[:_MAX_LISTED_ROWS] + more),
+                printable("; ".join(skipped[:_MAX_LISTED_ROWS] + more)),
             )
+
+    def _selected(
+        self, rows: Iterator[tuple[str, Any]], source: Source, split: str, empty: list[str]
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield the rows of a source's slice; if there are none, add the reason to ``empty``."""
+        total = 0
+        for total, found in enumerate(rows, 1):
+            if total > (source.rows.start or 0):
+                yield found
+            if total == source.rows.stop:  # later rows need not even be readable
+                return
+        if problem := self.report_slice(source, total, split):
+            empty.append(problem)
+
+    def report_slice(self, source: Source, total: int, split: str, noun: str = "rows") -> str:
+        """Log a slice that goes beyond the data, and return why it selects nothing; empty if it does.
+
+        Args:
+            source: The source.
+            total: Number of rows that it has.
+            split: The split that reads it.
+            noun: What the slice counts.
+        """
+        try:
+            remark = source.check_size(total, noun)
+        except ValueError as error:
+            return str(error)
+        if remark and (split, remark) not in self._logged:  # the test split is read twice
+            log.warning("data.%s: %s", split, printable(remark))
+            self._logged.add((split, remark))
+        return ""
 
     def task_file(self, task: str, split: str) -> str:
         """Return the file of a task, relative to ``data_dir``: the first existing format, or ``.json``."""
@@ -197,7 +247,7 @@ class TaskDataModule(SupervisedDataModule):
     def _resolve_file(self, location: str, split: str) -> str | None:
         """The path or URL of the file that a source names; None for a hub dataset."""
         location = expand_path(location)
-        if location.lower().endswith(DATA_SUFFIXES) or is_url(location):
+        if data_suffix(location) or is_url(location):
             return location
         if "/" in location:
             return None
@@ -209,26 +259,56 @@ class TaskDataModule(SupervisedDataModule):
             return str(resources.files("gatera_lightning.datamodules") / "samples")
         return expand_path(self.data_dir).rstrip("/")
 
-    def _source_problems(self, text: str, split: str) -> list[str]:
-        location = Source.parse(text).location
+    def _source_problems(self, text: Any, split: str) -> list[str]:
+        if not isinstance(text, str):
+            return [f"{text!r} is no source; accepted: a task name, a file, a URL or a hub id, as text"]
+        source = Source.parse(text)
+        location = source.location
         if location.endswith("]"):
             return [
                 f"{text!r} has no valid slice; accepted: [start:stop] with optional non-negative integers"
             ]
+        if source.selects_nothing:
+            return [f"{text!r} selects no rows; accepted: a slice [start:stop] with start below stop"]
         file = self._resolve_file(location, split)
-        if file is not None and not file.lower().endswith(self.suffixes):
+        path = file if file is not None and location in self.tasks else expand_path(location)
+        if os.path.isdir(path):
+            return [f"{text!r} is a folder; accepted: a file ({', '.join(self.suffixes)})"]
+        named_by_path = data_suffix(path) or is_url(path) or looks_like_path(path)
+        if named_by_path and data_suffix(path) not in self.suffixes:
+            if problem := _unset_variable(text, path):
+                return [problem]
             return [f"{text!r} has an unknown file format; accepted: {', '.join(self.suffixes)}"]
-        if file is None or is_url(file) or Path(file).is_file():
+        if file is None or is_url(file) or os.path.isfile(file):
             return []
-        if "$" in file:
-            variable = file[file.index("$") :].partition("/")[0]
-            return [f"{text!r}: the variable {variable} in {file} is not set"]
+        if os.path.exists(file):
+            return [f"{text!r} is a pipe or a device; accepted: a regular file"]
+        if problem := _unset_variable(text, file):
+            return [problem]
         if location in self.tasks:
             folder = Path(file).parent.parent
             tasks = sorted(path.name for path in folder.glob("*") if path.is_dir())
             contents = f"{folder} contains {', '.join(tasks) or 'no task folders'}"
             return [f"task {location!r} needs the file {file}, which does not exist; {contents}"]
-        if location.lower().endswith(DATA_SUFFIXES):
+        if data_suffix(location):
             return [f"the file {file} does not exist"]
         accepted = f"{', '.join(self.tasks)}, a file ({', '.join(self.suffixes)}), or a hub id (owner/name)"
-        return [f"task {location!r} is unknown; accepted: {accepted}"]
+        return [f"task {location!r} is unknown; accepted: {accepted}{near_miss(location, self.tasks)}"]
+
+
+def _source_list(sources: Any) -> Any:
+    """The sources of a split as a list; a single one needs none. What is no source stays, to be refused."""
+    if sources is None:
+        return None
+    if isinstance(sources, str | os.PathLike):
+        return [os.fspath(sources)]
+    if isinstance(sources, list | tuple):
+        return [os.fspath(source) if isinstance(source, os.PathLike) else source for source in sources]
+    return [sources]
+
+
+def _unset_variable(text: str, path: str) -> str:
+    """Say which variable of a path is not set; empty if there is none."""
+    if "$" not in path:
+        return ""
+    return f"{text!r}: the variable {path[path.index('$') :].partition('/')[0]} in {path} is not set"

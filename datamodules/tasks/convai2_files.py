@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gatera_lightning.datamodules.sources.files import read_json, read_rows, read_text
+from gatera_lightning.datamodules.sources.files import read_json, read_rows
+from gatera_lightning.datamodules.sources.spec import data_suffix
+from gatera_lightning.datamodules.sources.text_files import read_text
 from gatera_lightning.errors import ConfigError
 
 _PERSONA = "your persona: "
@@ -148,7 +150,7 @@ def read_persona_chat(location: str, section: str) -> Iterator[Dialogue]:
     Raises:
         ConfigError: The file or an entry is malformed; see :func:`parse_persona_chat`.
     """
-    if location.endswith(".jsonl"):
+    if data_suffix(location).startswith(".jsonl"):
         yield from parse_persona_chat(read_rows(location))
         return
     entries = read_json(location)

@@ -10,7 +10,7 @@ from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.overlap import SplitOverlap
 from gatera_lightning.datamodules.prompts.dialogue_prompts import DialoguePrompts
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
-from gatera_lightning.datamodules.sources.spec import Source
+from gatera_lightning.datamodules.sources.spec import Source, data_suffix
 from gatera_lightning.datamodules.tasks.base import TaskDataModule
 from gatera_lightning.datamodules.tasks.convai2_files import (
     Dialogue,
@@ -19,7 +19,7 @@ from gatera_lightning.datamodules.tasks.convai2_files import (
     read_persona_chat,
 )
 from gatera_lightning.datamodules.tasks.personas import find_persona_overlap, persona_ids
-from gatera_lightning.errors import ConfigError, unknown_value
+from gatera_lightning.errors import ConfigError, printable, unknown_value
 
 SplitBy = Literal["dialogue", "persona"]
 
@@ -49,7 +49,7 @@ class DialogueDataModule(TaskDataModule):
 
     free_text = True
     ranking = "hits@1"
-    suffixes = (".txt", ".json", ".jsonl")
+    suffixes = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
     tasks = ("convai2", "smalltalk")
     sample_tasks = ("smalltalk",)
 
@@ -124,7 +124,7 @@ class DialogueDataModule(TaskDataModule):
                 try:
                     yield replace(self.example(row, located.task), place=place)
                 except ValueError as error:
-                    raise ConfigError(f"{place}: {error}") from error
+                    raise ConfigError(printable(f"{place}: {error}")) from error
                 history.append(turn.reply)
 
     def example(self, row: dict[str, Any], task: str) -> Example:
@@ -187,8 +187,11 @@ class DialogueDataModule(TaskDataModule):
                 dialogue if ranked else _without_distractors(dialogue)
                 for dialogue in self._read(source.location, split)
             ]
+            numbers = self._slice_numbers(dialogues)
+            if problem := self.report_slice(source, len(set(numbers)), split, f"{self.split_by}s"):
+                raise ConfigError(printable(f"data.{split}: the split is empty: {problem}"))
             selected = range(len(dialogues))[source.rows]
-            for dialogue, number in zip(dialogues, self._slice_numbers(dialogues), strict=True):
+            for dialogue, number in zip(dialogues, numbers, strict=True):
                 if number in selected:
                     place = f"{source.location}, dialogue {dialogue.number}"
                     found.append(_LocatedDialogue(place, source.name, place, dialogue))
@@ -207,7 +210,7 @@ class DialogueDataModule(TaskDataModule):
         file = self._resolve_file(location, split)
         if file is None:
             return parse_persona_chat(read_hub_rows(location, "train" if split == "train" else "validation"))
-        if file.endswith(".txt"):
+        if data_suffix(file).startswith(".txt"):
             return read_parlai(file)
         return read_persona_chat(file, "train" if split == "train" else "valid")
 

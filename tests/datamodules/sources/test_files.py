@@ -1,6 +1,7 @@
 """Files of rows: formats, malformed and truncated files, and files at a URL."""
 
 import csv
+import gzip
 import io
 import json
 import socket
@@ -8,6 +9,8 @@ import socket
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gatera_lightning.datamodules.sources.files import read_rows
 from gatera_lightning.errors import ConfigError
@@ -42,7 +45,17 @@ def to_parquet(rows, **settings):
     return stream.getvalue()
 
 
-FORMATS = {"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "parquet": to_parquet}
+def to_tsv(rows):
+    return to_csv(rows, delimiter="\t")
+
+
+FORMATS = {
+    **{"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "tsv": to_tsv, "parquet": to_parquet},
+    "json.gz": lambda rows: gzip.compress(to_json(rows)),
+    "jsonl.gz": lambda rows: gzip.compress(to_jsonl(rows)),
+    "csv.gz": lambda rows: gzip.compress(to_csv(rows)),
+    "tsv.gz": lambda rows: gzip.compress(to_tsv(rows)),
+}
 
 
 @pytest.fixture
@@ -129,6 +142,65 @@ def test_parquet_reads_all_row_groups_and_nested_columns(put):
     assert list(read_rows(path)) == [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.JSON"])
+def test_json_list_and_json_lines_are_read_under_either_name(name, put):
+    assert rows_of(put(name, to_json(ROWS))) == ROWS
+    assert rows_of(put(name, json.dumps(ROWS, indent=2).encode())) == ROWS
+    assert rows_of(put(name, to_jsonl(ROWS))) == ROWS
+    path = put(name, b'\n{"a": 1}\r\n\n{"a": 2}')
+    assert list(read_rows(path)) == [(f"{path}, row 2", {"a": 1}), (f"{path}, row 4", {"a": 2})]
+
+
+def test_one_row_is_a_list_or_a_line(put):
+    assert rows_of(put("rows.jsonl", b'[{"a": 1}]')) == rows_of(put("rows.jsonl", b'{"a": 1}')) == [{"a": 1}]
+    assert rows_of(put("rows.json", b'[{"a": 1}]')) == [{"a": 1}]
+    assert rows_of(put("rows.jsonl", b'["a"]\n["b"]\n')) == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (r'{"a": "\ud83d"}', r"field 'a' has \ud83d, half of a surrogate pair"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ('{"a": ' + "9" * 5_000 + "}", "an integer of 5,000 digits is too large"),
+        ('{"a": ' + "[" * 5_000 + "]" * 5_000 + "}", "values are nested too deeply"),
+    ],
+    ids=["surrogate", "key", "integer", "depth"],
+)
+def test_invalid_values_are_named_with_their_row(name, row, message, put):
+    good = '{"a": 0}'
+    assert error_of(put(name, f"{good}\n{good}\n{row}\n".encode())).startswith(f", row 3: {message}")
+    assert error_of(put(name, f"[{good},\n {good}, {row}]".encode())).startswith(f", row 3: {message}")
+
+
+def test_rows_after_a_slice_are_not_parsed(put, make_instruction_data):
+    path = put("rows.jsonl", b'{"instruction": "a", "output": "b"}\nnot JSON')
+    assert len(list(make_instruction_data(train=[f"{path}[:1]"]).examples("train"))) == 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize("suffix", FORMATS)
+@given(data=st.data())
+def test_any_bytes_are_rows_or_an_error(suffix, data, tmp_path_factory):
+    """Random bytes, and files of which some bytes were changed or cut."""
+    content = bytearray(FORMATS[suffix](ROWS))
+    if data.draw(st.booleans()):
+        content = data.draw(st.binary(max_size=60))
+    else:
+        for _ in range(data.draw(st.integers(1, 3))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        content = content[: data.draw(st.integers(0, len(content)))]
+    path = tmp_path_factory.mktemp("rows") / f"rows.{suffix}"
+    path.write_bytes(bytes(content))
+    try:
+        message = str(path) if isinstance(rows_of(str(path)), list) else "no list"
+    except ConfigError as error:
+        message = str(error)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+
+
 # --- missing, malformed and truncated files ---
 
 
@@ -145,14 +217,16 @@ def test_folder_is_not_a_file(tmp_path):
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
 def test_text_has_to_be_utf_8(suffix, put):
     path = put(f"rows.{suffix}", FORMATS[suffix](ROWS).decode().encode("utf-16"))
-    assert error_of(path) == ": not UTF-8 text (invalid start byte at byte 0)"
+    hint = "it looks like UTF-16: save it as UTF-8"
+    assert error_of(path) == f": not UTF-8 text (invalid start byte at byte 0); {hint}"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('[\n {"a": "b",\n  "c" "d"}\n]', ": not valid JSON (Expecting ':' delimiter, line 3, column 7)"),
-        ("", ": not valid JSON (Expecting value, line 1, column 1)"),
+        ("", ": is empty; expected a JSON list of rows"),
+        ("x", ": not valid JSON (Expecting value, line 1, column 1)"),
         ('[{"a": "b"', ": not valid JSON (Expecting ',' delimiter, line 1, column 11)"),
         ('{"rows": []}', ": expected a JSON list of rows, found dict"),
         ('"rows"', ": expected a JSON list of rows, found str"),

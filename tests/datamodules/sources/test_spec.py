@@ -1,11 +1,19 @@
 """Source strings: parsing, names, and ambiguous names."""
 
 import doctest
+import re
 
 import pytest
 
 from gatera_lightning.datamodules.sources import spec
-from gatera_lightning.datamodules.sources.spec import Source, duplicate_names, expand_path, is_url
+from gatera_lightning.datamodules.sources.spec import (
+    Source,
+    data_suffix,
+    duplicate_names,
+    expand_path,
+    is_url,
+    looks_like_path,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +32,8 @@ from gatera_lightning.datamodules.sources.spec import Source, duplicate_names, e
         ("boolq[:-5]", "boolq[:-5]", slice(None)),
         ("boolq[-5:]", "boolq[-5:]", slice(None)),
         ("boolq[5]", "boolq[5]", slice(None)),
+        ("boolq[:٣]", "boolq[:٣]", slice(None)),
+        ("boolq[:1" + "0" * 18 + "]", "boolq[:1" + "0" * 18 + "]", slice(None)),
     ],
 )
 def test_source_parses_slice(text, location, rows):
@@ -50,6 +60,9 @@ def test_source_parses_slice(text, location, rows):
         ("mine.csv[:9]", "mine"),
         ("/data/mine/train.parquet", "mine"),
         ("owner/rows:en", "rows"),
+        ("mine.jsonl.gz[:9]", "mine"),
+        ("/data/boolq/test.tsv", "boolq"),
+        ("https://host/mine.csv?download=true", "mine"),
         ("owner/rows@dev[3:5]", "rows"),
         ("owner/rows-1.5:en-v1.1@dev/a", "rows-1.5"),
     ],
@@ -68,6 +81,46 @@ def test_duplicate_names_ignores_slices_of_one_location():
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "total", "result"),
+    [
+        ("[:5]", 5, ""),
+        ("[:5]", 9, ""),
+        ("", 3, ""),
+        ("[:5]", 3, "'a[:5]' goes beyond the 3 rows of a; 3 are used"),
+        ("[2:2000]", 1800, "'a[2:2000]' goes beyond the 1,800 rows of a; 1,798 are used"),
+        ("[3:]", 3, ValueError("'a[3:]' selects no rows; a has 3")),
+        ("[7:9]", 3, ValueError("'a[7:9]' selects no rows; a has 3")),
+        ("[:9]", 0, ValueError("a has no rows")),
+    ],
+)
+def test_check_size_counts(rows, total, result):
+    source = Source.parse(f"a{rows}")
+    if isinstance(result, str):
+        assert source.check_size(total) == result
+    else:
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(result))}$"):
+            source.check_size(total)
+
+
+@pytest.mark.parametrize(
+    ("location", "suffix", "path"),
+    [
+        ("rows.tsv.GZ", ".tsv.gz", True),
+        ("owner/name-1.5", "", False),
+        ("owner/name.en:conf@split/a.b", "", False),
+        ("owner/rows.xlsx", "", True),
+        ("a/b/c", "", True),
+        ("./rows", "", True),
+        ("/rows", "", True),
+        ("owner/rows.jsonl.zst", "", True),
+    ],
+)
+def test_paths_are_told_from_hub_datasets(location, suffix, path):
+    assert data_suffix(location) == suffix
+    assert looks_like_path(location) is path or suffix
+
+
 def test_is_url():
     assert is_url("https://a/b.json")
     assert is_url("http://a")
@@ -84,4 +137,4 @@ def test_expand_path(monkeypatch):
 
 
 def test_doctests():
-    assert doctest.testmod(spec) == (0, 1)
+    assert doctest.testmod(spec) == (0, 2)

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from gatera_lightning.datamodules.tasks.commonsense import TASKS
+from gatera_lightning.datamodules.sources.spec import ROW_SUFFIXES
+from gatera_lightning.datamodules.tasks.commonsense import TASKS, CommonsenseDataModule
 from gatera_lightning.errors import ConfigError
 
 
@@ -40,13 +43,13 @@ def test_examples_are_numbered_over_all_sources(make_data, write, rows):
     ]
 
 
-@pytest.mark.parametrize("sources", [[], ["empty.json"], ["rows.json[3:]"]])
+@pytest.mark.parametrize("sources", [[], ["empty.json"], ["rows.json[3:]"], "rows.json[5:]"])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_empty_split_is_rejected(split, sources, make_data, write, rows):
     rows_file, _ = write("rows.json", rows(3)), write("empty.json", [])
     folder = rows_file.removesuffix("rows.json")
     splits = {"train": [rows_file], "validation": [rows_file], "test": [rows_file]}
-    splits[split] = [folder + source for source in sources]
+    splits[split] = folder + sources if isinstance(sources, str) else [folder + each for each in sources]
     with pytest.raises(ConfigError, match=rf"^data\.{split}: (the split is empty|no sources)"):
         make_data(stage="test" if split == "test" else "fit", **splits)
 
@@ -94,8 +97,9 @@ def test_prepare_data_tokenizes_the_splits_of_the_stage(make_data, write, rows, 
 
 def test_unknown_task_lists_accepted_sources(make_data):
     (problem,) = make_data(train=["ARC-Esay"], validation=1).problems("fit")
-    accepted = f"{', '.join(TASKS)}, a file (.jsonl, .json, .csv, .parquet), or a hub id (owner/name)"
-    assert problem == f"data.train: task 'ARC-Esay' is unknown; accepted: {accepted}"
+    accepted = f"{', '.join(TASKS)}, a file ({', '.join(ROW_SUFFIXES)}), or a hub id (owner/name)"
+    hint = "; did you mean 'ARC-Easy'?"
+    assert problem == f"data.train: task 'ARC-Esay' is unknown; accepted: {accepted}{hint}"
 
 
 def test_missing_task_lists_the_folders_of_data_dir(make_data, write, rows, tmp_path):
@@ -120,13 +124,70 @@ def test_missing_task_lists_the_folders_of_data_dir(make_data, write, rows, tmp_
             "boolq[:-5]",
             "'boolq[:-5]' has no valid slice; accepted: [start:stop] with optional non-negative integers",
         ),
-        ("/notes.txt", "'/notes.txt' has an unknown file format; accepted: .jsonl, .json, .csv, .parquet"),
+        ("/notes.txt", f"'/notes.txt' has an unknown file format; accepted: {', '.join(ROW_SUFFIXES)}"),
         ("$NOWHERE/a/b.json", "'$NOWHERE/a/b.json': the variable $NOWHERE in $NOWHERE/a/b.json is not set"),
     ],
 )
 def test_source_problems(source, problem, make_data, monkeypatch):
     monkeypatch.delenv("NOWHERE", raising=False)
     assert make_data(train=[source], validation=1).problems("fit") == [f"data.train: {problem}"]
+
+
+def test_source_that_is_no_regular_file_is_named(make_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder.json", "folder", "a/b"):
+        (tmp_path / name).mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "table.xlsx").touch()
+    sources = ["folder.json", "folder", "a/b", "./folder", "pipe.jsonl", "table.xlsx", "x/rows.arrow"]
+    sources += ["[5:3]", "boolq[5:3]", "boolq[2:2]", "", 5, None, ["boolq"]]
+    problems = make_data(train=sources, validation=1).problems("fit")
+    accepted = ", ".join(ROW_SUFFIXES)
+    folder = f"is a folder; accepted: a file ({accepted})"
+    unknown = f"has an unknown file format; accepted: {accepted}"
+    assert [problem.removeprefix("data.train: ") for problem in problems[:7]] == [
+        *(f"{name!r} {folder}" for name in sources[:4]),
+        "'pipe.jsonl' is a pipe or a device; accepted: a regular file",
+        *(f"{name!r} {unknown}" for name in sources[5:7]),
+    ]
+    assert len(problems) == len(sources)
+    assert "selects no rows" in problems[8]
+    assert "accepted: a task name, a file, a URL or a hub id" in problems[-1]
+
+
+def test_a_single_source_needs_no_list(make_data, write, rows):
+    path = write("rows.json", rows(3))
+    for source in (path, Path(path), (path,), f"{path}[:3]"):
+        data = make_data(train=source, validation=source, test=source)
+        assert data.problems("fit") == data.problems("test") == []
+        assert [len(list(data.examples(split))) for split in ("train", "validation", "test")] == [3, 3, 3]
+
+
+def test_slices_beyond_the_data_are_reported(make_data, write, rows, caplog):
+    path = write("rows.json", rows(3))
+    data = make_data(train=[f"{path}[1:9]"], test=[path, f"{path}[7:]"])
+    with caplog.at_level(logging.WARNING):
+        assert len(list(data.examples("train"))) == len(list(data.examples("train"))) == 2
+    (record,) = caplog.records
+    message = f"data.train: '{path}[1:9]' goes beyond the 3 rows of {path}; 2 are used"
+    assert record.getMessage() == message
+    with pytest.raises(ConfigError, match=rf"^data\.test: '{path}\[7:\]' selects no rows; {path} has 3$"):
+        list(data.examples("test"))
+
+
+@pytest.mark.parametrize("error", [KeyError("capital"), RecursionError(), ValueError("is \x1b[31mred")])
+def test_errors_of_a_task_name_the_row(error, make_data, write, rows, monkeypatch):
+    """A task that reads ``row["capital"]`` needs no check of its own."""
+
+    def example(self, row, task):
+        raise error
+
+    path = write("rows.json", rows(1))
+    monkeypatch.setattr(CommonsenseDataModule, "example", example)
+    with pytest.raises(ConfigError) as caught:
+        list(make_data(train=[path]).examples("train"))
+    assert str(caught.value).startswith(f"{path}, row 1: ")
+    assert str(caught.value).isprintable()
 
 
 def test_names_must_be_unique_where_they_matter(make_data, write, rows):

@@ -290,7 +290,10 @@ def test_missing_sources(make_dialogue_data, tmp_path):
     train, validation = data.problems("fit")
     file = f"{tmp_path}/convai2/train_self_original.txt"
     assert train.startswith(f"data.train: task 'convai2' needs the file {file}, which does not exist")
-    accepted = "convai2, smalltalk, a file (.txt, .json, .jsonl), or a hub id (owner/name)"
+    accepted = (
+        "convai2, smalltalk, a file (.txt, .json, .jsonl, .txt.gz, .json.gz, .jsonl.gz), "
+        "or a hub id (owner/name)"
+    )
     assert validation == f"data.validation: task 'personachat' is unknown; accepted: {accepted}"
     assert data.problems("test") == ["data.test: the file /gone.txt does not exist"]
 
