@@ -81,7 +81,13 @@ class InstructionDataModule(TaskDataModule):
         """
         self._missing_columns = set(self.columns.values())
         self._plain_texts = 0
-        yield from super().examples(split)
+        for example in super().examples(split):
+            if not example.prompt and split == "test" and "generation" in self.evaluate_by:
+                raise ConfigError(
+                    f"{example.place}: a text without a prompt, after which nothing can be generated; "
+                    "accepted data.evaluate_by: likelihood"
+                )
+            yield example
         if self._plain_texts:
             log.info(
                 "data.%s: %d plain texts (text, or prompt and completion) stay as they are; data.template "

@@ -100,7 +100,8 @@ class GeneratedSamples(L.Callback):
         if not isinstance(self.prompts, int):
             prompts = [tokenize_prompt(tokenizer, text) for text in self.prompts]
         elif "validation" in data.tables:
-            prompts = list(data.tables["validation"][: self.prompts]["prompt"])
+            # Plain texts have no prompt, and perhaps not even a BOS to begin with.
+            prompts = [ids for ids in data.tables["validation"][: self.prompts]["prompt"] if ids]
         else:
             prompts = []
         limit = context_length(module.model.config)

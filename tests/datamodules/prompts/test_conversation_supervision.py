@@ -233,6 +233,15 @@ def test_text_is_supervised_as_a_whole(make_instruction_data, write):
         ]
 
 
+def test_text_without_prompt_is_not_evaluated_by_generation(make_instruction_data, write):
+    data = make_instruction_data(
+        test=[write("rows.json", [{"text": "Once"}])], evaluate_by=["likelihood", "generation"]
+    )
+    message = r"rows\.json, row 1: a text without a prompt, .*; accepted data\.evaluate_by: likelihood$"
+    with pytest.raises(ConfigError, match=message):
+        list(data.examples("test"))
+
+
 # --- templates and tokenizers that do not allow every_response ---
 
 OPENS_WITH_REASONING = (  # the generation prompt is longer than the heading of an earlier turn
