@@ -163,8 +163,8 @@ def test_renamed_column_has_no_other_meaning():
         ),
         ({"messages": [HI[0], HI[1] | {"train": False}]}, "message 2 (assistant): key 'train' is unknown"),
         (
-            {"messages": [HI[0], HI[1] | {"role": "asistant"}]},
-            "message 2: role 'asistant' is unknown; accepted: system, user, assistant, developer, tool; "
+            {"messages": [HI[0], HI[1] | {"role": "assistants"}]},
+            "message 2: role 'assistants' is unknown; accepted: system, user, assistant, developer, tool; "
             "did you mean 'assistant'?",
         ),
         (
@@ -231,8 +231,8 @@ def test_renamed_column_has_no_other_meaning():
         ),
         ({"prompt": " ", "completion": "Hello."}, "column 'prompt' is empty"),
         (
-            {"mesages": HI},
-            "column 'instruction' is missing, and so is 'messages'; the row has mesages (column ",
+            {"messagess": HI},
+            "column 'instruction' is missing, and so is 'messages'; the row has messagess (column ",
         ),
         (
             {"instruction": "x", "output": "y", "history": [["a"]]},

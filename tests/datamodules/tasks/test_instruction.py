@@ -180,8 +180,8 @@ def test_column_that_no_row_has_is_rejected(column, save, make_instruction_data)
     [
         (
             "columns",
-            {"instruction": "question", "promt": "x", "response": "y"},
-            "promt, response is unknown; accepted: instruction, input, output, messages, system, history, "
+            {"instruction": "question", "promptt": "x", "response": "y"},
+            "promptt, response is unknown; accepted: instruction, input, output, messages, system, history, "
             "conversations, tools, prompt, completion, text; did you mean 'prompt'?",
         ),
         (
