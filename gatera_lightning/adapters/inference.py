@@ -20,6 +20,7 @@ from gatera_lightning.adapters.kernels.saturated_gates import hard_gates, tokens
 from gatera_lightning.adapters.layer import AdaptedLinear, GateListener
 from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.unchanged_parameters import UnchangedParameters
 from gatera_lightning.adapters.updates.base import require_no_grad
 from gatera_lightning.errors import checks_arguments
 
@@ -41,8 +42,8 @@ def prepared_for_inference(
     merged weight.
 
     The cache takes as much memory as the adapted weights (without thresholds, HiRA's weights only). Layers
-    with sharded weights, with hooks or with a forward of their own are left as they are. The adapter's
-    parameters must not change inside the block.
+    with sharded weights, with hooks or with a forward of their own are left as they are. If the adapter's
+    parameters change inside the block, the next forward pass raises.
 
     Args:
         model: A model with an adapter.
@@ -51,7 +52,7 @@ def prepared_for_inference(
 
     Raises:
         ValueError: If a threshold is out of range.
-        RuntimeError: If a forward pass inside the block runs with gradients.
+        RuntimeError: If a forward pass inside the block runs with gradients, or after a parameter changed.
     """
     if problems := threshold_problems(skip_below, merge_above):
         raise ValueError(f"prepared_for_inference: {'; '.join(problems)}")
@@ -68,7 +69,7 @@ def prepared_for_inference(
             if skip_below > 0 or merge_above < 1:
                 layer.set_inference_path(TwoWeightPath(layer, skip_below, merge_above))
             else:
-                layer.update.prepare(layer.base.weight)
+                layer.update.prepare(layer.base)
         yield
     finally:
         for layer in layers:
@@ -103,6 +104,7 @@ class TwoWeightPath:
     @torch.no_grad()
     def __init__(self, layer: AdaptedLinear, skip_below: float, merge_above: float) -> None:
         self.frozen_weight, self.bias = layer.base.weight, layer.base.bias
+        self.unchanged = UnchangedParameters(layer)
         self.skip_below, self.merge_above = skip_below, merge_above
         self.skip_below_logit, self.merge_above_logit = _logit(skip_below), _logit(merge_above)
         self.token_gate = layer.gate if layer.gate is not None and layer.gate.depends_on_token else None
@@ -124,6 +126,7 @@ class TwoWeightPath:
             The output, (..., out), in the backbone's dtype.
         """
         require_no_grad()
+        self.unchanged.check()
         if torch.is_autocast_enabled(self.frozen_weight.device.type):
             with autocast_disabled(x):
                 return self(x, listener)

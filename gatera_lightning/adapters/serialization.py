@@ -217,12 +217,19 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         AdapterFileError: If a file is missing or corrupt, the backbone differs, or names, shapes or dtypes do
             not match.
         ConfigError: If the adapter cannot be injected.
+        RuntimeError: If the model is inside ``prepared_for_inference``.
     """
     model = unwrapped(model)
     config, origin = read_adapter_config(folder)
     tensors = _read_tensors(Path(folder) / WEIGHTS_FILE, _read_description(folder))
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    injected = not adapted_linears(model)
+    layers = adapted_linears(model)
+    if any(layer.inference_path is not None or layer.update.is_prepared for layer in layers.values()):
+        raise RuntimeError(
+            "load_adapter: the model is inside prepared_for_inference, whose cached products belong to the "
+            "present adapter; leave the block first"
+        )
+    injected = not layers
     if injected:
         inject_adapters(model, config)
     try:

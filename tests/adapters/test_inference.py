@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gatera_lightning import AdapterConfig, inject_adapters
+from gatera_lightning import (
+    AdapterConfig,
+    adapter_parameters,
+    inject_adapters,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 from gatera_lightning.adapters.gates import TokenGate
 from gatera_lightning.adapters.inference import prepared_bytes, prepared_for_inference
 from gatera_lightning.adapters.layer import AdaptedLinear
@@ -261,3 +268,69 @@ def test_prepared_bytes_count_cached_weights(tiny_llama):
         weights = sum(layer.base.weight.nbytes for layer in adapted_linears(model).values())
         assert prepared_bytes(model, with_thresholds=False) == share * weights
         assert prepared_bytes(model, with_thresholds=True) == weights
+
+
+def _step(model):
+    parameters = list(adapter_parameters(model).values())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(parameters, lr=0.1).step()
+
+
+def _changed_state(model):
+    return {name: tensor + 1 for name, tensor in model.state_dict().items() if ".update.b" in name}
+
+
+CHANGES = {
+    "in place": lambda model: next(iter(adapter_parameters(model).values())).mul_(2),
+    "optimizer step": _step,
+    "load_state_dict": lambda model: model.load_state_dict(_changed_state(model), strict=False),
+    "assigned": lambda model: model.load_state_dict(_changed_state(model), strict=False, assign=True),
+    "cast": lambda model: model.to(torch.float64),
+    "frozen weight": lambda model: model.model.layers[0].self_attn.q_proj.weight.add_(1),
+    "replaced": lambda model: setattr(
+        model.model.layers[0].self_attn.q_proj.update, "a", nn.Parameter(torch.ones(4, 32))
+    ),
+}
+
+
+@pytest.mark.parametrize("thresholds", [{}, {"skip_below": 0.1, "merge_above": 0.9}], ids=["exact", "fast"])
+@pytest.mark.parametrize(("update", "gate"), [("hira", "token"), ("dora", "static"), ("hira", "none")])
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_inside_block_is_rejected_at_the_next_forward(tiny_llama, change, update, gate, thresholds):
+    model = adapted(tiny_llama, update, gate)
+    with torch.no_grad():
+        with prepared_for_inference(model, **thresholds):
+            model(IDS)
+            CHANGES[change](model)
+            with pytest.raises(RuntimeError, match="changed inside prepared_for_inference"):
+                model(IDS)
+        expected = model(IDS).logits
+        with prepared_for_inference(model):
+            assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("thresholds", [{}, {"skip_below": 0.1, "merge_above": 0.9}], ids=["exact", "fast"])
+def test_load_adapter_inside_block_is_rejected(tiny_llama, tmp_path, thresholds):
+    model = adapted(tiny_llama, "hira")
+    other = adapted(tiny_llama, "hira")
+    save_adapter(other, tmp_path)
+    with torch.no_grad(), prepared_for_inference(model, **thresholds):
+        expected = model(IDS).logits
+        with pytest.raises(RuntimeError, match="load_adapter: the model is inside prepared_for_inference"):
+            load_adapter(model, tmp_path)
+        assert torch.equal(model(IDS).logits, expected)
+    load_adapter(model, tmp_path)
+    assert torch.equal(model(IDS).logits, other(IDS).logits)
+
+
+@pytest.mark.parametrize("thresholds", [{}, {"skip_below": 0.1, "merge_above": 0.9}], ids=["exact", "fast"])
+def test_merging_inside_block_keeps_the_output(tiny_llama, thresholds):
+    model = adapted(tiny_llama, "hira", "static")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with prepared_for_inference(model, **thresholds):
+            model(IDS)
+            merge_adapter(model)
+            torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.gates import GateValues
+from gatera_lightning.adapters.unchanged_parameters import UnchangedParameters
 
 
 class Update(nn.Module, ABC):
@@ -56,6 +57,7 @@ class Update(nn.Module, ABC):
         )  # (out, r), zero: training starts from the frozen model
         self.scale = scale
         self._cached: Tensor | None = None
+        self._unchanged: UnchangedParameters | None = None
 
     @abstractmethod
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
@@ -97,23 +99,25 @@ class Update(nn.Module, ABC):
         """Whether an inference constant is cached."""
         return self._cached is not None
 
-    def prepare(self, weight: Tensor) -> None:
+    def prepare(self, base: nn.Linear) -> None:
         """Cache the :meth:`inference_constant`; parameters must not change until :meth:`release`."""
         with torch.no_grad():
-            self._cached = self.inference_constant(weight)
+            self._cached = self.inference_constant(base.weight)
+        self._unchanged = UnchangedParameters(self, base)
 
     def release(self) -> None:
         """Drop what :meth:`prepare` cached."""
-        self._cached = None
+        self._cached = self._unchanged = None
 
     def cached(self) -> Tensor | None:
         """Return the cached inference constant, if any.
 
         Raises:
-            RuntimeError: If gradients are enabled.
+            RuntimeError: If gradients are enabled, or a parameter changed after :meth:`prepare`.
         """
-        if self._cached is not None:
+        if self._cached is not None and self._unchanged is not None:
             require_no_grad()
+            self._unchanged.check()
         return self._cached
 
 

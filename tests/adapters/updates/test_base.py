@@ -51,7 +51,7 @@ def test_prepared_definition_equals_plain_definition(randomize, update):
     x, _ = layer_inputs(layer)
     with torch.no_grad():
         expected = layer.update.delta(x, layer.base)
-        layer.update.prepare(layer.weight)
+        layer.update.prepare(layer.base)
         assert torch.equal(layer.update.delta(x, layer.base), expected)
     assert layer.update.is_prepared == (update != "lora")
     layer.update.release()
