@@ -24,7 +24,13 @@ from gatera_lightning.datamodules.batching.loader import ResumableLoader, evalua
 from gatera_lightning.datamodules.batching.mixture import mix_tasks
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.overlap import SplitOverlap, find_split_overlaps
-from gatera_lightning.datamodules.settings import integer_problems, subset_problems
+from gatera_lightning.datamodules.settings import (
+    MOST_SEED,
+    MOST_WORKERS,
+    boolean_problems,
+    integer_problems,
+    subset_problems,
+)
 from gatera_lightning.datamodules.tokenization.cache import tokenize_split
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError, unknown_value
@@ -65,7 +71,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         num_workers: int = 0,
         seed: int = 0,
         held_out: int | float | None = None,
-        evaluate_by: list[EvaluateBy] = ["likelihood"],  # noqa: B006  # copied, never changed
+        evaluate_by: list[EvaluateBy] | EvaluateBy = ["likelihood"],  # noqa: B006  # copied, never changed
         rank_validation: bool = False,
         weights: dict[str, float] | None = None,
     ) -> None:
@@ -104,7 +110,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.held_out = held_out
-        self.evaluate_by = list(evaluate_by)
+        self.evaluate_by = list(evaluate_by) if isinstance(evaluate_by, list | tuple) else [evaluate_by]
         self.rank_validation = rank_validation
         self.weights = weights
         self.answered: dict[EvaluateBy, Collection[int]] = dict.fromkeys(get_args(EvaluateBy), ())
@@ -135,6 +141,10 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         for name in ("max_length", "batch_size", "eval_batch_size"):
             problems += integer_problems(name, getattr(self, name))
         problems += integer_problems("token_budget", self.token_budget, optional=True)
+        problems += integer_problems("num_workers", self.num_workers, least=0, most=MOST_WORKERS)
+        problems += integer_problems("seed", self.seed, least=0, most=MOST_SEED)
+        for name in ("group_by_length", "packing", "rank_validation"):
+            problems += boolean_problems(name, getattr(self, name))
         problems += held_out_problems(self.held_out)
         problems += subset_problems("evaluate_by", self.evaluate_by, get_args(EvaluateBy))
         return problems

@@ -6,17 +6,21 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from gatera_lightning.datamodules.settings import shown
 from gatera_lightning.errors import ConfigError
 
 
 def held_out_problems(size: int | float | None) -> list[str]:
     """Return the problem of a setting that says how many training examples to hold out, or an empty list."""
-    valid = size is None or (size >= 1 if isinstance(size, int) else 0 < size < 1)
-    if valid and not isinstance(size, bool):
+    if size is None:
         return []
+    if isinstance(size, int | float) and not isinstance(size, bool):
+        valid = size >= 1 if isinstance(size, int) else 0 < size < 1
+        if valid:
+            return []
     return [
-        f"data.validation: {size}; accepted: sources, or how many training examples to hold out: an integer "
-        "of at least 1, or a share between 0 and 1"
+        f"data.validation: {shown(size)}; accepted: sources, or how many training examples to hold out: an "
+        "integer of at least 1, or a share between 0 and 1"
     ]
 
 

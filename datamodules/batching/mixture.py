@@ -1,10 +1,13 @@
 """Mixtures of tasks: how often the examples of each task occur in an epoch."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from gatera_lightning.datamodules.settings import shown
 from gatera_lightning.errors import ConfigError
 
 
@@ -60,19 +63,30 @@ def mixture_indices(tasks: Sequence[str], weights: Mapping[str, float], seed: in
     return sorted(mixture)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
 def weight_problems(weights: Mapping[str, float], names: Sequence[str]) -> list[str]:
     """Return every problem of ``weights`` for training sources with these names."""
-    problems = []
     each = ", ".join(dict.fromkeys(names))
+    if not isinstance(weights, Mapping):
+        return [f"data.weights: {shown(weights)}; accepted: a number for each of {each}"]
+    problems = []
     for name, weight in weights.items():
         if name not in names:
             problems.append(f"data.weights: {name!r} is not a training source; accepted: {each}")
-        if not 0 <= weight < float("inf"):
-            problems.append(f"data.weights: {name}: {weight}; accepted: a number of at least 0")
+        if not _is_number(weight) or weight < 0:
+            problems.append(f"data.weights: {name}: {shown(weight)}; accepted: a number of at least 0")
     if missing := [name for name in dict.fromkeys(names) if name not in weights]:
         problems.append(
             f"data.weights: no weight for {', '.join(missing)}; accepted: a number for each of {each}"
         )
+    if not problems and not _is_number(sum(map(float, weights.values()))):
+        problems.append("data.weights: their sum is too large; accepted: smaller numbers of the same ratio")
     if not problems and not sum(weights.values()):
         problems.append(
             "data.weights: all are 0, which leaves no training examples; accepted: at least one above 0"

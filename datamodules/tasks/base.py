@@ -15,6 +15,7 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.datamodules.batching.mixture import weight_problems
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import Template
+from gatera_lightning.datamodules.settings import shown
 from gatera_lightning.datamodules.sources.files import read_rows
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
 from gatera_lightning.datamodules.sources.spec import (
@@ -98,7 +99,7 @@ class TaskDataModule(SupervisedDataModule):
             validation = _source_list(validation)
         super().__init__(held_out=validation if isinstance(validation, int | float) else None, **common)
         self.template: Template = template  # type: ignore[assignment]  # render rejects None
-        self.data_dir = data_dir
+        self.data_dir = os.fspath(data_dir) if isinstance(data_dir, os.PathLike) else data_dir
         self._logged: set[tuple[str, str]] = set()
         has_own_data = any(str(source).partition("[")[0] not in self.sample_tasks for source in train or [])
         default = [] if has_own_data or data_dir != "samples" else list(self.sample_tasks)
@@ -130,6 +131,9 @@ class TaskDataModule(SupervisedDataModule):
         found = super().problems(stage)
         if self.template not in get_args(Template):
             found.append(unknown_value("data.template", self.template, get_args(Template)))
+        if not isinstance(self.data_dir, str) or not self.data_dir:
+            found.append(f"data.data_dir: {shown(self.data_dir)}; accepted: a folder, its URL, or samples")
+            return found
         for split in self.splits(stage):
             if not self.sources[split]:
                 count = ", or a number of examples to take from training" if split == "validation" else ""

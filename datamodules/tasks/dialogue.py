@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.overlap import SplitOverlap
 from gatera_lightning.datamodules.prompts.dialogue_prompts import DialoguePrompts
+from gatera_lightning.datamodules.settings import integer_problems
 from gatera_lightning.datamodules.sources.hub import read_hub_rows
 from gatera_lightning.datamodules.sources.spec import Source, data_suffix
 from gatera_lightning.datamodules.tasks.base import TaskDataModule
@@ -87,11 +88,7 @@ class DialogueDataModule(TaskDataModule):
             )
         if self.split_by not in get_args(SplitBy):
             found.append(unknown_value("data.split_by", self.split_by, get_args(SplitBy)))
-        if self.max_history_turns is not None and self.max_history_turns < 0:
-            found.append(
-                f"data.max_history_turns: {self.max_history_turns}; "
-                "accepted: null, or an integer of at least 0"
-            )
+        found += integer_problems("max_history_turns", self.max_history_turns, least=0, optional=True)
         return found
 
     def connect(self, tokenizer: PreTrainedTokenizerBase) -> None:

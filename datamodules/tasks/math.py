@@ -22,6 +22,7 @@ from gatera_lightning.datamodules.answers.numbers import (
 from gatera_lightning.datamodules.answers.options import ParsedAnswer
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
+from gatera_lightning.datamodules.settings import boolean_problems
 from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
 from gatera_lightning.errors import unknown_value
 
@@ -122,6 +123,7 @@ class MathDataModule(TaskDataModule):
         found = super().problems(stage)
         if self.answer_style not in get_args(AnswerStyle):
             found.append(unknown_value("data.answer_style", self.answer_style, get_args(AnswerStyle)))
+        found += boolean_problems("keep_annotations", self.keep_annotations)
         if self.rank_validation:
             found.append(
                 "data.rank_validation: true, but a word problem has a single candidate, "

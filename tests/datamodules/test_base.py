@@ -1,5 +1,7 @@
 """SupervisedDataModule: where its tokenizer comes from, its settings, and subclasses."""
 
+import math
+
 import lightning as L
 import pytest
 import torch
@@ -128,13 +130,56 @@ def test_connect_replaces_open_tables(make_ranks, tokenizers_by_kind):
             "data.evaluate_by: ['likelihood', 'likelihood']; accepted: a list of likelihood and generation, "
             "each at most once",
         ),
+        *(
+            ({name: value}, f"data.{name}: {text}; accepted: an integer of at least 1{limit}")
+            for name in ("max_length", "batch_size", "eval_batch_size")
+            for value, text, limit in (
+                (True, "True", ""),
+                (32.0, "32.0", ""),
+                (math.nan, "nan", ""),
+                ("32", "'32'", ""),
+                (None, "None", ""),
+                (2**31, "2147483648", ", at most 2,147,483,647"),
+                (10**5_000, "an integer of thousands of digits", ", at most 2,147,483,647"),
+            )
+        ),
+        ({"num_workers": -1}, "data.num_workers: -1; accepted: an integer of at least 0"),
+        ({"num_workers": 9999}, "data.num_workers: 9999; accepted: an integer of at least 0, at most 1,024"),
+        ({"num_workers": False}, "data.num_workers: False; accepted: an integer of at least 0"),
+        ({"seed": -1}, "data.seed: -1; accepted: an integer of at least 0"),
+        ({"seed": 2**32}, "data.seed: 4294967296; accepted: an integer of at least 0, at most 4,294,967,295"),
+        ({"seed": 1.5}, "data.seed: 1.5; accepted: an integer of at least 0"),
+        ({"packing": "false"}, "data.packing: 'false'; accepted: true, false"),
+        ({"group_by_length": 1}, "data.group_by_length: 1; accepted: true, false"),
+        ({"token_budget": 2.5}, "data.token_budget: 2.5; accepted: null, or an integer of at least 1"),
+        (
+            {"evaluate_by": [["likelihood"]]},
+            "data.evaluate_by: [['likelihood']]; accepted: a list of likelihood and generation, "
+            "each at most once",
+        ),
+        (
+            {"evaluate_by": None},
+            "data.evaluate_by: [None]; accepted: a list of likelihood and generation, each at most once",
+        ),
     ],
 )
 def test_problems_name_setting_value_and_accepted(settings, problem):
     assert _Capitals(**({"train_on": "response"} | settings)).problems("fit") == [problem]
 
 
-@pytest.mark.parametrize("held_out", [0, -3, True, 0.0, 1.0, 1.5])
+def test_limits_of_settings_are_accepted():
+    limits = {"max_length": 1, "batch_size": 2**31 - 1, "num_workers": 1_024, "seed": 2**32 - 1}
+    assert _Capitals(train_on="response", **limits).problems("fit") == []
+    assert _Capitals(train_on="response", num_workers=0, seed=0).problems("fit") == []
+
+
+def test_a_single_kind_of_evaluation_needs_no_list():
+    data = _Capitals(train_on="response", evaluate_by="generation")
+    assert data.problems("test") == []
+    assert data.evaluate_by == ["generation"]
+
+
+@pytest.mark.parametrize("held_out", [0, -3, True, 0.0, 1.0, 1.5, math.nan, math.inf])
 def test_problems_reject_validation_size(held_out):
     (problem,) = _Capitals(train_on="response", held_out=held_out).problems("fit")
     assert problem.startswith(
