@@ -1,5 +1,6 @@
 """The environment of the process: variables are checked, and defaults set, before PyTorch is imported."""
 
+import locale
 import logging
 import os
 import re
@@ -66,6 +67,10 @@ def set_up_process(*, show_traceback: bool) -> None:
     Args:
         show_traceback: Whether threads and finalizers may print tracebacks.
     """
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"):
+        # Under such a locale, libraries would misread configs and data, which are UTF-8.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

@@ -21,6 +21,7 @@ from gatera_lightning.training.trainer_checks import (
     strategy_problems,
     validation_interval_problems,
 )
+from gatera_lightning.training.trainer_names import name_problems
 
 VALIDATION_ACCURACIES = tuple(f"val/accuracy_{score}" for score in get_args(Score))
 """Logged by the validation if `data.rank_validation` is true."""
@@ -94,7 +95,8 @@ def _checkpoint_problems(path: str | None) -> list[str]:
 
 
 def _trainer_problems(trainer: Namespace, decoding: DecodingConfig) -> list[str]:
-    problems = precision_problems(trainer.precision)
+    problems = name_problems(trainer)
+    problems += precision_problems(trainer.precision)
     problems += validation_interval_problems(trainer.val_check_interval)
     problems += sampler_problems(trainer.use_distributed_sampler)
     problems += strategy_problems(trainer.strategy)

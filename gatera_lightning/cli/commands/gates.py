@@ -27,7 +27,7 @@ from gatera_lightning.cli.commands.preview import SPLITS, PreviewedSplit
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
-from gatera_lightning.errors import AdapterFileError, ConfigError
+from gatera_lightning.errors import AdapterFileError, ConfigError, unknown_value
 from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap
 from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, profile_gates
 from gatera_lightning.gate_analysis.report import AdapterProfile, build_report, render_page
@@ -152,7 +152,7 @@ def _text_problems(args: argparse.Namespace, fit_flags: Sequence[str]) -> list[s
                 f"--{name}: {getattr(args, name)}, without a recipe; accepted with a recipe (--config …)"
             )
     if args.split is not None and args.split not in SPLITS:
-        problems.append(f"--split: {args.split!r} is unknown; accepted: {', '.join(SPLITS)}")
+        problems.append(unknown_value("--split", args.split, SPLITS))
     if args.rows is not None and args.rows < 1:
         problems.append(f"--rows: {args.rows}; accepted: an integer of at least 1")
     return problems

@@ -20,7 +20,7 @@ from gatera_lightning.datamodules.batching.statistics import (
 )
 from gatera_lightning.datamodules.loss_mask_view import decode_span, highlight_supervised
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, unknown_value
 from gatera_lightning.printing import SafeConsole
 
 SPLITS = ("train", "validation", "test")
@@ -40,7 +40,7 @@ def preview(argv: Sequence[str]) -> None:
     if not args.rows.isdecimal() or int(args.rows) < 1:
         problems.append(f"--rows: {args.rows}; accepted: an integer of at least 1")
     if args.split not in SPLITS:
-        problems.append(f"--split: {args.split!r} is unknown; accepted: {', '.join(SPLITS)}")
+        problems.append(unknown_value("--split", args.split, SPLITS))
     if problems:
         raise ConfigError(problems)
     split = PreviewedSplit(["fit", *fit_flags], args.split)
