@@ -1,7 +1,6 @@
 """Settings of an adapter: which layers to adapt, with which update ``u`` and which gate ``g``."""
 
 import functools
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +13,7 @@ from gatera_lightning.adapters.gates import (
     gate_from_dict,
     is_finite_number,
 )
+from gatera_lightning.adapters.name_patterns import pattern_problem
 from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.adapters.updates.base import Update
 from gatera_lightning.errors import ConfigError, unknown_value
@@ -229,8 +229,4 @@ def _is_int(value: Any) -> bool:
 def _regex_problem(pattern: Any) -> str | None:
     if not isinstance(pattern, str):
         return f"{pattern!r} is not a string"
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return f"{pattern!r} is not a regular expression ({error})"
-    return None
+    return pattern_problem(pattern)

@@ -1,6 +1,5 @@
 """Inject adapters into a model: find the matching linear layers, freeze the model and replace them."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.name_patterns import matches
 from gatera_lightning.errors import ConfigError, checks_arguments
 
 _FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")
@@ -195,7 +195,7 @@ def _layer_problems(model: nn.Module, targets: dict[str, nn.Linear], rank: int) 
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return name.rpartition(".")[2] == pattern or re.fullmatch(pattern, name) is not None
+    return name.rpartition(".")[2] == pattern or matches(pattern, name)
 
 
 def _processes_text(model: nn.Module, name: str) -> bool:

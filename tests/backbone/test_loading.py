@@ -5,11 +5,13 @@ import json
 import logging
 import platform
 
+import numpy as np
 import pytest
 import torch
 from tiny_backbone import tiny_backbone_folder, tiny_data, tiny_module, tiny_trainer
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -21,6 +23,8 @@ from gatera_lightning import BackboneConfig, ConfigError
 from gatera_lightning.backbone.loading import (
     context_length,
     load_backbone,
+    load_config,
+    load_skeleton,
     load_tokenizer,
     native_dtype,
     prepare_for_training,
@@ -233,6 +237,85 @@ def test_hub_id_without_network_raises_error_with_alternatives(load):
     message = str(caught.value)
     assert "cannot fetch 'nobody/no-such-model' from the hub" in message
     assert "give a local folder (config.json, weights, tokenizer) or a .gguf file" in message
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "marian"])
+@pytest.mark.parametrize("load", [load_backbone, load_skeleton, load_config])
+def test_encoder_decoder_model_is_rejected_before_weights_load(tmp_path, name, load):
+    AutoConfig.for_model(name).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"is an encoder-decoder model \({name}\); accepted: a causal"):
+        load(BackboneConfig(id=str(tmp_path)))
+
+
+@pytest.mark.parametrize("missing", [1, 3, 200])
+def test_load_tokenizer_rejects_tokens_without_embedding(tmp_path, missing):
+    folder = tiny_backbone_folder(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    entries = settings["vocab_size"] - missing
+    (folder / "config.json").write_text(json.dumps(settings | {"vocab_size": entries}))
+    with pytest.raises(ConfigError, match=f"but the model's vocabulary has {entries} entries"):
+        load_tokenizer(BackboneConfig(id=str(folder)))
+
+
+@pytest.mark.parametrize("load", [load_backbone, load_skeleton])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "xglm"])
+def test_architecture_without_sdpa_is_told_to_use_eager(tmp_path, name, load):
+    from model_families import SIZES
+
+    sizes = SIZES | {"d_model": 32, "n_layers": 2, "n_layer": 2, "num_layers": 2, "ffn_dim": 48, "n_heads": 4}
+    config = AutoConfig.for_model(name, **sizes)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load(BackboneConfig(id=str(tmp_path)))
+    assert str(caught.value).startswith("backbone.attn_implementation: 'sdpa', which the architecture of ")
+    assert str(caught.value).endswith("accepted: eager (--model.backbone.attn_implementation eager)")
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A GGUF file with one tensor."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    writer.add_tensor("token_embd.weight", np.zeros((64, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_config, load_backbone])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:5],
+        lambda content: content[:40],
+        lambda content: content[:-100],
+        lambda content: content[:4] + b"\xff" * 40,
+        lambda content: content[:60] + b"\xff" * (len(content) - 60),
+    ],
+    ids=["version missing", "header cut", "tensor cut", "garbage", "garbage after header"],
+)
+def test_bad_gguf_file_ends_in_one_sentence(gguf_file, damage, load):
+    gguf_file.write_bytes(damage(gguf_file.read_bytes()))
+    with pytest.raises(ConfigError, match=r"^backbone.id: '.*model.gguf' is corrupt, cut short, or of an"):
+        load(BackboneConfig(id=str(gguf_file)))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_backbone])
+def test_gguf_file_without_a_whole_model_ends_in_one_sentence(gguf_file, load):
+    with pytest.raises(ConfigError, match=r"^backbone.id: '.*model.gguf' is corrupt, cut short, or of an"):
+        load(BackboneConfig(id=str(gguf_file)))
+
+
+def test_load_backbone_names_weights_that_do_not_fit(tmp_path):
+    folder = tiny_backbone_folder(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"intermediate_size": 64}))
+    with pytest.raises(ConfigError, match="do not have the shapes that its config"):
+        load_backbone(BackboneConfig(id=str(folder)))
 
 
 def test_load_backbone_names_folder_without_weights(tmp_path):
