@@ -59,11 +59,13 @@ class AdapterCheckpoint(ModelCheckpoint):
                 to if the newest is corrupt.
 
         Raises:
-            ValueError: ``every_n_steps`` or ``keep_last`` is less than 1.
+            ValueError: ``every_n_steps`` or ``keep_last`` is less than 1, or ``save_top_k`` less than -1.
         """
         for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name}: {value}; accepted: an integer of at least 1")
+        if save_top_k < -1:
+            raise ValueError(f"checkpoint.save_top_k: {save_top_k}; accepted: at least 0, or -1 for all")
         super().__init__(
             monitor=monitor,
             mode=mode or default_mode(monitor),

@@ -1,5 +1,6 @@
 """Early stopping that a config can turn off."""
 
+import math
 from typing import Any, Literal
 
 import lightning as L
@@ -35,12 +36,14 @@ class OptionalEarlyStopping(EarlyStopping):
             min_delta: Smallest change that counts as an improvement.
 
         Raises:
-            ValueError: ``patience`` is less than 1.
+            ValueError: ``patience`` is less than 1, or ``min_delta`` is negative or not a finite number.
         """
         if patience is not None and patience < 1:
             raise ValueError(
                 f"early_stopping.patience: {patience}; accepted: null, or an integer of at least 1"
             )
+        if not 0 <= min_delta < math.inf:
+            raise ValueError(f"early_stopping.min_delta: {min_delta}; accepted: a number of at least 0")
         self._on = patience is not None
         super().__init__(
             monitor=monitor,

@@ -1,6 +1,7 @@
 """A warning when a step takes far longer than usual, because a hung process prints nothing."""
 
 import logging
+import math
 import statistics
 import sys
 import threading
@@ -38,10 +39,10 @@ class StepWatchdog(L.Callback):
                 is.
 
         Raises:
-            ValueError: ``factor`` or ``seconds`` is negative.
+            ValueError: ``factor`` or ``seconds`` is negative or not a finite number.
         """
         for name, value in (("factor", factor), ("seconds", seconds)):
-            if value < 0:
+            if not 0 <= value < math.inf:
                 raise ValueError(f"watchdog.{name}: {value}; accepted: a number of at least 0")
         self.factor = factor
         self.seconds = seconds

@@ -14,6 +14,8 @@ from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.training.callback_checks import callback_problems
+from gatera_lightning.training.number_checks import device_problems, number_problems, seed_problems
 from gatera_lightning.training.trainer_checks import (
     precision_problems,
     sampler_problems,
@@ -46,7 +48,8 @@ def validate_config(parser: LightningArgumentParser, config: Namespace) -> None:
     settings = parser.instantiate_classes(config)[config.subcommand]
     problems += settings.model.problems() + settings.data.problems(config.subcommand)
     problems += _monitor_problems(monitored, settings.data)
-    problems += _trainer_problems(settings.trainer, settings.model.decoding)
+    problems += seed_problems(settings.get("seed_everything"))
+    problems += _trainer_problems(settings.trainer, settings.model.decoding, config.subcommand)
     problems += _checkpoint_problems(settings.get("ckpt_path"))
     if problems:
         raise ConfigError(problems)
@@ -94,9 +97,13 @@ def _checkpoint_problems(path: str | None) -> list[str]:
     return []
 
 
-def _trainer_problems(trainer: Namespace, decoding: DecodingConfig) -> list[str]:
+def _trainer_problems(trainer: Namespace, decoding: DecodingConfig, stage: str) -> list[str]:
     problems = name_problems(trainer)
     problems += precision_problems(trainer.precision)
+    problems += number_problems(vars(trainer), stage)
+    problems += device_problems(trainer.devices)
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    problems += callback_problems(callbacks)
     problems += validation_interval_problems(trainer.val_check_interval)
     problems += sampler_problems(trainer.use_distributed_sampler)
     problems += strategy_problems(trainer.strategy)

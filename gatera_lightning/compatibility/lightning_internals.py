@@ -73,6 +73,11 @@ def validates_by_time(trainer: L.Trainer) -> bool:
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
 
 
+def given_train_loader(trainer: L.Trainer) -> Any:
+    """Return the loader that ``fit`` was called with; a data module or the module itself if it has none."""
+    return trainer.fit_loop._data_source.instance
+
+
 def is_accumulating(trainer: L.Trainer) -> bool:
     """Return whether the optimizer step is still incomplete after the current micro-batch.
 

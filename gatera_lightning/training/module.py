@@ -1,6 +1,5 @@
 """GateRAModule: a frozen backbone, its adapter, and the training step."""
 
-from collections.abc import Mapping
 from typing import Any, Self
 
 import lightning as L
@@ -24,6 +23,9 @@ from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_obj
 from gatera_lightning.objectives.next_token import SupervisedLogits, supervised_logits
 from gatera_lightning.objectives.training_loss import objectives_for
 from gatera_lightning.training import checkpoint_contents, setting_checks, trainer_checks
+from gatera_lightning.training.adapter_module import AdapterModule
+from gatera_lightning.training.batch_checks import BatchChecks, check_given_loader
+from gatera_lightning.training.callback_checks import check_callbacks
 from gatera_lightning.training.context_check import check_context
 from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer_batch
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
@@ -35,12 +37,13 @@ from gatera_lightning.training.optimizer import (
     report_new_length,
     squared_gradient_norms,
 )
+from gatera_lightning.training.schedule_checks import check_against_data
 from gatera_lightning.training.step_totals import StepTotals
 
 AnyBatch = Batch | PromptBatch
 
 
-class GateRAModule(L.LightningModule):
+class GateRAModule(AdapterModule):
     """Fine-tunes an adapter on a frozen language model with ``L = L_task + λ · L_ent`` (GateRA, AAAI 2026).
 
     Trains under ``precision="32-true"``: the backbone has the dtype ``backbone.dtype`` and the adapter
@@ -94,7 +97,7 @@ class GateRAModule(L.LightningModule):
     def _reset_step(self) -> None:
         self._totals = StepTotals()
         self._guard = NonFiniteGuard(self.optimizer.max_skipped_steps, self.optimizer.lr)
-        self._packing_is_checked = False
+        self._batch_checks = BatchChecks()
 
     # --- set-up ---
 
@@ -105,10 +108,16 @@ class GateRAModule(L.LightningModule):
         trainer_checks.prepare_trainer(self.trainer)
         self._reset_step()
         if stage == "fit":
+            check_given_loader(self.trainer)
+            check_against_data(self.trainer, self.optimizer)
             check_ranks_agree(self, self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Add what exact resume (random states) and ``test`` (results) need, with any Trainer."""
+        """Add what exact resume (random states) and ``test`` (results) need, with any Trainer.
+
+        Callbacks that change the plan of a step are refused here, before their own set-up runs.
+        """
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback() for callback in (RNGState, EvaluationReport) if callback not in present]
 
@@ -136,10 +145,8 @@ class GateRAModule(L.LightningModule):
         report_new_length(attached_trainer(self))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Refuse the first packed batch if the model cannot isolate packed sequences."""
-        if "position_ids" in batch and not self._packing_is_checked:
-            setting_checks.check_packing(self.model, self.backbone)
-            self._packing_is_checked = True
+        """Refuse a batch that the loss of its step cannot be computed for."""
+        self._batch_checks.check(batch, attached_trainer(self), self.model, self.backbone)
 
     def configure_optimizers(self) -> Any:
         """AdamW over the adapter's parameters; the schedule counts optimizer steps."""
@@ -214,19 +221,6 @@ class GateRAModule(L.LightningModule):
         return self.test_step(batch, batch_idx, dataloader_idx)
 
     # --- checkpoints ---
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the adapter's tensors only: a checkpoint never holds the backbone."""
-        state = super().state_dict(*args, **kwargs)
-        checkpoint_contents.keep_adapter_tensors(state, self.model, kwargs.get("prefix", ""))
-        return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load the adapter's tensors; frozen tensors may be missing."""
-        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
-        return type(keys)(*checkpoint_contents.adapter_key_problems(self.model, *keys, strict=strict))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what describes the run, and what the adapter belongs to."""

@@ -54,6 +54,11 @@ class OptimizerConfig:
         for name in ("weight_decay", "warmup_steps", "max_skipped_steps"):
             if name not in found and getattr(self, name) < 0:
                 found[name] = f"optimizer.{name}: {getattr(self, name)}; accepted: a number of at least 0"
+        if not found and self.lr * self.weight_decay >= 1:  # a step multiplies by 1 - lr · weight_decay
+            found["weight_decay"] = (
+                f"optimizer.weight_decay: {self.weight_decay}, with lr {self.lr}: every step would turn the "
+                f"signs of the parameters; accepted: below 1 / lr, {1 / self.lr:.3g}"
+            )
         return list(found.values())
 
 

@@ -17,6 +17,15 @@ from gatera_lightning.compatibility.lightning_internals import uses_distributed_
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.training.number_checks import number_problems
+
+_CHECKED_NUMBERS = (
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "overfit_batches",
+    "reload_dataloaders_every_n_epochs",
+)
+"""Numbers that change the loss or the step; the command line checks all of them."""
 
 _TIMED_VALIDATION = (
     "trainer.val_check_interval: a time, which elapses at a different step on every rank and in a resumed "
@@ -39,6 +48,7 @@ def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig) -> N
         problems += sampler_problems(uses_distributed_sampler(trainer))
     problems += sharded_decoding_problems(trainer.strategy, decoding)
     problems += strategy_problems(trainer.strategy)
+    problems += number_problems({name: getattr(trainer, name, None) for name in _CHECKED_NUMBERS}, stage)
     if problems:
         raise ConfigError(problems)
 
