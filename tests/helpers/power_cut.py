@@ -9,7 +9,7 @@ ADAPTER = "checkpoints/last/adapter_model.safetensors"
 
 
 class PowerCut(BaseException):
-    """Ends a run from outside."""
+    """Ends a run from outside; the program reports it like any other failure."""
 
 
 def cut_off(command, step):
@@ -21,5 +21,4 @@ def cut_off(command, step):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GateRAModule, "on_train_batch_start", cut)
-        with pytest.raises(PowerCut):
-            main(command)
+        assert main(command) == 1
