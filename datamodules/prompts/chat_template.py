@@ -4,21 +4,21 @@ Chat templates are arbitrary Jinja programs. Their conventions are found out by 
 not by looking for known tokens, and what they write is compared with the messages that they were given.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
+from gatera_lightning.datamodules.prompts.template_checks import check_contents, check_roles
+from gatera_lightning.datamodules.prompts.template_messages import Message, escape_texts, template_messages
 from gatera_lightning.datamodules.tokenization.chat_rendering import render_template
-from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens, unescape
-
-Message = dict[str, Any]
-"""One message: role, content, and optionally reasoning_content, tool_calls, tool_call_id, name and weight."""
-
-THOUGHT_START, THOUGHT_END = "<think>", "</think>"
+from gatera_lightning.datamodules.tokenization.control_tokens import (
+    THOUGHT_END,
+    THOUGHT_START,
+    control_tokens,
+    unescape,
+)
 
 _PLACEHOLDER_ANSWER = "the answer"
 _PLACEHOLDER_SYSTEM = "the rules"
@@ -57,8 +57,8 @@ def render_chat(
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
-    _check_roles(tokenizer, [message["role"] for message in messages])
-    conversation, schemas = template_messages(tokenizer, messages), _escaped(tokenizer, list(tools))
+    check_roles(tokenizer, [message["role"] for message in messages])
+    conversation, schemas = template_messages(tokenizer, messages), escape_texts(tokenizer, list(tools))
     answer = {"role": "assistant", "content": _PLACEHOLDER_ANSWER}
     answered = render_template(tokenizer, [*conversation, *template_messages(tokenizer, [answer])], schemas)
     try:
@@ -67,7 +67,7 @@ def render_chat(
         if any(message["role"] == "user" for message in messages):
             raise
         return _split_opening(answered.rpartition(_PLACEHOLDER_ANSWER)[0])  # the assistant speaks first
-    end = _check_contents(prompt, messages, tools)
+    end = check_contents(prompt, messages, tools)
     between = ""
     if answered.startswith(prompt):
         between, found, _ = answered.removeprefix(prompt).partition(_PLACEHOLDER_ANSWER)
@@ -118,7 +118,7 @@ def render_response(
     escape = control_tokens(tokenizer).escape
     if thought is None:
         return prompt, separator + escape(content, response=True)
-    if not opens_thought and THOUGHT_END in prompt[_check_contents(prompt, history, tools) :]:
+    if not opens_thought and THOUGHT_END in prompt[check_contents(prompt, history, tools) :]:
         raise ValueError(
             "the response has a thought, but the tokenizer's chat template closes the thought before it; "
             "accepted: responses without thoughts, or another chat template"
@@ -158,7 +158,7 @@ def _written_response(
 ) -> str | None:
     """What the template itself writes for a response; None if that does not continue the prompt."""
     conversation = template_messages(tokenizer, [*history, response])
-    written = render_template(tokenizer, conversation, _escaped(tokenizer, list(tools)))
+    written = render_template(tokenizer, conversation, escape_texts(tokenizer, list(tools)))
     if not written.startswith(prompt):
         return None
     answer = written.removeprefix(prompt).rstrip()
@@ -168,19 +168,6 @@ def _written_response(
     calls = [call["function"]["name"] for call in response.get("tool_calls", ())]
     texts = [response.get("reasoning_content", "").strip(), response["content"].strip(), *calls]
     return answer if all(text in plain for text in texts) else None
-
-
-def template_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
-    """Return messages as the chat template expects them, with the control tokens in their texts escaped."""
-    converted = []
-    for message in messages:
-        others = {key: value for key, value in message.items() if key not in ("role", "content", "weight")}
-        content = control_tokens(tokenizer).escape(
-            message["content"], response=message["role"] == "assistant"
-        )
-        form: Any = [{"type": "text", "text": content}] if _wants_parts(tokenizer) else content
-        converted.append({"role": message["role"], "content": form} | _escaped(tokenizer, others))
-    return converted
 
 
 def supports_system_message(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -224,115 +211,7 @@ def answer_suffix(tokenizer: PreTrainedTokenizerBase) -> str:
     return "" if token == tokenizer.eos_token else token
 
 
-# --- what a template writes, compared with what it was given ---
-
-_PROBED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, bool]] = WeakKeyDictionary()
-
-
-def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template reads contents as lists of parts only, as some multimodal models do."""
-    known = _PROBED.setdefault(tokenizer, {})
-    key = ("parts", repr(tokenizer.chat_template))
-    if key not in known:
-        known[key] = not _writes(tokenizer, _PLACEHOLDER_ANSWER) and _writes(
-            tokenizer, [{"type": "text", "text": _PLACEHOLDER_ANSWER}]
-        )
-    return known[key]
-
-
-def _writes(tokenizer: PreTrainedTokenizerBase, content: Any) -> bool:
-    try:
-        text = render_template(tokenizer, [{"role": "user", "content": content}])
-    except ValueError:
-        return False
-    return _PLACEHOLDER_ANSWER in text and "'type'" not in text  # some print the list
-
-
-def _check_roles(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> None:
-    """Raise ValueError unless the template writes the text of every message once, in order.
-
-    Contents of data may repeat each other, so this takes other texts in their places. Tool messages answer a
-    call, so conversations with them are only searched for their own texts.
-    """
-    known = _PROBED.setdefault(tokenizer, {})
-    key = (*roles, repr(tokenizer.chat_template))
-    if key in known or not roles or "tool" in roles:
-        return
-    texts = [f"text number {number} here" for number in range(len(roles))]
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-    rendered = render_template(tokenizer, template_messages(tokenizer, messages), generation_prompt=True)
-    last = -1
-    for number, (role, text) in enumerate(zip(roles, texts, strict=True), 1):
-        if (count := rendered.count(text)) != 1:
-            times = "does not write" if count == 0 else f"writes {count} times"
-            raise ValueError(
-                f"the tokenizer's chat template {times} the text of message {number} ({role}) of "
-                f"{len(roles)}; accepted: a template that writes every message once"
-            )
-        if role != "system" and rendered.index(text) < last:
-            raise ValueError("the tokenizer's chat template writes messages in another order")
-        last = last if role == "system" else rendered.index(text)
-    known[key] = True
-
-
-def _check_contents(prompt: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> int:
-    """Return where the last message ends in a prompt; raise ValueError if the text of one is not there."""
-    plain, end = unescape(prompt), 0
-    for number, message in enumerate(messages, 1):
-        text = message["content"]
-        if message["role"] == "assistant":
-            text = text.rpartition(THOUGHT_END)[2]  # templates drop earlier thoughts
-        start = 0 if message["role"] == "system" else end
-        forms = dict.fromkeys([text.strip(), json.dumps(text.strip(), ensure_ascii=False)[1:-1]])
-        place, form = next(
-            ((place, form) for form in forms if (place := plain.find(form, start)) >= 0), (-1, "")
-        )
-        if place < 0:
-            raise ValueError(
-                f"the tokenizer's chat template changes the text of message {number} ({message['role']}), "
-                f"{text.strip()!r:.60}; accepted: a template that writes texts as they are"
-            )
-        if message["role"] != "system":
-            end = place + len(form)
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in plain:
-                raise ValueError(
-                    f"the tokenizer's chat template does not write the tool_calls of message {number}; "
-                    "accepted: messages without tool_calls, or another chat template"
-                )
-    for tool in tools:
-        if tool.get("function", tool).get("name", "") not in plain:
-            raise ValueError(
-                "the tokenizer's chat template does not write tools; accepted: rows without tools, or "
-                "another chat template"
-            )
-    return _escaped_position(prompt, end)
-
-
-def _escaped_position(escaped: str, position: int) -> int:
-    """The position in an escaped text of a position in the same text without escapes."""
-    if unescape(escaped) == escaped:
-        return position
-    plain = 0
-    for index, character in enumerate(escaped):
-        if plain == position:
-            return index
-        plain += unescape(character) != ""
-    return len(escaped)
-
-
 def _split_opening(text: str) -> ChatPrompt:
     """Divide what precedes an answer: spaces at the end belong to the answer."""
     prompt = text.rstrip(" ")
     return ChatPrompt(prompt, text[len(prompt) :])
-
-
-def _escaped(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
-    """Escape the control tokens in all texts of a JSON value."""
-    if isinstance(value, str):
-        return control_tokens(tokenizer).escape(value)
-    if isinstance(value, dict):
-        return {_escaped(tokenizer, key): _escaped(tokenizer, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(tokenizer, item) for item in value]
-    return value

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.prompts.chat_template import (
-    Message,
     answer_suffix,
     end_of_turn,
     render_chat,
@@ -20,6 +19,7 @@ from gatera_lightning.datamodules.prompts.conversations import (
     Instruction,
     PlainText,
 )
+from gatera_lightning.datamodules.prompts.template_messages import Message
 from gatera_lightning.datamodules.prompts.templates import Template, render
 from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example

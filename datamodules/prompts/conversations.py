@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gatera_lightning.datamodules.prompts.chat_template import Message
 from gatera_lightning.datamodules.prompts.messages import (
     EmptyResponseError,
     parse_json_list,
@@ -12,6 +11,7 @@ from gatera_lightning.datamodules.prompts.messages import (
     parse_text,
     parse_tools,
 )
+from gatera_lightning.datamodules.prompts.template_messages import Message
 from gatera_lightning.errors import near_miss
 
 COLUMNS = (

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.prompts.chat_template import (
-    Message,
     answer_suffix,
     render_chat,
     supports_system_message,
 )
+from gatera_lightning.datamodules.prompts.template_messages import Message
 from gatera_lightning.datamodules.prompts.templates import Template, render
 from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gatera_lightning.datamodules.prompts.chat_template import Message
+from gatera_lightning.datamodules.prompts.template_messages import Message
 from gatera_lightning.errors import near_miss
 
 ROLES = ("system", "user", "assistant", "developer", "tool")

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.example import Example
-from gatera_lightning.datamodules.prompts.chat_template import Message
 from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
 from gatera_lightning.datamodules.prompts.conversations import (
     COLUMNS,
@@ -18,6 +17,7 @@ from gatera_lightning.datamodules.prompts.conversations import (
     parse_conversation,
 )
 from gatera_lightning.datamodules.prompts.messages import EmptyResponseError
+from gatera_lightning.datamodules.prompts.template_messages import Message
 from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
 from gatera_lightning.datamodules.tokenization.control_tokens import unescape
 from gatera_lightning.errors import ConfigError, near_miss

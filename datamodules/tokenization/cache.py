@@ -15,7 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.chat_template import answer_suffix
-from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens, unescape
+from gatera_lightning.datamodules.tokenization.control_tokens import (
+    THOUGHT_END,
+    control_tokens,
+    unescape,
+)
 from gatera_lightning.datamodules.tokenization.tokenize import token_ranges, tokenize_example
 from gatera_lightning.errors import ConfigError
 
@@ -69,7 +73,10 @@ def tokenize_split(
         rows.append(fields | {"key": example.key, "request_key": example.request_key, "example": number})
     if not rows:
         raise ConfigError(f"data.{split}: the split is empty; give at least one example")
-    closing = answer_suffix(tokenizer) if any(row["chat"] for row in rows) else ""
+    try:
+        closing = answer_suffix(tokenizer) if any(row["chat"] for row in rows) else ""
+    except ValueError as error:
+        raise ConfigError(f"data.template: chat: {error}") from error
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         special, end = not row["chat"], closing if row["chat"] else ""
@@ -96,7 +103,7 @@ def tokenize_split(
             "earlier_responses": earlier_responses,
             "answers": answer_ids,
             "lengths": [len(prompt_ids) + len(ids) for ids in answer_ids],
-            "characters": [len(unescape(answer).strip()) for answer in row["answers"]],
+            "characters": [_count_characters(answer) for answer in row["answers"]],
             "labels": list(row["labels"] or map(unescape, row["answers"])),
             "truncated": truncated or row["truncated"],
         }
@@ -131,6 +138,11 @@ def data_hash(table: Dataset) -> str:
     for row in table.select_columns(["prompt", "answers", "gold", "task", "key"]):
         digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _count_characters(answer: str) -> int:
+    """Characters of an answer, without the end of the empty thought that a chat template opens."""
+    return len(unescape(answer).strip().removeprefix(THOUGHT_END).strip())
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,7 +8,7 @@ characters they are made of. A text without any is tokenized as if there were no
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from gatera_lightning.datamodules.tokenization.chat_rendering import render_temp
 ESCAPE = "\ufdd0"
 """A Unicode noncharacter, which no text that is interchanged contains."""
 
-THOUGHT_MARKERS = ("<think>", "</think>")
+THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 """Responses write these themselves, around their reasoning."""
 
 _FIRST_ALIAS = 0xF0000  # private use: no text that people write contains one
@@ -39,6 +39,9 @@ class ControlTokens:
     tokens: tuple[str, ...]
     """The longest first."""
 
+    normalize: Callable[[str], str] | None = None
+    """The tokenizer's normalizer, if it looks for control tokens in normalized text."""
+
     def escape(self, text: str, *, response: bool = False) -> str:
         """Escape the control tokens in a text.
 
@@ -51,7 +54,9 @@ class ControlTokens:
         """
         if ESCAPE in text:
             raise ValueError(f"the text {text!r:.60} contains the noncharacter U+FDD0; expected text")
-        left_alone = THOUGHT_MARKERS if response else ()
+        if self.normalize is not None and self._count(self.normalize(text)) > self._count(text):
+            text += ESCAPE  # normalizing makes a control token of other characters: ＜eos＞
+        left_alone = (THOUGHT_START, THOUGHT_END) if response else ()
         return self._pattern.sub(
             lambda found: found[0] if found[0] in left_alone else ESCAPE.join(found[0]), text
         )
@@ -109,6 +114,9 @@ class ControlTokens:
                 "remove the control token from the text"
             ) from error
 
+    def _count(self, text: str) -> int:
+        return sum(1 for _ in self._pattern.finditer(text))
+
     @cached_property
     def _aliases(self) -> dict[str, str]:
         return {token: chr(_FIRST_ALIAS + number) for number, token in enumerate(self.tokens)}
@@ -136,8 +144,12 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
         found = special | {token for token, is_special in added.items() if is_special}
         found |= {token for token in added if token in markers and _MARKER.fullmatch(token)}
         names = sorted((token for token in found if len(token.strip()) > 1), key=len, reverse=True)
-        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
-        known = _KNOWN[tokenizer] = (state, ControlTokens(backend, tuple(names)))
+        backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        json_text = "" if backend is None else backend.to_str()
+        normalized = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.normalized} & found
+        normalizer = backend.normalizer if backend is not None and normalized else None
+        normalize = None if normalizer is None else normalizer.normalize_str
+        known = _KNOWN[tokenizer] = (state, ControlTokens(json_text, tuple(names), normalize))
     return known[1]
 
 

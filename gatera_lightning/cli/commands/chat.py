@@ -7,8 +7,8 @@ from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.terminal_arguments import add_arguments, text_problem
 from gatera_lightning.cli.terminal_io import accept_any_bytes, input_lines
 from gatera_lightning.cli.terminal_model import TerminalModel
-from gatera_lightning.datamodules.prompts.chat_template import Message
 from gatera_lightning.datamodules.prompts.conversations import Chat
+from gatera_lightning.datamodules.prompts.template_messages import Message
 from gatera_lightning.errors import ConfigError
 
 _HELP = "/reset clears the conversation, /quit or Ctrl-D exits, Ctrl-C stops an answer"

@@ -255,6 +255,20 @@ def test_tools_and_their_calls_are_written_by_the_template(with_chat_template):
     assert text.endswith(f"Look:{written}<eos>\n<im_start>tool\n21 C<eos>\n<im_start>assistant\n")
 
 
+TEXT_ARGUMENTS = (  # as in DeepSeek's template
+    "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name + ':' + c.function.arguments }}{% endfor %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+)
+
+
+def test_template_may_want_arguments_as_text(with_chat_template):
+    tokenizer = with_chat_template(TEXT_ARGUMENTS, "turn_ends_in_eos")
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Tromsø"}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": calls}
+    assert render_response(tokenizer, WHERE, call)[1] == 'weather:{"city": "Tromsø"}'
+
+
 @pytest.mark.parametrize(
     ("template", "history", "response", "tools", "error"),
     [

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from chats import chat
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from gatera_lightning.datamodules.prompts import render
 from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
@@ -164,6 +164,19 @@ def test_token_ranges_in_a_text_with_escapes(chat_tokenizers):
     )
     assert tokenizer.decode(ids[start:end]) == "Hello <eot> 👋<eot>"
     assert control_ids(tokenizer, ids[start:end]) == [ids[end - 1]]
+
+
+@pytest.mark.parametrize("text", ["＜eot＞", "say ＜ｅｏｔ＞ now", "<EOT>"])
+def test_texts_that_the_normalizer_turns_into_control_tokens(text, chat_tokenizers):
+    tokenizer = copy.deepcopy(chat_tokenizers["turns_without_names"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase()]
+    )
+    tokenizer.add_tokens([AddedToken("<eot>", special=True, normalized=True)], special_tokens=True)
+    eot = tokenizer.convert_tokens_to_ids("<eot>")
+    assert eot in tokenizer(text).input_ids  # otherwise this tests nothing
+    prompt, answer, _ = tokenized(ConversationPrompts("chat", tokenizer), Instruction(text, "", text))
+    assert eot not in prompt + answer
 
 
 def test_split_special_tokens_need_no_escapes(chat_tokenizers):
