@@ -148,7 +148,7 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
         if embedded is not None and highest >= embedded:
             raise ConfigError(
                 f"backbone.id: the tokenizer of {config.id!r} has the token {token!r} with id {highest:,}, "
-                f"but the model's vocabulary has {embedded:,} entries; accepted: a tokenizer that fits the model"
+                f"but the vocabulary of the model has {embedded:,} entries; accepted: a tokenizer that fits"
             )
     return tokenizer
 

@@ -13,6 +13,9 @@ from gatera_lightning.distributed.gather import gather_objects
 
 log = logging.getLogger(__name__)
 
+_SEED_STEP = 1_000_003
+"""Between the seeds of two ranks; a prime, so that ranks of runs with neighboring seeds differ too."""
+
 
 class RNGState(L.Callback):
     """Save the random states of torch, numpy and Python on every rank, and restore them when resuming.
@@ -21,6 +24,9 @@ class RNGState(L.Callback):
     it may draw numbers that the uninterrupted run did not draw. Until then, checkpoints hold them unchanged:
     a finished run that is started again ends without a batch. A run that resumes on a different number of
     ranks cannot restore them, and logs a warning.
+
+    A run that has no states to restore gives each rank but the first a seed of its own for torch, because
+    ``seed_everything`` gives all of them one, and their examples would get the same dropout masks.
 
     Example:
         >>> trainer = Trainer(callbacks=[RNGState()])
@@ -44,7 +50,11 @@ class RNGState(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._saved is None or len(self._saved) == trainer.world_size:
+        if self._saved is not None and len(self._saved) == trainer.world_size:
+            return
+        if trainer.global_rank > 0:
+            torch.manual_seed((torch.initial_seed() + _SEED_STEP * trainer.global_rank) % 2**63)
+        if self._saved is None:
             return
         if trainer.is_global_zero:
             log.warning(

@@ -253,7 +253,7 @@ def test_load_tokenizer_rejects_tokens_without_embedding(tmp_path, missing):
     settings = json.loads((folder / "config.json").read_text())
     entries = settings["vocab_size"] - missing
     (folder / "config.json").write_text(json.dumps(settings | {"vocab_size": entries}))
-    with pytest.raises(ConfigError, match=f"but the model's vocabulary has {entries} entries"):
+    with pytest.raises(ConfigError, match=f"but the vocabulary of the model has {entries} entries"):
         load_tokenizer(BackboneConfig(id=str(folder)))
 
 

@@ -87,3 +87,57 @@ def test_states_of_an_evaluated_checkpoint_are_forgotten(saved):
     before = torch.get_rng_state()
     first_batch(callback)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- several ranks ---
+
+
+@pytest.fixture
+def _same_torch_state_afterwards():
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _mask_of(rank, world_size, seed=3, resumed_from=None):
+    """The first dropout mask that a rank draws in training."""
+    torch.manual_seed(seed)
+    callback = RNGState()
+    if resumed_from is not None:
+        callback.load_state_dict({"ranks": resumed_from})
+    trainer = SimpleNamespace(global_rank=rank, world_size=world_size, is_global_zero=rank == 0)
+    callback.on_train_start(trainer, None)
+    callback.on_train_batch_start(trainer, None, None, 0)
+    return torch.nn.functional.dropout(torch.ones(200), 0.5), callback.state_dict()["ranks"][0]
+
+
+@pytest.mark.usefixtures("_same_torch_state_afterwards")
+@pytest.mark.parametrize("seed", [0, 3, 2**32 - 1, 2**63 - 1])
+def test_masks_of_all_ranks_differ(seed):
+    masks = [_mask_of(rank, 4, seed)[0] for rank in range(4)]
+    assert len({tuple(mask.tolist()) for mask in masks}) == 4
+    torch.manual_seed(seed)
+    assert torch.equal(masks[0], torch.nn.functional.dropout(torch.ones(200), 0.5))
+
+
+@pytest.mark.usefixtures("_same_torch_state_afterwards")
+def test_ranks_of_neighboring_seeds_differ():
+    masks = [_mask_of(rank, 3, seed)[0] for seed in (1, 2, 3) for rank in range(3)]
+    assert len({tuple(mask.tolist()) for mask in masks}) == 9
+
+
+@pytest.mark.usefixtures("_same_torch_state_afterwards")
+def test_resumed_ranks_continue_their_own_states():
+    states = [_mask_of(rank, 2)[1] for rank in range(2)]
+    uninterrupted = []
+    for rank in range(2):
+        _mask_of(rank, 2)
+        uninterrupted.append(torch.nn.functional.dropout(torch.ones(200), 0.5))
+    resumed = [_mask_of(rank, 2, seed=9, resumed_from=states)[0] for rank in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(resumed, uninterrupted, strict=True))
+
+
+@pytest.mark.usefixtures("_same_torch_state_afterwards")
+def test_ranks_that_cannot_be_restored_differ():
+    states = [_mask_of(rank, 2)[1] for rank in range(2)]
+    masks = [_mask_of(rank, 3, resumed_from=states)[0] for rank in range(3)]
+    assert len({tuple(mask.tolist()) for mask in masks}) == 3

@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 
+def matmul_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype of ``F.linear(x, weight)`` for a weight and an input of one dtype."""
+    device = "cpu" if x.is_meta else x.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:  # which autocast leaves alone
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def autocast_disabled(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves operations on ``x``'s device alone.
 

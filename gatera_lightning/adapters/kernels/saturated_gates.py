@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gatera_lightning.adapters.kernels.autocast import autocast_disabled
+from gatera_lightning.adapters.kernels.autocast import autocast_disabled, matmul_dtype
 from gatera_lightning.adapters.kernels.hadamard import (
     add_gated_hadamard,
     factor_gradients,
@@ -228,7 +228,7 @@ def partitioned_hadamard(
         merge_above: Values above this count as 1.
 
     Returns:
-        The output, (..., out).
+        The output, (..., out), in the dtype that the frozen layer's output has, whatever the gates are.
     """
     hard = hard_gates(g, skip_below, merge_above)
     tokens = tokens_by_gate(hard.detach().flatten())
@@ -236,5 +236,7 @@ def partitioned_hadamard(
         return add_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
     if tokens.not_open == len(tokens.order):
         between = tokens.order[tokens.closed :]
-        return cast(Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, between))  # type: ignore[no-untyped-call]
-    return cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))  # type: ignore[no-untyped-call]
+        y = cast(Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, between))  # type: ignore[no-untyped-call]
+    else:
+        y = cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))  # type: ignore[no-untyped-call]
+    return y.to(matmul_dtype(x, weight))

@@ -197,3 +197,23 @@ def test_model_gradient_is_close_to_exact(tiny_llama, checkpointing):
     assert abs(narrow[0] - exact[0]) < 0.01 * exact[0]
     assert 0.99 < cosines[0] < 1 - 1e-9
     assert cosines[1] < cosines[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None], ids=str)
+def test_dtype_of_output_does_not_depend_on_gates(dtype, autocast):
+    def run(logits):
+        layer, x = layer_with(LOGITS[logits], dtype=dtype)
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            y, frozen = layer(x), layer.base(x)
+        y.float().sum().backward()
+        assert x.grad.dtype == dtype
+        assert torch.allclose(y.float(), exact(layer, x).float(), rtol=0.1, atol=0.1)
+        return y.dtype, frozen.dtype
+
+    def exact(layer, x):
+        layer.gate.set_thresholds(0.0, 1.0)
+        with torch.no_grad():
+            return layer.double()(x.double())
+
+    assert len({kind for logits in LOGITS for kind in run(logits)}) == 1
