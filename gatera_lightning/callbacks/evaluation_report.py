@@ -18,9 +18,11 @@ from gatera_lightning.backbone.source import expand_path
 from gatera_lightning.callbacks.evaluation_record import evaluation_identity, evaluation_record
 from gatera_lightning.callbacks.text_scoring import score_texts
 from gatera_lightning.checkpointing.atomic_files import write_text
+from gatera_lightning.checkpointing.output_check import folder_problem
 from gatera_lightning.distributed.gather import gather_objects
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.identity import IDENTITY_FILE, check_identity
+from gatera_lightning.evaluation.json_objects import read_object
 from gatera_lightning.evaluation.likelihood_ranking import ranked_questions
 from gatera_lightning.evaluation.prediction_files import (
     PREDICTIONS_FILE,
@@ -36,6 +38,7 @@ from gatera_lightning.evaluation.predictions import (
     generation_record,
     likelihood_record,
 )
+from gatera_lightning.evaluation.recorded_example import check_record
 from gatera_lightning.evaluation.results import SUMMARY_FILE, EvaluationResult
 from gatera_lightning.evaluation.results_table import print_results
 from gatera_lightning.evaluation.text_metrics import bert_layer_problem
@@ -80,6 +83,8 @@ class EvaluationReport(L.Callback):
         self.bert_model = bert_model
         self.bert_layer = bert_layer
         self.result: EvaluationResult | None = None
+        self._stored_identity: dict[str, Any] | None = None
+        self._stored_summary: dict[str, Any] = {}
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -88,15 +93,14 @@ class EvaluationReport(L.Callback):
             return
         log_folder = trainer.log_dir or trainer.default_root_dir  # log_dir is a collective: all ranks read it
         self._path = Path(log_folder if self.folder is None else expand_path(self.folder))
-        if trainer.is_global_zero:
-            self._path.mkdir(parents=True, exist_ok=True)
-            # Without an identity file, the files there do not come from an evaluation: do not delete them.
-            if self.folder is None and (self._path / IDENTITY_FILE).is_file():
-                delete_predictions(self._path)
-        trainer.strategy.barrier()
+        problem = self._prepare_folder() if trainer.is_global_zero else ""
+        if problem := trainer.strategy.broadcast(problem):  # only rank 0 reads and writes
+            raise ConfigError(problem, on_every_rank=True)
         self._records: Records = {}
         for records in gather_objects(read_records(self._path)):
             self._records |= records
+        for (kind, example), record in self._records.items():
+            check_record(kind, record, f"{self._path}, the stored prediction of example {example}")
         self._resumed = frozenset(self._records)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.skip_answered(
@@ -114,8 +118,7 @@ class EvaluationReport(L.Callback):
                 raise ConfigError(f"evaluation.bert_layer: {problem}")
             self._identity["bert_score"] = f"{self.bert_model}, layer {self.bert_layer}"
         path = self._path / IDENTITY_FILE
-        stored = json.loads(path.read_text()) if path.is_file() and trainer.is_global_zero else None
-        stored = trainer.strategy.broadcast(stored)
+        stored = trainer.strategy.broadcast(self._stored_identity)
         if self._records or stored is not None:
             check_identity(self._path, stored, self._identity)
         elif trainer.is_global_zero:
@@ -186,6 +189,24 @@ class EvaluationReport(L.Callback):
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
 
+    def _prepare_folder(self) -> str:
+        """Create the evaluation folder and read what it holds; return why it cannot be used, if it cannot."""
+        if problem := folder_problem(self._path):
+            return (
+                f"evaluation.folder: {self._path} cannot be written ({problem}); "
+                "accepted: a folder with room for the results"
+            )
+        self._path.mkdir(parents=True, exist_ok=True)
+        # Without an identity file, the files there do not come from an evaluation: do not delete them.
+        if self.folder is None and (self._path / IDENTITY_FILE).is_file():
+            delete_predictions(self._path)
+        try:
+            self._stored_identity = read_object(self._path / IDENTITY_FILE)
+            self._stored_summary = (read_object(self._path / SUMMARY_FILE) or {}) if self.folder else {}
+        except ConfigError as error:
+            return f"{error}; delete the file, or choose another evaluation.folder"
+        return ""
+
     def _merge(self, trainer: L.Trainer) -> EvaluationResult:
         """Collect the predictions of all ranks on all ranks; rank 0 writes the file. A collective.
 
@@ -230,7 +251,7 @@ class EvaluationReport(L.Callback):
         path = self._path / SUMMARY_FILE
         computed = len(self._records) - len(self._resumed)
         # A run that only read predictions keeps the record of the run that computed them.
-        record = json.loads(path.read_text()) if path.is_file() else {}
+        record = self._stored_summary
         if computed or not record:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             record = evaluation_record(trainer, pl_module, data) | {

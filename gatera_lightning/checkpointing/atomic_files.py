@@ -1,12 +1,13 @@
 """Write files and folders so that a killed process never leaves, and a reader never finds, a partial one.
 
-Content goes to a temporary path beside the target, is flushed to the disk, and is then renamed.
+Content goes to a new temporary file beside the target, is flushed to the disk, and is then renamed. Symbolic
+links are never followed: one that has the temporary name is removed, one at the target is replaced.
 """
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
@@ -24,22 +25,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path: The file to write. Its folder must exist.
 
     Yields:
-        The temporary file to write to.
+        The temporary file to write to. It exists, and its permissions follow the umask.
+
+    Raises:
+        OSError: The file cannot be written; it names ``path``.
     """
     temporary = temporary_path(path)
-    remove(temporary)  # what a killed process left, which may be a folder
     try:
+        remove(temporary)  # what a killed process left, which may be a folder
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         yield temporary
         flush(temporary)
         replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        remove(temporary)
+        with suppress(OSError):  # of a read-only file system, which would hide the first error
+            remove(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically. Halves of surrogate pairs, which UTF-8 lacks, are escaped."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def temporary_path(path: Path) -> Path:
@@ -82,8 +92,8 @@ def make_empty_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with its content; do nothing if it does not exist."""
-    if path.is_dir():
+    """Remove a file, a link or a folder with its content; do nothing if it does not exist."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -38,6 +38,8 @@ def claim(folder: Path) -> str | None:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / LOCK_FILE).is_symlink():  # writing would change a file outside of the run
+            return f"the run folder {folder} has a link {LOCK_FILE}; accepted: a folder without it"
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
         return f"the run folder {folder} cannot be written ({error.strerror or error}); accepted: another one"

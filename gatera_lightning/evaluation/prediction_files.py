@@ -8,7 +8,7 @@ from typing import Any
 from gatera_lightning.checkpointing.atomic_files import write_text
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.identity import IDENTITY_FILE
-from gatera_lightning.evaluation.predictions import KINDS, Records
+from gatera_lightning.evaluation.predictions import KINDS, Kind, Records
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -21,8 +21,8 @@ class PartFile:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob(f"part-{rank}-*.jsonl")]
-        number = max(numbers, default=-1) + 1
+        tails = (path.stem.rpartition("-")[2] for path in folder.glob(f"part-{rank}-*.jsonl"))
+        number = max((int(tail) for tail in tails if tail.isdecimal()), default=-1) + 1
         self._file = (folder / f"part-{rank}-{number}.jsonl").open("x", encoding="utf-8")
 
     def write(self, records: Records) -> None:
@@ -47,8 +47,9 @@ def read_records(folder: Path) -> Records:
         *lines, _incomplete = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                found |= {(kind, example): record for kind, example, record in json.loads(line)}
-            except (ValueError, TypeError) as error:
+                for kind, example, record in json.loads(line):
+                    found[_checked(kind, example)] = record
+            except (ValueError, TypeError, RecursionError) as error:
                 raise ConfigError(
                     f"{path}, line {number}: corrupt ({error}); delete the file to compute its examples again"
                 ) from error
@@ -59,13 +60,19 @@ def read_records(folder: Path) -> Records:
             try:
                 fields = json.loads(line)
                 example = fields["example"]
-                found |= {(kind, example): fields[kind] for kind in KINDS if kind in fields}
-            except (ValueError, TypeError, KeyError) as error:
+                found |= {_checked(kind, example): fields[kind] for kind in KINDS if kind in fields}
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ConfigError(
                     f"{merged}, line {number}: corrupt ({error!r}); "
                     "delete the file to compute every example again"
                 ) from error
     return found
+
+
+def _checked(kind: Any, example: Any) -> tuple[Kind, int]:
+    if kind not in KINDS or not isinstance(example, int) or isinstance(example, bool) or example < 0:
+        raise ValueError(f"no prediction of kind {kind!r:.20} for example {example!r:.20}")
+    return kind, example
 
 
 def write_predictions(folder: Path, examples: Iterable[Mapping[str, Any]]) -> None:

@@ -66,7 +66,7 @@ def parse_example(line: bytes, number: int, where: str) -> RecordedExample:
     """
     try:
         fields = json.loads(line)
-    except ValueError as error:  # also for bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not UTF-8
         raise ConfigError(f"{where}: is not JSON ({error}); expected one object per line") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: is {shortened(fields)}; expected an object")
@@ -89,6 +89,26 @@ def parse_example(line: bytes, number: int, where: str) -> RecordedExample:
     return RecordedExample(
         number, task, example, key, gold, kinds, choices, gold_nll, gold_tokens, text, scores
     )
+
+
+def check_record(kind: str, record: Any, where: str) -> None:
+    """Check what an evaluation stored about one example, before it is used again.
+
+    Args:
+        kind: ``likelihood`` or ``generation``.
+        record: The record; a text with a reference may not have its scores yet.
+        where: File or folder, for errors.
+
+    Raises:
+        ConfigError: A field is missing or not valid.
+    """
+    if kind == "likelihood":
+        _parse_likelihood({kind: record}, 0, where)
+    elif isinstance(record, dict) and "reference" in record:
+        _parse_generation({kind: {"scores": {}} | record}, where)
+    else:
+        _parse_generation({kind: record}, where)
+        _get(record, "answer", f"{where}, {kind}", "a string, or null", lambda v: v is None or _is_text(v))
 
 
 def _parse_likelihood(

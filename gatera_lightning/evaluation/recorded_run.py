@@ -1,14 +1,17 @@
 """A finished evaluation, read from its folder: the predictions, the method, and the evaluation settings."""
 
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, printable
 from gatera_lightning.evaluation.identity import IDENTITY_FILE
+from gatera_lightning.evaluation.json_objects import read_object
 from gatera_lightning.evaluation.prediction_files import PREDICTIONS_FILE
 from gatera_lightning.evaluation.recorded_example import MEASURES, RecordedExample, parse_example
 from gatera_lightning.evaluation.results import SUMMARY_FILE
@@ -63,7 +66,7 @@ class RecordedRun:
         return found
 
 
-def read_run(path: Path) -> RecordedRun:
+def read_run(path: str | Path) -> RecordedRun:
     """Read a finished evaluation.
 
     Args:
@@ -71,9 +74,13 @@ def read_run(path: Path) -> RecordedRun:
             of a run are unknown.
 
     Raises:
+        TypeError: ``path`` is no path.
         ConfigError: There are no predictions, or a line is not as ``test`` writes it; the message names the
             file, the line and the field.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"read_run: got {type(path).__name__}; expected the path of an evaluation folder")
+    path = Path(path)
     file = path / PREDICTIONS_FILE if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(_missing_predictions(path))
@@ -90,7 +97,11 @@ def _read_examples(file: Path) -> tuple[RecordedExample, ...]:
     """The examples of a predictions file, by task and index; all must be evaluated by the same kinds."""
     examples: dict[tuple[str, int], RecordedExample] = {}
     first: RecordedExample | None = None
-    with file.open("rb") as lines:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(printable(f"{file}: cannot be read ({error.strerror})")) from None
+    with io.BytesIO(content) as lines:
         for number, line in enumerate(lines, 1):
             where = f"{file}, line {number}"
             found = parse_example(line, number, where)
@@ -162,11 +173,6 @@ def _settings(predictions: Path) -> dict[str, str]:
 
 def _read_neighbor(predictions: Path, name: str) -> dict[str, Any]:
     """A JSON object beside the predictions; empty if there is none, or if the predictions were renamed."""
-    file = predictions.with_name(name)
-    if predictions.name != PREDICTIONS_FILE or not file.is_file():
+    if predictions.name != PREDICTIONS_FILE:
         return {}
-    try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{file}: is not JSON ({error})") from None
-    return found if isinstance(found, dict) else {}
+    return read_object(predictions.with_name(name)) or {}

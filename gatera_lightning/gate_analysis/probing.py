@@ -56,6 +56,17 @@ class GateProfile:
             else ("prompt", "response_generated")
         )
 
+    def non_finite_problem(self) -> str:
+        """Describe the first gates that are NaN; an empty string if all are numbers.
+
+        Gates are NaN where the adapter, the backbone or an activation between them is not finite.
+        """
+        for text, gates in zip(self.texts, self.gates, strict=True):
+            if len(rows := np.flatnonzero(~np.isfinite(gates).all(1))):
+                path = self.modules[int(rows[0])].path
+                return f"the gates of {path} are NaN on the text {text.title!r}; their inputs are not finite"
+        return ""
+
     def of_phase(self, phase: ProfilePhase) -> np.ndarray:
         """Return the gates (modules, tokens) of all tokens of one phase, over all texts.
 

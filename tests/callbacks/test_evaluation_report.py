@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from printed_tables import table_cells
 from tiny_backbone import sample_rows, tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning import BackboneConfig, adapter_parameters
+from gatera_lightning import BackboneConfig, ConfigError, adapter_parameters
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.commands.compare import compare
@@ -116,6 +117,58 @@ def test_limited_evaluation_is_completed_without_limit(module, tiny_backbone, tm
     assert (summary["rows"], summary["rows_of_split"], len(report.result.examples)) == (6, 6, 6)
     assert 0 < summary["resumed_predictions"] < 6
     assert summary["resumed_predictions"] + summary["computed_predictions"] == 6
+
+
+@pytest.fixture(scope="module")
+def evaluated(module, tiny_backbone, tmp_path_factory):
+    """The folder of a completed evaluation."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    run(module, folder, data=tiny_data(tiny_backbone))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "test_results.json"])
+@pytest.mark.parametrize("content", [b"", b'{"format": 2', b"[1]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_damaged_files_are_named_before_anything_is_computed(
+    module, tiny_backbone, evaluated, tmp_path, name, content
+):
+    folder = shutil.copytree(evaluated, tmp_path / "folder")
+    (folder / name).write_bytes(content)
+    before = (folder / "predictions.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=rf"^{folder / name}: is no.*; delete the file, or choose another"):
+        run(module, folder, data=tiny_data(tiny_backbone))
+    assert (folder / "predictions.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"likelihood": None},
+        {"likelihood": {}},
+        {"likelihood": {"log_likelihoods": ["a"], "tokens": [1], "characters": [1], "choice": {}}},
+        {"likelihood": [1]},
+        {"example": "0"},
+        {"example": -1},
+        {"example": True},
+    ],
+    ids=str,
+)
+def test_damaged_predictions_are_named_before_anything_is_computed(
+    module, tiny_backbone, evaluated, tmp_path, change
+):
+    folder = shutil.copytree(evaluated, tmp_path / "folder")
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_bytes().splitlines()]
+    lines[2] |= change
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match=rf"^{folder}.*(line 3: corrupt|example {lines[2]['example']})"):
+        run(module, folder, data=tiny_data(tiny_backbone))
+
+
+def test_folder_that_cannot_be_written_is_named_before_anything_is_computed(module, tiny_backbone, tmp_path):
+    (tmp_path / "file").touch()
+    problem = rf"{tmp_path}/file/below cannot be written \({tmp_path}/file is not a folder\)"
+    with pytest.raises(ConfigError, match=rf"^evaluation\.folder: {problem}"):
+        EvaluationReport(str(tmp_path / "file" / "below")).setup(tiny_trainer(tmp_path), module, "test")
 
 
 def test_completed_evaluation_prints_table_again(module, tiny_backbone, two_tasks, tmp_path, capsys):

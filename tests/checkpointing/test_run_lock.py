@@ -103,3 +103,11 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(run_lock.fcntl, "lockf", refuse)
     assert claim(tmp_path) is None
     assert "cannot be locked against a second run (Function not implemented)" in caplog.text
+
+
+def test_link_at_the_name_of_the_lock_is_refused(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_FILE).symlink_to(tmp_path / "precious")
+    assert "has a link .run.lock" in claim(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from gatera_lightning.checkpointing.atomic_files import write_text
+from gatera_lightning.checkpointing.output_check import file_problem
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.comparison import compare_runs
@@ -29,8 +31,8 @@ def compare(argv: Sequence[str]) -> None:
     for out in args.out:
         if out.suffix not in _WRITERS:
             problems.append(f"--out {out}: expected a name that ends in .md or .json")
-        elif not out.parent.is_dir():
-            problems.append(f"--out {out}: the folder {out.parent} does not exist")
+        elif problem := file_problem(out):
+            problems.append(f"--out {out}: {problem}")
     runs: list[RecordedRun] = []
     for path in args.runs:
         try:
@@ -41,7 +43,7 @@ def compare(argv: Sequence[str]) -> None:
         raise ConfigError(problems)
     comparison = compare_runs(runs)
     for out in args.out:
-        out.write_text(_WRITERS[out.suffix](comparison), encoding="utf-8")
+        write_text(out, _WRITERS[out.suffix](comparison))
     print_text(as_markdown(comparison), end="")
 
 

@@ -8,6 +8,7 @@ from gatera_lightning.adapters.serialization import write_adapter
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
+from gatera_lightning.checkpointing.output_check import folder_problem
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.printing import print_text
@@ -36,6 +37,8 @@ def export(argv: Sequence[str]) -> None:
         )
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which does not have to exist")
+    if problem := folder_problem(args.out):
+        raise ConfigError(f"--out: {args.out} cannot be written ({problem}); accepted: a writable folder")
     found = path if path.suffix == ".ckpt" else newest_valid_checkpoint(path)
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")

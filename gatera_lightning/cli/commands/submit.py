@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.backbone.source import hub_id
+from gatera_lightning.checkpointing.atomic_files import write_text
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.slurm_job import SlurmJob
@@ -61,8 +62,8 @@ def submit(argv: Sequence[str]) -> None:
     folder = job.root / f"job-{number}"
     try:
         folder.mkdir(parents=True)
-        (folder / "job.sbatch").write_text(script)
-        (folder / "submitted.yaml").write_text(recipe.resolved_config)
+        write_text(folder / "job.sbatch", script)
+        write_text(folder / "submitted.yaml", recipe.resolved_config)
         _run_slurm("scontrol", "release", number)
     except (OSError, ConfigError) as error:  # a held job would wait forever
         subprocess.run(["scancel", number], capture_output=True)

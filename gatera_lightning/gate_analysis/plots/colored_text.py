@@ -12,8 +12,9 @@ from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
-from gatera_lightning.gate_analysis.plots.canvas import COLORMAP
+from gatera_lightning.gate_analysis.plots.canvas import COLORMAP, drawable
 
+_FONT = "DejaVu Sans Mono"
 _LINE_CELLS = 100
 _CELL_INCHES = (0.0756, 0.19)  # width of a 9-point DejaVu Sans Mono character, and height of a line
 
@@ -57,6 +58,7 @@ def draw_colored_text(labels: Sequence[str], gates: np.ndarray, prompt_length: i
         prompt_length: The number of prompt tokens.
         title: The title of the picture.
     """
+    labels = [drawable(label, _FONT) for label in labels]
     places: list[tuple[int, float, int]] = []  # (column, line, cells) of each token
     column, line, separator = 0, 0.0, None
     for number, label in enumerate(labels):
@@ -85,7 +87,7 @@ def draw_colored_text(labels: Sequence[str], gates: np.ndarray, prompt_length: i
             line + 0.5,
             label,
             color=foreground,
-            family="DejaVu Sans Mono",
+            family=_FONT,
             size=9,
             va="center",
             parse_math=False,
@@ -94,7 +96,7 @@ def draw_colored_text(labels: Sequence[str], gates: np.ndarray, prompt_length: i
         axes.plot(
             [0, width], [separator, separator], color="black", linewidth=0.7, linestyle=":", clip_on=False
         )
-    figure.text(0.1 / size[0], 1 - 0.22 / size[1], title, size=9)
+    figure.text(0.1 / size[0], 1 - 0.22 / size[1], drawable(title), size=9, parse_math=False)
     scale = figure.add_axes((0.1 / size[0], 0.42 / size[1], 2 / size[0], 0.12 / size[1]))
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLORMAP), cax=scale, orientation="horizontal")
     bar.set_label("mean gate", size=8, labelpad=1)

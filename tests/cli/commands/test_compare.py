@@ -60,6 +60,35 @@ def test_compare_reports_all_problems_at_once(runs, tmp_path, problems):
     assert "absent: no such file or folder" in text
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "test_results.json"])
+@pytest.mark.parametrize("content", [b"", b'{"format": ', b"[]", b"7", b"\xff", b"[" * 100_000])
+def test_damaged_files_of_a_run_are_named(runs, tmp_path, problems, name, content):
+    (tmp_path / "base" / name).write_bytes(content)
+    (problem,) = problems("compare", *runs)
+    assert problem.startswith(f"{tmp_path / 'base' / name}: is no")
+
+
+@pytest.mark.parametrize("line", [b"{", b"[" * 100_000, b"null", b'{"task": "a"}', b"\xff", b"9" * 5_000])
+def test_damaged_predictions_are_named(runs, tmp_path, problems, line):
+    with (tmp_path / "base" / "predictions.jsonl").open("ab") as file:
+        file.write(line)
+    (problem,) = problems("compare", *runs)
+    assert problem.startswith(f"{tmp_path / 'base' / 'predictions.jsonl'}, line 61: ")
+
+
+def test_existing_report_stays_if_the_new_one_cannot_be_written(runs, tmp_path, monkeypatch):
+    out = tmp_path / "c.md"
+    out.write_text("old")
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        compare([*runs, "--out", str(out)])
+    assert out.read_text() == "old"
+
+
 def test_compare_needs_two_different_runs(runs, tmp_path, problems):
     assert problems("compare", runs[0]) == [
         f"RUN: got {runs[0]} alone; expected a baseline and at least one other run"
