@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from perturbed_adapter import perturbed_module
+from evaluations import perturbed_module
 from tiny_backbone import run_program, tiny_args
 
 from gatera_lightning import save_adapter
