@@ -8,7 +8,9 @@ from typing_extensions import override
 
 from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
+from gatera_lightning.cli.trusted_code import own_classes_only, trust_problems
 from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.errors import ConfigError
 
 
 class RecipeCLI(GateRACLI):
@@ -28,8 +30,15 @@ class RecipeCLI(GateRACLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse without checking: each subcommand checks the settings that matter to it."""
-        self.config = parser.parse_args(args)
+        """Parse without checking: each subcommand checks the settings that matter to it.
+
+        Raises:
+            ConfigError: A config names code that only the user's own flags may name.
+        """
+        with own_classes_only(args):
+            self.config = parser.parse_args(args)
+        if problems := trust_problems(self.config.fit, args):
+            raise ConfigError(problems)
 
     @override
     def instantiate_classes(self) -> None:

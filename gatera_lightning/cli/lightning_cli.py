@@ -28,6 +28,7 @@ from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS, default_trainer_ca
 from gatera_lightning.cli.run_folder import RunFolder
 from gatera_lightning.cli.settings_syntax import SettingsParser, describe_choices
 from gatera_lightning.cli.shipped_configs import with_found_configs
+from gatera_lightning.cli.trusted_code import trust_problems
 from gatera_lightning.cli.validation import holds_checkpoints, validate_config
 from gatera_lightning.compatibility.lightning_internals import release_started_processes
 from gatera_lightning.datamodules.base import SupervisedDataModule
@@ -95,6 +96,8 @@ class GateRACLI(LightningCLI):
         parser.set_defaults({"test.verbose": False})  # EvaluationReport prints the table
         settings_only = [arg for arg in args if not arg.startswith("--print_config")]
         config = parser.parse_args(settings_only)
+        if problems := trust_problems(config[config.subcommand], args):
+            raise ConfigError(problems)
         validate_config(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
         # Only a resumed run may write into its folder again.

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -66,12 +67,13 @@ class SlurmJob:
             python=args.python,
         )
 
-    def script(self, name: str, logger_settings: dict[str, str]) -> str:
+    def script(self, name: str, logger_settings: dict[str, str], flags: Sequence[str] = ()) -> str:
         """Render the batch script from the shipped template `slurm/train.sbatch`.
 
         Args:
             name: The job's name.
             logger_settings: Arguments of the run's logger, each value quoted for the shell.
+            flags: Further flags of `fit`, quoted for the shell: what a config cannot say.
 
         Returns:
             The text of the script.
@@ -88,7 +90,10 @@ class SlurmJob:
             "SETUP": self.setup,
             "PYTHON": shlex.quote(self.python),
             "LOGGER": " ".join(
-                f"--trainer.logger.init_args.{key} {value}" for key, value in logger_settings.items()
+                [
+                    *(f"--trainer.logger.init_args.{key} {value}" for key, value in logger_settings.items()),
+                    *flags,
+                ]
             ),
         }
         lines = []

@@ -22,6 +22,7 @@ from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.slurm_job import SlurmJob
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
+from gatera_lightning.cli.trusted_code import REMOTE_CODE
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.printing import print_text
@@ -44,7 +45,8 @@ def submit(argv: Sequence[str]) -> None:
     args, fit_flags = _parser().parse_before_fit(argv)
     job = SlurmJob.from_arguments(args)
     recipe = _ResolvedRecipe(["fit", *fit_flags], job)
-    script = job.script(recipe.job_name, recipe.logger_settings)
+    trust = (f"--{REMOTE_CODE} true",) if recipe.model.backbone.trust_remote_code else ()
+    script = job.script(recipe.job_name, recipe.logger_settings, trust)
     syntax = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     if syntax.returncode:
         raise ConfigError(f"--setup: makes the script invalid bash: {syntax.stderr.strip()}")
