@@ -104,6 +104,8 @@ class InstructionDataModule(TaskDataModule):
 
     def example(self, row: dict[str, Any], task: str) -> Example:
         """Build the prompt and the response of a row; see :meth:`TaskDataModule.example`."""
+        if not isinstance(row, dict):
+            raise ValueError(f"the row is {row!r:.60}; accepted: an object of fields")
         if self._prompts is None:
             raise RuntimeError("the data module has no tokenizer yet: call connect(tokenizer) first")
         self._missing_columns.difference_update(row)

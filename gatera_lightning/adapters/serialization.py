@@ -186,7 +186,7 @@ def _read_description(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path}: malformed, not JSON ({error})") from error
     if not isinstance(description, dict) or "format_version" not in description:
         raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")

@@ -122,7 +122,7 @@ def _fault(error: BaseException) -> tuple[str, str]:
         case MemoryError():
             return f"out of memory{_colon(text)}", _LESS_MEMORY
         case RecursionError():
-            return "something is nested too deep", "check the depth of configs, rows and templates; " + _BUG
+            return "its input is nested too deep", "check the depth of configs, rows and templates"
         case ImportError():
             missing = (error.name or "").partition(".")[0]
             return text, f"install {missing or 'what it names'} if you need this feature" if missing else _BUG

@@ -112,7 +112,13 @@ def text_problem(text: str) -> str | None:
 
 def _check_backbone(args: argparse.Namespace, problems: list[str]) -> ModelChoice:
     backbone = BackboneConfig(id=args.backbone, dtype=args.dtype)
-    problems += [f"--backbone: {problem.removeprefix('backbone.id: ')}" for problem in backbone.problems()]
+    if not args.backbone.removeprefix("package:").strip():
+        problems.append(
+            f"--backbone: {args.backbone!r}; accepted: hub id, folder, .gguf file or package:NAME"
+        )
+    else:
+        found = backbone.problems()
+        problems += [f"--backbone: {problem.removeprefix('backbone.id: ')}" for problem in found]
     if args.gates:
         problems.append("--gates: a backbone without an adapter has no gates; accepted with --adapter")
     return ModelChoice(backbone, None)
