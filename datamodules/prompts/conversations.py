@@ -1,5 +1,6 @@
 """Conversations: parse an instruction with its response, a chat or a plain text from a row of data."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +104,22 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Conversation:
     if not is_instruction and fields["prompt"] is not None and fields["completion"] is not None:
         return _parse_completion(fields)
     if not is_instruction and isinstance(fields["text"], str) and fields["instruction"] is None:
+        fields.check_no_chat_columns("text")
         return _parse_plain_text("", fields["text"], fields.name("text"))
     return _parse_instruction(fields)
+
+
+def similar_column(name: str) -> str | None:
+    """Return the column that a column of another name resembles; None if it resembles none.
+
+    >>> similar_column("system_prompt"), similar_column("inputs"), similar_column("source")
+    ('system', 'input', None)
+    """
+    if name in COLUMNS:
+        return None
+    if name in ("system_prompt", "system_message"):
+        return "system"
+    return next(iter(difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.8)), None)
 
 
 class _Fields:
@@ -140,6 +155,15 @@ class _Fields:
                 raise ValueError(
                     f"column {name!r}: {meaning} are not supported; accepted columns: {', '.join(COLUMNS)}"
                     f"{near_miss(name, COLUMNS)}"
+                )
+
+    def check_no_chat_columns(self, column: str) -> None:
+        """Raise ValueError if a row whose texts stay as they are has a system message or tools."""
+        for other in ("system", "tools"):
+            if self[other] and str(self[other]).strip():
+                raise ValueError(
+                    f"column {self.name(column)!r} is a text, which takes no {self.name(other)!r}; accepted: "
+                    "messages, an instruction, or a prompt and a completion as lists of messages"
                 )
 
     def missing(self, column: str) -> ValueError:
@@ -221,11 +245,7 @@ def _parse_completion(fields: _Fields) -> Chat | PlainText:
             f"columns {fields.name('prompt')!r} and {fields.name('completion')!r}: one is a list of messages "
             "and the other is not; expected two texts, or two lists"
         )
-    if fields["tools"] or fields.text("system").strip():
-        raise ValueError(
-            f"columns {fields.name('prompt')!r} and {fields.name('completion')!r} are texts, which take no "
-            "'system' and no 'tools'; expected lists of messages"
-        )
+    fields.check_no_chat_columns("prompt")
     text = parse_text(prompt, f"column {fields.name('prompt')!r}")
     if not text.strip():
         raise ValueError(f"column {fields.name('prompt')!r} is empty")

@@ -15,6 +15,7 @@ from gatera_lightning.datamodules.prompts.conversations import (
     Instruction,
     PlainText,
     parse_conversation,
+    similar_column,
 )
 from gatera_lightning.datamodules.prompts.messages import EmptyResponseError
 from gatera_lightning.datamodules.prompts.template_messages import Message
@@ -50,6 +51,7 @@ class InstructionDataModule(TaskDataModule):
         self._prompts: ConversationPrompts | None = None
         self._missing_columns: set[str] = set()
         self._plain_texts = 0
+        self._seen_columns: set[str] = set()
 
     def problems(self, stage: str) -> list[str]:
         """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
@@ -109,6 +111,7 @@ class InstructionDataModule(TaskDataModule):
         if self._prompts is None:
             raise RuntimeError("the data module has no tokenizer yet: call connect(tokenizer) first")
         self._missing_columns.difference_update(row)
+        self._report_similar_columns(row)
         try:
             conversation = parse_conversation(row, self.columns)
         except EmptyResponseError as error:
@@ -138,6 +141,18 @@ class InstructionDataModule(TaskDataModule):
             earlier_responses=prompt.earlier_responses,
             truncated=prompt.truncated,
         )
+
+    def _report_similar_columns(self, row: Any) -> None:
+        """Warn once about each column that is not read, but has nearly the name of one that is."""
+        for name in row if isinstance(row, dict) else ():
+            if name in self._seen_columns or name in self.columns.values():
+                continue
+            self._seen_columns.add(name)
+            if (column := similar_column(str(name))) is not None:
+                log.warning(
+                    "column %r is not read; did you mean %r? To read it, set data.columns: {%s: %s}",
+                    *(name, column, column, name),
+                )
 
 
 def _identifying_text(message: Message) -> str:

@@ -176,4 +176,4 @@ def test_errors_show_the_beginning_of_long_values(row, make_instruction_data, wr
 
 
 def test_doctests():
-    assert doctest.testmod(conversations) == (0, 1)
+    assert doctest.testmod(conversations) == (0, 2)

@@ -227,7 +227,11 @@ def test_renamed_column_has_no_other_meaning():
         ),
         (
             {"prompt": "hi", "completion": "Hello.", "system": "x"},
-            "columns 'prompt' and 'completion' are texts",
+            "column 'prompt' is a text, which takes no 'system'; accepted: messages, an instruction, or",
+        ),
+        (
+            {"text": "hi", "tools": TOOLS},
+            "column 'text' is a text, which takes no 'tools'; accepted: messages",
         ),
         ({"prompt": " ", "completion": "Hello."}, "column 'prompt' is empty"),
         (

@@ -172,6 +172,22 @@ def test_column_that_no_row_has_is_rejected(column, save, make_instruction_data)
     assert error_of(data) == f"data.columns: {column}: contxt, but no row of data.train has that column"
 
 
+def test_columns_with_nearly_a_known_name_are_reported_once(save, make_instruction_data, caplog):
+    rows = [row | {"system_prompt": "Be kind.", "inputs": "x", "source": "web"} for row in INSTRUCTIONS]
+    data = make_instruction_data(train=[save("rows.json", rows)])
+    for _ in range(2):
+        list(data.examples("train"))
+    assert [record.message for record in caplog.records] == [
+        "column 'system_prompt' is not read; did you mean 'system'? "
+        "To read it, set data.columns: {system: system_prompt}",
+        "column 'inputs' is not read; did you mean 'input'? To read it, set data.columns: {input: inputs}",
+    ]
+    caplog.clear()
+    columns = {"system": "system_prompt", "input": "inputs"}
+    list(make_instruction_data(train=[save("rows.json", rows)], columns=columns).examples("train"))
+    assert caplog.records == []
+
+
 # --- settings ---
 
 
