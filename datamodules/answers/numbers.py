@@ -8,6 +8,8 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from gatera_lightning.errors import checks_arguments
+
 TOLERANCE = Fraction(1, 1000)
 """Largest difference between a correct answer and the number in the data, as in LLM-Adapters."""
 
@@ -49,6 +51,7 @@ _MARKERS = (
 )
 
 
+@checks_arguments
 def parse_number(text: str) -> Fraction | None:
     r"""Parse a text that consists of one number and, at most, its unit.
 
@@ -68,6 +71,7 @@ def parse_number(text: str) -> Fraction | None:
     return None if found is None or not _UNIT.fullmatch(found.string[found.end() :]) else _value(found)
 
 
+@checks_arguments
 def find_final_number(text: str) -> str | None:
     """Find the number that a solution gives as its final answer.
 
@@ -99,6 +103,7 @@ def find_final_number(text: str) -> str | None:
     return found[0].strip()
 
 
+@checks_arguments
 def find_option_letter(text: str, letters: str = "ABCDE") -> str | None:
     """Find the option letter that a solution chooses.
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gatera_lightning.errors import checks_arguments
+
 
 class ParsedAnswer(NamedTuple):
     """The answer found in a generated text, and the candidate that it stands for."""
@@ -30,6 +32,7 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 """Answer keywords of each task in LLM-Adapters (Hu et al., EMNLP 2023); a question may have fewer options."""
 
 
+@checks_arguments
 def find_keyword(text: str, labels: Sequence[str]) -> int | None:
     """Find the first answer keyword in a generated text, as LLM-Adapters' evaluation does.
 
@@ -58,6 +61,7 @@ def find_keyword(text: str, labels: Sequence[str]) -> int | None:
     return labels.index(found[0]) if found and found[0] in labels else None
 
 
+@checks_arguments
 def find_option(text: str, options: Sequence[str]) -> int | None:
     """Find the option whose text is the first non-empty line of a generated text.
 

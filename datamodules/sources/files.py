@@ -9,11 +9,12 @@ from typing import Any
 from gatera_lightning.datamodules.sources.spec import data_suffix
 from gatera_lightning.datamodules.sources.strict_json import first_invalid_element, parse_json
 from gatera_lightning.datamodules.sources.text_files import local_file, read_text, refused
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, checks_arguments
 
 _Rows = Iterator[tuple[int, Any]]
 
 
+@checks_arguments
 def read_json(location: str) -> Any:
     """Read a JSON file. A file of JSON Lines gives the list of its values.
 
@@ -29,6 +30,7 @@ def read_json(location: str) -> Any:
     return _whole_json(location, text)
 
 
+@checks_arguments
 def read_rows(location: str) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a table: a JSON list, JSON Lines, CSV or TSV with a header, or Parquet.
 

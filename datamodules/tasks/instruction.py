@@ -19,6 +19,7 @@ from gatera_lightning.datamodules.prompts.conversations import (
 )
 from gatera_lightning.datamodules.prompts.messages import EmptyResponseError
 from gatera_lightning.datamodules.prompts.template_messages import Message
+from gatera_lightning.datamodules.settings import shown
 from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
 from gatera_lightning.datamodules.tokenization.control_tokens import unescape
 from gatera_lightning.errors import ConfigError, near_miss
@@ -56,6 +57,10 @@ class InstructionDataModule(TaskDataModule):
     def problems(self, stage: str) -> list[str]:
         """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
         found = super().problems(stage)
+        if not isinstance(self.columns, dict) or not all(
+            isinstance(name, str) for pair in self.columns.items() for name in pair
+        ):
+            return [*found, f"data.columns: {shown(self.columns)}; accepted: {{column: name of yours}}"]
         if unknown_columns := [name for name in self.columns if name not in COLUMNS]:
             found.append(
                 f"data.columns: {', '.join(unknown_columns)} is unknown; accepted: {', '.join(COLUMNS)}"

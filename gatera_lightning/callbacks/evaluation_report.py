@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -77,8 +78,10 @@ class EvaluationReport(L.Callback):
         Raises:
             ValueError: ``bert_layer`` is less than 1.
         """
-        if bert_layer < 1:
-            raise ValueError(f"evaluation.bert_layer: {bert_layer}; accepted: an integer of at least 1")
+        if not isinstance(folder, str | os.PathLike | None):
+            raise TypeError(f"evaluation.folder: {folder!r:.60}; accepted: null, or a folder")
+        if not isinstance(bert_layer, int) or isinstance(bert_layer, bool) or bert_layer < 1:
+            raise ValueError(f"evaluation.bert_layer: {bert_layer!r:.60}; accepted: an integer of at least 1")
         self.folder = folder
         self.bert_model = bert_model
         self.bert_layer = bert_layer

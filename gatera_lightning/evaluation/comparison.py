@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, checks_arguments
 from gatera_lightning.evaluation.intervals import Average, Proportion
 from gatera_lightning.evaluation.paired_tests import (
     Difference,
@@ -123,6 +123,7 @@ class Comparison:
         return sorted(set.intersection(*tasks)) if tasks else []
 
 
+@checks_arguments
 def compare_runs(runs: Sequence[RecordedRun], *, seed: int = 0) -> Comparison:
     """Compare the first run with every other one.
 
@@ -134,6 +135,8 @@ def compare_runs(runs: Sequence[RecordedRun], *, seed: int = 0) -> Comparison:
         ConfigError: There are fewer than two runs, a run is given twice, two runs have no examples or
             measures in common, or they disagree about the correct answer or the reference of a question.
     """
+    if wrong := [run for run in runs if not isinstance(run, RecordedRun)]:
+        raise TypeError(f"compare_runs: {wrong[0]!r:.60} is no run; accepted: what read_run returns")
     if len(runs) < 2:
         raise ConfigError(f"compare: got {len(runs)} run; expected a baseline and at least one other")
     paths = [run.path.resolve() for run in runs]

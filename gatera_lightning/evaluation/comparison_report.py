@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from gatera_lightning.errors import checks_arguments
 from gatera_lightning.evaluation.comparison import Comparison, PairResult, RunResult
 from gatera_lightning.evaluation.paired_tests import MIN_BOOTSTRAP_EXAMPLES, RESAMPLES, Difference
 from gatera_lightning.evaluation.recorded_example import MEASURES
@@ -26,6 +27,7 @@ _NOTES = (
 )
 
 
+@checks_arguments
 def as_markdown(comparison: Comparison) -> str:
     """Format a comparison as Markdown: accuracies, differences, losses, text metrics, and notes on them."""
     baseline = comparison.runs[0]
@@ -58,6 +60,7 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in _NOTES)]) + "\n"
 
 
+@checks_arguments
 def as_json(comparison: Comparison) -> str:
     """Format a comparison as JSON: unrounded figures and the counts behind them; null where there is none."""
     content = {

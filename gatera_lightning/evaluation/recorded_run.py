@@ -2,14 +2,13 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gatera_lightning.errors import ConfigError, printable
+from gatera_lightning.errors import ConfigError, checks_arguments, printable
 from gatera_lightning.evaluation.identity import IDENTITY_FILE
 from gatera_lightning.evaluation.json_objects import read_object
 from gatera_lightning.evaluation.prediction_files import PREDICTIONS_FILE
@@ -66,6 +65,7 @@ class RecordedRun:
         return found
 
 
+@checks_arguments
 def read_run(path: str | Path) -> RecordedRun:
     """Read a finished evaluation.
 
@@ -74,12 +74,9 @@ def read_run(path: str | Path) -> RecordedRun:
             of a run are unknown.
 
     Raises:
-        TypeError: ``path`` is no path.
         ConfigError: There are no predictions, or a line is not as ``test`` writes it; the message names the
             file, the line and the field.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"read_run: got {type(path).__name__}; expected the path of an evaluation folder")
     path = Path(path)
     file = path / PREDICTIONS_FILE if path.is_dir() else path
     if not file.is_file():

@@ -68,7 +68,7 @@ def example_scores(
     Raises:
         ValueError: The numbers of texts differ.
     """
-    _check_lengths(generated, references)
+    _check_pairs(generated, references)
     metrics: dict[str, Callable[[], dict[str, list[float]]]] = {
         "token_f1": lambda: {"token_f1": token_f1(generated, references)},
         "rouge_l": lambda: {"rouge_l": rouge_l(generated, references)},
@@ -95,7 +95,7 @@ def corpus_metrics(generated: Texts, references: Texts) -> tuple[dict[str, float
     Raises:
         ValueError: The numbers of texts differ.
     """
-    _check_lengths(generated, references)
+    _check_pairs(generated, references)
     values = {f"distinct_{n}": distinct(generated, n) for n in (1, 2)}
     try:
         return {"bleu": bleu(generated, references)} | values, {}
@@ -109,6 +109,7 @@ def token_f1(generated: Texts, references: Texts) -> list[float]:
     With the multisets of words G and R (:func:`~gatera_lightning.evaluation.words.normalized_tokens`),
     ``F1 = 2 |G ∩ R| / (|G| + |R|)``; 0 if either text has no words. Source: ``F1Metric`` of ParlAI.
     """
+    _check_pairs(generated, references)
     scores = []
     for text, reference in zip(generated, references, strict=True):
         found, wanted = normalized_tokens(text), normalized_tokens(reference)
@@ -125,6 +126,7 @@ def rouge_l(generated: Texts, references: Texts) -> list[float]:
     :func:`~gatera_lightning.evaluation.words.words`: the package's own rule knows ASCII letters and digits
     alone. Source: Lin 2004, "ROUGE: a package for automatic evaluation of summaries".
     """
+    _check_pairs(generated, references)
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -143,6 +145,7 @@ def meteor(generated: Texts, references: Texts) -> list[float]:
     Source: Banerjee and Lavie 2005, "METEOR: an automatic metric for MT evaluation with improved correlation
     with human judgments".
     """
+    _check_pairs(generated, references)
     try:
         from nltk.corpus import wordnet
         from nltk.tokenize import NLTKWordTokenizer
@@ -168,6 +171,7 @@ def bert_score(generated: Texts, references: Texts, *, model: str, layer: int) -
 
     Source: Zhang et al., ICLR 2020, "BERTScore: evaluating text generation with BERT".
     """
+    _check_pairs(generated, references)
     import torch
     from torchmetrics.functional.text import bert_score as torchmetrics_bert_score
     from transformers import AutoModel, AutoTokenizer
@@ -215,6 +219,7 @@ def bleu(generated: Texts, references: Texts) -> float:
 
     Source: Post, WMT 2018, arXiv 1804.08771.
     """
+    _check_pairs(generated, references)
     try:
         import sacrebleu
     except ImportError as error:
@@ -229,6 +234,7 @@ def distinct(generated: Texts, n: int) -> float:
 
     Source: Li et al., NAACL 2016, arXiv 1510.03055.
     """
+    _check_texts("generated", generated)
     grams = Counter[tuple[str, ...]]()
     for text in generated:
         tokens = normalized_tokens(text)
@@ -236,7 +242,16 @@ def distinct(generated: Texts, n: int) -> float:
     return len(grams) / max(1, grams.total())
 
 
-def _check_lengths(generated: Texts, references: Texts) -> None:
+def _check_texts(name: str, texts: Any) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise TypeError(f"{name} is {texts!r:.60}; accepted: a list of texts")
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{name} has {wrong[0]!r:.60}; accepted: texts")
+
+
+def _check_pairs(generated: Texts, references: Texts) -> None:
+    _check_texts("generated", generated)
+    _check_texts("references", references)
     if len(generated) != len(references):
         raise ValueError(
             f"got {len(generated)} generated texts and {len(references)} references; expected equally many"

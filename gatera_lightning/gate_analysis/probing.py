@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from gatera_lightning.errors import checks_arguments
 from gatera_lightning.gate_analysis.capture import GatedModule, capture_gates
 from gatera_lightning.gate_analysis.statistics import PHASES
 
@@ -81,6 +82,7 @@ class GateProfile:
         return np.concatenate([np.empty((len(self.modules), 0), np.float32), *parts], 1)
 
 
+@checks_arguments
 def profile_gates(model: PreTrainedModel, texts: Sequence[ProbeText]) -> GateProfile:
     """Compute the gates of a model on texts, with one unpadded forward pass in eval mode for each text.
 

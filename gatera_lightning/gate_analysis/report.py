@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from gatera_lightning.errors import checks_arguments
 from gatera_lightning.gate_analysis.probing import GateProfile
 from gatera_lightning.gate_analysis.statistics import (
     CLOSED_BELOW,
@@ -31,6 +32,7 @@ class AdapterProfile:
     profile: GateProfile
 
 
+@checks_arguments
 def build_report(
     adapters: Sequence[AdapterProfile], tokenizer: PreTrainedTokenizerBase, computed_from: dict[str, str]
 ) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def build_report(
     }
 
 
+@checks_arguments
 def render_page(report: dict[str, Any]) -> str:
     """Render a report as one self-contained HTML page.
 

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from gatera_lightning.datamodules.batch import Batch
+from gatera_lightning.errors import check_arguments
 from gatera_lightning.gate_analysis.capture import GatedModule
 from gatera_lightning.objectives.gate_entropy import gate_entropy
 
@@ -40,6 +41,7 @@ class GateStatistics(Metric):
         Args:
             modules: The number of gated modules.
         """
+        check_arguments(GateStatistics.__init__, locals())
         super().__init__()
         self.add_state(
             "bins", torch.zeros(len(PHASES), modules, BINS, dtype=torch.long), dist_reduce_fx="sum"
