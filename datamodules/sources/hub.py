@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gatera_lightning.datamodules.sources.spec import HubDataset
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, printable
 
 
 def read_hub_rows(location: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -27,10 +27,11 @@ def read_hub_rows(location: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = load_dataset(dataset.id, dataset.configuration, split=hub_split)
     except Exception as error:  # the client raises a dozen unrelated types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
-            f"data.{split}: cannot fetch {location!r} from the hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}). Write owner/name:configuration to choose a configuration and "
-            "owner/name@split to choose another split. Without network access, use local files."
+            printable(f"data.{split}: cannot fetch {location!r} from the hub ({reason}). ")
+            + "Write owner/name:configuration to choose a configuration and owner/name@split to choose "
+            "another split. Without network access, use local files."
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{dataset.id}[{hub_split}], row {number}", row

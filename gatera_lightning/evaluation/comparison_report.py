@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gatera_lightning.errors import checks_arguments
+from gatera_lightning.errors import checks_arguments, printable
 from gatera_lightning.evaluation.comparison import Comparison, PairResult, RunResult
 from gatera_lightning.evaluation.paired_tests import MIN_BOOTSTRAP_EXAMPLES, RESAMPLES, Difference
 from gatera_lightning.evaluation.recorded_example import MEASURES
@@ -33,7 +33,9 @@ def as_markdown(comparison: Comparison) -> str:
     baseline = comparison.runs[0]
     blocks = [
         f"# Comparison of {len(comparison.runs)} runs with the baseline {_cell(baseline.label)}",
-        "\n".join(f"- {_cell(run.label)}: {run.examples} examples, `{run.path}`" for run in comparison.runs),
+        "\n".join(
+            f"- {_cell(run.label)}: {run.examples} examples, `{_cell(run.path)}`" for run in comparison.runs
+        ),
     ]
     if any(run.accuracies for run in comparison.runs):
         blocks += ["## Accuracy", _accuracy_table(comparison)]
@@ -57,7 +59,7 @@ def as_markdown(comparison: Comparison) -> str:
         ]
     if any(run.text_metrics for run in comparison.runs):
         blocks += ["## Generated texts compared with their references", _text_table(comparison)]
-    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in _NOTES)]) + "\n"
+    return printable("\n\n".join([*blocks, "\n".join(f"- {note}" for note in _NOTES)]) + "\n")
 
 
 @checks_arguments
@@ -68,7 +70,7 @@ def as_json(comparison: Comparison) -> str:
         "pairs": [_pair_fields(pair) for pair in comparison.pairs],
         "notes": _NOTES,
     }
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return printable(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _run_fields(comparison: Comparison, run: RunResult) -> dict[str, Any]:

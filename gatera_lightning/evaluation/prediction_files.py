@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gatera_lightning.checkpointing.atomic_files import write_text
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, printable
 from gatera_lightning.evaluation.identity import IDENTITY_FILE
 from gatera_lightning.evaluation.predictions import KINDS, Kind, Records
 
@@ -51,7 +51,10 @@ def read_records(folder: Path) -> Records:
                     found[_checked(kind, example)] = record
             except (ValueError, TypeError, RecursionError) as error:
                 raise ConfigError(
-                    f"{path}, line {number}: corrupt ({error}); delete the file to compute its examples again"
+                    printable(
+                        f"{path}, line {number}: corrupt ({error}); "
+                        "delete the file to compute its examples again"
+                    )
                 ) from error
     merged = folder / PREDICTIONS_FILE
     if merged.is_file():
@@ -77,7 +80,8 @@ def _checked(kind: Any, example: Any) -> tuple[Kind, int]:
 
 def write_predictions(folder: Path, examples: Iterable[Mapping[str, Any]]) -> None:
     """Write the merged file atomically, one line per example, then delete the part files."""
-    lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+    # Characters that would control a terminal are escaped, which is the same text in JSON.
+    lines = (printable(json.dumps(example, ensure_ascii=False)) + "\n" for example in examples)
     write_text(folder / PREDICTIONS_FILE, "".join(lines))
     _delete_parts(folder)
 

@@ -90,9 +90,12 @@ def render_page(report: dict[str, Any]) -> str:
 
     The page receives all texts as JSON data and shows them as text: nothing in them is interpreted as HTML
     or script.
+
+    Raises:
+        ValueError: The report has a number that is not finite, which JSON does not have.
     """
     folder = resources.files("gatera_lightning.gate_analysis").joinpath("report_page")
-    data = json.dumps(report, ensure_ascii=False, separators=(",", ":"))
+    data = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         data = data.replace(character, f"\\u{ord(character):04x}")
     page = folder.joinpath("page.html").read_text(encoding="utf-8")

@@ -231,3 +231,19 @@ def test_as_markdown_and_as_json_agree_on_text_metrics(compare):
     assert found["runs"][0]["accuracy"] == {}
     assert "## Accuracy" not in markdown
     assert LOSS_SECTION not in markdown
+
+
+HOSTILE = "a\x1b[31m\x9b2J\u202ed\x7f | `x`\n# y"
+
+
+def test_reports_escape_what_controls_a_terminal(write):
+    runs = [
+        read_run(write(name, [example_line(HOSTILE, i) for i in range(3)], {"update": HOSTILE, "gate": name}))
+        for name in "ab"
+    ]
+    result = compare_runs(runs)
+    for text in (as_markdown(result), as_json(result)):
+        assert not set(text) & set("\x1b\x9b\u202e\x7f")
+    (task, *_) = json.loads(as_json(result))["runs"][0]["accuracy"][SUMMED]["tasks"]
+    assert task == HOSTILE
+    assert "\n# y" not in as_markdown(result)

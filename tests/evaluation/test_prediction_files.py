@@ -81,3 +81,12 @@ def test_write_predictions_and_delete_predictions_leave_other_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
     delete_predictions(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "parts.jsonl"}
+
+
+def test_predictions_file_has_no_characters_that_control_a_terminal(tmp_path):
+    text = "a\x1b[31m\x9b2J\u202ed\x7f \ud83d"
+    record = {"text": text, "answer": None, "choice": None}
+    write_predictions(tmp_path, [{"task": "t", "example": 0, "key": "k", "gold": 0, "generation": record}])
+    content = (tmp_path / PREDICTIONS_FILE).read_text(encoding="utf-8")
+    assert content.removesuffix("\n").isprintable()
+    assert read_records(tmp_path) == {("generation", 0): record}
