@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from gatera_lightning.cli.class_building import build_classes
 from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
 from gatera_lightning.cli.trusted_code import own_classes_only, trust_problems
@@ -49,7 +50,7 @@ class RecipeCLI(GateRACLI):
         config = self.config.clone()
         for section in ("trainer", *RUN_CALLBACKS):
             config.fit.pop(section)
-        settings = self.parser.instantiate_classes(config).fit
+        settings = build_classes(self.parser, config).fit
         self.model, self.datamodule = settings.model, settings.data
 
     @override

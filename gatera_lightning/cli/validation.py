@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from gatera_lightning.cli.class_building import build_classes
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
@@ -45,7 +46,7 @@ def validate_config(parser: LightningArgumentParser, config: Namespace) -> None:
     """
     config = config.clone()
     problems, monitored = _build_callbacks(config[config.subcommand])
-    settings = parser.instantiate_classes(config)[config.subcommand]
+    settings = build_classes(parser, config)[config.subcommand]
     problems += settings.model.problems() + settings.data.problems(config.subcommand)
     problems += _monitor_problems(monitored, settings.data)
     problems += seed_problems(settings.get("seed_everything"))

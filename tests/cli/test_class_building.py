@@ -1,0 +1,77 @@
+"""A class that cannot be built is one problem of the configuration, with its setting."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from gatera_lightning.cli.main import main
+
+BROKEN = """
+import lightning as L
+class Raises(L.Callback):
+    def __init__(self, speed: int = 1):
+        raise {error}
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_modules(working_folder, monkeypatch):
+    """Modules in the working folder are importable, and forgotten when the test ends."""
+    monkeypatch.syspath_prepend(str(working_folder))
+    yield
+    sys.modules.pop("broken_callbacks", None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("trainer.logger", "WandbLogger", "wandb"),
+        ("trainer.profiler", "{class_path: lightning.pytorch.profilers.XLAProfiler}", "torch_xla"),
+        ("trainer.callbacks", "[{class_path: Timer, init_args: {duration: soon}}]", "not a valid duration"),
+        (
+            "trainer.callbacks",
+            "[{class_path: TQDMProgressBar, init_args: {refresh_rate: 1}}, "
+            "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {}}}]",
+            "Empty",
+        ),
+    ],
+    ids=["logger", "profiler", "callback", "second callback"],
+)
+def test_class_of_lightning_that_cannot_be_built(fit, problems, no_loading, setting, value, reason):
+    if reason in ("wandb", "torch_xla"):
+        sys_modules_lack(reason)
+    (problem,) = problems(*fit, f"--{setting}", value)
+    assert problem.startswith(setting)
+    assert " cannot be built: " in problem
+    assert reason in problem
+    assert "Union subtypes" not in problem
+    assert "\n" not in problem
+
+
+def sys_modules_lack(name):
+    import importlib.util
+
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+
+
+@pytest.mark.parametrize(
+    "error", ["KeyError('speed')", "ImportError('no engine')", "ZeroDivisionError('a\\nb')"]
+)
+def test_own_class_that_cannot_be_built(fit, problems, no_loading, error):
+    Path("broken_callbacks.py").write_text(BROKEN.format(error=error))
+    (problem,) = problems(*fit, "--trainer.callbacks", "[{class_path: broken_callbacks.Raises}]")
+    assert problem.startswith("trainer.callbacks.0: broken_callbacks.Raises cannot be built: ")
+
+
+def test_dry_run_reports_it_too(recipe, capsys, monkeypatch):
+    from gatera_lightning.datamodules import CommonsenseDataModule
+
+    def fail(self, **settings):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(CommonsenseDataModule, "problems", fail)  # builds, but is asked later
+    monkeypatch.setattr(CommonsenseDataModule, "__init__", fail)
+    assert main(["preview", *recipe]) == 2
+    assert "cannot be built: no room" in capsys.readouterr().err
