@@ -14,10 +14,14 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from gatera_lightning.checkpointing.output_check import MIB, folder_problem
+
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"
 """The file in a run folder that its run has locked; it says which run that is."""
+
+_ROOM = 16 * MIB  # for logs and the checkpoints of a small adapter; the size of this run's is not known yet
 
 _held: dict[Path, IO[str]] = {}  # the folders of this process's runs
 
@@ -36,6 +40,8 @@ def claim(folder: Path) -> str | None:
     folder = folder.resolve()
     if folder in _held:
         return None
+    if problem := folder_problem(folder, _ROOM):
+        return f"the run folder {folder} cannot be written ({problem}); accepted: another one"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / LOCK_FILE).is_symlink():  # writing would change a file outside of the run

@@ -1,11 +1,12 @@
 """One run in one folder: a second one ends with one sentence, before weights are loaded."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from gatera_lightning import ConfigError, GateRAModule
-from gatera_lightning.checkpointing import run_lock
+from gatera_lightning.checkpointing import output_check, run_lock
 from gatera_lightning.checkpointing.run_lock import LOCK_FILE
 from gatera_lightning.cli.main import main
 
@@ -49,6 +50,23 @@ def test_run_beside_a_running_one_is_one_sentence(fit, problems, monkeypatch, no
     (FOLDER / LOCK_FILE).write_text('{"pid": 5, "host": "node3", "job": null, "started": "today"}')
     (problem,) = problems(*fit, *VERSION, "--ckpt_path", "last")
     assert "belongs to a run that is still going: process 5 on node3, started today" in problem
+
+
+@pytest.mark.parametrize("error", [13, 30, 28, 122], ids=["denied", "read-only", "full", "quota"])
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+def test_folder_that_cannot_be_written_is_one_sentence(
+    recipe, capsys, monkeypatch, no_weights, error, subcommand
+):
+    """A root user may write everywhere, so the refusal of the system is simulated."""
+
+    def refuse(*args, **options):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(output_check.tempfile, "NamedTemporaryFile", refuse)
+    assert main([subcommand, *recipe, *VERSION]) == 2
+    message = capsys.readouterr().err
+    assert "cannot be written (" in message
+    assert f": {os.strerror(error)}); accepted: " in message
 
 
 def held(*args):
