@@ -7,9 +7,10 @@ import re
 import sys
 import threading
 import warnings
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, printable
 
 _PORT = ("a port from 1 to 65535", re.compile(r"0*([1-9]\d{0,4})"))
 _COUNT = ("an integer of at least 0", re.compile(r"\d+"))
@@ -85,10 +86,25 @@ def set_up_process(*, show_traceback: bool) -> None:
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     warnings.filterwarnings("default", message=r"gatera_lightning\.", category=FutureWarning)
+    warnings.showwarning = _show_warning
     if not show_traceback:
         logging.raiseExceptions = False
         threading.excepthook = _report_thread
         sys.unraisablehook = _ignore_unraisable
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Write a warning without control characters: it may quote what others have written."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    with suppress(OSError, ValueError):  # nobody reads standard error
+        (file or sys.stderr).write(printable(text))
 
 
 def _report_thread(failure: threading.ExceptHookArgs) -> None:

@@ -66,6 +66,7 @@ from gatera_lightning.cli.environment import set_up_process
 set_up_process(show_traceback=False)
 warnings.warn("old", FutureWarning)
 warnings.warn("gatera_lightning.module has moved", FutureWarning)
+warnings.warn("file \\x1b[2J")
 class Broken:
     def __del__(self):
         raise KeyError("finalizer")
@@ -87,4 +88,5 @@ def test_process_is_quiet_and_prints_any_character(encoding):
     errors = done.stderr.decode()
     assert "gatera_lightning.module has moved" in errors
     assert "background thread failed: KeyError: 'thread'" in errors
+    assert "file \\u001b[2J" in errors
     assert not any(word in errors for word in ("Traceback", "old", "finalizer"))

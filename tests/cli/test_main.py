@@ -1,12 +1,14 @@
 """The program: its subcommands and their help."""
 
 import importlib
+import signal
 import subprocess
 import sys
 
 import pytest
 from tiny_backbone import run_program
 
+from gatera_lightning import __main__ as program
 from gatera_lightning.cli.commands import ALIASES, SUMMARIES, load_subcommand
 
 
@@ -59,3 +61,21 @@ def test_subcommand_imports_no_other_subcommand():
 
 def test_program_runs_as_module(working_folder):
     assert "usage: python -m gatera_lightning" in run_program("--help", cwd=working_folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_during_the_import_ends_the_program_with_one_line(number, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gatera_lightning.cli.main", None)  # its import raises ImportError
+    with pytest.raises(ImportError):
+        program.run()
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "gatera_lightning.cli.main":
+                signal.raise_signal(number)
+
+    monkeypatch.delitem(sys.modules, "gatera_lightning.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert program.run() == 128 + number
+    expected = f"python -m gatera_lightning: ended by {number.name}; its work is not complete\n"
+    assert capsys.readouterr().err == expected
