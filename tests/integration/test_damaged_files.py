@@ -50,7 +50,7 @@ def adapted(tiny_llama, tmp_path_factory):
 def test_damaged_adapter_folder_is_named_or_has_its_values(adapted, tiny_llama, tmp_path, name):
     model, folder = adapted
     expected = {key: value.detach() for key, value in gl.adapter_parameters(model).items()}
-    refused = 0
+    messages = []
     for number in range(COUNT):
         copy = shutil.copytree(folder, tmp_path / str(number))
         kind = damage(copy / name, random.Random(number))
@@ -59,27 +59,27 @@ def test_damaged_adapter_folder_is_named_or_has_its_values(adapted, tiny_llama, 
         try:
             config = gl.load_adapter(fresh, copy)
         except (gl.AdapterFileError, gl.ConfigError) as error:
-            refused += 1
-            assert str(copy) in str(error), (kind, error)
+            messages.append((str(copy), str(error)))
             assert set(fresh.state_dict()) == names, kind  # the model is as it was
         else:
             assert config == next(iter(adapted_linears(model).values())).config, (number, kind)
             found = gl.adapter_parameters(fresh)
             assert all(torch.equal(found[key], value) for key, value in expected.items()), (number, kind)
-    assert refused > COUNT / 2
+    assert all(path in message for path, message in messages)
+    assert len(messages) > COUNT / 2
 
 
 def test_damaged_checkpoint_is_named_or_has_its_values(tmp_path):
     torch.save(CHECKPOINT, tmp_path / "valid.ckpt")
-    refused = 0
+    messages = []
     for number in range(COUNT):
         path = shutil.copy(tmp_path / "valid.ckpt", tmp_path / f"{number}.ckpt")
         kind = damage(tmp_path / f"{number}.ckpt", random.Random(number))
         try:
             found = read_contents(tmp_path / f"{number}.ckpt")
         except gl.CheckpointError as error:
-            refused += 1
-            assert str(path) in str(error), kind
+            messages.append((str(path), str(error)))
         else:
             assert is_checkpoint(found), (number, kind)
-    assert refused > COUNT / 2
+    assert all(path in message for path, message in messages)
+    assert len(messages) > COUNT / 2
