@@ -95,7 +95,7 @@ def test_second_generation_in_a_block_starts_with_all_rows(model):
         ({"guidance_scale": 1.5}, "guidance_scale 1.5"),
         ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 def test_generation_that_moves_texts_between_rows_is_rejected(model, settings, named):
     with capture_gates(model) as captured, pytest.raises(ValueError, match=named):
