@@ -77,11 +77,42 @@ def render_chat(
     if opening.count(THOUGHT_START) > opening.count(THOUGHT_END):
         closing = ("" if prompt.endswith("\n") else "\n") + f"\n{THOUGHT_END}\n\n"
         return ChatPrompt(prompt, between if THOUGHT_END in between else closing)
+    if not answered.startswith(prompt):
+        before_answer = answered.rpartition(_PLACEHOLDER_ANSWER)[0]
+        return _reconcile(prompt, before_answer, render_template(tokenizer, conversation, schemas), messages)
     if not between.strip():
         return ChatPrompt(prompt, between)
     if _EMPTY_THOUGHT.fullmatch(between):  # the answer may start without one
         return ChatPrompt(prompt, "")
     return _split_opening(prompt + between)
+
+
+def _reconcile(prompt: str, before_answer: str, history: str, messages: Sequence[Message]) -> ChatPrompt:
+    """The prompt of a template that writes something else before an answer than its generation prompt.
+
+    Args:
+        prompt: The messages with the generation prompt.
+        before_answer: What the template writes before an answer.
+        history: The messages alone.
+        messages: The messages.
+
+    Raises:
+        ValueError: The generation prompt has more than the header of a response.
+    """
+    if prompt == history:  # there is no generation prompt
+        try:
+            check_contents(before_answer, messages, ())
+        except ValueError:  # some write the system message into the last turn only
+            return ChatPrompt(prompt, "")
+        return _split_opening(before_answer)
+    header = before_answer.removeprefix(history) if before_answer.startswith(history) else ""
+    extra = prompt.removeprefix(history).removeprefix(header)
+    if header.strip() and prompt == history + header + extra and not _EMPTY_THOUGHT.fullmatch(extra):
+        raise ValueError(
+            f"the tokenizer's chat template opens a response with {extra.strip()!r:.60}, which it does not "
+            f"write before the text of one; accepted: nothing, or {THOUGHT_START}"
+        )
+    return ChatPrompt(prompt, "")
 
 
 def render_response(

@@ -93,6 +93,7 @@ ONLY_LISTS = (
     "{% for m in messages %}[{% if m['content'] is string %}{{ raise_exception('no') }}{% endif %}"
     "{{ m['content'][0]['text'] }}]{% endfor %}"
 )
+ENDS = HEADERS.replace("{% endfor %}", "{% if loop.last %}<bos>{% endif %}{% endfor %}")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +104,9 @@ ONLY_LISTS = (
         (NAMED, ("user: Where?\nassistant:", " ")),  # the space is a part of the answer's first token
         (PARTS, ("<im_start>user\nWhere?<eos>\n<im_start>assistant\n", "")),
         (ONLY_LISTS, ("[Where?][", "")),
+        (ENDS, ("<im_start>user\nWhere?<eos>\n<im_start>assistant\n", "")),
     ],
-    ids=["no generation prompt", "incomplete one", "in words", "parts", "lists only"],
+    ids=["no generation prompt", "incomplete one", "in words", "parts", "lists only", "another end"],
 )
 def test_opening_of_the_assistant_is_found(template, expected, with_chat_template):
     assert render_chat(with_chat_template(template, "turn_ends_in_eos"), WHERE) == expected
@@ -147,7 +149,7 @@ def test_every_message_must_stand_in_the_rendering_once_in_order(template, with_
 def test_system_message_may_stand_in_the_last_turn(with_chat_template):
     """As in templates of Mistral."""
     tokenizer = with_chat_template(
-        "{% for m in messages if m.role != 'system' %}{% if loop.last and messages[0].role == 'system' %}"
+        "{% for m in messages if m.role != 'system' %}{% if loop.last and m.role == 'user' %}"
         "{{ messages[0].content }}\n{% endif %}{{ m.content }}|{% endfor %}"
     )
     messages = [{"role": "system", "content": "Be kind."}, *TALK]
@@ -166,6 +168,7 @@ OPENS = (
     "{{ m.content.split('</think>')[-1].lstrip() }}{% else %}{{ m.content }}{% endif %}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<im_start>assistant\nGENERATION{% endif %}"
 )
+OPENS_THINK = OPENS.replace("GENERATION", "<think>\n")
 WRITES = (  # as in Qwen 3
     "{% for m in messages %}<im_start>{{ m.role }}\n{% if m.reasoning_content is defined %}<think>\n"
     "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<eos>\n{% endfor %}"
@@ -208,15 +211,27 @@ def test_answer_may_do_without_the_empty_thought_of_a_template(with_chat_templat
     ("template", "response", "error"),
     [
         (
-            OPENS,
+            OPENS_THINK,
             PLAIN | {"content": "<think>Hm. Here."},
             "opens a thought with <think> that it does not close",
         ),
-        (OPENS, PLAIN | {"content": "<think>a<think>b</think>"}, "opens a thought with <think> that it"),
+        (
+            OPENS_THINK,
+            PLAIN | {"content": "<think>a<think>b</think>"},
+            "opens a thought with <think> that it",
+        ),
         (
             WRITES,
             THINK | {"reasoning_content": "Hm."},
             "has reasoning_content and also <think> in its content",
+        ),
+        *(
+            (
+                OPENS.replace("GENERATION", opener),
+                PLAIN,
+                f"opens a response with '{re.escape(opener)}', which",
+            )
+            for opener in ("<reasoning>", "[THINK]", "<|begin_of_thought|>", "Sure!")
         ),
         (HEADERS, REASON, "does not write reasoning_content; accepted: messages without it"),
         (
