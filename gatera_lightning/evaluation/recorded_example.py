@@ -175,7 +175,9 @@ def _is_object(value: object) -> bool:
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0  # bool is a subclass of int
+    if not isinstance(value, int) or isinstance(value, bool):  # bool is a subclass of int
+        return False
+    return 0 <= value <= 2**53  # beyond it, sums would not be exact
 
 
 def _is_finite(value: object) -> bool:

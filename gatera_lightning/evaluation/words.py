@@ -6,7 +6,7 @@ import unicodedata
 
 _ARTICLES = {"a", "an", "the"}
 
-# Scripts that do not separate words by spaces: Thai, Lao, Myanmar, Khmer, Tai Le, New Tai Lue, Tai Tham,
+# Scripts that do not separate words by spaces: Thai, Lao, Myanmar, Khmer, Tai Le, New Tai Lue, Lanna,
 # Balinese, Javanese, Tai Viet, Kana, Bopomofo, Yi and Han, with their extensions. Hangul, Tibetan and
 # Ethiopic separate words or syllables.
 _UNSPACED = re.compile(

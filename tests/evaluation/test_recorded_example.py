@@ -2,13 +2,19 @@
 
 import json
 import math
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recorded_runs import example_line, solution_line, text_line, without
 
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.evaluation.comparison import compare_runs
+from gatera_lightning.evaluation.comparison_report import as_json
 from gatera_lightning.evaluation.recorded_example import MEASURES, parse_example
-from gatera_lightning.evaluation.recorded_run import read_run
+from gatera_lightning.evaluation.recorded_run import RecordedRun, read_run
 
 SUMMED, PER_TOKEN, PER_CHARACTER, GENERATED = MEASURES
 
@@ -57,6 +63,8 @@ INVALID = {
     "no key": (without("key", example_line()), "'key' is missing"),
     "empty key": (changed("key", ""), "key is ''; expected a non-empty string"),
     "no gold": (without("gold", example_line()), "'gold' is missing"),
+    "huge example": (changed("example", 2**70), "expected an integer of at least 0"),
+    "huge number of tokens": (changed("likelihood.tokens", [1, 10**400, 1]), "expected 3 integers"),
     "string for example": (changed("example", "7"), "example is '7'; expected an integer of at least 0"),
     "bool for gold": (changed("gold", True), "gold is True"),
     "negative gold": (changed("gold", -1), "gold is -1"),
@@ -163,3 +171,32 @@ def test_read_run_rejects_invalid_utf8(write):
 def test_read_run_accepts_unicode_line_separators_in_text(write):
     fields = example_line(generated=1, text="a\u2028b\x85c\rd")
     assert len(read_run(write("run", [json.dumps(fields, ensure_ascii=False)])).examples) == 1
+
+
+ODD = [None, True, -1, 1e308, math.nan, 10**400, "", "x", [], {}, [[1]], {"a": 1}, "\ud800", 0, 2**70]
+
+
+def places(value, path=()):
+    """The path of every value inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, found in inner for place in places(found, (*path, key))]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_line_is_an_example_or_an_error(data):
+    """One value of a valid line is replaced; what is accepted can be compared and written."""
+    fields = json.loads(json.dumps(data.draw(st.sampled_from([example_line(generated=1), text_line(0)]))))
+    *outer, last = data.draw(st.sampled_from(places(fields)))
+    place = fields
+    for name in outer:
+        place = place[name]
+    place[last] = data.draw(st.sampled_from(ODD))
+    try:
+        example = parse(fields)
+    except ConfigError as error:
+        assert str(error).startswith("line 1")  # noqa: PT017
+        return
+    runs = [RecordedRun(Path(name), None, {}, (example,)) for name in "ab"]
+    with suppress(ConfigError):  # a text without scores has nothing to compare
+        json.loads(as_json(compare_runs(runs)))
