@@ -29,13 +29,17 @@ _EXPRESSION = re.compile(r" ?(?:\\sqrt|√|\\pi|π|\^)|[xyzn](?![A-Za-z0-9])|[eE
 # What follows or precedes the first number of a conclusion that is part of an expression in variables. A
 # single letter is a variable, except where a word follows it ("72 - a dozen").
 _OPERATOR = r"(?:[-+*/^·×÷]|\\(?:times|cdot|div|pm)(?![A-Za-z]))"
-_VARIABLE = r"(?:[xyzn](?![A-Za-z0-9])|[A-Za-z](?![A-Za-z0-9']| +[A-Za-z])|\\[A-Za-z]+|[√π])"
+_VARIABLE = (
+    r"(?:[xyzn](?![A-Za-z0-9])|[A-Za-z](?![A-Za-z0-9']| +[A-Za-z])|(?:pi|sqrt)(?![A-Za-z])"
+    r"|\\[A-Za-z]+|[√π])"
+)
 _EXPRESSION_AFTER = re.compile(
     rf" ?(?:(?!/){_OPERATOR} ?{_VARIABLE}|/ ?[xyzn](?![A-Za-z0-9])"
+    rf"|[A-Za-z] ?(?!/){_OPERATOR} ?(?:[0-9]|{_VARIABLE})"
     r"|\((?=[^()]*[-+*/^])[^()]*(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
 )
 _EXPRESSION_BEFORE = re.compile(
-    rf"(?:(?<![A-Za-z0-9'])[A-Za-z]|[0-9²³π)}}\]])(?:{_OPERATOR}| ?{_OPERATOR} )[$(]*\Z"
+    rf"(?:(?<![A-Za-z0-9'])[A-Za-z]|[0-9²³π)}}\]])(?:{_OPERATOR}| ?{_OPERATOR} )[$(]*\Z|[A-Za-z]\(\Z"
 )
 # A unit has at least two letters, because a single letter is a variable. "million" is not a unit.
 _UNIT = re.compile(
@@ -154,7 +158,8 @@ def numbers_equal(first: Fraction, second: Fraction) -> bool:
 def _in_expression(conclusion: str, number: re.Match[str]) -> bool:
     """Whether the first number of a conclusion is part of an expression in variables."""
     sign = len(number[0]) - len(number[0].lstrip("+-"))  # may be the operator of a sum
-    before = conclusion[: number.start() + sign]
+    start = number.start() + sign
+    before = conclusion[max(0, start - 20) : start]  # enough for an operand, and no more to search
     return bool(_EXPRESSION_BEFORE.search(before) or _EXPRESSION_AFTER.match(conclusion, number.end()))
 
 

@@ -83,9 +83,11 @@ CONCLUSIONS = {
         "five", "$", "?", "CO2", "9e99999", "2n + 1", "x_1", "n^2+1", "n^2 + 1", "x + 5", "n-3", "x^2 - 4",
         "a*5", r"\sqrt{3} + 2", r"\frac{x}{2} + 5", "π + 2", r"$x+1$", "f(x) - 2", "(n + 1)^2 + 5", "5 + x",
         "5 - n", "3 * y", "1/x", "2(x + 1)", r"5 + \sqrt{2}", r"3 \cdot x", "y = x + 3", "−x + 4", "k - 12",
+        "2*pi", "sqrt(3) + 2", "f(3)", "5a + 3b", "3k-1", "2 * sqrt(5)", "(n+1)/2", "2 - a*b", "log(5)",
     ],
     "5": ["5 \\", "H2O has 5", "5/hour", "5 x 3", "5x3", "a 5", "5 - a dozen", "5 - I think", "total - 5",
-        "5/h", "n = 5", "5 = n", "5 - 3", "5 (n apples)", "n: 5"],
+        "5/h", "n = 5", "5 = n", "5 - 3", "5 (n apples)", "n: 5", "5m/s", "5m - that is it",
+        "5 - pie"],
 }
 
 # Expected value -> texts without a marker, whose last number is the answer.
