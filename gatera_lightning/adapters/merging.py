@@ -76,4 +76,5 @@ def _merged_weight(layer: AdaptedLinear) -> Tensor:
     delta = layer.update.delta_weight(weight)  # (out, in)
     if layer.gate is not None:
         delta = delta * layer.gate.constant_value()
-    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return (weight.to(wide) + delta).to(weight.dtype)

@@ -80,6 +80,7 @@ def save_adapter(
         "id": backbone or getattr(hf_config, "_name_or_path", None) or None,
         "revision": revision or getattr(hf_config, "_commit_hash", None),
         "fingerprint": backbone_identity(model),
+        "attn_implementation": getattr(hf_config, "_attn_implementation", None),
     }
     config = next(iter(layers.values())).config
     dtype = reduce(

@@ -1,7 +1,8 @@
 """Settings of the frozen model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gatera_lightning.backbone.source import source_problems
 from gatera_lightning.errors import type_problems
@@ -46,3 +47,19 @@ class BackboneConfig:
         """
         found = type_problems("backbone", self)
         return [*found.values(), *([] if "id" in found else source_problems(self.id))]
+
+
+def stored_backbone(origin: Mapping[str, Any], dtype: Dtype) -> BackboneConfig:
+    """Return the settings that load the backbone of an adapter folder.
+
+    Eager attention is kept, because some architectures have no other. Another kernel is not: it may not exist
+    on this machine. Model code is never trusted because a file says so.
+
+    Args:
+        origin: The folder's description of its backbone: ``id``, ``revision`` and ``attn_implementation``.
+        dtype: Dtype of the frozen weights.
+    """
+    attention: Attention = "eager" if origin.get("attn_implementation") == "eager" else "sdpa"
+    return BackboneConfig(
+        id=origin["id"] or "", revision=origin["revision"], dtype=dtype, attn_implementation=attention
+    )

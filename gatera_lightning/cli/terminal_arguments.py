@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.serialization import read_adapter_config
-from gatera_lightning.backbone.config import BackboneConfig, Dtype
+from gatera_lightning.backbone.config import BackboneConfig, Dtype, stored_backbone
 from gatera_lightning.errors import AdapterFileError, ConfigError
 
 
@@ -137,7 +137,7 @@ def _check_adapter(args: argparse.Namespace, problems: list[str]) -> ModelChoice
             f"--gates: {args.adapter} has no gates (gate: none, update: {adapter.update}); accepted: "
             "static, token"
         )
-    backbone = BackboneConfig(id=origin["id"] or "", revision=origin["revision"], dtype=args.dtype)
+    backbone = stored_backbone(origin, args.dtype)
     return ModelChoice(backbone, adapter)
 
 

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from gatera_lightning.adapters.kernels.differentiation import first_order_only
 from gatera_lightning.backbone.probes import replaced_forward
 
 LOGITS_PER_CHUNK = 2**25
@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
         # In dloss's dtype: a GPU would cast dloss to bf16 to multiply a bf16 tensor, which scales every

@@ -61,6 +61,7 @@ def describe_adapter(model: nn.Module, adapter: AdapterConfig, backbone: Backbon
             "id": backbone.id,
             "revision": backbone.revision or getattr(model.config, "_commit_hash", None),
             "fingerprint": backbone_identity(model),
+            "attn_implementation": getattr(model.config, "_attn_implementation", None),
         },
     }
 

@@ -146,6 +146,7 @@ def test_folder_describes_adapter(tiny_llama, tmp_path):
             "fingerprint": backbone_fingerprint(
                 {n: weight_fingerprint(m.base.weight) for n, m in layers.items()}
             ),
+            "attn_implementation": "sdpa",
         },
     }
     config, origin = serialization.read_adapter_config(tmp_path)

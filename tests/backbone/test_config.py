@@ -6,6 +6,7 @@ import pytest
 
 from gatera_lightning import BackboneConfig, ConfigError
 from gatera_lightning.backbone import load_backbone, source
+from gatera_lightning.backbone.config import stored_backbone
 from gatera_lightning.backbone.source import hub_id
 
 
@@ -129,3 +130,23 @@ def test_hub_id_is_none_for_local_sources(tiny_backbone):
     assert hub_id("gpt2") == "gpt2"
     assert hub_id(str(tiny_backbone)) is None
     assert hub_id("model.gguf") is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "used"),
+    [
+        ("eager", "eager"),
+        ("sdpa", "sdpa"),
+        ("flash_attention_2", "sdpa"),
+        (None, "sdpa"),
+        ("my.module:f", "sdpa"),
+    ],
+)
+def test_stored_backbone_keeps_eager_attention_and_never_trusts_code(stored, used):
+    origin = {"id": "gpt2", "revision": "abc", "attn_implementation": stored, "trust_remote_code": True}
+    assert stored_backbone(origin, "float32") == BackboneConfig("gpt2", "abc", "float32", used)
+
+
+def test_backbone_of_an_old_folder_uses_the_default_attention():
+    origin = {"id": "gpt2", "revision": None, "fingerprint": "ab"}
+    assert stored_backbone(origin, "auto").attn_implementation == "sdpa"

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gatera_lightning.adapters.kernels.autocast import autocast_disabled
+from gatera_lightning.adapters.kernels.differentiation import first_order_only, transforms_are_active
 
 
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class _GatedHadamard(torch.autograd.Function):
         return add_gated_product(y, x, hadamard_weight(weight, a, b), g)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, g = ctx.saved_tensors
         dtype = weight.dtype
@@ -139,6 +139,8 @@ def add_gated_hadamard(
     Returns:
         The sum, (..., out), in y's dtype.
     """
+    if transforms_are_active():
+        return add_gated_product(y, x, hadamard_weight(weight, a, b), g)
     return cast(Tensor, _GatedHadamard.apply(y, x, weight, a, b, g))  # type: ignore[no-untyped-call]
 
 
@@ -155,7 +157,7 @@ class _MergedHadamard(torch.autograd.Function):
         return y.detach()  # models may write to the output in place, which a view would not allow
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         dx = da = db = None

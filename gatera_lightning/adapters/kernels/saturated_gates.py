@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gatera_lightning.adapters.kernels.autocast import autocast_disabled, matmul_dtype
+from gatera_lightning.adapters.kernels.differentiation import first_order_only
 from gatera_lightning.adapters.kernels.hadamard import (
     add_gated_hadamard,
     factor_gradients,
@@ -102,7 +102,7 @@ class _SkippingHadamard(torch.autograd.Function):
             return y.view(*x.shape[:-1], len(weight)).detach()
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, g, between = ctx.saved_tensors
         dtype = weight.dtype
@@ -159,7 +159,7 @@ class _PartitionedHadamard(torch.autograd.Function):
             return y.index_select(0, inverse).view(*x.shape[:-1], len(weight)).detach()
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, g, order, inverse = ctx.saved_tensors
         closed, not_open, dtype = ctx.closed, ctx.not_open, weight.dtype

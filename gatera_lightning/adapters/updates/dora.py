@@ -29,7 +29,7 @@ class DoRA(Update):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(base, rank=rank, scale=scale, dtype=dtype, generator=generator)
-        self.magnitude = nn.Parameter(torch.linalg.vector_norm(base.weight.detach(), dim=1, dtype=dtype))
+        self.magnitude = nn.Parameter(_row_norm(base.weight.detach(), dtype))
 
     @torch.no_grad()
     def row_norm(self, weight: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class DoRA(Update):
         Uses ``‖w‖² + 2s b·(A w) + s² b·(AAᵀ) b``.
         """
         dtype = self.a.dtype
-        own = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+        own = _row_norm(weight, dtype).square()
         cross = (F.linear(weight, self.a.to(weight.dtype)).to(dtype) * self.b).sum(1)
         low_rank = ((self.b @ (self.a @ self.a.t())) * self.b).sum(1)
         norm: Tensor = (own + 2 * self.scale * cross + self.scale**2 * low_rank).clamp_min(0).sqrt()
@@ -80,3 +80,10 @@ class DoRA(Update):
         own = weight.to(self.a.dtype)
         direction = own + self.scale * (self.b @ self.a)
         return (self.magnitude / self.row_norm(weight)).unsqueeze(1) * direction - own
+
+
+def _row_norm(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the norm of every row of a weight, (out,), which may be wider than ``dtype``."""
+    wide = torch.promote_types(weight.dtype, dtype)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
+    return norm.to(dtype)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.gates import GateValues
+from gatera_lightning.adapters.kernels.differentiation import transforms_are_active
 from gatera_lightning.adapters.kernels.hadamard import (
     add_gated_hadamard,
     add_gated_product,
@@ -37,7 +38,7 @@ class HiRA(Update):
         if cached is not None:
             return add_gated_product(base(x), dropout(x), cached, g)
         fused = self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity)
-        if fused and has_plain_forward(base):
+        if fused and has_plain_forward(base) and not transforms_are_active():
             if gate is None and _merging_is_accurate(x, base.weight):
                 return merged_hadamard(x, base.weight, base.bias, self.a, self.b)
             if gate is not None and gate.has_thresholds and not x.is_meta:

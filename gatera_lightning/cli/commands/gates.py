@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import remove_adapters
 from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config
-from gatera_lightning.backbone.config import BackboneConfig, Dtype
+from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import (
     context_length,
     default_device,
@@ -51,7 +51,7 @@ def gates(argv: Sequence[str]) -> None:
     args, fit_flags = _parser().parse_before_fit(argv)
     configs = _check_arguments(args, fit_flags)
     _, origin = configs[0]
-    backbone = BackboneConfig(id=origin["id"], revision=origin["revision"], dtype=args.dtype)
+    backbone = stored_backbone(origin, args.dtype)
     tokenizer = load_tokenizer(backbone)
     if fit_flags:
         texts, description = _recipe_texts(args, fit_flags, tokenizer)

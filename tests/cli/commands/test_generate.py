@@ -306,3 +306,24 @@ def test_adapter_without_gates_is_reported(problems, no_weights, talkative, tmp_
     assert problems("generate", "--adapter", adapter, "--prompt", "a", "--gates") == [
         f"--gates: {adapter} has no gates (gate: none, update: hira); accepted: static, token"
     ]
+
+
+def test_adapter_of_an_eager_only_architecture_is_used_as_it_was_trained(tmp_path, capsys):
+    """Bloom has no sdpa attention; the folder says how its backbone is loaded."""
+    from tiny_backbone import tiny_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from gatera_lightning import AdapterConfig, BackboneConfig, inject_adapters, save_adapter
+    from gatera_lightning.backbone import load_backbone
+
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    config = AutoConfig.for_model("bloom", bos_token_id=0, eos_token_id=1, pad_token_id=2, **sizes)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    model = load_backbone(BackboneConfig(str(tmp_path / "bloom"), attn_implementation="eager"))
+    inject_adapters(model, AdapterConfig(rank=2, target_modules=["query_key_value"]))
+    save_adapter(model, tmp_path / "adapter")
+    flags = ["--adapter", str(tmp_path / "adapter"), "--max_new_tokens", "3"]
+    assert main(["generate", *flags, "--prompt", "Hello"]) == 0, capsys.readouterr().err
+    assert main(["gates", "--adapter", flags[1], "--text", "Hello", "--out", str(tmp_path / "g.html")]) == 0
