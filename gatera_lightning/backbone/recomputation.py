@@ -54,14 +54,9 @@ class _SavedTensorHooks:
     def __init__(self) -> None:
         self._found: dict[Node, _Recomputed | None] = {}
         self._narrow: dict[Node, _Saved] = {}
-        # Sequence number of a node -> the nodes that made what it saved through these hooks. Nodes inside a
-        # checkpointed layer save elsewhere, and what they saved can be unpacked only once.
-        self._saved_from: dict[int, set[Node | None]] = {}
 
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Autograd's hook."""
-        number = torch.autograd._get_sequence_nr() - 1  # of the node that was just created and saves this
-        self._saved_from.setdefault(number, set()).add(tensor.grad_fn)
         base = tensor if tensor._base is None else tensor._base
         node = base.grad_fn
         if node is None or base._version > 0:  # after an in-place write it may not be the node's output
@@ -80,7 +75,6 @@ class _SavedTensorHooks:
         """Drop the references to the graph after the forward pass; the graph refers to its hooks."""
         self._found.clear()
         self._narrow.clear()
-        self._saved_from.clear()
 
     def _recomputed(self, node: Node, depth: int = 1) -> "_Recomputed | None":
         """Return how to recompute a node's output; None if an input is missing or it takes too long."""
@@ -92,8 +86,7 @@ class _SavedTensorHooks:
     def _search(self, node: Node, depth: int) -> "_Recomputed | None":
         sources = [source for source, _ in node.next_functions if source is not None]
         saves_nothing = node.name() == "ToCopyBackward0"
-        saved_from = self._saved_from.get(node._sequence_nr())
-        if not saves_nothing and (saved_from is None or not saved_from <= {*sources, None}):
+        if not saves_nothing and not _saved_by_these_hooks(node):
             return None
         # A product saves a factor for the gradient of the other one, and does not if that is a frozen weight
         # or a number.
@@ -104,6 +97,22 @@ class _SavedTensorHooks:
             inputs = [found for source in sources if (found := self._found.get(source)) is not None]
             recomputed = _Recomputed(node, inputs)
         return recomputed if recomputed is not None and recomputed.operations <= MAX_OPERATIONS else None
+
+
+def _saved_by_these_hooks(node: Any) -> bool:
+    """Return whether everything that a node saved went through hooks of this module.
+
+    Nodes inside a checkpointed layer save elsewhere, and what they saved can be unpacked only once.
+    """
+    raw = (getattr(node, name, None) for name in ("_raw_saved_self", "_raw_saved_other"))
+    saved = [each.data for each in raw if each is not None]  # None for a factor that was not needed
+    through_hooks = [data for data in saved if data is not None and not _is_number(data)]
+    return bool(through_hooks) and all(isinstance(data, _PACKED) for data in through_hooks)
+
+
+def _is_number(data: Any) -> bool:
+    """Return whether a node saved a Python number, which no hook sees."""
+    return isinstance(data, Tensor) and data.ndim == 0
 
 
 class _Recomputed:
@@ -199,6 +208,10 @@ class _Widened:
 
     def __call__(self) -> Tensor:
         return self._narrow().to(self._dtype)
+
+
+_PACKED = (_Recomputed, _Saved, _RecomputedView, _Widened)
+"""What :class:`_SavedTensorHooks` packs tensors into."""
 
 
 def _narrower_dtype(node: Node, copy: Tensor) -> torch.dtype | None:

@@ -402,3 +402,52 @@ def test_chain_deeper_than_the_recursion_limit():
         for _ in range(3000):
             h = h * 1.0
         h.sin().sum().backward()
+
+
+def _silu_product(a, b):
+    return F.silu(a) * b
+
+
+def _product(a, b):
+    return a * b
+
+
+def _gelu_product(a, b):
+    return F.gelu(a) * b
+
+
+@pytest.mark.parametrize("first", [_silu_product, _product, _gelu_product])
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda x, y, w: checkpoint(_silu_product, w, w, use_reentrant=False),
+        lambda x, y, w: checkpoint(_silu_product, x, y, use_reentrant=False),  # the inputs of the first one
+        lambda x, y, w: checkpoint(_product, y, x, use_reentrant=False),
+        lambda x, y, w: checkpoint(torch.matmul, w, w, use_reentrant=False),
+        lambda x, y, w: _SavesItsInput.apply(x),
+    ],
+    ids=["leaves", "same inputs", "swapped inputs", "matmul", "custom function"],
+)
+def test_checkpoint_that_ends_in_a_product_before_another_one(first, second):
+    """What the second one saves must not count as saved by the first one's last node."""
+
+    def loss(x, y, w):
+        z = checkpoint(first, x, y, use_reentrant=False)
+        other = second(x, y, w)
+        return (z @ w).sum() + other.sum()
+
+    compare(
+        loss,
+        [torch.randn(4, 4, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)],
+    )
+
+
+class _SavesItsInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * ctx.saved_tensors[0] * dy

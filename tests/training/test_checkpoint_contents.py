@@ -42,7 +42,7 @@ def test_checkpoint_of_same_module_fits(build):
     check_entries(checkpoint, "the checkpoint")
     check_checkpoint_fits(checkpoint, module.model)
     assert checkpoint["adapter"]["gate"]["kind"] == "token"
-    assert set(checkpoint["backbone"]) == {"id", "revision", "fingerprint"}
+    assert set(checkpoint["backbone"]) == {"id", "revision", "fingerprint", "attn_implementation"}
 
 
 def test_checkpoint_of_other_backbone_is_rejected(build):
