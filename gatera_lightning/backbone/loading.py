@@ -37,12 +37,20 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
     """
     if gguf_file(config.id) is None:
         load_config(config)  # which refuses architectures before weights are read
-    model: PreTrainedModel = _from_pretrained(
+    model: PreTrainedModel
+    model, found = _from_pretrained(
         AutoModelForCausalLM,
         config,
         dtype=native_dtype(device_type) if config.dtype == "auto" else getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
+        output_loading_info=True,
     )
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"backbone.id: the weights of {config.id!r} lack {len(missing)} tensors of "
+            f"{type(model).__name__} ({missing[0]}, …), which would be random; accepted: the complete "
+            "weights of a causal language model"
+        )
     prepare_for_training(model, config)
     return model
 

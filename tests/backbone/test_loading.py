@@ -8,6 +8,7 @@ import platform
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_backbone import tiny_backbone_folder, tiny_data, tiny_module, tiny_trainer
 from torch import nn
 from transformers import (
@@ -277,7 +278,11 @@ def gguf_file(tmp_path):
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(3)
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_vocab_size(64)
     writer.add_tensor("token_embd.weight", np.zeros((64, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -304,10 +309,34 @@ def test_bad_gguf_file_ends_in_one_sentence(gguf_file, damage, load):
         load(BackboneConfig(id=str(gguf_file)))
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, load_backbone])
-def test_gguf_file_without_a_whole_model_ends_in_one_sentence(gguf_file, load):
+def test_gguf_file_without_a_tokenizer_ends_in_one_sentence(gguf_file):
     with pytest.raises(ConfigError, match=r"^backbone.id: '.*model.gguf' is corrupt, cut short, or of an"):
-        load(BackboneConfig(id=str(gguf_file)))
+        load_tokenizer(BackboneConfig(id=str(gguf_file)))
+
+
+def test_gguf_file_without_all_tensors_is_rejected(gguf_file):
+    with pytest.raises(ConfigError, match=r"model.gguf' lack \d+ tensors of LlamaForCausalLM \("):
+        load_backbone(BackboneConfig(id=str(gguf_file)))
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        lambda name: name == "lm_head.weight",
+        lambda name: "layers.1." in name,
+        lambda name: name == "model.norm.weight",
+    ],
+    ids=["head", "layer", "norm"],
+)
+def test_load_backbone_rejects_incomplete_weights(tmp_path, lost):
+    """Transformers would draw the rest at random."""
+    folder = tiny_backbone_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    assert any(map(lost, tensors))
+    kept = {name: tensor for name, tensor in tensors.items() if not lost(name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack \d+ tensors of LlamaForCausalLM \((lm_head|model)"):
+        load_backbone(BackboneConfig(id=str(folder)))
 
 
 def test_load_backbone_names_weights_that_do_not_fit(tmp_path):
