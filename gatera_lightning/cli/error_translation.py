@@ -141,7 +141,8 @@ def _fault(error: BaseException) -> tuple[str, str]:
     if type(error).__name__ == "MisconfigurationException":
         return text, "change the setting that it names"
     if isinstance(error, RuntimeError) and _LOST_RANK.search(text):
-        return f"lost the connection to another rank ({text})", "the message of the rank that failed says why"
+        reason = re.sub(r"^\[\S+:\d+\] ?", "", text).partition(". This is typically")[0]
+        return f"lost the connection to another rank ({reason})", "the message of that rank says why"
     if isinstance(error, OSError):
         return text, "check the path, the network and the permissions"
     return f"{type(error).__name__}{_colon(text)}", _BUG

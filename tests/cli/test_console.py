@@ -18,9 +18,12 @@ def test_console_shows_information_on_rank_zero_only(monkeypatch, rank, shown):
     monkeypatch.setattr(console, "global_rank", lambda: rank)
     set_up_console()
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())  # a live progress bar replaces it as well
+    package_log.info("Seed set to 0")  # Lightning's, without a meaning for the run
     package_log.info("info")
     package_log.warning("warning")
     assert stream.getvalue().splitlines() == shown
+    package_log.warning("file \x1b[2J.json")
+    assert stream.getvalue().endswith("file \\u001b[2J.json\n")
 
 
 def test_console_leaves_configured_log_alone():

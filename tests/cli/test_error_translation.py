@@ -29,7 +29,10 @@ def os_error(number, *names):
         (MemoryError(), ["out of memory; use a smaller data.init_args.batch_size"]),
         (RuntimeError("CUDA out of memory. Tried to allocate"), ["out of memory: CUDA", "batch_size"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["out of memory: Default"]),
-        (RuntimeError("[../gloo/pair.cc:534] Connection closed by peer"), ["lost the connection to another"]),
+        (
+            RuntimeError("[/x/gloo/pair.cc:534] Connection closed by peer. This is typically caused by"),
+            ["lost the connection to another rank (Connection closed by peer); the message of that rank"],
+        ),
         (LocalEntryNotFoundError("no such entry"), ["no such entry; check the name, the network"]),
         (ConnectionResetError(104, "reset"), ["network: ", "HF_HUB_OFFLINE=1"]),
         (SafetensorError("header too small"), ["a .safetensors file is damaged: header too small"]),
