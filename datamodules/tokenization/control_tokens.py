@@ -134,8 +134,12 @@ _KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ControlTokens]] = 
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
-    """Return a tokenizer's control tokens: special tokens, and added tokens that its chat template writes."""
-    state = (len(tokenizer), str(tokenizer.special_tokens_map), tokenizer.chat_template)
+    """Return a tokenizer's control tokens: special tokens, and added tokens that its chat template writes.
+
+    They are found once for each tokenizer, chat template and special tokens: looking at all tokens for every
+    text would take longer than tokenizing it.
+    """
+    state = (str(tokenizer.special_tokens_map), tokenizer.chat_template)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != state:
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
