@@ -131,7 +131,7 @@ PLAIN = [
         "model.decoding.max_new_token: there is no such setting of Decodin",
     ),
     (["--model.adapter.rank", ""], "model.adapter.rank: ''; accepted: an integer"),
-    (["--data.init_args.train", "everyday"], "data.init_args.train: "),
+    (["--model.adapter.layers", "x"], "model.adapter.layers: 'x'; accepted: a list, such as '[a, b]', null"),
     (
         ["--model", "none.yaml"],
         "model: 'none.yaml' is no file; accepted: a file of settings, or the settings",
