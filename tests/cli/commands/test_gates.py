@@ -31,6 +31,8 @@ def test_gates_rejects_recipe_with_other_tokenizer(tuned, tiny_backbone, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["one more"])
     tokenizer.save_pretrained(other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": len(tokenizer)}))
     recipe = ["--config", "quickstart.yaml", "--model.backbone.id", str(other)]
     assert run_gates(tmp_path, *recipe, texts=[]) == 2
     message = (
