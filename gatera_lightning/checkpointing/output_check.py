@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import stat
 import tempfile
 from contextlib import suppress
@@ -32,13 +33,19 @@ def folder_problem(folder: Path, room: int = MIB) -> str:
             return f"{place} is not a folder"
         with tempfile.NamedTemporaryFile(dir=place, prefix=".check-", suffix=TEMPORARY) as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, room)
+                os.posix_fallocate(file.fileno(), 0, _of_one_file(room))
             except OSError as error:
                 if error.errno not in _CANNOT_RESERVE:
                     raise
     except OSError as error:
         return f"{place}: {error.strerror or error}"
     return ""
+
+
+def _of_one_file(room: int) -> int:
+    """The part of the room that one file may take where the size of files is limited, as on some clusters."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return room if limit == resource.RLIM_INFINITY else min(room, max(limit, MIB))
 
 
 def file_problem(path: Path, room: int = MIB) -> str:

@@ -57,12 +57,14 @@ def test_missing_room_is_named(tmp_path, monkeypatch):
 def test_limit_on_file_sizes_is_named(tmp_path):
     """A limit of the process, as clusters set it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    problems = []
     try:
-        problem = folder_problem(tmp_path)
+        for limit in (1_000, 2**21):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            problems.append(folder_problem(tmp_path, room=2**24))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert problem == f"{tmp_path}: File too large"
+    assert problems == [f"{tmp_path}: File too large", ""]  # several files of 2 MiB fit
 
 
 def test_file_system_without_reservation_passes(tmp_path, monkeypatch):
