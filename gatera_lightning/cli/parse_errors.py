@@ -65,6 +65,9 @@ def describe(parser: argparse.ArgumentParser, message: str) -> str:
     if text.startswith("Unexpected config:"):
         value = text.partition(":")[2].strip()
         return f"--config: {value!r:.60}; accepted: a mapping of settings, such as 'trainer: …'"
+    if found := re.match(r'Spaces not allowed in keys: "(.*)"|Key must be a string, got: (.*?)\.?$', text):
+        reason = f"{found[1]!r} holds a space" if found[1] else f"{found[2]} is no text"
+        return f"--config: the key {reason}; accepted: names of settings"
     if found := re.fullmatch(r'Invalid option "(.*)" for (.*)', text):
         return f"{found[2]}: {found[1]!r}; accepted: {found[2]} or {found[2]}=skip_default"
     if text.startswith("Parser key"):

@@ -222,13 +222,15 @@ def test_error_of_flags(fit_parser, tmp_path, args, message):
         ("# a comment\n", "--config: mine.yaml is empty"),
         ("hello", "--config: mine.yaml holds 'hello'; accepted: a mapping"),
         ("3", "--config: '3'; accepted: a mapping of settings"),
+        ("1: 2", "--config: the key 1 is no text; accepted: names of settings"),
+        ("{a b: 1}", "--config: the key 'a b' holds a space; accepted: names of settings"),
         ("checkpoint: {mode: mn}", "checkpoint.mode: 'mn'; accepted: min, max, null; did you mean 'min'?"),
         (
             "trainer: {logger: {class_path: CSVLogger, init_args: {save_dri: x}}}",
             "trainer.logger.save_dri: there i",
         ),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_error_of_config(fit_parser, tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)

@@ -278,7 +278,7 @@ def recipes() -> list[BadInput]:
 
     for name in (*CONFIG_TEXTS, "latin", "folder", "none"):
         args = ("fit", "RECIPE", "--config", f"configs/{name}.yaml")
-        add("configs", name, *args, named=(f"{name}.yaml", "there is", "; accepted: ", "Key", "config"))
+        add("configs", name, *args, named=(f"{name}.yaml", "there is", "; accepted: ", "config"))
     for name in ("quickstrat.yaml", "lroa.yaml", "overlays/dorra.yaml", "", "/", "/dev/null/x", "cpu.yml"):
         add("config names", repr(name), "fit", "--config", name, named=("--config",))
     for setting in NUMBERS:
