@@ -124,6 +124,7 @@ def write_adapter(
     description = {
         "format_version": FORMAT_VERSION,
         "adapter": config.to_dict(),
+        "adapter_sha256": _settings_digest(config.to_dict()),
         "backbone": origin,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -173,10 +174,19 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
         raise AdapterFileError(f"{path}: {error}") from error
     if problems := config.problems():
         raise AdapterFileError(f"{path}: {'; '.join(problems)}")
+    if version >= 3 and description.get("adapter_sha256") != _settings_digest(values):
+        raise AdapterFileError(
+            f"{path}: corrupt, or changed after it was saved: the SHA-256 of 'adapter' is not "
+            "'adapter_sha256', so the weights were trained with other settings"
+        )
     if "template" in description and description["template"] not in get_args(Template):
         problem = unknown_value("template", description["template"], get_args(Template))
         raise AdapterFileError(f"{path}: {problem}")
     return config, origin
+
+
+def _settings_digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _read_description(folder: str | Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from gatera_lightning.evaluation.recorded_example import check_record
 from gatera_lightning.evaluation.results import SUMMARY_FILE, EvaluationResult
 from gatera_lightning.evaluation.results_table import print_results
 from gatera_lightning.evaluation.text_metrics import bert_layer_problem
-from gatera_lightning.printing import SafeConsole
+from gatera_lightning.terminal.printing import SafeConsole
 
 log = logging.getLogger(__name__)
 

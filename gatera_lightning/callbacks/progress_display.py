@@ -5,7 +5,7 @@ import sys
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn
 
-from gatera_lightning.printing import SafeConsole, print_text
+from gatera_lightning.terminal.printing import SafeConsole, print_text
 
 
 class ProgressDisplay:

@@ -8,7 +8,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from gatera_lightning.datamodules.loss_mask_view import highlight_supervised
-from gatera_lightning.printing import SafeConsole
+from gatera_lightning.terminal.printing import SafeConsole
 
 
 class RunSummary(L.Callback):

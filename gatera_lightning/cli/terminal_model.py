@@ -36,7 +36,7 @@ from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.colored_text import color_by_gate, color_scale
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
 from gatera_lightning.generation.streaming import TextStream
-from gatera_lightning.printing import SafeConsole
+from gatera_lightning.terminal.printing import SafeConsole
 
 
 class Answer(NamedTuple):

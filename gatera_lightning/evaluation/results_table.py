@@ -5,7 +5,7 @@ from rich.text import Text
 
 from gatera_lightning.evaluation.results import MEASURE_LABELS, EvaluationResult
 from gatera_lightning.evaluation.text_metrics import CORPUS_METRICS, EXAMPLE_METRICS
-from gatera_lightning.printing import SafeConsole
+from gatera_lightning.terminal.printing import SafeConsole
 
 _UNLIMITED_WIDTH = 10_000
 

@@ -127,8 +127,10 @@ def test_folder_describes_adapter(tiny_llama, tmp_path):
     save_adapter(model, tmp_path, backbone="meta-llama/Llama-3.2-1B", revision="abc123")
     description = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     layers = adapted_linears(model)
+    settings = json.dumps(description["adapter"], sort_keys=True).encode()
     assert description == {
         "format_version": 3,
+        "adapter_sha256": hashlib.sha256(settings).hexdigest(),
         "weights_sha256": hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest(),
         "adapter": {
             "update": "dora",
@@ -540,3 +542,13 @@ def test_wrapped_model_saves_and_loads_plain_names(folder, tiny_llama, tmp_path,
     ).read_bytes()
     load_adapter(tiny_llama(), tmp_path / "again")
     load_adapter(wrapped, folder)
+
+
+def test_changed_setting_is_refused(tiny_llama, tmp_path):
+    save_adapter(_adapted(tiny_llama()), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    description["adapter"]["alpha"] = 2 * (description["adapter"]["alpha"] or 1)
+    path.write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(AdapterFileError, match="the SHA-256 of 'adapter' is not 'adapter_sha256'"):
+        load_adapter(tiny_llama(), tmp_path)

@@ -10,7 +10,7 @@ from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.comparison import compare_runs
 from gatera_lightning.evaluation.comparison_report import as_json, as_markdown
 from gatera_lightning.evaluation.recorded_run import RecordedRun, read_run
-from gatera_lightning.printing import print_text
+from gatera_lightning.terminal.printing import print_text
 
 _WRITERS = {".md": as_markdown, ".json": as_json}
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.lightning_cli import GateRACLI
 from gatera_lightning.evaluation.results import EvaluationResult
-from gatera_lightning.printing import SafeConsole
+from gatera_lightning.terminal.printing import SafeConsole
 
 
 def demo(argv: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from gatera_lightning.datamodules.batching.statistics import (
 )
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.printing import print_text
+from gatera_lightning.terminal.printing import print_text
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.checkpointing.output_check import folder_problem
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.printing import print_text
+from gatera_lightning.terminal.printing import print_text
 from gatera_lightning.training import hyperparameters  # noqa: F401  # reads settings of version 0.1
 
 _REQUIRED_KEYS = ("state_dict", "adapter", "backbone", "global_step")

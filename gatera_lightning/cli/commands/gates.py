@@ -34,7 +34,7 @@ from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, pro
 from gatera_lightning.gate_analysis.report import AdapterProfile, build_report, render_page
 from gatera_lightning.gate_analysis.token_labels import token_labels
 from gatera_lightning.generation.decoding import DecodingConfig, generate
-from gatera_lightning.printing import print_text
+from gatera_lightning.terminal.printing import print_text
 
 FORMATS = ("html", "png", "json")
 

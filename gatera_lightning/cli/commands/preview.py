@@ -21,7 +21,7 @@ from gatera_lightning.datamodules.batching.statistics import (
 from gatera_lightning.datamodules.loss_mask_view import decode_span, highlight_supervised
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError, unknown_value
-from gatera_lightning.printing import SafeConsole
+from gatera_lightning.terminal.printing import SafeConsole
 
 SPLITS = ("train", "validation", "test")
 

@@ -25,7 +25,7 @@ from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.trusted_code import REMOTE_CODE
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.printing import print_text
+from gatera_lightning.terminal.printing import print_text
 
 # Loggers that write to save_dir/name/version.
 _VERSIONED_LOGGERS = {"TensorBoardLogger", "CSVLogger"}

@@ -7,7 +7,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from gatera_lightning.printing import SafeConsole, print_text
+from gatera_lightning.terminal.printing import SafeConsole, print_text
 
 HOSTILE = "a\x1b[31mb\x9b2Jc\u202ed\re\x07f\ud800"
 ESCAPED = "a\\u001b[31mb\\u009b2Jc\\u202ed\\u000de\\u0007f\\ud800"

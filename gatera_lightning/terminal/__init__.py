@@ -1,0 +1,1 @@
+"""Text in a terminal that others have written."""
