@@ -548,7 +548,7 @@ def test_changed_setting_is_refused(tiny_llama, tmp_path):
     save_adapter(_adapted(tiny_llama()), tmp_path)
     path = tmp_path / "adapter_config.json"
     description = json.loads(path.read_text(encoding="utf-8"))
-    description["adapter"]["alpha"] = 2 * (description["adapter"]["alpha"] or 1)
+    description["adapter"]["dropout"] = 0.5
     path.write_text(json.dumps(description), encoding="utf-8")
     with pytest.raises(AdapterFileError, match="the SHA-256 of 'adapter' is not 'adapter_sha256'"):
         load_adapter(tiny_llama(), tmp_path)

@@ -32,8 +32,8 @@ PACKAGE = Path(gatera_lightning.__file__).parent
 SOURCES = sorted(
     {path.resolve() for path in PACKAGE.rglob("*.py")} | set((PACKAGE / "datamodules").rglob("*.py"))
 )
-OTHER_LIBRARIES = {"_version", "_base", "_cdata"}
-"""Private names of tensors and storages that also occur in Lightning or TensorBoard."""
+OTHER_LIBRARIES = {"_version", "_base", "_cdata", "_modules"}
+"""Private names of tensors, storages and modules that also occur in Lightning or TensorBoard."""
 
 
 def private_names(source):
