@@ -142,7 +142,10 @@ def _fault(error: BaseException) -> tuple[str, str]:
         return text, "change the setting that it names"
     if isinstance(error, RuntimeError) and _LOST_RANK.search(text):
         reason = re.sub(r"^\[\S+:\d+\] ?", "", text).partition(". This is typically")[0]
-        return f"lost the connection to another rank ({reason})", "the message of that rank says why"
+        advice = (
+            "the message of that rank says why; without one, something killed it, such as a lack of memory"
+        )
+        return f"lost the connection to another rank ({reason})", advice
     if isinstance(error, OSError):
         return text, "check the path, the network and the permissions"
     return f"{type(error).__name__}{_colon(text)}", _BUG
