@@ -69,4 +69,4 @@ def test_page_of_nothing_is_refused():
 
 def test_a_text_is_no_list_of_texts():
     with pytest.raises(TypeError, match="generated is 'abc'; accepted: a list of texts"):
-        token_f1("abc", "abd")
+        token_f1("abc", "abx")
