@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 flush_output()
         except BaseException as error:
+            signals.ignore()  # one that arrives during the report would replace it by a traceback
             code = report(error, command, signals.received, show_traceback=show_traceback)
             if code is None:
                 raise

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from gatera_lightning.errors import Interrupted
 
@@ -27,6 +28,7 @@ class EndingSignals:
         self.received: int | None = None
         """The last signal; set even if a library has replaced the exception by one of its own."""
         self._process = os.getpid()
+        self._previous: dict[int, Any] = {}
 
     @contextmanager
     def raised(self) -> Iterator[None]:
@@ -34,15 +36,19 @@ class EndingSignals:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python handles signals in the main thread only
             return
-        previous = {}
         for number in _ENDING_SIGNALS:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                previous[number] = signal.signal(number, self._raise)
+                self._previous[number] = signal.signal(number, self._raise)
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            while self._previous:
+                signal.signal(*self._previous.popitem())
+
+    def ignore(self) -> None:
+        """Let further signals do nothing until the context ends: SLURM and torchrun send several."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker would print a traceback

@@ -78,3 +78,21 @@ def test_small_command_ends_with_one_line(monkeypatch, capsys, number, code):
     assert capsys.readouterr().err == (
         f"python -m gatera_lightning: ended by {number.name} during compare; its work is not complete\n"
     )
+
+
+def test_second_signal_does_not_disturb_the_report(monkeypatch, capsys):
+    """SLURM and torchrun send SIGTERM to a rank that is about to say why it ended."""
+    from gatera_lightning.cli import error_report
+    from gatera_lightning.cli.commands import compare
+
+    before, translate = handlers(), error_report.translate
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return translate(*args)
+
+    monkeypatch.setattr(error_report, "translate", interrupted)
+    monkeypatch.setattr(compare, "read_run", lambda path: 1 / 0)
+    assert main(["compare", "a", "b"]) == 1
+    assert "division by zero" in capsys.readouterr().err
+    assert handlers() == before
