@@ -42,7 +42,8 @@ def prepared_for_inference(
     merged weight.
 
     The cache takes as much memory as the adapted weights (without thresholds, HiRA's weights only). Layers
-    with sharded weights, with hooks or with a forward of their own are left as they are. If the adapter's
+    with sharded weights, with hooks (also those added inside the block) or with a forward of their own are
+    left as they are. If the adapter's
     parameters change inside the block, the next forward pass raises.
 
     Args:

@@ -55,7 +55,8 @@ class AdaptedLinear(nn.Module):
         """Compute the adapted layer's output: (..., in) -> (..., out)."""
         if x.ndim == 1:
             return cast(Tensor, self(x.unsqueeze(0))).squeeze(0)
-        if self._inference_path is not None:  # first, because Python's overhead shows when decoding one token
+        # First, because Python's overhead shows when decoding one token. A hook may have been added since.
+        if self._inference_path is not None and has_plain_forward(self.base):
             return self._inference_path(x, self._gate_listener)
         gate = self.gate
         if gate is None:

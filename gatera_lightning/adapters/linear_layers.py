@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 _UNQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_TENSORS = (Tensor, nn.Parameter, DTensor, FakeTensor)
@@ -15,13 +17,36 @@ def has_plain_forward(linear: nn.Linear) -> bool:
     A subclass may override ``forward``, a library may replace it on the instance, and hooks may change the
     input and the output. What the layer computes is then only known by calling it.
     """
-    return not (
-        type(linear).forward is not nn.Linear.forward
-        or "forward" in linear.__dict__
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
+    return type(linear).forward is nn.Linear.forward and not is_modified(linear)
+
+
+def is_modified(module: nn.Module) -> bool:
+    """Return whether a call of a module does more than its class: by hooks, or by a replaced ``forward``.
+
+    Hooks of all modules (``register_module_forward_hook``) count as well.
+    """
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _all_modules_have_hooks()
+    )
+
+
+def _all_modules_have_hooks() -> bool:
+    registered = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    # The hooks of FlopCounterMode only note which module runs. It must count the usual computation.
+    return any(
+        not isinstance(getattr(hook, "__self__", None), ModuleTracker)
+        for hooks in registered
+        for hook in hooks.values()
     )
 
 

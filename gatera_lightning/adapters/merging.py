@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gatera_lightning.adapters.identity import non_finite_problem
 from gatera_lightning.adapters.injection import remove_adapters
 from gatera_lightning.adapters.layer import AdaptedLinear
-from gatera_lightning.adapters.linear_layers import has_plain_forward
+from gatera_lightning.adapters.linear_layers import has_plain_forward, is_modified
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
 from gatera_lightning.errors import checks_arguments
 
@@ -29,8 +29,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: If a gate depends on the token, an adapted layer computes more than ``W0 x + b``, a value
-            is NaN or infinite, or the model has no adapter; the model is then unchanged.
+        ValueError: If a gate depends on the token, an adapted layer computes more than ``W0 x + b``, a weight
+            is on the meta device or computed from other tensors, a value is NaN or infinite, or the model
+            has no adapter; the model is then unchanged.
     """
     layers = adapted_linears(model)
     if not layers:
@@ -42,12 +43,14 @@ def merge_adapter(model: nn.Module) -> nn.Module:
                 "tokens, so no single matrix equals it. Only gates that do not depend on the token "
                 "merge ('none', 'static'); keep the adapter folder instead."
             )
-        if not has_plain_forward(layer.base):
+        if is_modified(layer) or not has_plain_forward(layer.base):
             raise ValueError(
                 f"merge_adapter: {name} has hooks or a forward of its own, so its output is not a "
                 "matrix times its input. Remove the hooks (accelerate's with "
                 "accelerate.hooks.remove_hook_from_module), or keep the adapter folder instead."
             )
+        if problem := _weight_problem(name, layer):
+            raise ValueError(f"merge_adapter: {problem}; the backbone is unchanged")
     if problem := non_finite_problem(adapter_parameters(model)):
         raise ValueError(f"merge_adapter: {problem}; the backbone is unchanged")
     for name, layer in layers.items():
@@ -68,6 +71,19 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         layer.base.weight = nn.Parameter(_merged_weight(layer), requires_grad=False)
     remove_adapters(model)
     return model
+
+
+def _weight_problem(name: str, layer: AdaptedLinear) -> str | None:
+    """Describe why the weight of a layer cannot be replaced; None if it can."""
+    weight = layer.base._parameters.get("weight")
+    if weight is None:
+        return (
+            f"the weight of {name} is computed from other tensors (a parametrization such as weight_norm, or "
+            "pruning); accepted: plain weights, as after torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if any(tensor.is_meta for tensor in (weight, *layer.adapter_params().values())):
+        return f"{name} is on the meta device and has no values; accepted: a model that is loaded"
+    return None
 
 
 def _merged_weight(layer: AdaptedLinear) -> Tensor:

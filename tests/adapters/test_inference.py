@@ -334,3 +334,40 @@ def test_merging_inside_block_keeps_the_output(tiny_llama, thresholds):
             merge_adapter(model)
             torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def _triple(module, args, output):
+    return 3 * output if isinstance(module, nn.Linear) else None
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda base: base.register_forward_hook(_triple),
+        lambda base: base.register_forward_pre_hook(lambda module, args: (-args[0],)),
+        lambda base: nn.modules.module.register_module_forward_hook(_triple),
+        lambda base: nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: (-args[0],) if module is base else None
+        ),
+    ],
+    ids=["hook", "pre-hook", "hook of all modules", "pre-hook of all modules"],
+)
+@pytest.mark.parametrize("thresholds", [{}, {"skip_below": 0.1}], ids=str)
+@pytest.mark.parametrize("update", ["lora", "dora", "hira"])
+def test_hook_added_inside_block_applies(tiny_llama, update, thresholds, register):
+    layer = next(iter(adapted_linears(adapted(tiny_llama, update, "static")).values()))
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        handle = register(layer.base)
+        expected = layer(x)
+        handle.remove()
+        with prepared_for_inference(nn.Sequential(layer), **thresholds):
+            without = layer(x)
+            handle = register(layer.base)
+            try:
+                found = layer(x)
+            finally:
+                handle.remove()
+            assert torch.equal(layer(x), without)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, without)

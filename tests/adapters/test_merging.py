@@ -120,3 +120,62 @@ def test_merge_rejects_weights_that_overflow(tiny_llama, randomize):
     with pytest.raises(ValueError, match=r"merged weight of model.layers.1.mlp.up_proj .* torch.float16"):
         merge_adapter(model)
     assert len(adapted_linears(model)) == 10
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def _triple(module, args, output):
+    return 3 * output
+
+
+def _replaced_forward(layer):
+    original = layer.forward
+    layer.forward = lambda x: original(x) + 1
+
+
+CHANGES_AFTER_INJECTION = {
+    "hook of the layer": (lambda layer: layer.register_forward_hook(_triple), "has hooks"),
+    "pre-hook of the layer": (lambda layer: layer.register_forward_pre_hook(lambda *_: None), "has hooks"),
+    "forward of the layer": (_replaced_forward, "forward of its own"),
+    "backward hook of the layer": (lambda layer: layer.register_full_backward_hook(_triple), "has hooks"),
+    "parametrization": (
+        lambda layer: nn.utils.parametrize.register_parametrization(layer.base, "weight", Doubled()),
+        "computed from other tensors",
+    ),
+    "weight_norm": (
+        lambda layer: nn.utils.parametrizations.weight_norm(layer.base),
+        "computed from other tensors",
+    ),
+    "pruning": (
+        lambda layer: nn.utils.prune.random_unstructured(layer.base, "weight", amount=0.5),
+        "has hooks or a forward",
+    ),
+    "meta device": (lambda layer: layer.to("meta"), "is on the meta device"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_AFTER_INJECTION)
+def test_merge_rejects_layers_changed_after_injection_before_it_merges_any(tiny_llama, randomize, change):
+    model = _adapted(tiny_llama, randomize, "lora", "none")
+    names = list(adapted_linears(model))
+    apply, expected = CHANGES_AFTER_INJECTION[change]
+    first = adapted_linears(model)[names[0]].base.weight.clone()
+    apply(adapted_linears(model)[names[-1]])
+    with pytest.raises(ValueError, match=f"{names[-1]} .*{expected}"):
+        merge_adapter(model)
+    assert list(adapted_linears(model)) == names
+    assert torch.equal(adapted_linears(model)[names[0]].base.weight, first)
+
+
+def test_merge_rejects_hooks_of_all_modules(tiny_llama, randomize):
+    model = _adapted(tiny_llama, randomize, "lora", "none")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="has hooks"):
+            merge_adapter(model)
+    finally:
+        handle.remove()
+    assert not adapted_linears(merge_adapter(model))
