@@ -40,7 +40,7 @@ class GateCall:
     """The gates of one forward pass."""
 
     phase: Phase
-    """``decoding`` if the forward continued from cached keys, else ``prefill``."""
+    """``decoding`` if the forward continued an earlier one, else ``prefill``."""
 
     input_ids: Tensor | None
     """(batch, tokens); None for a forward from embeddings."""
@@ -56,6 +56,9 @@ class GateCall:
 
     cached: int = 0
     """Number of earlier tokens, padding included, from whose keys the forward continued."""
+
+    repeated: int = 0
+    """Number of leading tokens, padding included, that ``generate`` without a cache had read before."""
 
 
 @dataclass
@@ -85,21 +88,26 @@ class GateCapture:
         read = self.calls[0].cached if self.calls else 0
         for number, call in enumerate(self.calls):
             _, batch, tokens = call.gates.shape
-            if call.cached != read or batch != self.calls[0].gates.shape[1]:
+            start = call.cached + call.repeated
+            if start != read or batch != self.calls[0].gates.shape[1]:
                 raise ValueError(
                     f"row {index}: forward pass {number} does not continue forward pass {number - 1}, so the "
-                    "row has several texts (or generate ran without a cache); use columns(), or one "
-                    "capture_gates for each text"
+                    "row has several texts; use columns(), or one capture_gates for each text"
                 )
-            read += tokens
+            read = call.cached + tokens
             if call.input_ids is None:
                 raise ValueError("the token ids are unknown: a forward was run from embeddings")
-            ids += call.input_ids[index][call.non_padding[index]].tolist()
-            gates.append(call.gates[:, index, call.non_padding[index]])
+            new = call.non_padding[index].clone()
+            new[: call.repeated] = False
+            ids += call.input_ids[index][new].tolist()
+            gates.append(call.gates[:, index, new])
         return ids, torch.cat(gates, 1).numpy()
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return a table with one line for each module and non-padding token.
+
+        A token that ``generate`` without a cache reads in every step is listed once, with the first step.
+        Forward passes outside ``generate`` that do not use a cache are texts of their own.
 
         Returns:
             Columns for ``pandas.DataFrame`` or ``datasets.Dataset.from_dict``: ``call`` (index of the forward
@@ -110,7 +118,8 @@ class GateCapture:
         layers = np.array([module.layer for module in self.modules])
         projections = np.array([module.projection for module in self.modules])
         for number, call in enumerate(self.calls):
-            rows, tokens = (index.numpy() for index in call.non_padding.nonzero(as_tuple=True))  # (n,) each
+            new = call.non_padding[:, call.repeated :].nonzero(as_tuple=True)  # rows (n,), tokens (n,)
+            rows, tokens = new[0].numpy(), new[1].numpy() + call.repeated
             ids = np.full(len(rows), -1) if call.input_ids is None else call.input_ids.numpy()[rows, tokens]
             modules, count = len(self.modules), len(rows)
             per_token = {"row": rows, "position": call.positions.numpy()[rows, tokens], "token_id": ids}
@@ -158,28 +167,38 @@ def capture_gates(model: nn.Module) -> Iterator[GateCapture]:
             mask = mask.get("full_attention", next(iter(mask.values())))
         cached = _cached_tokens(kwargs.get("past_key_values"), mask, shape[1])
         rows.check_rows(getattr(output, "past_key_values", None), shape[1], continues=cached > 0)
+        repeated = rows.repeated_tokens(ids) if cached == 0 else 0
         mask = _tokens_of_texts(mask, shape[0], cached + shape[1])
         z = record.stacked(torch.ones(shape))
         if z is not None:
             captured.modules = [GatedModule(name) for name in record.names]
             captured.calls.append(
                 GateCall(
-                    phase="decoding" if cached > 0 else "prefill",
+                    phase="decoding" if cached + repeated > 0 else "prefill",
                     input_ids=None if ids is None else ids.detach().cpu(),
                     non_padding=mask[:, -shape[1] :].bool() & rows.unfinished(shape[0]).unsqueeze(1),
                     positions=(mask.cumsum(1) - 1)[:, -shape[1] :].clamp_(min=0),
                     gates=torch.sigmoid(z.detach().float()).cpu(),
                     cached=cached,
+                    repeated=repeated,
                 )
             )
         record.clear()
 
+    def forget(*_: Any) -> None:
+        """Drop the gates of a module inside the model that ran alone, and of a forward pass that failed."""
+        record.clear()
+
     with record_gates(model) as record, tracked_generation(model, rows):
-        handle = model.register_forward_hook(store, with_kwargs=True)
+        handles = (
+            model.register_forward_pre_hook(forget, prepend=True),
+            model.register_forward_hook(store, with_kwargs=True),
+        )
         try:
             yield captured
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _cached_tokens(cache: Any, mask: Tensor | None, tokens: int) -> int:

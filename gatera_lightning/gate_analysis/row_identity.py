@@ -18,10 +18,30 @@ class RowTracker:
     def __init__(self) -> None:
         self._finished: Tensor | None = None
         self._last_keys: Tensor | None = None
+        self._generating = False
+        self._last_ids: Tensor | None = None
 
-    def forget_finished(self) -> None:
-        """Start over: no text has ended."""
-        self._finished = None
+    def begin_generation(self) -> None:
+        """Start over: no text has ended, and none has been read."""
+        self._finished, self._generating, self._last_ids = None, True, None
+
+    def end_generation(self) -> None:
+        """Start over, outside ``generate``."""
+        self._finished, self._generating, self._last_ids = None, False, None
+
+    def repeated_tokens(self, ids: Tensor | None) -> int:
+        """Return how many leading tokens the last forward pass of the same generation read as well.
+
+        Args:
+            ids: The token ids (batch, tokens) of a forward pass without a cache.
+        """
+        if not self._generating:
+            return 0
+        before, self._last_ids = self._last_ids, ids
+        if before is None or ids is None or before.shape[0] != ids.shape[0]:
+            return 0
+        length = before.shape[1]
+        return length if torch.equal(before, ids[:, :length]) else 0
 
     def add_finished(self, finished: Tensor) -> None:
         """Note the rows (batch,) whose text has ended."""
@@ -95,11 +115,11 @@ def tracked_generation(model: nn.Module, tracker: RowTracker) -> Iterator[None]:
         for name in ("assistant_model", "custom_generate"):
             if kwargs.get(name) is not None:
                 raise _rejected(name, type(kwargs[name]).__name__)
-        tracker.forget_finished()
+        tracker.begin_generation()
         try:
             return generate(*args, **kwargs)
         finally:
-            tracker.forget_finished()
+            tracker.end_generation()
 
     def tracked_criteria(generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         mode = generation_config.get_generation_mode()

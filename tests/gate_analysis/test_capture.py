@@ -174,3 +174,82 @@ def test_capture_is_empty_without_gates(tiny_llama):
 def test_gated_module_parses_path(path, layer, name):
     module = GatedModule(path)
     assert (module.layer, module.projection) == (layer, name)
+
+
+def _alone(model):
+    with capture_gates(model) as captured:
+        model(input_ids=PROMPTS, attention_mask=MASK)
+    return captured
+
+
+def _fails_in_head(model):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(input_ids=PROMPTS + 1)
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        lambda model: model.model(PROMPTS + 1),
+        lambda model: model.model(PROMPTS[:, :2]),
+        lambda model: model.model.layers[0].mlp(torch.ones(2, 4, 32)),
+        lambda model: adapted_linears(model)["model.layers.1.mlp.down_proj"](torch.ones(3, 48)),
+        _fails_in_head,
+    ],
+    ids=["inner model", "other length", "one block", "one layer", "failed forward"],
+)
+def test_capture_does_not_mix_forward_passes(model, before):
+    with torch.no_grad():
+        expected = _alone(model)
+        with capture_gates(model) as captured:
+            before(model)
+            model(input_ids=PROMPTS, attention_mask=MASK)
+            before(model)
+    (call,) = captured.calls
+    assert captured.modules == expected.modules
+    assert torch.equal(call.gates, expected.calls[0].gates)
+
+
+@pytest.mark.parametrize("eos", [None, list(range(10, 60))], ids=["full length", "rows end"])
+def test_generation_without_cache_counts_each_token_once(model, eos):
+    def table(use_cache):
+        torch.manual_seed(0)
+        with capture_gates(model) as captured:
+            model.generate(
+                input_ids=PROMPTS,
+                attention_mask=MASK,
+                max_new_tokens=6,
+                do_sample=True,
+                eos_token_id=eos,
+                pad_token_id=0,
+                use_cache=use_cache,
+            )
+        return captured
+
+    cached, uncached = table(True), table(False)
+    expected, found = cached.columns(), uncached.columns()
+    for name in expected:
+        if name == "gate":
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+        else:
+            np.testing.assert_array_equal(found[name], expected[name])
+    for row in range(2):
+        ids, gates = uncached.row(row)
+        assert ids == cached.row(row)[0]
+        np.testing.assert_allclose(gates, cached.row(row)[1], atol=1e-5)
+
+
+def test_two_generations_without_cache_are_two_texts(model):
+    with capture_gates(model) as captured:
+        for _ in range(2):
+            model.generate(
+                input_ids=PROMPTS, attention_mask=MASK, max_new_tokens=1, use_cache=False, pad_token_id=0
+            )
+    assert [(call.phase, call.repeated) for call in captured.calls] == [("prefill", 0)] * 2
+    with pytest.raises(ValueError, match="does not continue"):
+        captured.row(0)
