@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 def near_miss(value: object, accepted: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` if an accepted name is close to ``value``, else an empty string."""
     close = difflib.get_close_matches(value, list(accepted), n=1) if isinstance(value, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close and close[0] != value else ""
 
 
 def unknown_value(setting: str, value: object, accepted: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.adapters.serialization import save_adapter
+from gatera_lightning.callbacks.checkpoint_paths import own_paths_only, owns
 from gatera_lightning.checkpointing.rotation import hold_current, rotate
 from gatera_lightning.checkpointing.run_lock import claim, release
 from gatera_lightning.compatibility.lightning_internals import is_accumulating, validation_follows
@@ -116,28 +117,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
         They will be removed when better ones replace them, so a checkpoint must not name other files.
         """
-        kept = dict(state_dict)
-        best = {path: score for path, score in kept.get("best_k_models", {}).items() if self._owns(path)}
-        if len(best) < len(kept.get("best_k_models", {})):
-            log.warning(
-                "the checkpoint names best checkpoints outside of %s, which are ignored", self.dirpath
-            )
-            worst = max if self.mode == "min" else min
-            kept |= {
-                "best_k_models": best,
-                "kth_best_model_path": worst(best, key=best.__getitem__, default=""),
-            }
-            kept["kth_value"] = best.get(kept["kth_best_model_path"], self.kth_value)
-        if not self._owns(kept.get("last_model_path")):
-            kept["last_model_path"] = ""
-        super().load_state_dict(kept)
-
-    def _owns(self, path: Any) -> bool:
-        """Whether a path is a checkpoint directly in this run's folder, once symbolic links are resolved."""
-        if self.dirpath is None or not isinstance(path, str) or not path.endswith(".ckpt"):
-            return False
-        resolved = Path(path).resolve()
-        return resolved.parent == Path(self.dirpath).resolve() and resolved.suffix == ".ckpt"
+        super().load_state_dict(own_paths_only(self, state_dict))
 
     @override
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
@@ -218,7 +198,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @override
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        if not self._owns(filepath):
+        if not owns(self, filepath):
             log.warning("%s is not a checkpoint in %s: it is not removed", filepath, self.dirpath)
             return
         super()._remove_checkpoint(trainer, filepath)

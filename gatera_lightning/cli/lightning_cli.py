@@ -101,7 +101,7 @@ class GateRACLI(LightningCLI):
         validate_config(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
         # Only a resumed run may write into its folder again.
-        if config.get(f"{config.subcommand}.ckpt_path"):
+        if config.subcommand == "fit" and config.fit.ckpt_path:
             self.save_config_kwargs["overwrite"] = True
 
     @override

@@ -11,7 +11,10 @@ from gatera_lightning.errors import ConfigError
 
 
 class RunFolder(SaveConfigCallback):
-    """Claims the run folder for this run and saves the config in it, before weights are loaded."""
+    """Claims the run folder for this run and saves the config in it, before weights are loaded.
+
+    An evaluation in the folder of a training run leaves that run's config as it is.
+    """
 
     _claimed: Path | None = None
 
@@ -23,12 +26,18 @@ class RunFolder(SaveConfigCallback):
             ConfigError: On every rank, if another run holds the folder or has left its config there.
         """
         folder = trainer.log_dir  # a collective: all ranks read it
-        problem = None
+        problem, config_exists = None, False
         if trainer.is_global_zero and folder is not None and not self.already_saved:
             self._claimed = Path(folder)
-            problem = claim(self._claimed) or self._config_problem(self._claimed)
-        if problem := trainer.strategy.broadcast(problem):
+            config_exists = (self._claimed / self.config_filename).is_file()
+            problem = claim(self._claimed)
+            if config_exists and stage == "fit" and not self.overwrite:
+                problem = problem or self._config_problem(trainer)
+        problem, config_exists = trainer.strategy.broadcast((problem, config_exists))
+        if problem:
             raise ConfigError(problem, on_every_rank=True)
+        if config_exists and stage != "fit":
+            return  # the config of the training run stays
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -43,12 +52,13 @@ class RunFolder(SaveConfigCallback):
         if self._claimed is not None:
             release(self._claimed)
 
-    def _config_problem(self, folder: Path) -> str | None:
-        config = folder / self.config_filename
-        if self.overwrite or not config.is_file():
-            return None
+    def _config_problem(self, trainer: Trainer) -> str:
+        other = (
+            "another version (--trainer.logger.init_args.version)"
+            if trainer.loggers
+            else "another folder (--trainer.default_root_dir)"
+        )
         return (
-            f"the run folder {folder} already has the {self.config_filename} of another run; accepted: "
-            "another folder or version for it (--trainer.logger.init_args.version), --ckpt_path last to "
-            "resume that run, or remove its folder"
+            f"the run folder {self._claimed} already has the {self.config_filename} of another run; "
+            f"accepted: {other}, or --ckpt_path last to resume that run"
         )

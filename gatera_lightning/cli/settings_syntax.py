@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from enum import Enum
 from typing import Any, NoReturn
 
 import yaml
@@ -251,6 +252,13 @@ def _sections(config: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield f"model.{key}", model[key]
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes an enum as its value."""
+
+
+_Dumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
+
+
 def _dump_settings(settings: Any) -> str:
     """Write YAML with the kind of gate in place of its class; a user's own class stays importable."""
     match settings:
@@ -259,7 +267,7 @@ def _dump_settings(settings: Any) -> str:
         ):
             settings = copy.deepcopy(settings)
             settings["model"]["adapter"]["gate"] = {"kind": config.kind, **gate.get("init_args", {})}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 def _class_names() -> list[str]:

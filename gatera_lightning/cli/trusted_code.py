@@ -18,6 +18,12 @@ from gatera_lightning.errors import ConfigError
 REMOTE_CODE = "model.backbone.trust_remote_code"
 
 _OWN_PACKAGES = ("gatera_lightning", "lightning")
+_CLASS_FLAGS = re.compile(
+    r"data|(.*\.)?class_path|model\.objectives|model\.adapter\.gate(\.kind)?"
+    r"|trainer\.(logger|callbacks|strategy|plugins|profiler|accelerator)"
+)
+"""Flags whose value may name a class. Any other value, such as a file's name, names none."""
+
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 
 
@@ -60,9 +66,9 @@ def own_classes_only(args: Sequence[str]) -> Iterator[None]:
     Raises:
         ConfigError: A config names another class; nothing of its package is imported.
     """
-    values = [value for name, value in _flags(args) if name != "config"]
-    named = {path.partition(".")[0] for value in values for path in _DOTTED_NAME.findall(value)}
-    with importing_only(lambda path: path.partition(".")[0] in {*_OWN_PACKAGES, *named}) as refused:
+    values = [value for name, value in _flags(args) if _CLASS_FLAGS.fullmatch(name.removesuffix("+"))]
+    named = {path for value in values for path in _DOTTED_NAME.findall(value)}
+    with importing_only(lambda path: path in named or path.partition(".")[0] in _OWN_PACKAGES) as refused:
         try:
             yield
         except (Exception, SystemExit) as error:

@@ -12,6 +12,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import InjectionReport
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import load_tokenizer
+from gatera_lightning.callbacks.checkpoint_paths import keep_own_paths
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
@@ -231,6 +232,7 @@ class GateRAModule(AdapterModule):
         """Check that the checkpoint fits (else CheckpointError), and adjust its position in the data."""
         checkpoint_contents.check_settings(checkpoint, self, attached_trainer(self))
         checkpoint_contents.adjust_position(checkpoint, attached_trainer(self))
+        keep_own_paths(checkpoint, getattr(attached_trainer(self), "callbacks", []))
         self._guard.restore(checkpoint.get("skipped_steps", 0))
         self.warm_start = None  # the checkpoint holds every value
         self.configure_model()

@@ -22,12 +22,30 @@ def finished(working_folder):
     return FOLDER
 
 
-@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_second_run_in_a_folder_is_one_sentence(finished, recipe, problems, no_weights, subcommand):
-    (problem,) = problems(subcommand, *recipe, *VERSION)
-    assert problem.startswith(f"the run folder {FOLDER} already has the config.yaml of another run")
-    assert "--ckpt_path last" in problem
+def test_second_run_in_a_folder_is_one_sentence(finished, recipe, problems, no_weights):
+    (problem,) = problems("fit", *recipe, *VERSION)
+    assert problem == (
+        f"the run folder {FOLDER} already has the config.yaml of another run; accepted: another version "
+        "(--trainer.logger.init_args.version), or --ckpt_path last to resume that run"
+    )
     assert (finished / "config.yaml").read_text() == "seed_everything: 0\n"
+
+
+def test_second_run_without_logger_is_told_about_another_folder(recipe, problems, no_weights):
+    Path("config.yaml").write_text("seed_everything: 0\n")
+    (problem,) = problems("fit", *recipe, "--trainer.logger", "false")
+    assert "accepted: another folder (--trainer.default_root_dir), or --ckpt_path last" in problem
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_evaluation_in_the_folder_of_a_run_leaves_its_config(fit, recipe, subcommand):
+    assert main([*fit, *VERSION]) == 0
+    config = (FOLDER / "config.yaml").read_text()
+    adapter = ["--model.warm_start", str(FOLDER / "checkpoints" / "last")]
+    assert main([subcommand, *recipe, *VERSION, *adapter]) == 0
+    assert main([subcommand, *recipe, *VERSION, "--ckpt_path", "last"]) == 0
+    assert (FOLDER / "config.yaml").read_text() == config
+    assert main(["fit", "--config", str(FOLDER / "config.yaml"), "--ckpt_path", "last"]) == 0
 
 
 def test_run_after_a_failed_one_is_one_sentence(fit, problems, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gates import GATES, NoGateConfig, StaticGateConfig, TokenGateConfig
 from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.cli.deprecation import announce_deprecation
+from gatera_lightning.cli.main import main
 from gatera_lightning.cli.settings_syntax import (
     GATE,
     MOVED_SETTINGS,
@@ -279,3 +280,10 @@ def test_translation_does_not_change_its_argument(warnings):
     before = copy.deepcopy(settings)
     translate_settings(settings)
     assert settings == before
+
+
+def test_enum_is_written_as_its_value(working_folder, recipe, capsys):
+    timer = "{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:01:00:00'}}"
+    with pytest.raises(SystemExit):
+        main(["fit", *recipe, "--print_config", "--trainer.callbacks", f"[{timer}]"])
+    assert "interval: step" in capsys.readouterr().out

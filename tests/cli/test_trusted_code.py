@@ -52,6 +52,21 @@ def test_class_of_a_config_is_not_imported_by_looking(foreign, recipe, capsys, c
     assert not Path("imported").exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data.init_args.train", "[foreign_package.jsonl]"],
+        ["--model.backbone.id", "foreign_package.data.Own"],
+    ],
+    ids=["file", "other flag"],
+)
+def test_name_in_a_flag_opens_no_other_class(foreign, recipe, capsys, flags):
+    Path("foreign_package.jsonl").write_text("")
+    Path("theirs.yaml").write_text(json.dumps({"data": {"class_path": foreign}}))
+    assert main(["preview", *recipe, "--config", "theirs.yaml", *flags]) == 2
+    assert not Path("imported").exists()
+
+
 def test_class_of_a_flag_is_imported(foreign, recipe, capsys):
     flags = [
         f"--data={foreign}",

@@ -64,6 +64,9 @@ def interrupt(command, folder, number, delay):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background job ignores it
         **options,
     )
     try:
@@ -73,6 +76,8 @@ def interrupt(command, folder, number, delay):
         program.send_signal(number)
         start = time.monotonic()
         _, errors = program.communicate(timeout=60)
+        if program.returncode == -number:
+            return None  # all was done, and Python was shutting down
         return program.returncode, errors, time.monotonic() - start
     finally:
         program.kill()
