@@ -2,6 +2,7 @@
 
 import locale
 import logging
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ _VARIABLES = {
     "LOCAL_RANK": _COUNT,
     "LOCAL_WORLD_SIZE": _COUNT,
     "NODE_RANK": _COUNT,
+    "PL_GLOBAL_SEED": ("an integer from 0 to 4294967295", re.compile(r"0*\d{1,10}")),
     "RANK": _COUNT,
     "WORLD_SIZE": _COUNT,
     "SLURM_LOCALID": _COUNT,
@@ -29,10 +31,13 @@ _VARIABLES = {
     "SLURM_NODEID": _COUNT,
     "SLURM_NTASKS": _COUNT,
     "SLURM_PROCID": _COUNT,
+    "SLURM_RESTART_COUNT": _COUNT,
     "MKL_NUM_THREADS": _THREADS,
     "OMP_NUM_THREADS": _THREADS,
 }
-"""Variable -> what is accepted; Lightning and PyTorch read them when they are imported."""
+"""Variable -> what is accepted; the libraries, and this program, read them as numbers."""
+
+_LARGEST = {"MASTER_PORT": 65535, "PL_GLOBAL_SEED": 4294967295}
 
 _DEFAULTS = {
     # A waiting thread of PyTorch's OpenMP spins; beside another process on its core it would spin in vain.
@@ -53,7 +58,7 @@ def check_environment() -> None:
         if value is None:
             continue
         found = pattern.fullmatch(value.strip())
-        if not found or (name == "MASTER_PORT" and int(found[1]) > 65535):
+        if not found or int(found[0].partition(",")[0]) > _LARGEST.get(name, math.inf):
             problems.append(f"{name} (environment variable): {value!r}; accepted: {accepted}, or unset")
     rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if not problems and rank.isdecimal() and size.isdecimal() and int(rank) >= int(size):

@@ -30,7 +30,7 @@ from gatera_lightning.cli.settings_syntax import SettingsParser, describe_choice
 from gatera_lightning.cli.shipped_configs import with_found_configs
 from gatera_lightning.cli.trusted_code import trust_problems
 from gatera_lightning.cli.validation import holds_checkpoints, validate_config
-from gatera_lightning.compatibility.lightning_internals import release_started_processes
+from gatera_lightning.compatibility.lightning_internals import release_started_processes, resume_only_if_asked
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.distributed.launch import check_rank_count, check_started_by_srun, started_by_slurm
 from gatera_lightning.errors import ConfigError
@@ -131,6 +131,7 @@ class GateRACLI(LightningCLI):
         except (TypeError, ValueError) as error:
             raise _trainer_error(error) from error
         check_rank_count(trainer)
+        resume_only_if_asked(trainer)
         return trainer
 
     @override

@@ -90,10 +90,10 @@ def unknown_setting(name: str, known: Iterable[str]) -> str:
 
 def closest_setting(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for a dotted name that is close as a whole or in its last part."""
-    names = list(known)
+    names = [other for other in known if other != name]  # another subcommand may have a setting of this name
     last = _last_part(name)
     if "." not in name:  # `--rank` stands for `--model.adapter.rank`
-        same = [other for other in names if _last_part(other) == last and other != name]
+        same = [other for other in names if _last_part(other) == last]
         if len(same) == 1:
             return f"; did you mean {same[0]!r}?"
 

@@ -5,8 +5,9 @@ A config may come from somebody else. Code that comes with weights runs only if 
 `fit`, `validate`, `test` and `predict` run every class that a config names.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import yaml
@@ -18,13 +19,14 @@ from gatera_lightning.errors import ConfigError
 REMOTE_CODE = "model.backbone.trust_remote_code"
 
 _OWN_PACKAGES = ("gatera_lightning", "lightning")
-_CLASS_FLAGS = re.compile(
-    r"data|(.*\.)?class_path|model\.objectives|model\.adapter\.gate(\.kind)?"
-    r"|trainer\.(logger|callbacks|strategy|plugins|profiler|accelerator)"
-)
-"""Flags whose value may name a class. Any other value, such as a file's name, names none."""
-
-_DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+_CLASS_FLAGS = {
+    *("data", "model.adapter.gate", "model.objectives"),
+    *(
+        f"trainer.{name}"
+        for name in ("accelerator", "callbacks", "logger", "plugins", "profiler", "strategy")
+    ),
+}
+"""Flags whose value may be the import path of a class, or a list of them."""
 
 
 def trust_problems(settings: Namespace, args: Sequence[str]) -> list[str]:
@@ -66,9 +68,12 @@ def own_classes_only(args: Sequence[str]) -> Iterator[None]:
     Raises:
         ConfigError: A config names another class; nothing of its package is imported.
     """
-    values = [value for name, value in _flags(args) if _CLASS_FLAGS.fullmatch(name.removesuffix("+"))]
-    named = {path for value in values for path in _DOTTED_NAME.findall(value)}
-    with importing_only(lambda path: path in named or path.partition(".")[0] in _OWN_PACKAGES) as refused:
+    named = {path for name, value in _flags(args) if name != "config" for path in _classes(name, value)}
+
+    def is_allowed(path: str) -> bool:
+        return path.partition(".")[0] in _OWN_PACKAGES or path in named or path in _definitions(named)
+
+    with importing_only(is_allowed) as refused:
         try:
             yield
         except (Exception, SystemExit) as error:
@@ -81,13 +86,44 @@ def own_classes_only(args: Sequence[str]) -> Iterator[None]:
             raise
 
 
+def _classes(name: str, value: str) -> Iterator[str]:
+    """The import paths of classes in the value of a flag."""
+    content = _yaml(value)
+    yield from _class_paths(content)
+    if name.endswith(".class_path") or name in _CLASS_FLAGS:
+        entries = content if isinstance(content, list) else [content]
+        yield from (entry for entry in entries if isinstance(entry, str))
+
+
+def _class_paths(content: object) -> Iterator[str]:
+    if isinstance(content, dict):
+        if isinstance(path := content.get("class_path"), str):
+            yield path
+        content = list(content.values())
+    if isinstance(content, list):
+        for entry in content:
+            yield from _class_paths(entry)
+
+
+def _definitions(named: Iterable[str]) -> Iterator[str]:
+    """Where the classes of import paths are defined, if they are imported: a package may re-export them."""
+    for path in named:
+        module, _, name = path.rpartition(".")
+        found = getattr(sys.modules.get(module), name, None)
+        if isinstance(found, type):
+            yield f"{found.__module__}.{found.__qualname__}"
+
+
 def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every flag of a command line with its value."""
-    rest = iter(args)
-    for arg in rest:
+    """Every flag of a command line with its value; another flag is no value."""
+    rest = deque(args)
+    while rest:
+        arg = rest.popleft()
         if arg.startswith("-"):
             name, equals, value = arg.lstrip("-").partition("=")
-            yield ("config" if arg == "-c" else name), value if equals else next(rest, "")
+            if not equals:
+                value = rest.popleft() if rest and not rest[0].startswith("--") and rest[0] != "-c" else ""
+            yield ("config" if arg == "-c" else name.removesuffix("+")), value
 
 
 def _yaml(text: str) -> object:

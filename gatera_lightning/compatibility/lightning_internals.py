@@ -98,6 +98,23 @@ def validation_follows(trainer: L.Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def resume_only_if_asked(trainer: L.Trainer) -> None:
+    """Let a run without ``ckpt_path`` start anew.
+
+    Inside a SLURM job, Lightning would resume from any ``hpc_ckpt_N.ckpt`` in ``default_root_dir``, and
+    beside an OnExceptionCheckpoint from what an earlier run left. There is no public way to switch this off.
+    """
+    connector = trainer._checkpoint_connector
+    select = connector._select_ckpt_path
+
+    def select_given(state_fn: Any, ckpt_path: Any, *args: Any, **options: Any) -> Any:
+        if ckpt_path is None and not connector._user_managed:
+            return None
+        return select(state_fn, ckpt_path, *args, **options)
+
+    connector._select_ckpt_path = select_given  # type: ignore[method-assign]
+
+
 # --- strategies and launchers ---
 
 

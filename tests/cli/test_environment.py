@@ -31,6 +31,10 @@ def clean_environment(monkeypatch):
         ("SLURM_PROCID", ""),
         ("OMP_NUM_THREADS", "all"),
         ("OMP_NUM_THREADS", "0"),
+        ("SLURM_RESTART_COUNT", "abc"),
+        ("SLURM_RESTART_COUNT", "-1"),
+        ("PL_GLOBAL_SEED", "abc"),
+        ("PL_GLOBAL_SEED", "4294967296"),
     ],
 )
 def test_variable_that_libraries_would_misread_is_refused(monkeypatch, capsys, name, value):
@@ -55,6 +59,8 @@ def test_usual_variables_pass(monkeypatch):
         "WORLD_SIZE": "2",
         "SLURM_NTASKS": "4",
         "OMP_NUM_THREADS": "4,2",
+        "SLURM_RESTART_COUNT": "1",
+        "PL_GLOBAL_SEED": "4294967295",
     }.items():
         monkeypatch.setenv(name, value)
     check_environment()

@@ -7,6 +7,7 @@ import pytest
 from gatera_lightning.cli.error_translation import ParseError
 from gatera_lightning.cli.parse_errors import closest_setting
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
+from gatera_lightning.errors import near_miss
 
 SETTINGS = [
     "--model.adapter",
@@ -242,3 +243,8 @@ def test_error_of_config(fit_parser, tmp_path, text, message):
 def test_empty_section_is_as_good_as_none(fit_parser, tmp_path):
     (tmp_path / "mine.yaml").write_text(f"trainer:\n  # max_steps: 3\nmodel:\n{QUICKSTART}")
     assert fit_parser.parse_args(["fit", "--config", str(tmp_path / "mine.yaml")]).fit.trainer.max_steps == -1
+
+
+def test_suggestion_is_never_what_was_given():
+    assert closest_setting("verbose", ["verbose", "trainer.max_steps"]) == ""
+    assert near_miss("verbose", ["verbose"]) == ""

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from jsonargparse._util import import_object
 
 from gatera_lightning.cli.main import main
-from gatera_lightning.cli.trusted_code import flags_trust_remote_code
+from gatera_lightning.cli.trusted_code import flags_trust_remote_code, own_classes_only
+from gatera_lightning.errors import ConfigError
 
 LOOKING = [["preview"], ["estimate"], ["submit", "--dry-run", "--gpus-per-node", "0"]]
 TRUST = "model.backbone.trust_remote_code"
@@ -52,6 +54,19 @@ def test_class_of_a_config_is_not_imported_by_looking(foreign, recipe, capsys, c
     assert not Path("imported").exists()
 
 
+def test_class_of_a_flag_is_imported(foreign, recipe, capsys):
+    flags = [
+        f"--data={foreign}",
+        "--data.init_args.template",
+        "plain",
+        "--data.init_args.train_on",
+        "response",
+    ]
+    main(["preview", *recipe, *flags, "--data.init_args.answer_format", "content"])
+    assert "another package" not in capsys.readouterr().err
+    assert Path("imported").exists()
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -67,17 +82,44 @@ def test_name_in_a_flag_opens_no_other_class(foreign, recipe, capsys, flags):
     assert not Path("imported").exists()
 
 
-def test_class_of_a_flag_is_imported(foreign, recipe, capsys):
-    flags = [
-        f"--data={foreign}",
-        "--data.init_args.template",
-        "plain",
-        "--data.init_args.train_on",
-        "response",
-    ]
-    main(["preview", *recipe, *flags, "--data.init_args.answer_format", "content"])
-    assert "another package" not in capsys.readouterr().err
-    assert Path("imported").exists()
+NOT_NAMED = {
+    "data file": ["--data.init_args.train", "[{package}.jsonl]"],
+    "its path as data": ["--data.init_args.train", "[{path}]"],
+    "text": ["--data.init_args.template", "{path}"],
+    "another class of its module": ["--trainer.logger", "{package}.data.Other"],
+    "flag without a value": ["--print_config", "--data.init_args.train={path}"],
+}
+
+
+@pytest.mark.parametrize("case", NOT_NAMED)
+def test_only_the_class_itself_in_a_flag_that_takes_one_gives_trust(foreign, case):
+    flags = [flag.format(path=foreign, package="foreign_package") for flag in NOT_NAMED[case]]
+    with pytest.raises(ConfigError, match="code of another package"), own_classes_only(["preview", *flags]):
+        import_object(foreign)
+    assert not Path("imported").exists()
+
+
+NAMED = {
+    "data": ["--data", "{path}"],
+    "class_path": ["--trainer.strategy.init_args.cluster_environment.class_path={path}"],
+    "added callback": ["--trainer.callbacks+={path}"],
+    "after a flag without a value": ["--print_config", "--data", "{path}"],
+    "list": ["--trainer.logger", "[{path}]"],
+    "mapping": ["--trainer", "{{callbacks: [{{class_path: {path}}}]}}"],
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_class_in_a_flag_that_takes_one_gives_trust(foreign, case):
+    with own_classes_only(["preview", *(flag.format(path=foreign) for flag in NAMED[case])]):
+        assert import_object(foreign).__name__ == "Own"
+
+
+def test_class_that_a_package_exports_gives_trust(foreign, working_folder):
+    init = working_folder / "foreign_package" / "__init__.py"
+    init.write_text("from foreign_package.data import Own\n")
+    with own_classes_only(["preview", "--data", "foreign_package.Own"]):
+        assert import_object("foreign_package.Own").__name__ == "Own"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +140,8 @@ def test_config_does_not_trust_remote_code(recipe, no_loading, capsys, command):
         ([f"--{TRUST}=false"], False),
         (["--model.backbone", "{trust_remote_code: true}"], False),
         (["--config", f"{TRUST}=true"], False),
+        (["--print_config", f"--{TRUST}", "true"], True),
+        (["--print_config", f"--{TRUST}=true"], True),
         ([], False),
     ],
 )

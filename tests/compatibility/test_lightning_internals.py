@@ -12,7 +12,10 @@ import lightning as L
 import pytest
 import tensorboard
 import torch.utils.tensorboard
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from tiny_backbone import tiny_trainer
 
 import gatera_lightning
@@ -24,6 +27,7 @@ from gatera_lightning.compatibility.lightning_internals import (
     attached_trainer,
     disable_hp_metric,
     release_started_processes,
+    resume_only_if_asked,
     uses_distributed_sampler,
     validates_by_time,
 )
@@ -171,6 +175,24 @@ def test_trainer_settings(tmp_path):
 @pytest.mark.parametrize(("interval", "by_time"), [("00:00:10:00", True), (3, False), (1.0, False)])
 def test_validates_by_time(tmp_path, interval, by_time):
     assert validates_by_time(tiny_trainer(tmp_path, val_check_interval=interval)) == by_time
+
+
+def test_only_ckpt_path_resumes(tmp_path, monkeypatch):
+    """A checkpoint of SLURM's requeueing and one of an exception lie in the folder."""
+    monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
+    given = tmp_path / "hpc_ckpt_1.ckpt"
+    given.touch()
+    (tmp_path / "on_exception.ckpt").touch()
+    trainer = tiny_trainer(tmp_path, OnExceptionCheckpoint(tmp_path))
+    select = {"model_provided": True, "model_connected": True}
+
+    def selected(path):
+        return trainer._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, path, **select)
+
+    assert selected(None) == str(given)  # what Lightning does
+    resume_only_if_asked(trainer)
+    assert selected(None) is None
+    assert selected(str(given)) == str(given)
 
 
 def test_disable_hp_metric(tmp_path):
