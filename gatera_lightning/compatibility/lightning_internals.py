@@ -99,7 +99,7 @@ def validation_follows(trainer: L.Trainer) -> bool:
 
 
 def resume_only_if_asked(trainer: L.Trainer) -> None:
-    """Let a run without ``ckpt_path`` start anew.
+    """Let a run without ``ckpt_path`` start from its first step.
 
     Inside a SLURM job, Lightning would resume from any ``hpc_ckpt_N.ckpt`` in ``default_root_dir``, and
     beside an OnExceptionCheckpoint from what an earlier run left. There is no public way to switch this off.
