@@ -1,9 +1,11 @@
 """Token-gated high-rank fine-tuning of frozen language models: GateRA, HiRA, DoRA and LoRA.
 
 Public names are imported on first use: ``import gatera_lightning`` loads neither Lightning nor datasets.
+If PEFT is already imported, this registers its method GATERA; else ``import gatera_lightning.peft`` does.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gatera_lightning.compatibility import moved_modules
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from gatera_lightning.objectives import Objective as Objective
     from gatera_lightning.objectives import Term as Term
     from gatera_lightning.objectives import training_loss as training_loss
+    from gatera_lightning.peft import GateRAConfig as GateRAConfig
     from gatera_lightning.training.module import GateRAModule as GateRAModule
     from gatera_lightning.training.optimizer import OptimizerConfig as OptimizerConfig
 
@@ -51,6 +54,7 @@ _MODULES = {
     "DecodingConfig": "generation.decoding",
     "Gate": "adapters.gates",
     "GateConfig": "adapters.gates",
+    "GateRAConfig": "peft",
     "GateRAModule": "training.module",
     "GateStatistics": "gate_analysis.statistics",
     "InjectionReport": "adapters.injection",
@@ -95,3 +99,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if hasattr(sys.modules.get("peft"), "PeftModel"):  # PEFT is slow to import, so it is not imported for this
+    importlib.import_module(f"{__name__}.peft")

@@ -1,7 +1,7 @@
 """An adapted layer: a frozen linear layer, an update and a gate."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,37 @@ GateListener = Callable[[Tensor], None]
 
 InferencePath = Callable[[Tensor, GateListener | None], Tensor]
 """Computes a layer's output (..., out) from its input (..., in); passes the gate's logits to the listener."""
+
+
+class LayerParts(NamedTuple):
+    """What an adapter adds to one frozen layer."""
+
+    update: Update
+    """The update ``u``."""
+
+    gate: Gate | None
+    """The gate; None for ``g = 1``."""
+
+    dropout: nn.Module
+    """Dropout on the update's input."""
+
+
+def build_parts(
+    base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None
+) -> LayerParts:
+    """Create the update, the gate and the dropout of one layer.
+
+    Args:
+        base: The frozen layer.
+        config: The adapter's settings.
+        generator: CPU generator that draws the update's initial values.
+    """
+    dtype = getattr(torch, config.adapter_dtype)
+    update = UPDATES[config.update](
+        base, rank=config.rank, scale=config.scale, dtype=dtype, generator=generator
+    )
+    gate = config.gate.build(base.in_features, dtype=dtype, device=base.weight.device)
+    return LayerParts(update, gate, nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity())
 
 
 class AdaptedLinear(nn.Module):
@@ -39,14 +70,12 @@ class AdaptedLinear(nn.Module):
         self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        dtype = getattr(torch, config.adapter_dtype)
         self.config = config
         self.base = base.requires_grad_(False)
-        self.update: Update = UPDATES[config.update](
-            base, rank=config.rank, scale=config.scale, dtype=dtype, generator=generator
-        )
-        self.gate: Gate | None = config.gate.build(base.in_features, dtype=dtype, device=base.weight.device)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        parts = build_parts(base, config, generator)
+        self.update: Update = parts.update
+        self.gate: Gate | None = parts.gate
+        self.dropout: nn.Module = parts.dropout
         self._base_fingerprint = weight_fingerprint(base.weight)
         self._gate_listener: GateListener | None = None
         self._inference_path: InferencePath | None = None
@@ -78,6 +107,11 @@ class AdaptedLinear(nn.Module):
         if self._gate_listener is not None:
             self._gate_listener(logit)
         return add_gated(y, update_out, gate.values(logit))
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the layer applies an adapter; a layer of PEFT can have several, or none that is active."""
+        return True
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters by their names in this layer: all but the base's."""

@@ -7,8 +7,12 @@ from gatera_lightning.errors import checks_arguments
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Return the adapted layers by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    """Return the layers with an active adapter by name, in model order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear) and module.is_active
+    }
 
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")

@@ -1,0 +1,140 @@
+"""PEFT's configuration of a gated adapter."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.gates import GATES, GateConfig, gate_from_dict
+from gatera_lightning.errors import ConfigError, unknown_value
+
+
+class GateRAType(enum.StrEnum):
+    """The method's name, in the form in which PEFT and Transformers read names of methods."""
+
+    GATERA = "GATERA"
+
+
+@dataclass
+class GateRAConfig(PeftConfig):
+    """Settings of a gated adapter for PEFT; a layer computes ``y = W0 x + b + g(x) · u(x)``.
+
+    The settings of the method are those of :class:`~gatera_lightning.AdapterConfig`; those that choose
+    modules are PEFT's, with PEFT's meaning.
+
+    Raises:
+        ConfigError: If a value cannot work with any model. The error names all problems.
+    """
+
+    update: str = "hira"
+    """The update u(x): ``lora``, ``dora`` or ``hira``."""
+
+    gate: str | dict[str, Any] | GateConfig = "token"
+    """The gate g(x): the name of a kind, its settings as a dictionary with ``kind``, or a GateConfig. Stored
+    as a dictionary."""
+
+    r: int = 32
+    """Rank r of B A."""
+
+    alpha: float | None = None
+    """Scales the update by alpha/r; None means alpha = r. An error with ``hira``, which has no scale."""
+
+    dropout: float = 0.0
+    """Dropout probability on the update's input."""
+
+    target_modules: list[str] | set[str] | str | None = None
+    """Names of modules to adapt, a regular expression for whole names, or ``all-linear``. None adapts
+    ``q_proj k_proj v_proj up_proj down_proj`` where a model has them, else what PEFT adapts with HiRA."""
+
+    exclude_modules: list[str] | set[str] | str | None = None
+    """Names of modules to leave out, or a regular expression for whole names."""
+
+    modules_to_save: list[str] | None = None
+    """Modules that are trained as a whole and saved with the adapter."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose rows of the embedding are trained and saved with the adapter."""
+
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the decoder layers to adapt; None adapts all of them."""
+
+    layers_pattern: list[str] | str | None = None
+    """Name of the module list that the indices of ``layers_to_transform`` belong to."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from ``r``, by name or regular expression of a module."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Values that differ from ``alpha``, by name or regular expression of a module."""
+
+    adapter_dtype: str = "float32"
+    """Dtype of the adapter's parameters."""
+
+    gatera: dict[str, Any] = field(default_factory=dict)
+    """What a folder says about its backbone, its prompt template and its files; not a setting."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = GateRAType.GATERA
+        if isinstance(self.gate, str) and self.gate in GATES:
+            self.gate = GATES[self.gate]()
+        if isinstance(self.gate, Mapping):
+            self.gate = gate_from_dict(self.gate)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check()
+        self.gate = self.gate_config.to_dict()
+
+    def _check(self) -> None:
+        if not isinstance(self.gate, GateConfig):
+            raise ConfigError(unknown_value("GateRAConfig.gate", self.gate, GATES))
+        problems = self._adapter_config(self.r, self.alpha).problems()
+        for pattern, rank in (self.rank_pattern or {}).items():
+            problems += [f"{pattern}: {text}" for text in self._adapter_config(rank, None).problems()]
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    problems.append(
+                        f"{name}: {getattr(self, name)!r} with a target_modules that is a regular expression "
+                        f"({self.target_modules!r}); accepted: a list of names in target_modules"
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            problems.append(f"layers_pattern: {self.layers_pattern!r} without layers_to_transform")
+        if problems:
+            raise ConfigError(
+                [text.replace("adapter.rank", "r").replace("adapter.", "") for text in problems]
+            )
+
+    @property
+    def gate_config(self) -> GateConfig:
+        """The settings of the gate."""
+        return gate_from_dict(self.gate) if isinstance(self.gate, Mapping) else self.gate  # type: ignore[return-value]
+
+    def for_module(self, name: str) -> AdapterConfig:
+        """Return the settings of the module ``name``, with its own rank and alpha."""
+        rank, alpha = (
+            (patterns or {}).get(get_pattern_key(list(patterns or {}), name), default)
+            for patterns, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.alpha))
+        )
+        return self._adapter_config(rank, alpha)
+
+    def _adapter_config(self, rank: Any, alpha: Any) -> AdapterConfig:
+        targets = self.target_modules
+        names = [targets] if isinstance(targets, str) else sorted(targets) if targets else None
+        config = AdapterConfig(
+            update=self.update,
+            gate=self.gate_config,
+            rank=rank,
+            alpha=alpha,
+            dropout=self.dropout,
+            adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]
+        )
+        if names is not None:
+            config.target_modules = names
+        return config
