@@ -22,10 +22,14 @@ _POWER = (
 )
 _NUMBER = re.compile(
     r"(?<![\w{^\\√])(?P<sign>(?<![)\]}%])[-+])?(?:[$£€¥₹] ?)?(?P<inner_sign>(?<=[$£€¥₹])[-+])?"
-    rf"(?:(?P<mixed>[0-9]+ )?(?P<ratio>{_RATIO})|(?P<decimal>{_DECIMAL})(?:{_POWER})?)"
+    r"(?:10\^(?:\{(?P<power>[-+]?[0-9]{1,3})\}|(?P<bare_power>[-+]?[0-9]{1,3})(?![0-9]))"
+    rf"|(?P<mixed>[0-9]+ )?(?P<ratio>{_RATIO})|(?P<decimal>{_DECIMAL})(?:{_POWER})?)"
 )
 # What follows a number that is part of an expression.
-_EXPRESSION = re.compile(r" ?(?:\\sqrt|√|\\pi|π|\^)|[xyzn](?![A-Za-z0-9])|[eE][-+]?[0-9]")
+_EXPRESSION = re.compile(
+    r" ?(?:\\sqrt|√|\\pi|π|\^|(?:pi|sqrt|log|ln|sin|cos|tan)(?![A-Za-z]))"
+    r"|[abkxyzn](?![A-Za-z0-9'])(?! ?/)|[eE][-+]?[0-9]"
+)
 # What follows or precedes the first number of a conclusion that is part of an expression in variables. A
 # single letter is a variable, except where a word follows it ("72 - a dozen").
 _OPERATOR = r"(?:[-+*/^·×÷]|\\(?:times|cdot|div|pm)(?![A-Za-z]))"
@@ -40,11 +44,12 @@ _EXPRESSION_AFTER = re.compile(
 )
 _EXPRESSION_BEFORE = re.compile(
     rf"(?:(?<![A-Za-z0-9'])[A-Za-z]|[0-9²³π)}}\]])(?:{_OPERATOR}| ?{_OPERATOR} )[$(]*\Z|[A-Za-z]\(\Z"
+    r"|(?<![A-Za-z])(?:log|ln|lg|exp|sqrt|a?(?:sin|cos|tan))(?:_\{?[0-9]+\}?)? ?\Z"
 )
 # A unit has at least two letters, because a single letter is a variable. "million" is not a unit.
 _UNIT = re.compile(
     r" ?[%$£€¥₹°]?(?: ?/?(?! ?(?:hundred|thousand|(?:m|b|tr)illion|dozen)|[abcxyz]{2,3}(?![A-Za-z])) ?"
-    r"[A-Za-z][A-Za-z²³/](?:[A-Za-z²³/.' -]|\^\{?[23]\}?)*)?[ .!$*]*"
+    r"(?:m(?:[²³]|\^\{?[23]\}?)|[A-Za-z][A-Za-z²³/](?:[A-Za-z²³/.' -]|\^\{?[23]\}?)*))?[ .!$*]*"
 )
 # Texts that introduce a final answer, and which occurrence counts. The order matters: solutions that end in
 # "####" may contain "the answer is" in an earlier sentence.
@@ -60,7 +65,7 @@ def parse_number(text: str) -> Fraction | None:
     r"""Parse a text that consists of one number and, at most, its unit.
 
     Accepts thousands separators, decimals, fractions (``3/4``, ``1 1/2``, ``½``, ``\frac{3}{4}``), powers
-    (``1.5e3``, ``3 \times 10^{4}``), any minus sign, currencies (``$``, ``\$``, …), units of at least two
+    (``1.5e3``, ``3 \times 10^{4}``, ``10^5``), any minus sign, currencies (``$``, ``\$``, …), units of at least two
     letters, ``**`` and ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations of MetaMath and GSM8K, which
     look at the digits alone.
 
@@ -89,22 +94,23 @@ def find_final_number(text: str) -> str | None:
     A marker applies to the rest of its line, or to the next line with text. If no number follows it there, or
     an expression in variables (``n^2+1``, ``5 - x``), the solution has no final number; numbers in front of
     the marker are not considered. Of several numbers (``3 + 4``, ``3 or 4``) the first counts, as in the
-    published evaluations.
+    published evaluations. An equation whose left side is an expression (``P(3) = 7``, ``n = 3^2 = 9``) gives
+    the number after its last ``=``.
 
     Returns:
         The number as it is written in the normalized text; None if there is none.
     """
     text = _normalize(text)
     conclusion = _conclusion(text)
-    numbers = list(_NUMBER.finditer(text if conclusion is None else conclusion))
-    if not numbers:
-        return None
-    found = numbers[-1 if conclusion is None else 0]
-    if _EXPRESSION.match(found.string, found.end()) or (
-        conclusion is not None and _in_expression(conclusion, found)
-    ):
-        return None
-    return found[0].strip()
+    if conclusion is None:
+        numbers = list(_NUMBER.finditer(text))
+        found = numbers[-1] if numbers else None
+        return None if found is None or _EXPRESSION.match(text, found.end()) else found[0].strip()
+    for part in (conclusion, conclusion.rpartition("=")[2]):
+        found = _NUMBER.search(part)
+        if found and not _in_expression(part, found):
+            return found[0].strip()
+    return None
 
 
 @checks_arguments
@@ -160,7 +166,8 @@ def _in_expression(conclusion: str, number: re.Match[str]) -> bool:
     sign = len(number[0]) - len(number[0].lstrip("+-"))  # may be the operator of a sum
     start = number.start() + sign
     before = conclusion[max(0, start - 20) : start]  # enough for an operand, and no more to search
-    return bool(_EXPRESSION_BEFORE.search(before) or _EXPRESSION_AFTER.match(conclusion, number.end()))
+    after = (_EXPRESSION.match(conclusion, number.end()), _EXPRESSION_AFTER.match(conclusion, number.end()))
+    return any(after) or bool(_EXPRESSION_BEFORE.search(before))
 
 
 def _conclusion(text: str) -> str | None:
@@ -184,6 +191,8 @@ def _value(found: re.Match[str]) -> Fraction | None:
                 if value >= 1:
                     return None
                 value += int(found["mixed"])
+        elif power := found["power"] or found["bare_power"]:
+            value = Fraction(10) ** int(power)
         else:
             exponent = int(found["e"] or found["ten"] or 0)
             value = Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** exponent

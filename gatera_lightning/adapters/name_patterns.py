@@ -12,6 +12,9 @@ from functools import lru_cache
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
+LONGEST_PATTERN = 1_000
+"""Characters; the time to match grows with the length, and a list of names needs no expression."""
+
 _UNSUPPORTED = {
     "GROUPREF": "a back-reference",
     "GROUPREF_EXISTS": "a condition on a group",
@@ -27,6 +30,8 @@ _CATEGORIES: dict[str, Callable[[str], bool]] = {
 
 def pattern_problem(pattern: str) -> str | None:
     """Describe why a regular expression cannot be used; None if it can."""
+    if len(pattern) > LONGEST_PATTERN:
+        return f"{pattern[:60]!r}… has {len(pattern):,} characters; at most {LONGEST_PATTERN:,} are accepted"
     try:
         re.compile(pattern)
         parsed = _parser.parse(pattern)

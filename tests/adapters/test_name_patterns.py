@@ -123,3 +123,8 @@ def test_unsupported_expression_is_named(pattern, named):
     (problem,) = AdapterConfig(target_modules=[pattern]).problems()
     assert problem.startswith("adapter.target_modules: ")
     assert named in problem
+
+
+def test_long_patterns_are_refused():
+    assert pattern_problem("a" * 1_000) is None
+    assert "1,001 characters; at most 1,000" in pattern_problem("a" * 1_001)
