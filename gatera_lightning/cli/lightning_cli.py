@@ -21,7 +21,7 @@ from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.progress_bar import StepProgressBar, disable_library_bars
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
 from gatera_lightning.checkpointing.contents import check_entries, read_contents
-from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
+from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.commands import SUMMARIES
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS, default_trainer_callbacks
@@ -71,7 +71,8 @@ class GateRACLI(LightningCLI):
                     "prog": PROGRAM,
                     "description": "Fine-tune and evaluate GateRA, HiRA, DoRA and LoRA on frozen models.",
                     "epilog": "Other subcommands, each with a --help of its own: "
-                    + "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items()),
+                    + "; ".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
+                    + ". --version prints the version.",
                 },
             )
         except BaseException:
@@ -153,7 +154,7 @@ class GateRACLI(LightningCLI):
             checkpoint = next(callback for callback in callbacks if isinstance(callback, AdapterCheckpoint))
             folder = Path(
                 checkpoint.dirpath
-                or Path(self.trainer.log_dir or self.trainer.default_root_dir) / "checkpoints"
+                or Path(self.trainer.log_dir or self.trainer.default_root_dir) / CHECKPOINT_FOLDER
             )
             checkpoint.dirpath = str(folder)  # some loggers would put checkpoints elsewhere
             settings.ckpt_path = newest_valid_checkpoint(folder)

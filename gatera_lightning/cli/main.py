@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _subcommand(args: list[str]) -> Callable[[], object]:
     """What to run; only its own module is imported."""
+    if args == ["--version"]:
+        from gatera_lightning import __version__
+
+        return lambda: print(f"gatera_lightning {__version__}")
     if not args or not args[0].startswith("-"):
         names = [*LIGHTNING_SUBCOMMANDS, *SUMMARIES, *ALIASES]
         if not args or args[0] not in names:

@@ -55,6 +55,22 @@ class SubcommandParser(argparse.ArgumentParser):
         return known, others
 
     @override
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the flags; one that does not exist is named before those that are missing.
+
+        Raises:
+            ParseError: The flags cannot be parsed.
+        """
+        known = {name for action in self._actions for name in action.option_strings}
+        for arg in args or ():
+            name = arg.partition("=")[0]
+            if arg == "--":
+                break
+            if name.startswith("--") and name not in known:
+                self.error(f"unrecognized arguments: {name}")
+        return super().parse_args(args, namespace)
+
+    @override
     def print_help(self, file: Any = None) -> None:
         """Print the help; argparse would ignore a full disk or a closed pipe."""
         print(self.format_help(), end="", file=file, flush=True)

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER
 from gatera_lightning.cli.class_building import build_classes
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
 from gatera_lightning.datamodules.base import SupervisedDataModule
@@ -94,7 +95,11 @@ def _checkpoint_problems(path: str | None) -> list[str]:
         return [f"ckpt_path: {path!r} does not exist; accepted: {_CHECKPOINTS}"]
     is_sharded_checkpoint = Path(path).suffix == ".ckpt"
     if os.path.isdir(path) and not is_sharded_checkpoint and not holds_checkpoints(path):
-        return [f"ckpt_path: the folder {path!r} holds no checkpoint (*.ckpt); accepted: {_CHECKPOINTS}"]
+        inside = Path(path) / CHECKPOINT_FOLDER
+        hint = f"; did you mean {str(inside)!r}?" if holds_checkpoints(str(inside)) else ""
+        return [
+            f"ckpt_path: the folder {path!r} holds no checkpoint (*.ckpt); accepted: {_CHECKPOINTS}{hint}"
+        ]
     return []
 
 

@@ -115,16 +115,12 @@ def test_expression_that_would_hang_re_ends(pattern):
         (r"a*+b", "a possessive quantifier"),
         ("(", "is not a regular expression"),
         (r"(?<=a*)b", "is not a regular expression"),
-        ("(" * 5000 + ")" * 5000, "nested too deeply"),
+        ("(" * 490 + ")" * 490, "nested too deeply"),
+        ("(" * 501 + ")" * 500, "at most 1,000 are accepted"),
     ],
-    ids=lambda value: value[:20],
+    ids=lambda value: f"{value[:20]}-{len(value)}",
 )
 def test_unsupported_expression_is_named(pattern, named):
     (problem,) = AdapterConfig(target_modules=[pattern]).problems()
     assert problem.startswith("adapter.target_modules: ")
     assert named in problem
-
-
-def test_long_patterns_are_refused():
-    assert pattern_problem("a" * 1_000) is None
-    assert "1,001 characters; at most 1,000" in pattern_problem("a" * 1_001)

@@ -176,6 +176,12 @@ def test_resumed_run_continues_the_step_count(fit, checkpoints, path):
     assert resumed["lr_schedulers"][0]["last_epoch"] == 5
 
 
+def test_folder_of_a_run_as_checkpoint_names_the_folder_inside(recipe, checkpoints, problems):
+    run = checkpoints.parent
+    named = f"did you mean '{run / 'checkpoints'}'?"
+    assert any(named in line for line in problems("test", *recipe, "--ckpt_path", str(run)))
+
+
 def test_last_needs_a_checkpoint_except_for_fit(fit, recipe, caplog, capsys):
     assert main(["test", *recipe, "--ckpt_path", "last"]) == 2
     assert "ckpt_path: 'last', and " in capsys.readouterr().err

@@ -8,8 +8,10 @@ import sys
 import pytest
 from tiny_backbone import run_program
 
+import gatera_lightning
 from gatera_lightning import __main__ as program
 from gatera_lightning.cli.commands import ALIASES, SUMMARIES, load_subcommand
+from gatera_lightning.cli.main import main
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
@@ -57,6 +59,11 @@ def test_subcommand_imports_no_other_subcommand():
     assert "commands.compare" in done.stdout
     assert "lightning_cli" not in done.stdout
     assert "commands.chat" not in done.stdout
+
+
+def test_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gatera_lightning {gatera_lightning.__version__}\n"
 
 
 def test_program_runs_as_module(working_folder):

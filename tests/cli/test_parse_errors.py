@@ -60,9 +60,10 @@ def small_parser():
             "--format: 'hmtl' is unknown; accepted: html, json; did you mean 'html'?",
         ),
         ([], "RUN: required, but not given"),
+        (["--formt", "html"], "--formt: there is no such setting; did you mean '--format'?"),
         (["a", "--one", "1", "--other", "2"], "--other: not allowed with argument --one"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_error_of_small_command(small_parser, args, message):
     with pytest.raises(ParseError) as caught:
