@@ -66,8 +66,8 @@ def parse_number(text: str) -> Fraction | None:
 
     Accepts thousands separators, decimals, fractions (``3/4``, ``1 1/2``, ``½``, ``\frac{3}{4}``), powers
     (``1.5e3``, ``3 \times 10^{4}``, ``10^5``), any minus sign, currencies (``$``, ``\$``, …), units of at
-    least two letters or powers of ``m``, ``**`` and ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations of
-    MetaMath and GSM8K, which look at the digits alone.
+    least two letters or powers of ``m``, ``**`` and ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations
+    of MetaMath and GSM8K, which look at the digits alone.
 
     >>> parse_number("$1,234.50"), parse_number("3/4 cups."), parse_number("3 or 4")
     (Fraction(2469, 2), Fraction(3, 4), None)
