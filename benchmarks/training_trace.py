@@ -61,6 +61,10 @@ def record(name: str, steps: int) -> dict[str, Any]:
             ]
         tensors = load_file(run / "checkpoints" / "last" / "adapter_model.safetensors")
     digest = hashlib.sha256()
+    # Before format 4 of adapter folders, names lacked PEFT's prefixes.
+    tensors = {
+        name.removeprefix("base_model.model.").replace("gatera_", ""): t for name, t in tensors.items()
+    }
     for tensor_name, tensor in sorted(tensors.items()):
         digest.update(tensor_name.encode() + tensor.numpy().tobytes())
     return {"steps": rows, "adapter": digest.hexdigest()}

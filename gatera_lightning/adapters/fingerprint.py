@@ -1,7 +1,9 @@
 """Fingerprints of frozen weights, because an adapter fits only the backbone it was trained on.
 
 Version 1, of adapter folders and checkpoints up to format 2, samples a weight with a fixed stride, which sees
-one column of a matrix whose width the stride is a multiple of. Version 2 sees every column.
+one column of a matrix whose width the stride is a multiple of. Version 2 sees every column. Both round to
+bfloat16. Version 3 rounds the elements of version 2 to float16 instead, so that a backbone has it in common
+with its copy in float16.
 """
 
 import hashlib
@@ -16,14 +18,15 @@ _SAMPLES = 4096
 
 
 class WeightFingerprint(NamedTuple):
-    """The fingerprints of one weight; both empty for a weight on the meta device, which has no values."""
+    """The fingerprints of one weight; all empty for a weight on the meta device, which has no values."""
 
     version_1: str
     version_2: str
+    version_3: str = ""
 
 
 def weight_fingerprint(weight: Tensor) -> WeightFingerprint:
-    """Return the SHA-256 of a weight's shape and of at least 4,096 evenly strided elements, as bfloat16.
+    """Return the SHA-256 of a weight's shape and of at least 4,096 evenly strided elements, rounded.
 
     A base model and its instruct version differ nearly everywhere, so a sample distinguishes them cheaply.
     One checkpoint has the same fingerprint whether it is loaded in bfloat16 or float32.
@@ -34,14 +37,19 @@ def weight_fingerprint(weight: Tensor) -> WeightFingerprint:
     if weight.is_meta:
         return WeightFingerprint("", "")
     flat = weight.detach().flatten()
-    strides = max(1, flat.numel() // _SAMPLES), _stride_over_all_columns(flat.numel(), weight.shape[-1])
-    return WeightFingerprint(*(_digest(weight, flat[::stride]) for stride in strides))
+    first = flat[:: max(1, flat.numel() // _SAMPLES)]
+    sample = flat[:: _stride_over_all_columns(flat.numel(), weight.shape[-1])]
+    return WeightFingerprint(
+        _digest(weight, first.to(torch.bfloat16)),
+        _digest(weight, sample.to(torch.bfloat16)),
+        _digest(weight, sample.to(torch.float16)),
+    )
 
 
 def backbone_fingerprint(layers: Mapping[str, WeightFingerprint], version: int = 2) -> str:
     """Return one SHA-256 over the fingerprints of the adapted layers, given by layer name.
 
-    The text of version 2 starts with ``2:``; :func:`fingerprint_version` reads it.
+    The text of version 2 starts with ``2:``, and so on; :func:`fingerprint_version` reads it.
     """
     lines = "\n".join(f"{name} {layers[name][version - 1]}" for name in sorted(layers))
     digest = hashlib.sha256(lines.encode()).hexdigest()
@@ -49,8 +57,9 @@ def backbone_fingerprint(layers: Mapping[str, WeightFingerprint], version: int =
 
 
 def fingerprint_version(fingerprint: str) -> int:
-    """Return the version of a stored fingerprint of a backbone."""
-    return 2 if fingerprint.startswith("2:") else 1
+    """Return the version of a stored fingerprint of a backbone: 1, 2 or 3."""
+    version = fingerprint.partition(":")[0]
+    return int(version) if version in ("2", "3") else 1
 
 
 def _stride_over_all_columns(elements: int, width: int) -> int:
@@ -63,5 +72,5 @@ def _stride_over_all_columns(elements: int, width: int) -> int:
 
 def _digest(weight: Tensor, sample: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    digest.update(sample.cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -21,6 +21,30 @@ def backbone_identity(model: nn.Module, version: int = 2) -> str:
     return backbone_fingerprint(layers, version)
 
 
+def backbone_fingerprints(model: nn.Module) -> dict[str, str]:
+    """Return the fingerprints of the frozen weights as they are stored beside an adapter."""
+    return {"fingerprint": backbone_identity(model), "fingerprint_float16": backbone_identity(model, 3)}
+
+
+def backbone_problem(own: Mapping[int, str], origin: Mapping[str, Any]) -> str | None:
+    """Describe that a backbone is not the one that an adapter was trained on; None if it is.
+
+    Args:
+        own: The backbone's fingerprints by version.
+        origin: The stored ``id``, ``revision`` and ``fingerprint`` of the adapter's backbone, and the
+            fingerprint after a cast to float16, if it is stored.
+    """
+    stored = str(origin["fingerprint"])
+    found = own[fingerprint_version(stored)]
+    if found == stored or (own[3] and own[3] == origin.get("fingerprint_float16")):
+        return None
+    return (
+        f"was trained on another backbone ({origin['id']}, revision {origin['revision']}): the adapted "
+        f"weights differ (stored fingerprint {stored[:12]}…, this model's {found[:12]}…). A base model and "
+        "its instruct version are different backbones."
+    )
+
+
 def non_finite_problem(tensors: Mapping[str, Tensor]) -> str | None:
     """Name the first tensor with NaN or infinite values and count all of them; None if all are finite."""
     found = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -75,13 +99,11 @@ def check_fit(
         raise AdapterFileError(f"{source}: does not fit this model: {'; '.join(problems)}")
     if problem := non_finite_problem(tensors):
         raise AdapterFileError(f"{source}: {problem}; accepted: finite values")
-    fingerprint = backbone_identity(model, fingerprint_version(str(origin["fingerprint"])))
-    if fingerprint != origin["fingerprint"]:
-        raise AdapterFileError(
-            f"{source}: was trained on another backbone ({origin['id']}, revision {origin['revision']}): the "
-            f"adapted weights differ (stored fingerprint {str(origin['fingerprint'])[:12]}…, this model's "
-            f"{fingerprint[:12]}…). A base model and its instruct version are different backbones."
-        )
+    if origin["fingerprint"] is None:  # a folder of PEFT's own methods
+        return
+    fingerprints = {version: backbone_identity(model, version) for version in (1, 2, 3)}
+    if problem := backbone_problem(fingerprints, origin):
+        raise AdapterFileError(f"{source}: {problem}")
 
 
 def full_cpu_tensor(parameter: nn.Parameter) -> Tensor:

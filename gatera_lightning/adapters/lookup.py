@@ -1,5 +1,7 @@
 """Find the adapted layers of a model and the adapter's parameters."""
 
+from typing import Any, cast
+
 from torch import nn
 
 from gatera_lightning.adapters.layer import AdaptedLinear
@@ -25,10 +27,11 @@ def own_name(name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers that train it in parallel or compile it."""
+    """Return the model inside the wrappers that train it in parallel, and inside a PeftModel."""
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    return model
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else cast(nn.Module, get_base_model())
 
 
 def has_token_gates(model: nn.Module) -> bool:

@@ -1,9 +1,10 @@
-"""Save and load adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, no pickle."""
+"""Save and load adapter folders: ``adapter_config.json`` and ``adapter_model.safetensors``, no pickle.
+
+A folder is one of Hugging Face PEFT as well, which loads it once ``gatera_lightning.peft`` is imported.
+"""
 
 import hashlib
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -16,24 +17,34 @@ from torch import Tensor, nn
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import (
-    backbone_identity,
+    backbone_fingerprints,
     check_fit,
     full_cpu_tensor,
     non_finite_problem,
 )
 from gatera_lightning.adapters.injection import inject_adapters, remove_adapters
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name, unwrapped
+from gatera_lightning.adapters.peft_schema import (
+    RECORD,
+    settings_digest,
+    to_peft,
+    to_peft_tensor,
+    to_text,
+)
+from gatera_lightning.adapters.stored_config import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    StoredAdapter,
+    read_stored_config,
+)
 from gatera_lightning.checkpointing.atomic_files import atomic_file
 from gatera_lightning.datamodules.prompts.templates import Template
-from gatera_lightning.errors import AdapterFileError, ConfigError, checks_arguments, unknown_value
+from gatera_lightning.errors import AdapterFileError, checks_arguments
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 3
-"""Version of ``adapter_config.json``. Also read: 1, with flat names for the gate's settings, and 2; both have
-no digest of the weights file, and fingerprints of version 1."""
+_RECORDED_ORIGIN = ("fingerprint", "fingerprint_float16", "attn_implementation")
 
 
 @checks_arguments
@@ -62,13 +73,16 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: If the model has no adapter.
-        AdapterFileError: If a value is NaN or infinite, or the folder holds a model; nothing is written.
+        ValueError: If the model has no adapter, or PEFT trains more than one set of settings describes.
+        AdapterFileError: If a value is NaN or infinite, or the folder is a file or holds a model; nothing is
+            written.
     """
     model = unwrapped(model)
     layers = adapted_linears(model)
     if not layers:
         raise ValueError("save_adapter: the model has no adapted layers")
+    if problem := _what_only_peft_saves(model):
+        raise ValueError(f"save_adapter: {problem}; call model.save_pretrained, which saves all of it")
     tensors = {
         own_name(name): full_cpu_tensor(parameter) for name, parameter in adapter_parameters(model).items()
     }
@@ -79,7 +93,7 @@ def save_adapter(
     origin = {
         "id": backbone or getattr(hf_config, "_name_or_path", None) or None,
         "revision": revision or getattr(hf_config, "_commit_hash", None),
-        "fingerprint": backbone_identity(model),
+        **backbone_fingerprints(model),
         "attn_implementation": getattr(hf_config, "_attn_implementation", None),
     }
     config = next(iter(layers.values())).config
@@ -88,7 +102,20 @@ def save_adapter(
     )
     settings: dict[str, Any] = {"adapter_dtype": str(dtype).removeprefix("torch.")}
     config = replace(config, **settings)
-    return write_adapter(folder, {name: t.to(dtype) for name, t in tensors.items()}, config, origin, template)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    task_type = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+    return write_adapter(folder, tensors, config, origin, template, task_type)
+
+
+def _what_only_peft_saves(model: nn.Module) -> str | None:
+    """Describe what a model of PEFT trains besides one set of settings for all layers; None if nothing."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "AuxiliaryTrainingWrapper" for kind in type(module).__mro__):
+            return f"{name} is trained beside the adapter (modules_to_save, trainable_token_indices)"
+    configs = [layer.config for layer in adapted_linears(model).values()]
+    if any(config != configs[0] for config in configs):
+        return "the layers have different settings (rank_pattern, alpha_pattern)"
+    return None
 
 
 def write_adapter(
@@ -97,8 +124,9 @@ def write_adapter(
     config: AdapterConfig,
     origin: dict[str, Any],
     template: str | None,
+    task_type: str | None = "CAUSAL_LM",
 ) -> Path:
-    """Write an adapter folder; each file is replaced atomically.
+    """Write an adapter folder in PEFT's schema; each file is replaced atomically.
 
     Args:
         folder: The folder to write.
@@ -106,13 +134,19 @@ def write_adapter(
         config: The adapter's settings.
         origin: The ``id``, ``revision`` and ``fingerprint`` of the backbone.
         template: The prompt template of the training data, if known.
+        task_type: PEFT's name of the task; None if the model is no language model.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterFileError: If a value is NaN or infinite, or the folder holds a model; nothing is written.
+        AdapterFileError: If a value is NaN or infinite, or the folder is a file or holds a model; nothing is
+            written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise AdapterFileError(
+            f"{folder}: the adapter is not saved, because this is a file; accepted: a folder"
+        )
     if problem := non_finite_problem(tensors):
         raise AdapterFileError(f"{folder}: the adapter is not saved, because {problem}")
     if (folder / "config.json").exists():
@@ -120,16 +154,17 @@ def write_adapter(
             f"{folder}: the adapter is not saved, because this folder holds a model (config.json), which an "
             f"{CONFIG_FILE} beside it would break; accepted: a folder of its own"
         )
-    weights = save(tensors, metadata={"format": "pt"})
-    description = {
+    weights = save({to_peft_tensor(name): t for name, t in tensors.items()}, metadata={"format": "pt"})
+    layers = sorted({name.rpartition(".update.")[0] for name in tensors if ".update." in name})
+    description = to_peft(config, layers, origin=origin, task_type=task_type)
+    description[RECORD] = {
         "format_version": FORMAT_VERSION,
-        "adapter": config.to_dict(),
-        "adapter_sha256": _settings_digest(config.to_dict()),
-        "backbone": origin,
+        **{name: origin.get(name) for name in _RECORDED_ORIGIN},
+        "settings_sha256": settings_digest(description),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     if template in get_args(Template):
-        description["template"] = template
+        description[RECORD]["template"] = template
     elif template is not None:
         log.warning(
             "%s: the prompt template %r is not stored, because chat and generate know only %s",
@@ -138,7 +173,7 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / CONFIG_FILE) as config_file, atomic_file(folder / WEIGHTS_FILE) as weights_file:
         weights_file.write_bytes(weights)
-        config_file.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        config_file.write_text(to_text(description), encoding="utf-8")
     return folder
 
 
@@ -154,60 +189,13 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
     Raises:
         AdapterFileError: If the file is missing, malformed or from a newer version.
     """
-    path = Path(folder) / CONFIG_FILE
-    description = _read_description(folder)
-    version = description["format_version"]
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise AdapterFileError(
-            f"{path}: format_version {version!r}; this version reads 1 to {FORMAT_VERSION}"
-        )
-    values, origin = description.get("adapter"), description.get("backbone")
-    if not isinstance(values, dict):
-        raise AdapterFileError(f"{path}: malformed: 'adapter' is {values!r}; accepted: a table of settings")
-    if not isinstance(origin, dict) or {"id", "revision", "fingerprint"} - set(origin):
-        raise AdapterFileError(
-            f"{path}: malformed: 'backbone' is {origin!r}; accepted: a table of id, revision and fingerprint"
-        )
-    try:
-        config = AdapterConfig.from_dict(values)
-    except ConfigError as error:
-        raise AdapterFileError(f"{path}: {error}") from error
-    if problems := config.problems():
-        raise AdapterFileError(f"{path}: {'; '.join(problems)}")
-    if version >= 3 and description.get("adapter_sha256") != _settings_digest(values):
-        raise AdapterFileError(
-            f"{path}: corrupt, or changed after it was saved: the SHA-256 of 'adapter' is not "
-            "'adapter_sha256', so the weights were trained with other settings"
-        )
-    if "template" in description and description["template"] not in get_args(Template):
-        problem = unknown_value("template", description["template"], get_args(Template))
-        raise AdapterFileError(f"{path}: {problem}")
-    return config, origin
-
-
-def _settings_digest(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _read_description(folder: str | Path) -> dict[str, Any]:
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterFileError(f"{folder}: not an adapter folder ({CONFIG_FILE} is missing)")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: malformed, not JSON ({error})") from error
-    if not isinstance(description, dict) or "format_version" not in description:
-        raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
-    return description
+    stored = read_stored_config(folder)
+    return stored.config, stored.origin
 
 
 def trained_template(folder: str | Path) -> str | None:
     """Return the prompt template an adapter was trained with; None if its folder does not say."""
-    template = _read_description(folder).get("template")
-    return template if isinstance(template, str) else None
+    return read_stored_config(folder).template
 
 
 @checks_arguments
@@ -231,8 +219,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         RuntimeError: If the model is inside ``prepared_for_inference``.
     """
     model = unwrapped(model)
-    config, origin = read_adapter_config(folder)
-    tensors = _read_tensors(Path(folder) / WEIGHTS_FILE, _read_description(folder))
+    stored = read_stored_config(folder)
+    config, tensors = stored.config, _read_tensors(Path(folder) / WEIGHTS_FILE, stored)
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     layers = adapted_linears(model)
     if any(layer.inference_path is not None or layer.update.is_prepared for layer in layers.values()):
@@ -244,7 +232,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     if injected:
         inject_adapters(model, config)
     try:
-        check_fit(model, config, origin, tensors, folder)
+        check_fit(model, config, stored.origin, tensors, folder)
     except Exception:  # whatever it is, the model must be as it was
         if injected:
             remove_adapters(model)
@@ -257,8 +245,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     return config
 
 
-def _read_tensors(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, stored: StoredAdapter) -> dict[str, Tensor]:
+    """Read the weights file: tensors by the name of their parameter."""
     if not path.is_file():
+        pickled = path.with_name("adapter_model.bin")
+        if pickled.is_file():
+            raise AdapterFileError(
+                f"{pickled}: a pickle, which can run code when it is read; accepted: {WEIGHTS_FILE}. Whoever "
+                "trusts it can convert it with PeftModel.from_pretrained and save_pretrained"
+            )
         raise AdapterFileError(f"{path.parent}: incomplete ({WEIGHTS_FILE} is missing)")
     try:
         weights = path.read_bytes()
@@ -267,11 +262,8 @@ def _read_tensors(path: Path, description: Mapping[str, Any]) -> dict[str, Tenso
         raise AdapterFileError(f"{path}: cannot be read ({error.strerror})") from error
     except (SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{path}: corrupt, not a readable safetensors file ({error})") from error
-    digest = description.get("weights_sha256")
-    if digest is None and description["format_version"] >= 3:
-        raise AdapterFileError(f"{path.parent / CONFIG_FILE}: malformed: weights_sha256 is missing")
-    if digest not in (None, hashlib.sha256(weights).hexdigest()):
+    if stored.weights_sha256 not in (None, hashlib.sha256(weights).hexdigest()):
         raise AdapterFileError(
             f"{path}: corrupt, or changed after it was saved: its SHA-256 is not the one in {CONFIG_FILE}"
         )
-    return tensors
+    return {stored.parameter_name(name): tensor for name, tensor in tensors.items()}

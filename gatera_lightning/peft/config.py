@@ -1,8 +1,11 @@
 """PEFT's configuration of a gated adapter."""
 
 import enum
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -10,6 +13,10 @@ from peft.utils.other import get_pattern_key
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gates import GATES, GateConfig, gate_from_dict
+from gatera_lightning.adapters.peft_schema import RECORD, settings_digest, to_text
+from gatera_lightning.adapters.serialization import WEIGHTS_FILE
+from gatera_lightning.adapters.stored_config import CONFIG_FILE, FORMAT_VERSION
+from gatera_lightning.checkpointing.atomic_files import atomic_file
 from gatera_lightning.errors import ConfigError, unknown_value
 
 
@@ -84,10 +91,7 @@ class GateRAConfig(PeftConfig):
             self.gate = GATES[self.gate]()
         if isinstance(self.gate, Mapping):
             self.gate = gate_from_dict(self.gate)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        self._backbone: dict[str, Any] = {}
         self._check()
         self.gate = self.gate_config.to_dict()
 
@@ -116,6 +120,26 @@ class GateRAConfig(PeftConfig):
         """The settings of the gate."""
         return gate_from_dict(self.gate) if isinstance(self.gate, Mapping) else self.gate  # type: ignore[return-value]
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, with the digests of the settings and of the weights beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_FILE
+        description = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, key), set):
+                description[key] = sorted(description[key])
+        weights = path.with_name(WEIGHTS_FILE)
+        record = self._backbone | self.gatera | {"format_version": FORMAT_VERSION}
+        record["settings_sha256"] = settings_digest(description)
+        if weights.is_file():
+            record["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        with atomic_file(path) as temporary:
+            temporary.write_text(to_text(description | {RECORD: record}), encoding="utf-8")
+
+    def set_backbone(self, description: dict[str, Any]) -> None:
+        """Remember the backbone that an adapter with these settings was injected into, for its folder."""
+        self._backbone = description
+
     def for_module(self, name: str) -> AdapterConfig:
         """Return the settings of the module ``name``, with its own rank and alpha."""
         rank, alpha = (
@@ -126,7 +150,7 @@ class GateRAConfig(PeftConfig):
 
     def _adapter_config(self, rank: Any, alpha: Any) -> AdapterConfig:
         targets = self.target_modules
-        names = [targets] if isinstance(targets, str) else sorted(targets) if targets else None
+        names = sorted(targets) if isinstance(targets, set) else targets
         config = AdapterConfig(
             update=self.update,
             gate=self.gate_config,
@@ -136,5 +160,7 @@ class GateRAConfig(PeftConfig):
             adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]
         )
         if names is not None:
-            config.target_modules = names
+            config.target_modules = [names] if isinstance(names, str) else list(names)
+        if isinstance(self.layers_to_transform, list):
+            config.layers = self.layers_to_transform
         return config

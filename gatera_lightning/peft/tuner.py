@@ -8,8 +8,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPP
 from torch import nn
 
 from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.fingerprint import WeightFingerprint, backbone_fingerprint, weight_fingerprint
+from gatera_lightning.adapters.identity import backbone_problem
 from gatera_lightning.adapters.linear_layers import weight_problem
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.peft.config import GateRAConfig
 from gatera_lightning.peft.layer import GateRALinear
 
@@ -28,6 +30,51 @@ class GateRAModel(BaseTuner):
             if set(usual := AdapterConfig().target_modules) <= present:
                 peft_config.target_modules = set(usual)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Check that an adapter which was loaded from a folder belongs to this backbone.
+
+        Raises:
+            AdapterFileError: If it was trained on another backbone; the model is then unchanged.
+        """
+        config = cast(GateRAConfig, peft_config)
+        if not config.gatera.get("fingerprint"):
+            return
+        found: dict[str, WeightFingerprint] = {}
+        adapted: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if (name.startswith(adapted) and adapted) or not self._check_target_module_exists(config, name):
+                continue
+            if isinstance(module, GateRALinear):
+                found[name] = module.base_fingerprint
+                adapted = (*adapted, f"{name}.")
+            elif isinstance(module, nn.Linear):
+                found[name] = weight_fingerprint(module.weight)
+        origin = {"id": config.base_model_name_or_path, "revision": config.revision} | config.gatera
+        own = {version: backbone_fingerprint(found, version) for version in (1, 2, 3)}
+        if all(all(fingerprint) for fingerprint in found.values()) and (
+            problem := backbone_problem(own, origin)
+        ):
+            raise AdapterFileError(f"this adapter {problem}")
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to a model, and remember for which backbone it is."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = {
+            name: module.base_fingerprint
+            for name, module in model.named_modules()
+            if isinstance(module, GateRALinear) and adapter_name in module.gatera_config
+        }
+        if all(all(fingerprint) for fingerprint in layers.values()):
+            cast(GateRAConfig, self.peft_config[adapter_name]).set_backbone(
+                {
+                    "fingerprint": backbone_fingerprint(layers),
+                    "fingerprint_float16": backbone_fingerprint(layers, 3),
+                    "attn_implementation": getattr(
+                        getattr(model, "config", None), "_attn_implementation", None
+                    ),
+                }
+            )
 
     def _create_and_replace(
         self,

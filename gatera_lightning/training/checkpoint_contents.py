@@ -6,7 +6,7 @@ import lightning as L
 from torch import nn
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.identity import backbone_identity, check_fit
+from gatera_lightning.adapters.identity import backbone_fingerprints, check_fit
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.checkpointing.contents import check_entries
@@ -60,7 +60,7 @@ def describe_adapter(model: nn.Module, adapter: AdapterConfig, backbone: Backbon
         "backbone": {
             "id": backbone.id,
             "revision": backbone.revision or getattr(model.config, "_commit_hash", None),
-            "fingerprint": backbone_identity(model),
+            **backbone_fingerprints(model),
             "attn_implementation": getattr(model.config, "_attn_implementation", None),
         },
     }

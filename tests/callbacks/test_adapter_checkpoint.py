@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import BackboneConfig, GateRAModule, adapter_parameters, load_adapter
+from gatera_lightning.adapters.peft_schema import to_peft_tensor
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.errors import CheckpointError
@@ -100,7 +101,7 @@ def test_last_checkpoint_matches_module(tiny_backbone, trained):
     files = load_file(root / "checkpoints" / "last" / "adapter_model.safetensors")
     for key, parameter in adapter_parameters(module.model).items():
         assert torch.equal(checkpoint["state_dict"][f"model.{key}"], parameter)
-        assert torch.equal(files[key], parameter)
+        assert torch.equal(files[to_peft_tensor(key)], parameter)
 
 
 def test_adapter_folder_reproduces_logits(tiny_backbone, trained):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_backbone import run_program, tiny_args
 
 from gatera_lightning import ConfigError, GateRAModule
+from gatera_lightning.adapters.peft_schema import from_peft_tensor
 from gatera_lightning.cli.main import main
 
 # --- settings ---
@@ -127,7 +128,7 @@ def test_module_loads_from_checkpoint(checkpoints, tiny_backbone):
     assert module.backbone.id == str(tiny_backbone)
     parameters = dict(module.model.named_parameters())
     saved = load_file(checkpoints / "last" / "adapter_model.safetensors")
-    assert all(torch.equal(parameters[name], saved[name]) for name in saved)
+    assert all(torch.equal(parameters[from_peft_tensor(name)], saved[name]) for name in saved)
 
 
 def test_test_evaluates_trained_adapter(recipe, checkpoints, capsys):

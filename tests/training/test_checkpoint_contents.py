@@ -42,13 +42,15 @@ def test_checkpoint_of_same_module_fits(build):
     check_entries(checkpoint, "the checkpoint")
     check_checkpoint_fits(checkpoint, module.model)
     assert checkpoint["adapter"]["gate"]["kind"] == "token"
-    assert set(checkpoint["backbone"]) == {"id", "revision", "fingerprint", "attn_implementation"}
+    assert set(checkpoint["backbone"]) == {
+        *("id", "revision", "fingerprint", "fingerprint_float16", "attn_implementation")
+    }
 
 
 def test_checkpoint_of_other_backbone_is_rejected(build):
     module = build()
     checkpoint = {"state_dict": module.state_dict()}
     checkpoint |= describe_adapter(module.model, module.adapter, module.backbone)
-    checkpoint["backbone"]["fingerprint"] = "0" * 64
+    checkpoint["backbone"] |= {"fingerprint": "0" * 64, "fingerprint_float16": "0" * 64}
     with pytest.raises(CheckpointError, match="the checkpoint: was trained on another backbone"):
         check_checkpoint_fits(checkpoint, module.model)

@@ -1,7 +1,6 @@
 """``export``: the adapter folder that training would have written, from any checkpoint."""
 
 import contextlib
-import json
 import shutil
 
 import pytest
@@ -10,7 +9,7 @@ from sample_checkpoints import write_sharded_checkpoint
 from tiny_backbone import tiny_args
 
 from gatera_lightning import BackboneConfig, adapter_parameters, load_adapter
-from gatera_lightning.adapters.serialization import trained_template
+from gatera_lightning.adapters.serialization import read_adapter_config, trained_template
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.cli.main import main
 
@@ -42,7 +41,7 @@ def test_checkpoint_gives_the_folder_beside_it(checkpoints, tiny_backbone, worki
     assert capsys.readouterr().out == f"mine: the adapter of {last}, at optimizer step 3\n"
     assert_same_files(working_folder / "mine", checkpoints / "last")
     assert trained_template("mine") == "plain"  # that of quickstart.yaml
-    origin = json.loads((working_folder / "mine" / FILES[0]).read_text())["backbone"]
+    _, origin = read_adapter_config("mine")
     assert (origin["id"], origin["revision"], len(origin["fingerprint"])) == (str(tiny_backbone), None, 66)
     model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"))
     load_adapter(model, "mine")

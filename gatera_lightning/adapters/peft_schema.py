@@ -1,0 +1,196 @@
+"""Adapter folders in the schema of Hugging Face PEFT: names of settings and of tensors.
+
+PEFT names a method by ``peft_type`` and keeps all its settings in one table. This module translates that
+table for the method GATERA, which holds every update with every gate, without importing PEFT.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import metadata
+from typing import Any
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.gates import gate_from_dict
+from gatera_lightning.errors import ConfigError, near_miss
+
+PEFT_TYPE = "GATERA"
+RECORD = "gatera"
+"""Key of what PEFT has no name for: format, fingerprints, template and digests."""
+
+_RENAMED = {"rank": "r", "layers": "layers_to_transform"}
+_SETTINGS = tuple(_RENAMED.get(field.name, field.name) for field in fields(AdapterConfig))
+_UNUSED: dict[str, Any] = {
+    "exclude_modules": None,
+    "layers_pattern": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+}
+"""Settings of PEFT for which a setting of ours may be missing, with the value that means: not used."""
+
+_PEFT_KEYS: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "peft_version": (str, type(None)),
+    "task_type": (str, type(None)),
+    "auto_mapping": (dict, type(None)),
+    "base_model_name_or_path": (str, type(None)),
+    "revision": (str, type(None)),
+    "inference_mode": (bool,),
+    RECORD: (dict,),
+}
+_REQUIRED = ("update", "gate", "r", "target_modules")
+_TYPE_NAMES = {type(None): "null", str: "a text", dict: "a table", bool: "true or false"}
+_MODEL_PREFIX = "base_model.model."
+_PARTS = ("update", "gate")
+_SUFFIX = "(?:.*\\.)?"
+
+
+def to_peft(
+    config: AdapterConfig, layers: list[str], *, origin: Mapping[str, Any], task_type: str | None
+) -> dict[str, Any]:
+    """Return an adapter's settings in PEFT's schema, without the record of this package.
+
+    Args:
+        config: The settings.
+        layers: Names of the adapted layers, which are listed where PEFT has no equal way to choose them.
+        origin: The ``id`` and ``revision`` of the backbone.
+        task_type: PEFT's name of the task, ``CAUSAL_LM`` for a language model.
+    """
+    values = {_RENAMED.get(name, name): value for name, value in config.to_dict().items()}
+    targets = [_to_peft_name(pattern) for pattern in config.target_modules]
+    if None not in targets:
+        values["target_modules"] = targets
+    elif config.layers is None:
+        values["target_modules"] = _one_expression(config.target_modules)
+    else:
+        values |= {"target_modules": sorted(layers), "layers_to_transform": None}
+    return (
+        _UNUSED
+        | values
+        | {
+            "peft_type": PEFT_TYPE,
+            "peft_version": _peft_version(),
+            "task_type": task_type,
+            "auto_mapping": None,
+            "base_model_name_or_path": origin["id"],
+            "revision": origin["revision"],
+            "inference_mode": True,
+        }
+    )
+
+
+def from_peft(description: Mapping[str, Any]) -> AdapterConfig:
+    """Return an adapter's settings from PEFT's schema.
+
+    Raises:
+        ConfigError: If a key is unknown, has another type, or needs PEFT to be loaded.
+    """
+    known = {*_SETTINGS, *_UNUSED, *_PEFT_KEYS}
+    if unknown := [key for key in description if key not in known]:
+        raise ConfigError(
+            f"unknown keys {', '.join(unknown)}; accepted: {', '.join(sorted(known))}"
+            f"{near_miss(unknown[0], known)}"
+        )
+    if missing := [key for key in _REQUIRED if key not in description]:
+        raise ConfigError(f"malformed: {', '.join(missing)} is missing")
+    for key, types in _PEFT_KEYS.items():
+        if key in description and type(description[key]) not in types:
+            accepted = " or ".join(_TYPE_NAMES[kind] for kind in types)
+            raise ConfigError(f"{key}: {description[key]!r}; accepted: {accepted}")
+    for key, unused in _UNUSED.items():
+        value = description.get(key, unused)
+        if value and key not in (*_SETTINGS, "layers_pattern"):
+            raise ConfigError(
+                f"{key}: {value!r} needs PEFT; load this adapter with PeftModel.from_pretrained"
+            )
+    values = {name: description[key] for name, key in _names() if key in description}
+    pattern, layers = description.get("layers_pattern"), values.get("layers")
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        values["layers"] = [layers]
+    values["target_modules"] = _from_peft_targets(
+        description.get("target_modules"), pattern, values.get("layers")
+    )
+    if pattern:
+        values["layers"] = None
+    if isinstance(values.get("gate"), Mapping):
+        values["gate"] = gate_from_dict(values["gate"])
+    return AdapterConfig(**values)
+
+
+def settings_digest(description: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the settings of the method, which the weights belong to."""
+    keys = {*_SETTINGS, *_UNUSED}
+    settings = {key: description[key] for key in keys if description.get(key) not in (None, {}, [])}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def to_text(description: Mapping[str, Any]) -> str:
+    """Return ``adapter_config.json`` as PEFT writes it."""
+    return json.dumps(description, indent=2, sort_keys=True)
+
+
+def to_peft_tensor(name: str) -> str:
+    """Return a parameter's name in PEFT's file: ``q_proj.update.a`` -> ``…q_proj.gatera_update.a``."""
+    at, part = max((f".{name}".rfind(f".{part}."), part) for part in _PARTS)
+    layer, parameter = name[: max(0, at - 1)], name[at + len(part) + 1 :]
+    return f"{_MODEL_PREFIX}{layer}{'.' if layer else ''}gatera_{part}.{parameter}"
+
+
+def from_peft_tensor(name: str) -> str:
+    """Return the name of a parameter in the adapted model from its name in PEFT's file."""
+    name = name.removeprefix(_MODEL_PREFIX)
+    for part in _PARTS:
+        head, found, parameter = name.rpartition(f"gatera_{part}.")
+        if found:
+            return f"{head}{part}.{parameter}"
+    return name
+
+
+def _names() -> list[tuple[str, str]]:
+    return [(field.name, _RENAMED.get(field.name, field.name)) for field in fields(AdapterConfig)]
+
+
+def _to_peft_name(pattern: str) -> str | None:
+    """Return the entry of PEFT's list that matches what ``pattern`` does: a name or the end of one."""
+    if re.fullmatch(r"\w+", pattern):
+        return pattern
+    plain = pattern.removeprefix(_SUFFIX).replace("\\.", ".")
+    return plain if pattern == _from_peft_name(plain) else None
+
+
+def _from_peft_name(name: str) -> str:
+    return name if re.fullmatch(r"\w+", name) else _SUFFIX + re.escape(name)
+
+
+def _one_expression(patterns: list[str]) -> str:
+    """Return one regular expression for whole names, as PEFT reads a text."""
+    if len(patterns) == 1:
+        return patterns[0]
+    return "|".join(
+        f"(?:{_SUFFIX}{pattern})" if re.fullmatch(r"\w+", pattern) else f"(?:{pattern})"
+        for pattern in patterns
+    )
+
+
+def _from_peft_targets(targets: Any, layers_pattern: Any, layers: Any) -> Any:
+    if isinstance(targets, str):
+        return [targets]
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        return targets  # AdapterConfig.problems() reports it
+    names = [_from_peft_name(name) for name in targets]
+    if not layers_pattern:
+        return names
+    lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    inside = f"{_SUFFIX}(?:{'|'.join(lists)})\\.(?:{'|'.join(map(str, layers))})\\."
+    return [f"{inside}{name if name.startswith(_SUFFIX) else _SUFFIX + name}" for name in names]
+
+
+def _peft_version() -> str | None:
+    try:
+        return metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,187 @@
+"""Read ``adapter_config.json`` in every format that this package has written, and in PEFT's.
+
+Formats 1 to 3 have a schema of this package's own. Format 4 is PEFT's schema with a record beside it.
+"""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.peft_schema import (
+    PEFT_TYPE,
+    RECORD,
+    from_peft,
+    from_peft_tensor,
+    settings_digest,
+)
+from gatera_lightning.datamodules.prompts.templates import Template
+from gatera_lightning.errors import AdapterFileError, ConfigError, near_miss, unknown_value
+
+CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 4
+"""Version of ``adapter_config.json``. Also read: 1, with flat names for the gate's settings, 2 and 3, in an
+older schema. 1 and 2 have no digest of the weights file, and fingerprints of version 1."""
+
+_TEXT, _TEXT_OR_NULL, _TABLE = (str,), (str, type(None)), (dict,)
+_ORIGIN: dict[str, tuple[type, ...]] = {
+    "id": _TEXT_OR_NULL,
+    "revision": _TEXT_OR_NULL,
+    "fingerprint": _TEXT,
+    "attn_implementation": _TEXT_OR_NULL,
+}
+_OLD_KEYS: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "adapter": _TABLE,
+    "adapter_sha256": _TEXT,
+    "backbone": _TABLE,
+    "weights_sha256": _TEXT,
+    "template": _TEXT,
+}
+_RECORD_KEYS: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "fingerprint": _TEXT_OR_NULL,
+    "fingerprint_float16": _TEXT_OR_NULL,
+    "attn_implementation": _TEXT_OR_NULL,
+    "settings_sha256": _TEXT,
+    "weights_sha256": _TEXT,
+    "template": _TEXT,
+}
+_NAMES = {str: "a text", dict: "a table", int: "an integer", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What ``adapter_config.json`` says."""
+
+    config: AdapterConfig
+    """The adapter's settings."""
+
+    origin: dict[str, Any]
+    """The ``id``, ``revision``, ``fingerprint`` and ``attn_implementation`` of the backbone."""
+
+    weights_sha256: str | None
+    """Digest of the weights file; None in formats without one."""
+
+    template: str | None
+    """The prompt template of the training data, if it is known."""
+
+    parameter_name: Callable[[str], str]
+    """Name of a tensor in the file -> name of the parameter in the adapted model."""
+
+
+def read_stored_config(folder: str | Path) -> StoredAdapter:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        AdapterFileError: If the file is missing, malformed, changed, or from a newer version.
+    """
+    path = Path(folder) / CONFIG_FILE
+    description = _read_json(Path(folder))
+    try:
+        if "peft_type" in description:
+            return _read_peft(description)
+        if "format_version" in description:
+            return _read_old(description)
+    except ConfigError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterFileError(f"{folder}: not an adapter folder ({CONFIG_FILE} is missing)")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path}: malformed, not JSON ({error})") from error
+    if not isinstance(description, dict):
+        raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
+    return description
+
+
+def _read_old(description: dict[str, Any]) -> StoredAdapter:
+    version = _version(description, range(1, 4))
+    _check("", description, _OLD_KEYS, required={"adapter", "backbone"})
+    origin = description["backbone"]
+    _check("backbone.", origin, _ORIGIN, required={"id", "revision", "fingerprint"})
+    config = AdapterConfig.from_dict(description["adapter"])
+    if problems := config.problems():
+        raise ConfigError(problems)
+    if version >= 3 and description.get("adapter_sha256") != _old_digest(description["adapter"]):
+        raise ConfigError(
+            "corrupt, or changed after it was saved: the SHA-256 of 'adapter' is not 'adapter_sha256', so "
+            "the weights were trained with other settings"
+        )
+    if version >= 3 and "weights_sha256" not in description:
+        raise ConfigError("malformed: weights_sha256 is missing")
+    return StoredAdapter(config, origin, description.get("weights_sha256"), _template(description), str)
+
+
+def _read_peft(description: dict[str, Any]) -> StoredAdapter:
+    if description["peft_type"] != PEFT_TYPE:
+        raise ConfigError(f"peft_type: {description['peft_type']!r}; accepted: {PEFT_TYPE}")
+    record = description.get(RECORD, {})
+    if type(record) is dict and record:
+        _version(record, (FORMAT_VERSION,), f"{RECORD}.")
+        _check(f"{RECORD}.", record, _RECORD_KEYS, required={"settings_sha256", "weights_sha256"})
+    config = from_peft(description)
+    if problems := config.problems():
+        raise ConfigError(problems)
+    if record and record["settings_sha256"] != settings_digest(description):
+        raise ConfigError(
+            f"corrupt, or changed after it was saved: the SHA-256 of the settings is not "
+            f"'{RECORD}.settings_sha256', so the weights were trained with other settings"
+        )
+    origin = {
+        "id": description.get("base_model_name_or_path"),
+        "revision": description.get("revision"),
+        "fingerprint": record.get("fingerprint"),
+        "fingerprint_float16": record.get("fingerprint_float16"),
+        "attn_implementation": record.get("attn_implementation"),
+    }
+    return StoredAdapter(config, origin, record.get("weights_sha256"), _template(record), from_peft_tensor)
+
+
+def _version(description: Mapping[str, Any], accepted: Any, prefix: str = "") -> int:
+    version = description.get("format_version")
+    if type(version) is not int or version not in accepted:
+        raise ConfigError(
+            f"{prefix}format_version {version!r}; this version reads 1 to {FORMAT_VERSION}"
+            + (f", and {FORMAT_VERSION} in PEFT's schema" if not prefix else "")
+        )
+    return version
+
+
+def _check(
+    prefix: str, table: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], required: set[str]
+) -> None:
+    """Raise ConfigError for a key that is missing, unknown, or of another type."""
+    if missing := sorted(required - set(table)):
+        raise ConfigError(f"malformed: {prefix}{missing[0]} is missing")
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(
+                f"malformed: {prefix}{key} is unknown; accepted: {', '.join(known)}{near_miss(key, known)}"
+            )
+        if type(value) not in known[key]:
+            accepted = " or ".join(_NAMES[kind] for kind in known[key])
+            raise ConfigError(f"malformed: {prefix}{key}: {reprlib.repr(value)}; accepted: {accepted}")
+
+
+def _template(table: Mapping[str, Any]) -> str | None:
+    template = table.get("template")
+    if "template" in table and template not in get_args(Template):
+        raise ConfigError(unknown_value("template", template, get_args(Template)))
+    return template
+
+
+def _old_digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
