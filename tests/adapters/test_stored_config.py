@@ -210,7 +210,7 @@ def test_missing_part_of_the_backbone_is_named(old, key):
         (None, "format_version", True, "format_version True; this version reads 1 to 4"),
         (None, "format_version", 3.0, "format_version 3.0; this version reads 1 to 4"),
         (None, "format_version", 4, "format_version 4; this version reads 1 to 4, and 4 in PEFT's schema"),
-        (None, "templat", "plain", "templat is unknown"),
+        (None, "templates", "plain", "templates is unknown"),
         (None, "template", "plane", "template: 'plane' is unknown; accepted: alpaca, plain, chat"),
         ("adapter", "threshold", 0.1, "adapter: unknown settings ['threshold']"),
         ("adapter", "rank", "3", "rank: '3' is not a rank"),

@@ -26,7 +26,7 @@ def gatera(update="hira", gate="token", **settings):
 
 @pytest.fixture
 def load(backbone_folder):
-    """Return a function that loads the backbone anew."""
+    """Return a function that loads another copy of the backbone."""
     return lambda **settings: AutoModelForCausalLM.from_pretrained(backbone_folder, **settings)
 
 

@@ -15,7 +15,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 @pytest.fixture
 def load(backbone_folder):
-    """Return a function that loads the backbone anew."""
+    """Return a function that loads another copy of the backbone."""
     return lambda **settings: AutoModelForCausalLM.from_pretrained(backbone_folder, **settings)
 
 
