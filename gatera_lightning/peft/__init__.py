@@ -12,10 +12,11 @@ except ImportError as error:
     ) from error
 
 from gatera_lightning.peft.config import GateRAConfig
+from gatera_lightning.peft.gate_entropy_trainer import GateEntropyMixin
 from gatera_lightning.peft.layer import GateRALinear
 from gatera_lightning.peft.registration import register
 from gatera_lightning.peft.tuner import GateRAModel
 
-__all__ = ["GateRAConfig", "GateRALinear", "GateRAModel", "register"]
+__all__ = ["GateEntropyMixin", "GateRAConfig", "GateRALinear", "GateRAModel", "register"]
 
 register()
