@@ -1,4 +1,4 @@
-"""The entropy term of GateRA's loss in Hugging Face's ``Trainer`` and in trainers on top of it, such as TRL's."""
+"""The entropy term of GateRA's loss in Hugging Face's ``Trainer``, and in trainers that extend it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
