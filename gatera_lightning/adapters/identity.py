@@ -77,6 +77,8 @@ def check_fit(
 ) -> None:
     """Check that a stored adapter fits an adapted model.
 
+    An ungated adapter also fits a model with gates, which keep their values.
+
     Args:
         model: A model with an adapter.
         config: The stored adapter's settings.
@@ -89,11 +91,14 @@ def check_fit(
             or a value is NaN or infinite.
     """
     own = next(iter(adapted_linears(model).values())).config
-    if _method(own) != _method(config):
+    keeps_gates = config.gate.kind == "none" and own.gate.kind != "none"
+    if _method(own, with_gate=not keeps_gates) != _method(config, with_gate=not keeps_gates):
         raise AdapterFileError(
             f"{source}: holds {_method(config)}, but the model was adapted with {_method(own)}"
         )
     own_parameters = {own_name(name): parameter for name, parameter in adapter_parameters(model).items()}
+    if keeps_gates:
+        own_parameters = {n: p for n, p in own_parameters.items() if not is_gate_parameter(n)}
     problems = _mismatches(own_parameters, tensors)
     if problems:
         raise AdapterFileError(f"{source}: does not fit this model: {'; '.join(problems)}")
@@ -115,8 +120,14 @@ def full_cpu_tensor(parameter: nn.Parameter) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().contiguous()
 
 
-def _method(config: AdapterConfig) -> str:
-    return f"update={config.update} gate={config.gate.kind} rank={config.rank} scale={config.scale!r}"
+def is_gate_parameter(name: str) -> bool:
+    """Return whether a parameter of an adapted model belongs to a gate, and not to an update."""
+    return name.rfind(".gate.") > name.rfind(".update.")
+
+
+def _method(config: AdapterConfig, *, with_gate: bool = True) -> str:
+    gate = f" gate={config.gate.kind}" if with_gate else ""
+    return f"update={config.update}{gate} rank={config.rank} scale={config.scale!r}"
 
 
 def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> list[str]:

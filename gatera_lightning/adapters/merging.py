@@ -88,9 +88,18 @@ def _weight_problem(name: str, layer: AdaptedLinear) -> str | None:
 
 def _merged_weight(layer: AdaptedLinear) -> Tensor:
     """Return ``W0 + g·ΔW``, (out, in), in the frozen weight's dtype."""
+    return exact_merged_weight(layer).to(layer.base.weight.dtype)
+
+
+def exact_merged_weight(layer: AdaptedLinear) -> Tensor:
+    """Return ``W0 + g·ΔW``, (out, in), in the wider dtype of the frozen weight and the adapter.
+
+    Args:
+        layer: A layer whose gate does not depend on the token.
+    """
     weight = layer.base.weight
     delta = layer.update.delta_weight(weight)  # (out, in)
     if layer.gate is not None:
         delta = delta * layer.gate.constant_value()
     wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.to(wide) + delta).to(weight.dtype)
+    return weight.to(wide) + delta

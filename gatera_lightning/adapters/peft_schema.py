@@ -108,17 +108,20 @@ def from_peft(description: Mapping[str, Any]) -> AdapterConfig:
                 f"{key}: {value!r} needs PEFT; load this adapter with PeftModel.from_pretrained"
             )
     values = {name: description[key] for name, key in _names() if key in description}
-    pattern, layers = description.get("layers_pattern"), values.get("layers")
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        values["layers"] = [layers]
-    values["target_modules"] = _from_peft_targets(
-        description.get("target_modules"), pattern, values.get("layers")
-    )
-    if pattern:
-        values["layers"] = None
+    values["target_modules"], values["layers"] = target_patterns(description)
     if isinstance(values.get("gate"), Mapping):
         values["gate"] = gate_from_dict(values["gate"])
     return AdapterConfig(**values)
+
+
+def target_patterns(description: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return ``target_modules`` and ``layers`` of our settings for those of PEFT, without checking them."""
+    targets, pattern = description.get("target_modules"), description.get("layers_pattern")
+    layers = description.get("layers_to_transform")
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        layers = [layers]
+    found = _from_peft_targets(targets, pattern, layers)
+    return found, None if pattern else layers
 
 
 def settings_digest(description: Mapping[str, Any]) -> str:
@@ -185,6 +188,8 @@ def _from_peft_targets(targets: Any, layers_pattern: Any, layers: Any) -> Any:
     if not layers_pattern:
         return names
     lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    if not (isinstance(layers, list) and all(isinstance(name, str) for name in lists)):
+        return targets
     inside = f"{_SUFFIX}(?:{'|'.join(lists)})\\.(?:{'|'.join(map(str, layers))})\\."
     return [f"{inside}{name if name.startswith(_SUFFIX) else _SUFFIX + name}" for name in names]
 

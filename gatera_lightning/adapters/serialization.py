@@ -5,6 +5,7 @@ A folder is one of Hugging Face PEFT as well, which loads it once ``gatera_light
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -143,17 +144,7 @@ def write_adapter(
         AdapterFileError: If a value is NaN or infinite, or the folder is a file or holds a model; nothing is
             written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise AdapterFileError(
-            f"{folder}: the adapter is not saved, because this is a file; accepted: a folder"
-        )
-    if problem := non_finite_problem(tensors):
-        raise AdapterFileError(f"{folder}: the adapter is not saved, because {problem}")
-    if (folder / "config.json").exists():
-        raise AdapterFileError(
-            f"{folder}: the adapter is not saved, because this folder holds a model (config.json), which an "
-            f"{CONFIG_FILE} beside it would break; accepted: a folder of its own"
-        )
+    check_folder(folder, tensors)
     weights = save({to_peft_tensor(name): t for name, t in tensors.items()}, metadata={"format": "pt"})
     layers = sorted({name.rpartition(".update.")[0] for name in tensors if ".update." in name})
     description = to_peft(config, layers, origin=origin, task_type=task_type)
@@ -177,6 +168,21 @@ def write_adapter(
     return folder
 
 
+def check_folder(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFileError if a folder or the values of an adapter must not be written."""
+    if folder.exists() and not folder.is_dir():
+        raise AdapterFileError(
+            f"{folder}: the adapter is not saved, because this is a file; accepted: a folder"
+        )
+    if problem := non_finite_problem(tensors):
+        raise AdapterFileError(f"{folder}: the adapter is not saved, because {problem}")
+    if (folder / "config.json").exists():
+        raise AdapterFileError(
+            f"{folder}: the adapter is not saved, because this folder holds a model (config.json), which an "
+            f"{CONFIG_FILE} beside it would break; accepted: a folder of its own"
+        )
+
+
 def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, Any]]:
     """Read ``adapter_config.json``.
 
@@ -193,6 +199,19 @@ def read_adapter_config(folder: str | Path) -> tuple[AdapterConfig, dict[str, An
     return stored.config, stored.origin
 
 
+def read_adapter(folder: str | Path) -> tuple[StoredAdapter, dict[str, Tensor]]:
+    """Read an adapter folder without a model.
+
+    Returns:
+        What its ``adapter_config.json`` says, and its tensors by the name of their parameter.
+
+    Raises:
+        AdapterFileError: If a file is missing, malformed or corrupt.
+    """
+    stored = read_stored_config(folder)
+    return stored, _read_tensors(Path(folder) / WEIGHTS_FILE, stored)
+
+
 def trained_template(folder: str | Path) -> str | None:
     """Return the prompt template an adapter was trained with; None if its folder does not say."""
     return read_stored_config(folder).template
@@ -202,7 +221,9 @@ def trained_template(folder: str | Path) -> str | None:
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
     """Load an adapter folder into a model, after injecting the adapter if the model has none.
 
-    Nothing is unpickled. If this raises, the model is unchanged.
+    Nothing is unpickled. If this raises, the model is unchanged. Folders of PEFT's own LoRA, DoRA and HiRA
+    load as well. An ungated adapter loads into a model with gates too, whose gates keep their values: with
+    ``bias=4.0`` they start open, with ``bias=-4.0`` closed.
 
     Args:
         model: The backbone that the adapter was trained on, or this backbone with an adapter of the same
@@ -219,8 +240,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         RuntimeError: If the model is inside ``prepared_for_inference``.
     """
     model = unwrapped(model)
-    stored = read_stored_config(folder)
-    config, tensors = stored.config, _read_tensors(Path(folder) / WEIGHTS_FILE, stored)
+    stored, tensors = read_adapter(folder)
+    config = stored.config
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     layers = adapted_linears(model)
     if any(layer.inference_path is not None or layer.update.is_prepared for layer in layers.values()):
@@ -241,7 +262,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         raise
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            parameter.copy_(tensors[own_name(name)])
+            if own_name(name) in tensors:  # gates that a folder without gates leaves as they are
+                parameter.copy_(tensors[own_name(name)])
     return config
 
 
@@ -266,4 +288,6 @@ def _read_tensors(path: Path, stored: StoredAdapter) -> dict[str, Tensor]:
         raise AdapterFileError(
             f"{path}: corrupt, or changed after it was saved: its SHA-256 is not the one in {CONFIG_FILE}"
         )
+    if stored.is_peft_method:  # PEFT saves 16-bit factors if it trained them so
+        tensors = {n: t.float() if t.dtype.itemsize == 2 else t for n, t in tensors.items()}
     return {stored.parameter_name(name): tensor for name, tensor in tensors.items()}

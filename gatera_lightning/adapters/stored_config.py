@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.peft_methods import (
+    PEFT_METHODS,
+    config_of_peft_method,
+    tensor_name_of_peft_method,
+)
 from gatera_lightning.adapters.peft_schema import (
     PEFT_TYPE,
     RECORD,
@@ -73,6 +78,9 @@ class StoredAdapter:
     parameter_name: Callable[[str], str]
     """Name of a tensor in the file -> name of the parameter in the adapted model."""
 
+    is_peft_method: bool = False
+    """Whether the folder is one of PEFT's own methods, which store no fingerprint and no digests."""
+
 
 def read_stored_config(folder: str | Path) -> StoredAdapter:
     """Read ``adapter_config.json``.
@@ -112,9 +120,7 @@ def _read_old(description: dict[str, Any]) -> StoredAdapter:
     _check("", description, _OLD_KEYS, required={"adapter", "backbone"})
     origin = description["backbone"]
     _check("backbone.", origin, _ORIGIN, required={"id", "revision", "fingerprint"})
-    config = AdapterConfig.from_dict(description["adapter"])
-    if problems := config.problems():
-        raise ConfigError(problems)
+    config = _checked(AdapterConfig.from_dict(description["adapter"]))
     if version >= 3 and description.get("adapter_sha256") != _old_digest(description["adapter"]):
         raise ConfigError(
             "corrupt, or changed after it was saved: the SHA-256 of 'adapter' is not 'adapter_sha256', so "
@@ -126,28 +132,39 @@ def _read_old(description: dict[str, Any]) -> StoredAdapter:
 
 
 def _read_peft(description: dict[str, Any]) -> StoredAdapter:
-    if description["peft_type"] != PEFT_TYPE:
-        raise ConfigError(f"peft_type: {description['peft_type']!r}; accepted: {PEFT_TYPE}")
+    method = description["peft_type"]
+    if method in PEFT_METHODS:
+        config, origin = _checked(config_of_peft_method(description)), _origin(description, {})
+        return StoredAdapter(config, origin, None, None, tensor_name_of_peft_method(method), True)
+    if method != PEFT_TYPE:
+        raise ConfigError(f"peft_type: {method!r}; accepted: {', '.join((PEFT_TYPE, *PEFT_METHODS))}")
     record = description.get(RECORD, {})
     if type(record) is dict and record:
         _version(record, (FORMAT_VERSION,), f"{RECORD}.")
         _check(f"{RECORD}.", record, _RECORD_KEYS, required={"settings_sha256", "weights_sha256"})
-    config = from_peft(description)
-    if problems := config.problems():
-        raise ConfigError(problems)
+    config = _checked(from_peft(description))
     if record and record["settings_sha256"] != settings_digest(description):
         raise ConfigError(
             f"corrupt, or changed after it was saved: the SHA-256 of the settings is not "
             f"'{RECORD}.settings_sha256', so the weights were trained with other settings"
         )
-    origin = {
-        "id": description.get("base_model_name_or_path"),
-        "revision": description.get("revision"),
-        "fingerprint": record.get("fingerprint"),
-        "fingerprint_float16": record.get("fingerprint_float16"),
-        "attn_implementation": record.get("attn_implementation"),
-    }
+    origin = _origin(description, record)
     return StoredAdapter(config, origin, record.get("weights_sha256"), _template(record), from_peft_tensor)
+
+
+def _checked(config: AdapterConfig) -> AdapterConfig:
+    """Return the settings; raise ConfigError if one of them cannot work."""
+    if problems := config.problems():
+        raise ConfigError(problems)
+    return config
+
+
+def _origin(description: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    origin = {"id": description.get("base_model_name_or_path"), "revision": description.get("revision")}
+    names = ("fingerprint", "fingerprint_float16", "attn_implementation")
+    for key in ("base_model_name_or_path", "revision"):
+        _check("", {key: description.get(key)}, {key: _TEXT_OR_NULL}, required=set())
+    return origin | {name: record.get(name) for name in names}
 
 
 def _version(description: Mapping[str, Any], accepted: Any, prefix: str = "") -> int:

@@ -53,7 +53,7 @@ def _warm_start_problems(folder: str, adapter: AdapterConfig) -> list[str]:
             ("rank", stored.rank, adapter.rank),
             ("scale", stored.scale, adapter.scale),
         )
-        if there != here
+        if there != here and not (name == "gate" and there == "none")  # gates then start from their bias
     ]
 
 

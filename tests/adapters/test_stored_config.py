@@ -58,7 +58,7 @@ def old(folder):
         ({"use_dora": True}, "unknown keys use_dora"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path: 5; accepted: a text or null"),
         ({"revision": ["main"]}, r"revision: \['main'\]; accepted: a text or null"),
-        ({"peft_type": "VERA"}, "peft_type: 'VERA'; accepted: GATERA"),
+        ({"peft_type": "VERA"}, "peft_type: 'VERA'; accepted: GATERA, LORA, HIRA"),
         ({"peft_type": None}, "peft_type: None; accepted: GATERA"),
         ({"inference_mode": 1}, "inference_mode: 1; accepted: true or false"),
         ({"gatera": 3}, "gatera: 3; accepted: a table"),

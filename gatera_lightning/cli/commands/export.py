@@ -1,44 +1,104 @@
-"""`export`: the adapter folder of a checkpoint."""
+"""`export`: the adapter of a checkpoint or of an adapter folder, in the format that another program reads."""
 
+import argparse
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.serialization import write_adapter
+from gatera_lightning.adapters.serialization import load_adapter, read_adapter, write_adapter
+from gatera_lightning.adapters.stored_config import CONFIG_FILE
+from gatera_lightning.backbone.config import stored_backbone
+from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.checkpointing.output_check import folder_problem
+from gatera_lightning.cli.merged_model import read_texts, write_merged_model
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.terminal.printing import print_text
 from gatera_lightning.training import hyperparameters  # noqa: F401  # reads settings of version 0.1
 
 _REQUIRED_KEYS = ("state_dict", "adapter", "backbone", "global_step")
+_FORMATS = {
+    "gatera": "an adapter folder of this package, which PEFT reads once gatera_lightning.peft is imported",
+    "peft": "PEFT's own LoRA, DoRA or HiRA, which needs nothing of this package",
+    "lora": "PEFT's LoRA and nothing else, for inference engines",
+    "merged": "the backbone with the adapter in its weights, a plain Hugging Face folder",
+}
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter without its backbone."""
+
+    config: AdapterConfig
+    origin: dict[str, Any]
+    tensors: dict[str, Tensor]
+    template: str | None
+    source: str
 
 
 def export(argv: Sequence[str]) -> None:
-    """Write the adapter folder `--out` from a checkpoint, or from the newest valid one in a folder.
+    """Write the adapter of a checkpoint or of an adapter folder to `--out`.
 
-    The backbone is not needed.
+    Only `--format merged` needs the backbone.
 
     Args:
         argv: The flags.
 
     Raises:
-        ConfigError: The path is not a checkpoint of this package.
+        ConfigError: The path is neither a checkpoint of this package nor an adapter folder, or the adapter
+            cannot be written in this format.
         CheckpointError: The checkpoint is corrupt, or contains pickled classes that are not allowed.
+        AdapterFileError: The adapter folder cannot be read.
     """
     args = _parser().parse_args(argv)
-    path: Path = args.checkpoint
-    if not path.exists():
+    _check_arguments(args)
+    adapter = _read(args.checkpoint)
+    if args.format == "merged":
+        _write_merged(args, adapter)
+        return
+    if args.format == "gatera":
+        folder = write_adapter(args.out, adapter.tensors, adapter.config, adapter.origin, adapter.template)
+    else:
+        from gatera_lightning.peft.own_methods import peft_method_problem, write_peft_method
+
+        if problem := peft_method_problem(adapter.config, lora_only=args.format == "lora"):
+            raise ConfigError(f"--format {args.format}: {args.checkpoint}: {problem}")
+        folder = write_peft_method(args.out, adapter.tensors, adapter.config, adapter.origin)
+    print_text(f"{folder}: the adapter of {adapter.source}")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if not args.checkpoint.exists():
         raise ConfigError(
-            f"CHECKPOINT: {path} does not exist; accepted: a checkpoint (*.ckpt), or a folder of checkpoints"
+            f"CHECKPOINT: {args.checkpoint} does not exist; accepted: a checkpoint (*.ckpt), a folder of "
+            "checkpoints, or an adapter folder"
         )
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which does not have to exist")
     if problem := folder_problem(args.out):
         raise ConfigError(f"--out: {args.out} cannot be written ({problem}); accepted: a writable folder")
+    if args.format == "merged" and args.out.exists():
+        raise ConfigError(f"--out: {args.out} exists; accepted with --format merged: a new folder")
+    if args.constant_gate and (args.format != "merged" or args.rows is None):
+        raise ConfigError("--constant_gate: accepted with --format merged and --rows FILE")
+    if args.rows is not None and args.format != "merged":
+        raise ConfigError("--rows: accepted with --format merged")
+
+
+def _read(path: Path) -> _Adapter:
+    """Read a checkpoint, the newest valid one in a folder, or an adapter folder."""
+    if (path / CONFIG_FILE).is_file():
+        stored, tensors = read_adapter(path)
+        return _Adapter(stored.config, stored.origin, tensors, stored.template, str(path))
     found = path if path.suffix == ".ckpt" else newest_valid_checkpoint(path)
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
@@ -50,27 +110,73 @@ def export(argv: Sequence[str]) -> None:
             f"CHECKPOINT: {found} is not a checkpoint of an adapter; missing entries: {', '.join(missing)}"
         )
     check_entries(checkpoint, found)
-    config = AdapterConfig.from_dict(checkpoint["adapter"])
-    tensors = {
-        name.removeprefix("model."): tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()
-    }
-    folder = write_adapter(args.out, tensors, config, checkpoint["backbone"], checkpoint.get("template"))
-    print_text(f"{folder}: the adapter of {found}, at optimizer step {checkpoint['global_step']}")
+    return _Adapter(
+        AdapterConfig.from_dict(checkpoint["adapter"]),
+        checkpoint["backbone"],
+        {n.removeprefix("model."): tensor.contiguous() for n, tensor in checkpoint["state_dict"].items()},
+        checkpoint.get("template"),
+        f"{found}, at optimizer step {checkpoint['global_step']}",
+    )
+
+
+def _write_merged(args: argparse.Namespace, adapter: _Adapter) -> None:
+    gate = adapter.config.gate.build(1, dtype=torch.float32, device=torch.device("cpu"))
+    if gate is not None and gate.depends_on_token and not args.constant_gate:
+        raise ConfigError(
+            f"--format merged: {args.checkpoint} has a {adapter.config.gate.kind!r} gate, whose value "
+            "differs between tokens, so no single matrix equals it; accepted: --constant_gate --rows FILE, "
+            "which replaces each gate by its mean over these texts and reports what that changes"
+        )
+    if adapter.origin["id"] is None:
+        raise ConfigError(f"CHECKPOINT: {args.checkpoint} does not store the id of its backbone")
+    texts = None if args.rows is None else read_texts(args.rows)
+    backbone = stored_backbone(adapter.origin, args.dtype)
+    tokenizer, model = load_tokenizer(backbone), load_backbone(backbone)
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder), adapter.tensors, adapter.config, adapter.origin, None)
+        load_adapter(model, folder)
+    report = write_merged_model(model, tokenizer, args.out, texts)
+    print_text(f"{args.out}: the backbone with the adapter of {adapter.source}, in {args.dtype}")
+    for line in report.lines():
+        print_text(f"  {line}")
 
 
 def _parser() -> SubcommandParser:
     parser = SubcommandParser(
         "export",
-        description="Write the adapter folder of a checkpoint, sharded or not. The folder loads without "
-        "Lightning and without pickle.",
+        description="Write the adapter of a checkpoint, sharded or not, or of an adapter folder, for other "
+        "programs. What is written loads without Lightning and without pickle.",
     )
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="a checkpoint, or a run's folder checkpoints/, of which the newest valid one is used",
+        help="a checkpoint, a run's folder checkpoints/, of which the newest valid one is used, or an "
+        "adapter folder, also one of PEFT's own LoRA, DoRA or HiRA",
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--format",
+        choices=list(_FORMATS),
+        default="gatera",
+        help="; ".join(f"{name}: {text}" for name, text in _FORMATS.items()) + " (default: gatera)",
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, required=True, help="the adapter folder to write"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of the merged weights (default: float32)",
+    )
+    parser.add_argument(
+        "--constant_gate",
+        "--constant-gate",
+        action="store_true",
+        help="merge a token gate as a constant, its mean over the texts of --rows",
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="FILE",
+        type=Path,
+        help="texts to measure the merged model on: one per line, or JSON Lines with a field text",
     )
     return parser

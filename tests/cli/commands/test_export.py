@@ -157,7 +157,11 @@ def test_file_of_another_program_is_not_unpickled(working_folder, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "nowhere does not exist; accepted: a checkpoint (*.ckpt), or a folder of checkpoints"),
+        (
+            "nowhere",
+            "nowhere does not exist; accepted: a checkpoint (*.ckpt), a folder of checkpoints, or an "
+            "adapter folder",
+        ),
         ("empty", "empty holds no checkpoint (*.ckpt)"),
         ("note.txt", "note.txt holds no checkpoint (*.ckpt)"),
     ],

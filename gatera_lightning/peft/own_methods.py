@@ -1,0 +1,109 @@
+"""Write an ungated adapter as PEFT's own LoRA, DoRA or HiRA, which need nothing of this package."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.identity import is_gate_parameter
+from gatera_lightning.adapters.peft_methods import to_tensor_name_of_peft_method
+from gatera_lightning.adapters.peft_schema import to_peft, to_text
+from gatera_lightning.adapters.serialization import WEIGHTS_FILE, check_folder
+from gatera_lightning.adapters.stored_config import CONFIG_FILE
+from gatera_lightning.checkpointing.atomic_files import atomic_file
+
+
+def peft_method_problem(config: AdapterConfig, *, lora_only: bool) -> str | None:
+    """Describe why an adapter is none of PEFT's own methods; None if it is one.
+
+    Args:
+        config: The adapter's settings.
+        lora_only: Whether only plain LoRA will do, which is what inference engines read.
+    """
+    if config.gate.kind == "static" and config.update in ("lora", "hira"):
+        return _lora_problem(config) if lora_only else None
+    if config.gate.kind != "none":
+        return (
+            f"it has a {config.gate.kind!r} gate, and PEFT's own methods have none; accepted: gate none, or "
+            "static with update lora or hira, whose value becomes a factor of B"
+        )
+    if config.update == "hira" and not hasattr(peft, "HiraConfig"):
+        return f"PEFT {peft.__version__} has no HiRA; accepted: peft 0.21 or newer"
+    if config.update not in ("lora", "dora", "hira"):
+        return f"PEFT has no method for update {config.update!r}; accepted: lora, dora, hira"
+    return _lora_problem(config) if lora_only else None
+
+
+def _lora_problem(config: AdapterConfig) -> str | None:
+    if config.update == "lora":
+        return None
+    rank = (
+        "its rank is that of the frozen weight"
+        if config.update == "hira"
+        else "it rescales the frozen weight"
+    )
+    return f"update {config.update!r} is no LoRA: {rank}; accepted: update lora, or --format peft or merged"
+
+
+def write_peft_method(
+    folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, origin: Mapping[str, Any]
+) -> Path:
+    """Write an adapter without a token gate as a folder of PEFT's LoRA, DoRA or HiRA.
+
+    A static gate becomes a factor of B.
+
+    Args:
+        folder: The folder to write.
+        tensors: The adapter's tensors by parameter name.
+        config: Its settings, without a :func:`peft_method_problem`.
+        origin: The ``id`` and ``revision`` of the backbone.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterFileError: If a value is NaN or infinite, or the folder is a file or holds a model; nothing is
+            written.
+    """
+    method = "HIRA" if config.update == "hira" else "LORA"
+    layers = sorted({name.rpartition("update.")[0].rstrip(".") for name in tensors if "update." in name})
+    ours = to_peft(config, layers, origin=origin, task_type="CAUSAL_LM")
+    names = ("target_modules", "layers_to_transform", "task_type", "revision", "inference_mode", "r")
+    settings = {name: ours[name] for name in (*names, "base_model_name_or_path")}
+    if method == "HIRA":
+        theirs: peft.PeftConfig = peft.HiraConfig(hira_dropout=config.dropout, **settings)
+    else:
+        alpha = config.rank * config.scale
+        theirs = peft.LoraConfig(
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # any number works
+            lora_dropout=config.dropout,
+            use_dora=config.update == "dora",
+            **settings,
+        )
+    description = theirs.to_dict()
+    description = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in description.items()
+    }
+    stored = {
+        to_tensor_name_of_peft_method(method, name): _with_gate(name, tensor, tensors).contiguous()
+        for name, tensor in tensors.items()
+        if not is_gate_parameter(name)
+    }
+    check_folder(folder, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / CONFIG_FILE) as config_file, atomic_file(folder / WEIGHTS_FILE) as weights_file:
+        weights_file.write_bytes(save(stored, metadata={"format": "pt"}))
+        config_file.write_text(to_text(json.loads(json.dumps(description))), encoding="utf-8")
+    return folder
+
+
+def _with_gate(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return B times the layer's static gate, if there is one; other tensors as they are."""
+    logit = tensors.get(name.removesuffix("update.b") + "gate.bias")
+    return tensor if logit is None or not name.endswith("update.b") else tensor * torch.sigmoid(logit)

@@ -1,0 +1,185 @@
+"""``export --format``: what PEFT and plain Transformers load has the logits of the adapted model."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gatera_lightning import AdapterConfig, ConfigError, inject_adapters, load_adapter, save_adapter
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.cli.main import main
+from gatera_lightning.cli.merged_model import read_texts
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(12).reshape(2, 6)).logits
+
+
+@pytest.fixture
+def load(tiny_backbone):
+    """Return a function that loads another copy of the backbone."""
+    return lambda **settings: AutoModelForCausalLM.from_pretrained(tiny_backbone, **settings)
+
+
+@pytest.fixture
+def saved(load, randomize, tmp_path):
+    """Return a function that saves an adapter and returns its logits and folder."""
+
+    def save(update, gate, size=0.3):
+        model = load()
+        alpha = None if update == "hira" else 6.0
+        config = AdapterConfig(
+            update=update, gate=gate, rank=3, alpha=alpha, target_modules=["q_proj", "up_proj"]
+        )
+        inject_adapters(model, config, torch.Generator().manual_seed(0))
+        folder = save_adapter(randomize(model, size=size), tmp_path / f"{update}-{gate}", template="plain")
+        return _logits(model), folder
+
+    return save
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"Row {i} of a few words to read."}) for i in range(4)))
+    return path
+
+
+def _bytes(folder):
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+@pytest.mark.parametrize("form", ["peft", "lora"])
+@pytest.mark.parametrize("gate", ["none", "static"])
+@pytest.mark.parametrize("update", ["lora", "dora", "hira"])
+def test_own_method_of_peft(load, saved, tmp_path, capsys, update, gate, form):
+    expected, folder = saved(update, gate)
+    code = main(["export", str(folder), "--out", str(tmp_path / "out"), "--format", form])
+    if (form == "lora" and update != "lora") or (gate, update) == ("static", "dora"):
+        assert code == 2
+        assert f"--format {form}: {folder}: " in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        return
+    assert code == 0
+    model = PeftModel.from_pretrained(load(), tmp_path / "out")
+    assert model.peft_config["default"].peft_type == ("HIRA" if update == "hira" else "LORA")
+    assert (_logits(model) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("update", ["lora", "dora", "hira"])
+def test_round_trip_through_a_method_of_peft_changes_no_byte(load, saved, tmp_path, update):
+    expected, folder = saved(update, "none")
+    for source, out, form in ((folder, "theirs", "peft"), (tmp_path / "theirs", "ours", "gatera")):
+        assert main(["export", str(source), "--out", str(tmp_path / out), "--format", form]) == 0
+    assert load_file(tmp_path / "ours" / FILES[1]).keys() == load_file(folder / FILES[1]).keys()
+    assert _bytes(tmp_path / "ours")[1] == _bytes(folder)[1]
+    assert main(["export", str(tmp_path / "ours"), "--out", str(tmp_path / "again"), "--format", "peft"]) == 0
+    assert _bytes(tmp_path / "again") == _bytes(tmp_path / "theirs")
+    model = PeftModel.from_pretrained(load(), tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "saved")
+    assert _bytes(tmp_path / "saved")[1] == _bytes(tmp_path / "theirs")[1]
+    one, other = (json.loads((tmp_path / name / FILES[0]).read_text()) for name in ("saved", "theirs"))
+    one["target_modules"] = sorted(one["target_modules"])  # PEFT saves a set, in any order
+    assert one == other
+    ours = load()
+    load_adapter(ours, tmp_path / "saved")
+    assert (_logits(ours) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("gate", ["none", "static"])
+@pytest.mark.parametrize("update", ["lora", "dora", "hira"])
+def test_merged_model_is_a_plain_one(saved, tmp_path, capsys, update, gate):
+    expected, folder = saved(update, gate)
+    out = tmp_path / "merged"
+    assert main(["export", str(folder), "--out", str(out), "--format", "merged"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert not adapted_linears(model)
+    assert (_logits(model) - expected).abs().max() < 1e-5
+    assert (out / "tokenizer.json").is_file()
+    report = capsys.readouterr().out
+    assert "largest difference of a logit to the adapted model: " in report
+    assert "updates lost to the dtype: 0.00% of the changed weights" in report
+    assert not list(tmp_path.glob(".merged-*"))
+
+
+def test_report_says_what_bfloat16_lost(saved, tmp_path, capsys):
+    _, folder = saved("hira", "none", size=0.01)
+    out = tmp_path / "merged"
+    command = ["export", str(folder), "--out", str(out), "--format", "merged", "--dtype", "bfloat16"]
+    assert main(command) == 0
+    report = capsys.readouterr().out
+    lost = float(report.split("lost to the dtype: ")[1].split("%")[0])
+    assert 50 < lost <= 100  # updates of 0.1 % are below the rounding step of 0.4 %
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_token_gate_is_merged_only_as_a_constant(load, saved, rows, tmp_path, capsys):
+    _, folder = saved("hira", "token")
+    out = tmp_path / "merged"
+    command = ["export", str(folder), "--out", str(out), "--format", "merged"]
+    assert main(command) == 2
+    assert "accepted: --constant_gate --rows FILE" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--constant-gate", "--rows", str(rows)]) == 0
+    report = capsys.readouterr().out
+    before, after = report.split("constant gates: loss ")[1].split(" nats")[0].split(" -> ")
+    divergence = float(report.split("KL divergence ")[1].split(" nats")[0])
+    assert 1e-8 < divergence < 1
+    assert float(before) == pytest.approx(float(after), abs=0.5)
+
+
+def test_constant_gates_change_nothing_where_gates_are_constant(load, saved, rows, tmp_path, capsys):
+    """With w = 0 a token gate has one value, so its mean is exact."""
+    expected, folder = saved("hira", "token")
+    model = load()
+    load_adapter(model, folder)
+    for layer in adapted_linears(model).values():
+        layer.gate.weight.data.zero_()
+    expected = _logits(model)
+    save_adapter(model, folder)
+    out = tmp_path / "merged"
+    flags = ["--format", "merged", "--constant_gate", "--rows", str(rows)]
+    assert main(["export", str(folder), "--out", str(out), *flags]) == 0
+    assert (_logits(AutoModelForCausalLM.from_pretrained(out)) - expected).abs().max() < 1e-5
+    assert float(capsys.readouterr().out.split("KL divergence ")[1].split(" nats")[0]) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "gguf"], "--format"),
+        (["--constant_gate"], "--constant_gate: accepted with --format merged and --rows FILE"),
+        (["--rows", "rows.txt"], "--rows: accepted with --format merged"),
+        (
+            ["--format", "merged", "--out", "."],
+            "--out: . exists; accepted with --format merged: a new folder",
+        ),
+    ],
+)
+def test_bad_flag_is_named(saved, tmp_path, monkeypatch, capsys, flags, message):
+    _, folder = saved("hira", "none")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(folder), "--out", "new", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"text": "a"}\nnot json', "row 2: not JSON"),
+        ("rows.jsonl", '{"prompt": "a"}', "row 1: .*accepted: a table with a field text"),
+        ("rows.txt", "\n\n", "has no text"),
+        ("rows.txt", b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        read_texts(path)
