@@ -25,6 +25,7 @@ from gatera_lightning.adapters.identity import (
 )
 from gatera_lightning.adapters.injection import inject_adapters, remove_adapters
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name, unwrapped
+from gatera_lightning.adapters.model_card import CARD_FILE, is_kept, model_card
 from gatera_lightning.adapters.peft_schema import (
     RECORD,
     settings_digest,
@@ -56,6 +57,7 @@ def save_adapter(
     backbone: str | None = None,
     revision: str | None = None,
     template: str | None = None,
+    details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Save the adapter of a model to a folder; each file is replaced atomically.
 
@@ -69,6 +71,7 @@ def save_adapter(
         backbone: Where the frozen weights came from; None takes it from the model's Hugging Face config.
         revision: Their revision; None takes it from the model's Hugging Face config.
         template: The prompt template of the training data, which ``chat`` and ``generate`` use.
+        details: Tables for the model card by their title, such as data, settings and metrics of the run.
 
     Returns:
         The folder.
@@ -105,7 +108,7 @@ def save_adapter(
     config = replace(config, **settings)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     task_type = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
-    return write_adapter(folder, tensors, config, origin, template, task_type)
+    return write_adapter(folder, tensors, config, origin, template, task_type, details)
 
 
 def _what_only_peft_saves(model: nn.Module) -> str | None:
@@ -126,8 +129,11 @@ def write_adapter(
     origin: dict[str, Any],
     template: str | None,
     task_type: str | None = "CAUSAL_LM",
+    details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write an adapter folder in PEFT's schema; each file is replaced atomically.
+
+    A model card, ``README.md``, is written too, unless somebody wrote one.
 
     Args:
         folder: The folder to write.
@@ -136,6 +142,7 @@ def write_adapter(
         origin: The ``id``, ``revision`` and ``fingerprint`` of the backbone.
         template: The prompt template of the training data, if known.
         task_type: PEFT's name of the task; None if the model is no language model.
+        details: Tables for the model card by their title.
 
     Returns:
         The folder.
@@ -165,6 +172,9 @@ def write_adapter(
     with atomic_file(folder / CONFIG_FILE) as config_file, atomic_file(folder / WEIGHTS_FILE) as weights_file:
         weights_file.write_bytes(weights)
         config_file.write_text(to_text(description), encoding="utf-8")
+    if not is_kept(folder / CARD_FILE):
+        with atomic_file(folder / CARD_FILE) as card:
+            card.write_text(model_card(folder.name, config, origin, template, details), encoding="utf-8")
     return folder
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.adapters.serialization import save_adapter
+from gatera_lightning.callbacks.card_details import run_details
 from gatera_lightning.callbacks.checkpoint_paths import own_paths_only, owns
 from gatera_lightning.checkpointing.rotation import hold_current, rotate
 from gatera_lightning.checkpointing.run_lock import claim, release
@@ -188,6 +189,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 backbone=module.backbone.id,
                 revision=module.backbone.revision,
                 template=getattr(trainer.datamodule, "template", None),  # type: ignore[attr-defined]
+                details=run_details(trainer),
             )
             if held is not None:  # remove older checkpoints only after the new one is written
                 rotate(held, path, self.keep_last if failure is None else 1)

@@ -185,6 +185,7 @@ def test_backbone_name_comes_from_hugging_face_config(tiny_llama, tmp_path):
 
 def test_folder_holds_only_adapter(folder, tiny_llama):
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -209,7 +210,7 @@ def test_load_does_not_unpickle(folder, tiny_llama, monkeypatch):
 def test_save_replaces_older_adapter(folder, tiny_llama, randomize):
     newer = randomize(_adapted(tiny_llama(), "lora", "none"), seed=8)
     save_adapter(newer, folder)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3
     loaded = tiny_llama()
     assert load_adapter(loaded, folder).update == "lora"
     assert torch.equal(_logits(loaded), _logits(newer))

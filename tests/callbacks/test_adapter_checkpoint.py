@@ -11,7 +11,7 @@ from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.errors import CheckpointError
 
-FILES = {"adapter_config.json", "adapter_model.safetensors"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 IDS = torch.arange(3, 43).reshape(2, 20)
 
 

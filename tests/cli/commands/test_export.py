@@ -27,7 +27,7 @@ def checkpoints(tiny_backbone, tmp_path_factory):
 
 
 def assert_same_files(folder, expected):
-    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", *FILES]
     for name in FILES:
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
 
