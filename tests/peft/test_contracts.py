@@ -303,3 +303,19 @@ def test_bad_setting_is_named(settings, message):
 def test_module_that_cannot_be_adapted_is_named(load, settings, message):
     with pytest.raises(ConfigError, match=message):
         get_peft_model(load(), gatera(**settings))
+
+
+def test_accelerate_trains_and_saves(load, logits, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = get_peft_model(load(), gatera())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    ids = torch.arange(12).reshape(2, 6)
+    for _ in range(2):
+        accelerator.backward(prepared(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.unwrap_model(prepared).save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path)), logits(model))
+    assert not torch.equal(logits(model), logits(load()))
