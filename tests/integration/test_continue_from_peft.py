@@ -1,4 +1,4 @@
-"""A run starts from a LoRA folder of PEFT, with gates or without, and `generate` answers with such a folder."""
+"""A run starts from a LoRA folder of PEFT, with or without gates, and `generate` reads such a folder."""
 
 import json
 
