@@ -207,7 +207,7 @@ def small_commands() -> list[BadInput]:
 
     draw = random.Random(0)
     commands = ["fit", "validate", "test", "predict", "chat", "generate", "preview", "estimate"]
-    commands += ["demo", "compare", "gates", "export", "submit"]
+    commands += ["demo", "compare", "gates", "export", "submit", "harness"]
     for command in commands:
         for _ in range(3):
             typo = misspelled(command, draw)
@@ -233,6 +233,27 @@ def small_commands() -> list[BadInput]:
         add(kind, typo, *generate, f"--{typo}", "1", named=(typo,))
         if name != "fast":  # a flag whose value may be left out
             add(kind, f"{name} without value", *generate, f"--{name}", named=(f"--{name}",))
+    harness = {
+        "tasks": ("", ",", "gatera_arc_esy", "gatera_arc_easy"),
+        "limit": ("0", "-1", "1.5", "nan", "inf", "x", ""),
+        "num_fewshot": ("-1", "x", "1.5", "2"),
+        "batch_size": ("0", "-1", "x", "1.5", "Auto"),
+        "max_length": ("0", "1", "x"),
+        "template": ("chta", "", "none"),
+        "answer_format": ("lable", ""),
+        "dtype": ("flaot32", "int8"),
+        "data_dir": ("none", "file.txt"),
+        "include_path": ("none", "file.txt"),
+        "out": ("file.txt", "file.txt/x", "/proc/x"),
+    }
+    for name, values in harness.items():
+        usual = {"--backbone": "BACKBONE", "--tasks": "gatera_everyday", "--out": "x", "--template": "plain"}
+        args = [part for flag, value in usual.items() if flag != f"--{name}" for part in (flag, value)]
+        for value in values:
+            wrong = ("harness", *args, f"--{name}", value)
+            add("flags of harness", f"{name} {value!r}", *wrong, named=(f"--{name}", "--data_dir"))
+        typo = misspelled(name, draw)
+        add("flags of harness", typo, "harness", *args, f"--{typo}", "1", named=(typo,))
     for prompt in ("", " ", "\udc80", "\n"):
         args = ("generate", "--backbone", "BACKBONE", "--prompt", prompt)
         add("prompts", repr(prompt), *args, named=("--prompt",))
@@ -240,7 +261,12 @@ def small_commands() -> list[BadInput]:
         args = ("generate", "--prompt", "x", "--backbone", backbone)
         add("backbones", repr(backbone), *args, named=("backbone",))
     for folder in ("none", "file.txt", "adapters/no files", *(f"adapters/{n}" for n in ADAPTER_CONFIGS), ""):
-        for command in (("generate", "--prompt", "x"), ("chat",), ("gates", "--out", "x.html")):
+        for command in (
+            ("generate", "--prompt", "x"),
+            ("chat",),
+            ("gates", "--out", "x.html"),
+            ("harness", "--tasks", "gatera_everyday", "--out", "x"),
+        ):
             args = (*command, "--adapter", folder)
             add("adapter folders", f"{command[0]} {folder}", *args, named=(folder or "adapter",))
     for run in ("none", "file.txt", *(f"runs/{name}" for name in RUNS), "adapters", "/"):

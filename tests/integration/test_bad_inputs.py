@@ -25,6 +25,7 @@ FAST = {
     "outputs",
     "checkpoints",
     "flags of gates",
+    "flags of harness",
 }
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
 COUNTS: Counter[tuple[str, str]] = Counter()

@@ -31,6 +31,7 @@ COMMANDS = {
     "preview": ["preview", "RECIPE"],
     "estimate": ["estimate", "RECIPE"],
     "gates": ["gates", "--adapter", "adapter", "--out", "gates.html"],
+    "harness": ["harness", "--adapter", "adapter", "--tasks", "gatera_everyday", "--out", "harness"],
     "export": ["export", "run/version_0/checkpoints", "--out", "exported"],
     "demo": ["demo", "RECIPE"],
 }
@@ -88,7 +89,8 @@ def interrupt(command, folder, number, delay):
 def test_signal_ends_command_with_one_line(tiny_backbone, folder, number):
     draw = random.Random(number)
     name = list(COMMANDS)[number % len(COMMANDS)]
-    sent = (signal.SIGINT, signal.SIGTERM)[number // len(COMMANDS) % 2 if COUNT > 11 else number % 2]
+    turn = number if len(COMMANDS) > COUNT else number // len(COMMANDS)
+    sent = (signal.SIGINT, signal.SIGTERM)[turn % 2]
     delay, ended = draw.uniform(0.3, 8), None
     while ended is None:
         ended = interrupt(expand(COMMANDS[name], tiny_backbone), folder, sent, delay)
