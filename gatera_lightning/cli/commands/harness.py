@@ -189,7 +189,9 @@ def _parser() -> SubcommandParser:
         type=int,
         help="maximum number of tokens of a row; default: the model's context",
     )
-    parser.add_argument("--include_path", metavar="FOLDER", help="a folder with further task YAMLs")
+    parser.add_argument(
+        "--include_path", metavar="FOLDER", help="a folder with further task YAMLs, which may run code"
+    )
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default="auto", help="dtype of the backbone; default: auto"
     )
