@@ -1,7 +1,15 @@
 r"""Parse the final answer from a worked solution: a number, as an exact fraction, or an option's letter.
 
-Solutions end in ``The answer is: 72`` (MetaMath), ``#### 72`` (GSM8K) or a sentence. Currencies, units and
-percent signs (``$3.50``, ``72 clips``, ``50%``) do not count as part of a number's value.
+Solutions end in ``The answer is: 72`` (MetaMath), ``#### 72`` (GSM8K) or a sentence. One rule says what a
+number is there:
+
+- Currencies, units and percent signs do not change its value: ``$3.50``, ``72 clips``, ``25 m^2``, ``50%``.
+- A power of ten is a number: ``10^5``, ``3 * 10^4``. Any other power is an expression: ``2^3``.
+- An expression with an unknown, a root, π or a function is no number: ``n + 1``, ``3a``, ``2 pi``, ``log 3``.
+  A letter directly behind a number is an unknown, except for those of units (``5m``, ``20s``, ``50c``).
+- An equation gives the value behind its last ``=``, if its left side is an expression or a calculation:
+  ``n = 3^2 = 9``, ``P(3) = 7``, ``3 + 4 = 7``. Otherwise its first number counts: ``72 = 24 * 3``.
+- An option's label is not part of it: ``B - 12``, ``(B) 12``.
 """
 
 import re
@@ -26,10 +34,12 @@ _NUMBER = re.compile(
     rf"|(?P<mixed>[0-9]+ )?(?P<ratio>{_RATIO})|(?P<decimal>{_DECIMAL})(?:{_POWER})?)"
 )
 # What follows a number that is part of an expression.
+_FUNCTION = r"(?:log|ln|lg|exp|sqrt|a?(?:sin|cos|tan))"
+_MULTIPLE = rf"(?:\\[A-Za-z]*(?:sqrt|pi|log|ln)|√|π|pi(?![A-Za-z])|{_FUNCTION}(?: ?[0-9({{_\\]| [A-Za-z]\b))"
 _EXPRESSION = re.compile(
-    r" ?(?:\\sqrt|√|\\pi|π|\^|(?:pi|sqrt|log|ln|sin|cos|tan)(?![A-Za-z]))"
-    r"|[abkxyzn](?![A-Za-z0-9'])(?! ?/)|[eE][-+]?[0-9]"
+    rf" ?(?:{_MULTIPLE}|\^)|(?!k [A-Za-z]{{2}})[abeijknqruvxyz](?![A-Za-z0-9']|\.m\b)(?! ?/)|[eE][-+]?[0-9]"
 )
+_FUNCTION_BEFORE = re.compile(rf"(?<![A-Za-z]){_FUNCTION}(?:_\{{?[0-9]+\}}?)? ?\(?\Z")
 # What follows or precedes the first number of a conclusion that is part of an expression in variables. A
 # single letter is a variable, except where a word follows it ("72 - a dozen").
 _OPERATOR = r"(?:[-+*/^·×÷]|\\(?:times|cdot|div|pm)(?![A-Za-z]))"
@@ -38,17 +48,21 @@ _VARIABLE = (
     r"|\\[A-Za-z]+|[√π])"
 )
 _EXPRESSION_AFTER = re.compile(
-    rf" ?(?:(?!/){_OPERATOR} ?{_VARIABLE}|/ ?[xyzn](?![A-Za-z0-9])"
+    rf"(?! ?m\^\{{?[23]\}}?(?! ?{_OPERATOR}|[A-Za-z0-9])) ?"  # square meters
+    rf"(?:(?!/){_OPERATOR} ?{_VARIABLE}|/ ?[xyzn](?![A-Za-z0-9])"
     rf"|[A-Za-z] ?(?!/){_OPERATOR} ?(?:[0-9]|{_VARIABLE})"
     r"|\((?=[^()]*[-+*/^])[^()]*(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
 )
 _EXPRESSION_BEFORE = re.compile(
     rf"(?:(?<![A-Za-z0-9'])[A-Za-z]|[0-9²³π)}}\]])(?:{_OPERATOR}| ?{_OPERATOR} )[$(]*\Z|[A-Za-z]\(\Z"
-    r"|(?<![A-Za-z])(?:log|ln|lg|exp|sqrt|a?(?:sin|cos|tan))(?:_\{?[0-9]+\}?)? ?\Z"
 )
+# What follows the first number of a calculation, up to its result.
+_CALCULATION = re.compile(rf"(?: ?{_OPERATOR} ?[($]*{_DECIMAL}\)*)+ ?=")
+_LABEL = re.compile(r"[A-E] - (?=[$£€¥₹]?[0-9.])")
 # A unit has at least two letters, because a single letter is a variable. "million" is not a unit.
 _UNIT = re.compile(
-    r" ?[%$£€¥₹°]?(?: ?/?(?! ?(?:hundred|thousand|(?:m|b|tr)illion|dozen)|[abcxyz]{2,3}(?![A-Za-z])) ?"
+    r" ?[%$£€¥₹°]?"
+    rf"(?: ?/?(?! ?(?:hundred|thousand|(?:m|b|tr)illion|dozen|{_MULTIPLE})|[abcxyz]{{2,3}}(?![A-Za-z])) ?"
     r"(?:m(?:[²³]|\^\{?[23]\}?)|[A-Za-z][A-Za-z²³/](?:[A-Za-z²³/.' -]|\^\{?[23]\}?)*))?[ .!$*]*"
 )
 # Texts that introduce a final answer, and which occurrence counts. The order matters: solutions that end in
@@ -94,8 +108,8 @@ def find_final_number(text: str) -> str | None:
     A marker applies to the rest of its line, or to the next line with text. If no number follows it there, or
     an expression in variables (``n^2+1``, ``5 - x``), the solution has no final number; numbers in front of
     the marker are not considered. Of several numbers (``3 + 4``, ``3 or 4``) the first counts, as in the
-    published evaluations. An equation whose left side is an expression (``P(3) = 7``, ``n = 3^2 = 9``) gives
-    the number after its last ``=``.
+    published evaluations. An equation whose left side is an expression or a calculation (``P(3) = 7``,
+    ``n = 3^2 = 9``, ``3 + 4 = 7``) gives the number after its last ``=``.
 
     Returns:
         The number as it is written in the normalized text; None if there is none.
@@ -105,10 +119,14 @@ def find_final_number(text: str) -> str | None:
     if conclusion is None:
         numbers = list(_NUMBER.finditer(text))
         found = numbers[-1] if numbers else None
-        return None if found is None or _EXPRESSION.match(text, found.end()) else found[0].strip()
+        if found is None or _EXPRESSION.match(text, found.end()):
+            return None
+        function = _FUNCTION_BEFORE.search(text[max(0, found.start() - 20) : found.start()])
+        return None if function else found[0].strip()
+    conclusion = _LABEL.sub("", conclusion, count=1) if _LABEL.match(conclusion) else conclusion
     for part in (conclusion, conclusion.rpartition("=")[2]):
         found = _NUMBER.search(part)
-        if found and not _in_expression(part, found):
+        if found and not _in_expression(part, found) and not _CALCULATION.match(part, found.end()):
             return found[0].strip()
     return None
 
@@ -162,12 +180,12 @@ def numbers_equal(first: Fraction, second: Fraction) -> bool:
 
 
 def _in_expression(conclusion: str, number: re.Match[str]) -> bool:
-    """Whether the first number of a conclusion is part of an expression in variables."""
+    """Whether the first number of a conclusion is part of an expression that is no number."""
     sign = len(number[0]) - len(number[0].lstrip("+-"))  # may be the operator of a sum
     start = number.start() + sign
     before = conclusion[max(0, start - 20) : start]  # enough for an operand, and no more to search
     after = (_EXPRESSION.match(conclusion, number.end()), _EXPRESSION_AFTER.match(conclusion, number.end()))
-    return any(after) or bool(_EXPRESSION_BEFORE.search(before))
+    return any((*after, _EXPRESSION_BEFORE.search(before), _FUNCTION_BEFORE.search(before)))
 
 
 def _conclusion(text: str) -> str | None:

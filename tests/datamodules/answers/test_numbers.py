@@ -60,7 +60,7 @@ NUMBERS = {
         "1,2,3", "3.5.2", "1_000", "3 million", "3 thousand", "2 dozen", "$1 billion", "4 hundred", "5 m",
         "5 g", "1e", "9e99999", "7２", "٣", "七", "inf", "nan", "--2", "+-2", "2-", "(2)", "[2]", "<2", "≈2",
         "Rs. 50", "about 50", "#2", "2 (clips)", "2, I think", "1e3e3", "0x10",
-        "10^", "10^x", "2 * 10^", "10^5x",
+        "10^", "10^x", "2 * 10^", "10^5x", "2 pi", "2 ln 2", "3 sqrt(2)", "2pi", "25 m^4", "3^2",
     ],
 }
 
@@ -71,6 +71,9 @@ CONCLUSIONS = {
         "+72", "\n72", "\n\n 72", "72\nSo 5 are left.", "72 because 24 * 3 = 72", "72, not 71", "72 or 71",
         "72 = 24 * 3", "x = 72", "about 72", "Rs. 72", "(72)", "exactly 72 clips", "72 (48 + 24)", "72!",
         "72°", "72 cm^2", "72\r\n5", "144/2", r"\frac{144}{2}", "72kg", "7.2e1", "72 million",
+        "72 m^2", "72 m^{3}", "72 log cabins", "72s", "72c", "x^2 = 72", "P(3) = 72", "n = 8^2 + 8 = 72",
+        "70 + 2 = 72", "$70 + $2 = $72", "2 * (30 + 6) = 72", "73 - 1 = 72 apples", "B - 72", "E - $72",
+        "(B) 72", "C: 72", "72 = 8^2 + 8", "72 and not 3 + 4 = 7",
         "72\n\nQuestion: Tom has 5 cars", "72</s>", "72.\n\n### Instruction:\nWhat is 3?", "72-71", "72:00",
         "[72]",
     ],
@@ -88,12 +91,12 @@ CONCLUSIONS = {
         "5 - n", "3 * y", "1/x", "2(x + 1)", r"5 + \sqrt{2}", r"3 \cdot x", "y = x + 3", "−x + 4", "k - 12",
         "2*pi", "sqrt(3) + 2", "f(3)", "5a + 3b", "3k-1", "2 * sqrt(5)", "(n+1)/2", "2 - a*b", "log(5)",
         "2 pi", "log 3", "log_2 3", "sin 30", "3a", "5b", "4k", "2 sqrt(3)", "2 ln 2", "P(3) = x",
-        "y = 2x = 3^n",
+        "y = 2x = 3^n", "25 m^2 + 3", "25 m^4", "B-12", "B * 12", "3q", "2 sin x", "3 + 4 = x", "A - 12 + x",
     ],
     "100000": ["10^5", "10^{5}", "x = 10^5", "10^5 bacteria"],
     "5": ["5 \\", "H2O has 5", "5/hour", "5 x 3", "5x3", "a 5", "5 - a dozen", "5 - I think", "total - 5",
         "5/h", "n = 5", "5 = n", "5 - 3", "5 (n apples)", "n: 5", "5m/s", "5m - that is it",
-        "5 - pie"],
+        "5 - pie", "5a.m.", "5 a.m.", "5 a day", "5 pies", "5k per month"],
 }
 
 # Expected value -> texts without a marker, whose last number is the answer.
@@ -121,7 +124,7 @@ LAST_NUMBERS = {
     None: [
         "", " ", "\n", "none", "twelve", "x", "I do not know.", "B", "...", "CO2", r"\sqrt{2}", "x^2", "2x",
         r"3\pi", "4^2", "H2O", "#", "-", "$", "%", "the answer", "٣", "７", "x2", "a_1", r"\frac{a}{2}",
-        "2√5", "4 √",
+        "2√5", "4 √", "so 2 pi", "so log 3", "log_2 8", "sin(30", "so 3a", "2 ln 2",
     ],
 }
 
