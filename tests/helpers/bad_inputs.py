@@ -207,7 +207,7 @@ def small_commands() -> list[BadInput]:
 
     draw = random.Random(0)
     commands = ["fit", "validate", "test", "predict", "chat", "generate", "preview", "estimate"]
-    commands += ["demo", "compare", "gates", "export", "submit", "harness"]
+    commands += ["demo", "compare", "gates", "export", "submit", "harness", "serve"]
     for command in commands:
         for _ in range(3):
             typo = misspelled(command, draw)
@@ -266,8 +266,9 @@ def small_commands() -> list[BadInput]:
             ("chat",),
             ("gates", "--out", "x.html"),
             ("harness", "--tasks", "gatera_everyday", "--out", "x"),
+            ("serve",),
         ):
-            args = (*command, "--adapter", folder)
+            args = (*command, *(() if command == ("serve",) else ("--adapter",)), folder)
             add("adapter folders", f"{command[0]} {folder}", *args, named=(folder or "adapter",))
     for run in ("none", "file.txt", *(f"runs/{name}" for name in RUNS), "adapters", "/"):
         add("runs", run, "compare", run, run, named=(run,))

@@ -32,6 +32,7 @@ COMMANDS = {
     "estimate": ["estimate", "RECIPE"],
     "gates": ["gates", "--adapter", "adapter", "--out", "gates.html"],
     "harness": ["harness", "--adapter", "adapter", "--tasks", "gatera_everyday", "--out", "harness"],
+    "serve": ["serve", "adapter", "--port", "0"],
     "export": ["export", "run/version_0/checkpoints", "--out", "exported"],
     "demo": ["demo", "RECIPE"],
 }

@@ -12,6 +12,7 @@ SUMMARIES = {
     "preview": "show a recipe's examples and batch statistics without loading weights",
     "estimate": "predict memory, FLOPs and communication of a training step (alias: plan)",
     "demo": "evaluate a small model, fine-tune it with quickstart.yaml, and evaluate it again",
+    "serve": "serve a fine-tuned model over HTTP, with OpenAI's endpoints",
     "harness": "evaluate a model on tasks of lm-eval, EleutherAI's evaluation harness",
     "compare": "test runs against each other",
     "gates": "visualize an adapter's gates",

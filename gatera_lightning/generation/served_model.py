@@ -1,0 +1,179 @@
+"""One adapted model in Transformers' own server: how requests become prompts, and prompts text.
+
+The parts of ``transformers serve`` are no documented API; this file and ``server.py`` alone use them.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+from typing_extensions import override
+
+from gatera_lightning.backbone.loading import context_length
+from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
+from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction
+from gatera_lightning.datamodules.prompts.templates import Template
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
+from gatera_lightning.generation.decoding import end_tokens
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What Transformers' handlers call the processor: it tokenizes prompts as ``chat`` and ``generate`` do.
+
+    Attributes:
+        template: The prompt template of chat requests.
+        plain_tokenizer: The tokenizer, which answers everything else.
+    """
+
+    template: Template
+    plain_tokenizer: PreTrainedTokenizerBase
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plain_tokenizer, name)
+
+    def __call__(self, prompt: str, **_: Any) -> BatchEncoding:
+        """Tokenize the prompt of ``/v1/completions``, which no template changes."""
+        return _encoded(tokenize_prompt(self.plain_tokenizer, prompt))
+
+    def apply_chat_template(
+        self, messages: Sequence[Any], *, tools: Sequence[dict[str, Any]] | None = None, **_: Any
+    ) -> BatchEncoding:
+        """Format and tokenize the messages of ``/v1/chat/completions``.
+
+        Raises:
+            ValueError: The template cannot represent them.
+        """
+        prompts = ConversationPrompts(self.template, self.plain_tokenizer)
+        if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
+            rendered = prompts.render(Instruction(messages[0]["content"], "", ""), sys.maxsize)
+        else:
+            answer: Any = {"role": "assistant", "content": ""}
+            rendered = prompts.render(Chat((*messages, answer), tuple(tools or ())), sys.maxsize)
+        special = self.template != "chat"
+        return _encoded(tokenize_prompt(self.plain_tokenizer, rendered.text, special_tokens=special))
+
+
+def _encoded(ids: list[int]) -> BatchEncoding:
+    tensor = torch.tensor([ids], dtype=torch.long)
+    return BatchEncoding({"input_ids": tensor, "attention_mask": torch.ones_like(tensor)})
+
+
+class ServedModel(ModelManager):
+    """Transformers' table of models, with one entry that is never unloaded; it loads no others."""
+
+    def __init__(self, name: str, model: PreTrainedModel, prompts: PromptFormat) -> None:
+        """Take a model that is loaded.
+
+        Args:
+            name: What requests call the model.
+            model: The adapted model, in eval mode. Its published generation settings are replaced by greedy
+                decoding, which ``generate`` uses too.
+            prompts: How its prompts are formatted.
+        """
+        super().__init__(model_timeout=-1)
+        self.force_model = name
+        self._model, self._prompts = model, prompts
+        tokenizer = prompts.plain_tokenizer
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=end_tokens(model, int(tokenizer.eos_token_id)),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    @override
+    def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Return the model, whose name the handlers have checked."""
+        return self._model, self._prompts
+
+    @override
+    def shutdown(self) -> None:
+        """Do nothing: a client must not unload the model."""
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Return the one model, instead of those in the hub's cache."""
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "gatera_lightning"}]
+
+
+class SequentialGeneration(GenerateManager):
+    """Generates for one request after another, within the model's context."""
+
+    def _fit(self, model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> None:
+        """Limit the answer to what the prompt leaves of the context; refuse a prompt that fills it."""
+        limit, length = context_length(model.config), inputs["input_ids"].shape[-1]
+        if length == 0:
+            raise HTTPException(400, "the prompt has no tokens; accepted: a text")
+        if limit is None:
+            return
+        if length >= limit:
+            raise HTTPException(
+                400, f"the prompt has {length:,} tokens; accepted by this model: less than {limit:,}"
+            )
+        config.max_new_tokens = min(config.max_new_tokens or limit, limit - length)
+
+    @override
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._fit(model, inputs, gen_config)
+        return super().generate_streaming(model, _tokenizer(processor), inputs, gen_config, *args, **kwargs)
+
+    @override
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._fit(model, inputs, gen_config)
+        return await super().generate_non_streaming(
+            model, _tokenizer(processor), inputs, gen_config, *args, **kwargs
+        )
+
+
+def _tokenizer(processor: Any) -> Any:
+    return processor.plain_tokenizer if isinstance(processor, PromptFormat) else processor
+
+
+class OneModelGeneration(GenerationState):
+    """The generation of the one model."""
+
+    @cached_property
+    def _sequential(self) -> SequentialGeneration:
+        return SequentialGeneration()
+
+    @override
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
+        """Return the same manager for every request."""
+        return self._sequential
+
+
+class ChatRequests(ChatCompletionHandler):
+    """``/v1/chat/completions``; a temperature above 0 samples, which Transformers leaves to the model."""
+
+    @override
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
+        return _sampling(body, super()._build_generation_config(body, *args, **kwargs))
+
+
+class CompletionRequests(CompletionHandler):
+    """``/v1/completions``, with the same sampling."""
+
+    @override
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
+        return _sampling(body, super()._build_generation_config(body, *args, **kwargs))
+
+
+def _sampling(body: dict[str, Any], config: GenerationConfig) -> GenerationConfig:
+    if body.get("temperature"):
+        config.do_sample, config.top_k = True, 0
+    else:  # settings that only sampling reads
+        config.do_sample, config.temperature, config.top_p = False, None, None
+    return config
