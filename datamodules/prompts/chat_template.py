@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.prompts.template_checks import check_contents, check_roles
+from gatera_lightning.datamodules.prompts.template_checks import (
+    check_contents,
+    check_structure,
+)
 from gatera_lightning.datamodules.prompts.template_messages import Message, escape_texts, template_messages
 from gatera_lightning.datamodules.tokenization.chat_rendering import render_template
 from gatera_lightning.datamodules.tokenization.control_tokens import (
@@ -22,6 +25,7 @@ from gatera_lightning.datamodules.tokenization.control_tokens import (
 
 _PLACEHOLDER_ANSWER = "the answer"
 _PLACEHOLDER_SYSTEM = "the rules"
+_EMPTY_THOUGHT_AT_END = re.compile(rf"{THOUGHT_START}\s*{THOUGHT_END}\s*\Z")
 _EMPTY_THOUGHT = re.compile(rf"\s*{THOUGHT_START}\s*{THOUGHT_END}\s*")
 
 
@@ -57,7 +61,7 @@ def render_chat(
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
-    check_roles(tokenizer, [message["role"] for message in messages])
+    check_structure(tokenizer, messages, tools, generation_prompt=True)
     conversation, schemas = template_messages(tokenizer, messages), escape_texts(tokenizer, list(tools))
     answer = {"role": "assistant", "content": _PLACEHOLDER_ANSWER}
     answered = render_template(tokenizer, [*conversation, *template_messages(tokenizer, [answer])], schemas)
@@ -66,8 +70,10 @@ def render_chat(
     except ValueError:
         if any(message["role"] == "user" for message in messages):
             raise
-        return _split_opening(answered.rpartition(_PLACEHOLDER_ANSWER)[0])  # the assistant speaks first
-    end = check_contents(prompt, messages, tools)
+        opening = answered.rpartition(_PLACEHOLDER_ANSWER)[0]  # the assistant speaks first
+        check_contents(tokenizer, opening, messages)
+        return _split_opening(_EMPTY_THOUGHT_AT_END.sub("", opening))  # which an answer may do without
+    end = check_contents(tokenizer, prompt, messages)
     between = ""
     if answered.startswith(prompt):
         between, found, _ = answered.removeprefix(prompt).partition(_PLACEHOLDER_ANSWER)
@@ -79,7 +85,8 @@ def render_chat(
         return ChatPrompt(prompt, between if THOUGHT_END in between else closing)
     if not answered.startswith(prompt):
         before_answer = answered.rpartition(_PLACEHOLDER_ANSWER)[0]
-        return _reconcile(prompt, before_answer, render_template(tokenizer, conversation, schemas), messages)
+        history = render_template(tokenizer, conversation, schemas)
+        return _reconcile(tokenizer, prompt, before_answer, history, messages)
     if not between.strip():
         return ChatPrompt(prompt, between)
     if _EMPTY_THOUGHT.fullmatch(between):  # the answer may start without one
@@ -87,10 +94,17 @@ def render_chat(
     return _split_opening(prompt + between)
 
 
-def _reconcile(prompt: str, before_answer: str, history: str, messages: Sequence[Message]) -> ChatPrompt:
+def _reconcile(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    before_answer: str,
+    history: str,
+    messages: Sequence[Message],
+) -> ChatPrompt:
     """The prompt of a template that writes something else before an answer than its generation prompt.
 
     Args:
+        tokenizer: The tokenizer of the template.
         prompt: The messages with the generation prompt.
         before_answer: What the template writes before an answer.
         history: The messages alone.
@@ -101,7 +115,7 @@ def _reconcile(prompt: str, before_answer: str, history: str, messages: Sequence
     """
     if prompt == history:  # there is no generation prompt
         try:
-            check_contents(before_answer, messages, ())
+            check_contents(tokenizer, before_answer, messages)
         except ValueError:  # some write the system message into the last turn only
             return ChatPrompt(prompt, "")
         return _split_opening(before_answer)
@@ -130,8 +144,11 @@ def render_response(
         ValueError: As in :func:`render_chat`, or the template cannot represent the response.
     """
     prompt, separator = render_chat(tokenizer, history, tools)
+    escape = control_tokens(tokenizer).escape
+    is_opened = THOUGHT_END in separator
+    if is_opened and _continues_thought(response):
+        return prompt, escape(response["content"], response=True)
     thought, content = _split_thought(response)
-    opens_thought = THOUGHT_END in separator
     if response.get("tool_calls") or (thought is not None and response.get("reasoning_content")):
         written = _written_response(tokenizer, prompt, history, response, tools)
         if written is not None:
@@ -146,19 +163,28 @@ def render_response(
                 "the tokenizer's chat template does not write reasoning_content; accepted: messages without "
                 "it, or another chat template"
             )
-    escape = control_tokens(tokenizer).escape
     if thought is None:
         return prompt, separator + escape(content, response=True)
-    if not opens_thought and THOUGHT_END in prompt[check_contents(prompt, history, tools) :]:
+    if not is_opened and THOUGHT_END in prompt[check_contents(tokenizer, prompt, history) :]:
         raise ValueError(
             "the response has a thought, but the tokenizer's chat template closes the thought before it; "
             "accepted: responses without thoughts, or another chat template"
         )
-    if opens_thought:  # the prompt has the first marker
+    if is_opened:  # the prompt has the first marker
         answer = thought.removeprefix("\n") if prompt.endswith("\n") else thought
     else:
         answer = f"{separator}{THOUGHT_START}{thought}"
     return prompt, escape(f"{answer}{THOUGHT_END}{content}", response=True)
+
+
+def _continues_thought(response: Message) -> bool:
+    """Whether a response ends a thought that it did not open, as in the data of DeepSeek R1."""
+    content = response["content"]
+    return (
+        not response.get("reasoning_content")
+        and content.count(THOUGHT_END) == 1
+        and THOUGHT_START not in content
+    )
 
 
 def _split_thought(response: Message) -> tuple[str | None, str]:
@@ -173,6 +199,10 @@ def _split_thought(response: Message) -> tuple[str | None, str]:
             raise ValueError(f"a response has reasoning_content and also {THOUGHT_START} in its content")
         return "\n{}\n".format(reasoning.strip("\n")), f"\n\n{content}"
     if not content.lstrip().startswith(THOUGHT_START):
+        if THOUGHT_END in content and THOUGHT_START not in content.partition(THOUGHT_END)[0]:
+            raise ValueError(
+                f"a response ends a thought with {THOUGHT_END} that neither it nor the chat template opens"
+            )
         return None, content
     thought, end, rest = content.lstrip().removeprefix(THOUGHT_START).partition(THOUGHT_END)
     if not end or THOUGHT_START in thought:
@@ -187,7 +217,11 @@ def _written_response(
     response: Message,
     tools: Sequence[dict[str, Any]],
 ) -> str | None:
-    """What the template itself writes for a response; None if that does not continue the prompt."""
+    """What the template itself writes for a response; None if that does not continue the prompt.
+
+    Templates trim contents; what is learned has the white space of the data.
+    """
+    check_structure(tokenizer, [*history, response], tools, generation_prompt=False)
     conversation = template_messages(tokenizer, [*history, response])
     written = render_template(tokenizer, conversation, escape_texts(tokenizer, list(tools)))
     if not written.startswith(prompt):
@@ -195,10 +229,18 @@ def _written_response(
     answer = written.removeprefix(prompt).rstrip()
     for token in {end_of_turn(tokenizer), str(tokenizer.eos_token)} - {""}:
         answer = answer.removesuffix(token)
-    plain = unescape(answer)
-    calls = [call["function"]["name"] for call in response.get("tool_calls", ())]
-    texts = [response.get("reasoning_content", "").strip(), response["content"].strip(), *calls]
-    return answer if all(text in plain for text in texts) else None
+    thought, content = response.get("reasoning_content", "").strip(), response["content"]
+    if thought not in unescape(answer):
+        return None
+    escaped = control_tokens(tokenizer).escape(content, response=True)
+    start = answer.find(THOUGHT_END) + 1 if thought else 0
+    place = answer.find(escaped.strip(), start)
+    if place < 0:
+        return None
+    if escaped in answer[start:] or not content.strip():
+        return answer
+    before, after = answer[:place].rstrip(" "), answer[place + len(escaped.strip()) :]
+    return f"{before}{escaped}{after.lstrip(' ')}"
 
 
 def supports_system_message(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,7 +1,7 @@
 """Prompts of conversations: an instruction or a chat in any template, truncated by whole turns."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from gatera_lightning.datamodules.prompts.conversations import (
 )
 from gatera_lightning.datamodules.prompts.template_messages import Message
 from gatera_lightning.datamodules.prompts.templates import Template, render
-from gatera_lightning.datamodules.tokenization.control_tokens import control_tokens
+from gatera_lightning.datamodules.tokenization.control_tokens import ESCAPE, control_tokens
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_example
 
 _PLAIN_SPEAKERS = {"system": "", "user": "User: ", "assistant": "Assistant: "}
@@ -69,15 +69,22 @@ class ConversationPrompts:
         if isinstance(conversation, Instruction):
             return self._render_instruction(conversation)
         if isinstance(conversation, PlainText):
+            if ESCAPE in conversation.prompt + conversation.response:
+                raise ValueError("the text contains the noncharacter U+FDD0; expected text")
             return Prompt(conversation.prompt, conversation.response)
         system = [message for message in conversation.messages if message["role"] == "system"]
         turns = conversation.messages[len(system) :]
         # The first turn is the assistant's in some chats.
         turn_starts = sorted({0, *(i for i, message in enumerate(turns) if message["role"] == "user")})
         for start in turn_starts:
-            prompt = self._render_chat([*system, *turns[start:]], conversation.tools, truncated=start > 0)
+            messages = [*system, *turns[start:]]
+            prompt = self._render_chat(messages, conversation.tools, truncated=start > 0)
             if start == turn_starts[-1] or self._fits(prompt, max_length):
                 break
+        if self.template == "chat" and self.locate_earlier_responses:
+            history = self._history(messages)
+            earlier = self._locate_earlier_responses(history, conversation.tools, prompt.text)
+            return replace(prompt, earlier_responses=earlier)
         return prompt
 
     def _render_instruction(self, instruction: Instruction) -> Prompt:
@@ -109,6 +116,7 @@ class ConversationPrompts:
                 f"template {self.template} has no place for tools, tool_calls and reasoning_content; "
                 "accepted template: chat"
             )
+        history = [message for message in history if message["content"].strip()]  # an empty system message
         if self.template == "plain":
             return self._render_plain(history, response, truncated)
         if [message["role"] for message in history] not in (["user"], ["system", "user"]):
@@ -127,19 +135,22 @@ class ConversationPrompts:
         tools: Sequence[dict[str, Any]],
         truncated: bool,
     ) -> Prompt:
-        if len(history) > 1 and history[0]["role"] == "system" and not self._supports_system_message:
-            system, first, *others = history
-            if first["role"] != "user":
-                raise ValueError(
-                    "the tokenizer's chat template has no system messages, and the assistant speaks first"
-                )
-            content = f"{system['content']}\n\n{first['content']}"
-            history = [first | {"content": content}, *others]
-        text, answer = render_response(self.tokenizer, history, response, tools)
-        earlier: tuple[tuple[int, int], ...] = ()
-        if self.locate_earlier_responses:
-            earlier = self._locate_earlier_responses(history, tools, text)
-        return Prompt(text, answer, earlier, truncated)
+        text, answer = render_response(self.tokenizer, self._history([*history, response]), response, tools)
+        return Prompt(text, answer, (), truncated)
+
+    def _history(self, messages: Sequence[Message]) -> list[Message]:
+        """What precedes the response; the system message is a part of the first request if it has to be."""
+        *history, _ = messages
+        if len(history) < 2 or history[0]["role"] != "system" or self._supports_system_message:
+            return history
+        system, first, *others = history
+        if not system["content"].strip():
+            return [first, *others]
+        if first["role"] != "user":
+            raise ValueError(
+                "the tokenizer's chat template has no system messages, and the assistant speaks first"
+            )
+        return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *others]
 
     def _render_plain(self, history: Sequence[Message], response: Message, truncated: bool) -> Prompt:
         text, ranges = "", []

@@ -7,6 +7,7 @@ from typing import Any
 
 from gatera_lightning.datamodules.prompts.messages import (
     EmptyResponseError,
+    ends_unanswered,
     parse_json_list,
     parse_messages,
     parse_text,
@@ -53,6 +54,9 @@ class Chat:
 
     tools: tuple[dict[str, Any], ...] = ()
     """JSON schemas of the tools that the model may call."""
+
+    unanswered: bool = False
+    """True if messages after the last response were left out, because nobody answers them."""
 
     @property
     def response(self) -> str:
@@ -106,6 +110,10 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Conversation:
     if not is_instruction and isinstance(fields["text"], str) and fields["instruction"] is None:
         fields.check_no_chat_columns("text")
         return _parse_plain_text("", fields["text"], fields.name("text"))
+    if not is_instruction and any(row.get(fields.name(name)) == [] for name in ("messages", "conversations")):
+        raise ValueError(
+            f"{fields.name('messages')}: expected a list of objects with role and content, found []"
+        )
     return _parse_instruction(fields)
 
 
@@ -137,7 +145,7 @@ class _Fields:
 
     def __getitem__(self, column: str) -> Any:
         value = None if column in self._hidden else self.row.get(self.name(column))
-        return None if value == "" and column in _LISTS else value  # CSV has no null
+        return None if value in ("", []) and column in _LISTS else value  # CSV has no null
 
     def text(self, column: str) -> str:
         """The text of a column; empty if there is none.
@@ -209,7 +217,10 @@ def _parse_history(fields: _Fields) -> list[Message]:
     """Earlier turns of an instruction: pairs of a request and a response."""
     history: list[Message] = []
     name = fields.name("history")
-    for number, pair in enumerate(parse_json_list(fields["history"]) or [], 1):
+    pairs = parse_json_list(fields["history"])
+    if pairs is not None and not isinstance(pairs, list):
+        raise ValueError(f"column {name!r}: expected a list of pairs of texts, found {pairs!r:.60}")
+    for number, pair in enumerate(pairs or [], 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"column {name!r}, turn {number}: expected a pair of texts, found {pair!r:.60}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
@@ -222,7 +233,11 @@ def _parse_history(fields: _Fields) -> list[Message]:
 
 def _parse_chat(fields: _Fields, column: str) -> Chat:
     messages = parse_messages(fields[column], fields.name(column))
-    return Chat(tuple(_with_system(fields, messages)), parse_tools(fields["tools"]))
+    return Chat(
+        tuple(_with_system(fields, messages)),
+        parse_tools(fields["tools"]),
+        unanswered=ends_unanswered(fields[column]),
+    )
 
 
 def _with_system(fields: _Fields, messages: list[Message]) -> list[Message]:
@@ -236,10 +251,14 @@ def _with_system(fields: _Fields, messages: list[Message]) -> list[Message]:
 
 
 def _parse_completion(fields: _Fields) -> Chat | PlainText:
-    prompt, completion = (parse_json_list(fields[column]) for column in ("prompt", "completion"))
+    prompt, completion = (_parse_message_list(fields[column]) for column in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         messages = parse_messages([*prompt, *completion], fields.name("completion"))
-        return Chat(tuple(_with_system(fields, messages)), parse_tools(fields["tools"]))
+        return Chat(
+            tuple(_with_system(fields, messages)),
+            parse_tools(fields["tools"]),
+            unanswered=ends_unanswered(completion),
+        )
     if isinstance(prompt, list) or isinstance(completion, list):
         raise ValueError(
             f"columns {fields.name('prompt')!r} and {fields.name('completion')!r}: one is a list of messages "
@@ -250,6 +269,13 @@ def _parse_completion(fields: _Fields) -> Chat | PlainText:
     if not text.strip():
         raise ValueError(f"column {fields.name('prompt')!r} is empty")
     return _parse_plain_text(text, completion, fields.name("completion"))
+
+
+def _parse_message_list(value: Any) -> Any:
+    """The messages that a list or JSON text holds; any other text as it is, such as ``[1, 2]``."""
+    found = parse_json_list(value)
+    is_list = isinstance(found, list) and all(isinstance(item, dict) for item in found)
+    return found if is_list and found else value
 
 
 def _parse_plain_text(prompt: str, value: Any, name: str) -> PlainText:

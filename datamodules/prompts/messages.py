@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gatera_lightning.datamodules.prompts.template_messages import Message
+from gatera_lightning.datamodules.sources.strict_json import parse_json
 from gatera_lightning.errors import near_miss
 
 ROLES = ("system", "user", "assistant", "developer", "tool")
@@ -32,9 +33,7 @@ class EmptyResponseError(ValueError):
 
 
 def parse_messages(value: Any, column: str = "messages") -> list[Message]:
-    """Parse the messages of a chat whose last message is the response.
-
-    Messages after the last response with a weight are left out.
+    """Parse the messages of a chat, up to its last response that has a weight.
 
     Args:
         value: A list of objects with role and content (or from and value), or JSON text of one.
@@ -52,16 +51,19 @@ def parse_messages(value: Any, column: str = "messages") -> list[Message]:
         if message["role"] == "system" and number > 1:
             raise ValueError(f"message {number}: only the first message may be a system message")
         is_empty = not message["content"].strip() and not message.get("tool_calls")
-        if is_empty and (number < len(messages) or message["role"] != "assistant"):
+        may_be_empty = message["role"] in ("system", "tool") or (
+            message["role"] == "assistant" and number == len(messages)
+        )
+        if is_empty and not may_be_empty:
             raise ValueError(
                 f"message {number} ({message['role']}): expected text as content, "
                 f"found {message['content']!r:.60}"
             )
     roles = [message["role"] for message in messages]
-    if roles[-1] != "assistant":
-        raise ValueError(f"the last message has role {roles[-1]!r}; expected 'assistant', the response")
     if "user" not in roles:
         raise ValueError("no message has role 'user'; expected at least one")
+    if "assistant" not in roles:
+        raise ValueError("no message has role 'assistant'; expected at least one, the response")
     while messages and (messages[-1]["role"] != "assistant" or messages[-1].get("weight") == 0):
         messages.pop()
     if not messages:
@@ -73,30 +75,39 @@ def parse_messages(value: Any, column: str = "messages") -> list[Message]:
     return messages
 
 
+def ends_unanswered(value: Any) -> bool:
+    """Return whether messages that :func:`parse_messages` accepts end in a request without a response."""
+    last = parse_json_list(value)[-1]
+    return (last["role"] if "role" in last else _SHAREGPT_ROLES[last["from"]]) != "assistant"
+
+
 def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Parse the tools of a row: a list of JSON schemas, or JSON text of one.
 
     Raises:
         ValueError: They are something else.
     """
-    tools = parse_json_list(value) or []
+    tools = _json(value, "tools") if isinstance(value, str) else value
+    tools = [] if tools is None else tools
     if not isinstance(tools, list):
         raise ValueError(f"tools: expected a list of JSON schemas, found {value!r:.60}")
     for number, tool in enumerate(tools, 1):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"tools: tool {number} has no name; expected a JSON schema, found {tool!r:.60}")
-    return tuple(_without_nulls(tool) for tool in tools)
+    check_texts(tools, "tools")
+    return tuple(tools)
 
 
 def parse_json_list(value: Any) -> Any:
-    """Return the list that a JSON text holds, or the value itself; Parquet and CSV hold lists as text."""
+    """Return the list that a JSON text holds, or the value itself; Parquet and CSV hold lists as text.
+
+    Raises:
+        ValueError: The text is JSON with a key twice, half of a surrogate pair, or too deep a nesting.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    found = _json(value, "a JSON text")
     return found if isinstance(found, list) else value
 
 
@@ -119,6 +130,19 @@ def parse_text(value: Any, where: str) -> str:
     return value
 
 
+def check_texts(value: Any, where: str) -> None:
+    """Raise ValueError if a text inside a JSON value has half of a surrogate pair."""
+    if isinstance(value, str):
+        parse_text(value, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_texts(key, where)
+            check_texts(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            check_texts(item, where)
+
+
 def _parse_message(message: Any, number: int) -> Message:
     if isinstance(message, dict) and {"from", "value"} <= message.keys():
         message = _from_sharegpt(message, number)
@@ -132,7 +156,7 @@ def _parse_message(message: Any, number: int) -> Message:
             f"{near_miss(role, ROLES)}"
         )
     for key, value in message.items():
-        if key not in _KEYS and value is not None:
+        if key not in _KEYS and value not in (None, "", [], {}):
             raise ValueError(
                 f"message {number} ({role}): key {key!r} is unknown; accepted: {', '.join(_KEYS)}"
                 f"{near_miss(key, _KEYS)}"
@@ -165,7 +189,7 @@ def _implied(message: Mapping[str, Any]) -> set[str]:
 
 def _from_sharegpt(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     sender = message["from"]
-    if sender not in _SHAREGPT_ROLES:
+    if not isinstance(sender, str) or sender not in _SHAREGPT_ROLES:
         raise ValueError(
             f"message {number}: from {sender!r} is unknown; accepted: {', '.join(_SHAREGPT_ROLES)}"
             f"{near_miss(sender, _SHAREGPT_ROLES)}"
@@ -175,7 +199,8 @@ def _from_sharegpt(message: Mapping[str, Any], number: int) -> dict[str, Any]:
         raise ValueError(f"message {number}: expected role and content or from and value, found both")
     content = message["value"]
     if sender == "function_call":
-        calls = _json(content) if isinstance(content, str) else content
+        where = f"message {number} (function_call)"
+        calls = _json(content, where) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
         return {"role": "assistant", "content": "", "tool_calls": calls} | others
     return {"role": _SHAREGPT_ROLES[sender], "content": content} | others
@@ -204,7 +229,7 @@ def _parse_content(content: Any, has_tool_calls: bool, where: str) -> str:
 
 def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as objects, as chat templates expect them."""
-    calls = _json(calls) if isinstance(calls, str) else calls
+    calls = _json(calls, where) if isinstance(calls, str) else calls
     parsed = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -212,9 +237,15 @@ def _parse_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: expected tool_calls with a function's name, found {call!r:.60}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _json(arguments)
-        rest = _without_nulls(call) if "function" in call else {}
-        arguments = {} if arguments is None else _without_nulls(arguments)
+            arguments = _json(arguments, f"{where}: arguments") if arguments.strip() else {}
+        if not isinstance(arguments, dict | None):
+            raise ValueError(
+                f"{where}: expected arguments of {function['name']!r:.40} as an object or JSON text of one, "
+                f"found {arguments!r:.60}"
+            )
+        check_texts(call, f"{where}: tool_calls")
+        rest = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
+        arguments = {} if arguments is None else arguments
         called = {"name": function["name"], "arguments": arguments}
         parsed.append({"type": "function"} | rest | {"function": called})
     return parsed
@@ -231,18 +262,15 @@ def _parse_weight(weight: Any, role: str, where: str) -> Message:
     return {"weight": 0} if weight == 0 else {}
 
 
-def _json(text: str) -> Any:
-    """The value of a JSON text; the text itself if it is none."""
+def _json(text: str, where: str) -> Any:
+    """The value of a JSON text; the text itself if it is none.
+
+    Raises:
+        ValueError: It is JSON with a key twice, half of a surrogate pair, or too deep a nesting.
+    """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except json.JSONDecodeError:
         return text
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without the empty keys that Parquet gives to every object."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from gatera_lightning.datamodules.sources.arrow_nulls import without_added_nulls
 from gatera_lightning.datamodules.sources.spec import data_suffix
 from gatera_lightning.datamodules.sources.strict_json import first_invalid_element, parse_json
 from gatera_lightning.datamodules.sources.text_files import local_file, read_text, refused
@@ -147,7 +148,7 @@ def _parquet_rows(location: str) -> _Rows:
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, without_added_nulls(row)
     except ConfigError:
         raise
     # Besides errors of pyarrow: values that Python does not have, such as the year 20000.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from gatera_lightning.datamodules.sources.arrow_nulls import without_added_nulls
 from gatera_lightning.datamodules.sources.spec import HubDataset
 from gatera_lightning.errors import ConfigError, printable
 
@@ -34,4 +35,4 @@ def read_hub_rows(location: str, split: str) -> Iterator[tuple[str, Any]]:
             "another split. Without network access, use local files."
         ) from error
     for number, row in enumerate(rows, 1):
-        yield f"{dataset.id}[{hub_split}], row {number}", row
+        yield f"{dataset.id}[{hub_split}], row {number}", without_added_nulls(row)

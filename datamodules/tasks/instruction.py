@@ -52,6 +52,7 @@ class InstructionDataModule(TaskDataModule):
         self._prompts: ConversationPrompts | None = None
         self._missing_columns: set[str] = set()
         self._plain_texts = 0
+        self._unanswered = 0
         self._seen_columns: set[str] = set()
 
     def problems(self, stage: str) -> list[str]:
@@ -87,7 +88,7 @@ class InstructionDataModule(TaskDataModule):
                 silently.
         """
         self._missing_columns = set(self.columns.values())
-        self._plain_texts = 0
+        self._plain_texts = self._unanswered = 0
         for example in super().examples(split):
             if not example.prompt and split == "test" and "generation" in self.evaluate_by:
                 raise ConfigError(
@@ -102,6 +103,12 @@ class InstructionDataModule(TaskDataModule):
                 split,
                 self._plain_texts,
                 self.template,
+            )
+        if self._unanswered:
+            log.warning(
+                "data.%s: %d chats end in messages without a response, which are left out",
+                split,
+                self._unanswered,
             )
         if self._missing_columns:
             names = ", ".join(
@@ -123,6 +130,7 @@ class InstructionDataModule(TaskDataModule):
             raise UnusableRow(str(error)) from error
         prompt = self._prompts.render(conversation, self.max_length)
         if isinstance(conversation, Chat):
+            self._unanswered += conversation.unanswered
             if self.train_on == "all" and any("weight" in message for message in conversation.messages):
                 raise ValueError(
                     "a message has weight 0, but train_on all trains on every message; accepted: response, "

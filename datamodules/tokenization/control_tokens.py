@@ -39,6 +39,10 @@ class ControlTokens:
     tokens: tuple[str, ...]
     """The longest first."""
 
+    words: frozenset[str] = frozenset()
+    """Those of ``tokens`` that are neither special nor written by the chat template, such as ``<tool_call>``.
+    A response may contain them, because the model writes them itself."""
+
     normalize: Callable[[str], str] | None = None
     """The tokenizer's normalizer, if it looks for control tokens in normalized text."""
 
@@ -47,7 +51,8 @@ class ControlTokens:
 
         Args:
             text: The text of a message, an instruction or an answer.
-            response: Whether the model writes it; the markers of its thoughts are then left alone.
+            response: Whether the model writes it; ``words`` and the markers of its thoughts are then left
+                alone.
 
         Raises:
             ValueError: The text contains the noncharacter that escapes.
@@ -56,7 +61,7 @@ class ControlTokens:
             raise ValueError(f"the text {text!r:.60} contains the noncharacter U+FDD0; expected text")
         if self.normalize is not None and self._count(self.normalize(text)) > self._count(text):
             text += ESCAPE  # normalizing makes a control token of other characters: ＜eos＞
-        left_alone = (THOUGHT_START, THOUGHT_END) if response else ()
+        left_alone = {THOUGHT_START, THOUGHT_END, *self.words} if response else ()
         return self._pattern.sub(
             lambda found: found[0] if found[0] in left_alone else ESCAPE.join(found[0]), text
         )
@@ -134,7 +139,7 @@ _KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ControlTokens]] = 
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
-    """Return a tokenizer's control tokens: special tokens, and added tokens that its chat template writes.
+    """Return a tokenizer's control tokens: special tokens, and added tokens that look like markers.
 
     They are found once for each tokenizer, chat template and special tokens: looking at all tokens for every
     text would take longer than tokenizing it.
@@ -147,13 +152,18 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
         markers = _template_markers(tokenizer)
         found = special | {token for token, is_special in added.items() if is_special}
         found |= {token for token in added if token in markers and _MARKER.fullmatch(token)}
+        words = {token for token in added if _MARKER.fullmatch(token)} - found
+        found |= words
         names = sorted((token for token in found if len(token.strip()) > 1), key=len, reverse=True)
         backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         json_text = "" if backend is None else backend.to_str()
         normalized = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.normalized} & found
         normalizer = backend.normalizer if backend is not None and normalized else None
         normalize = None if normalizer is None else normalizer.normalize_str
-        known = _KNOWN[tokenizer] = (state, ControlTokens(json_text, tuple(names), normalize))
+        known = _KNOWN[tokenizer] = (
+            state,
+            ControlTokens(json_text, tuple(names), frozenset(words), normalize),
+        )
     return known[1]
 
 

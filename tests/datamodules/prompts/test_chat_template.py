@@ -293,7 +293,7 @@ def test_template_may_want_arguments_as_text(with_chat_template):
             WHERE,
             PLAIN | {"tool_calls": CALLS},
             [],
-            "does not write the response with its tool_calls",
+            "does not write the tool_calls of message 2",
         ),
         (
             HEADERS,
@@ -307,7 +307,7 @@ def test_template_may_want_arguments_as_text(with_chat_template):
             [*WHERE, PLAIN, {"role": "tool", "content": "21 C"}],
             PLAIN,
             [],
-            r"changes the text of message 3 \(tool\), '21 C'",
+            r"does not write the text of message 3 \(tool\) of 3",
         ),
     ],
 )
@@ -316,3 +316,156 @@ def test_tools_that_a_template_ignores_are_rejected(
 ):
     with pytest.raises(ValueError, match=f"the tokenizer's chat template {error}"):
         render_response(with_chat_template(template, "turn_ends_in_eos"), history, response, tools)
+
+
+CALLED = [
+    {"role": "user", "content": "What is the weather function?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS * 2},
+    {"role": "tool", "content": "21 C weather Oslo"},
+    {"role": "tool", "content": "21 C weather Oslo"},
+]
+MESSAGE = "{% for m in messages %}<im_start>{{ m.role }}\n{{ m.content }}"
+END = "<eos>\n{% endfor %}{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("calls", "error"),
+    [
+        ("", "does not write the tool_calls of message 2"),
+        ("{{ (m.tool_calls or [{}])[0] | tojson }}", "does not write the tool_calls of message 2"),
+        (
+            "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+            "does not write the tool_calls",
+        ),
+        (
+            "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}",
+            "does not write the tool_calls of message 2",
+        ),
+        (
+            "{% for c in m.tool_calls or [] %}{{ c.function.arguments.keys() }}{% endfor %}",
+            "does not write the",
+        ),
+        ("{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}", None),
+    ],
+    ids=["none", "first call", "names", "arguments", "keys", "all"],
+)
+@pytest.mark.parametrize("history", [CALLED, CALLED[:3]], ids=["two results", "one result"])
+def test_calls_whose_names_stand_elsewhere_must_be_written_too(calls, error, history, with_chat_template):
+    tokenizer = with_chat_template(MESSAGE + calls + END, "turn_ends_in_eos")
+    if error is None:
+        assert render_chat(tokenizer, history).text.count("Oslo") == len(history)
+        return
+    with pytest.raises(ValueError, match=error):
+        render_chat(tokenizer, history)
+
+
+@pytest.mark.parametrize(
+    ("tools", "is_written"),
+    [
+        ("{{ tools | tojson }}", True),
+        ("{{ tools[0] | tojson }}", False),
+        ("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}", False),
+        ("{% for t in tools or [] %}{{ t.function.description }}{% endfor %}", False),
+        ("", False),
+    ],
+)
+def test_whole_tools_must_be_written(tools, is_written, with_chat_template):
+    tokenizer = with_chat_template("{% if tools %}" + tools + "{% endif %}" + MESSAGE + END)
+    question = [{"role": "user", "content": "weather"}]
+    if is_written:
+        assert "object" in render_chat(tokenizer, question, [TOOL]).text
+        return
+    with pytest.raises(ValueError, match="does not write tools"):
+        render_chat(tokenizer, question, [TOOL])
+
+
+def test_roles_of_conversations_with_tools_are_checked(with_chat_template):
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    tokenizer = with_chat_template(f"{{{{ messages[0].content }}}}{MESSAGE}{calls}{END}")
+    with pytest.raises(ValueError, match=r"writes 2 times the text of message 1 \(user\) of 4"):
+        render_chat(tokenizer, CALLED)
+
+
+def test_names_of_messages_must_be_written(with_chat_template):
+    named = [WHERE[0] | {"name": "Ada"}]
+    with pytest.raises(ValueError, match="does not write the name of message 1; accepted: messages without"):
+        render_chat(with_chat_template(MESSAGE + END), named)
+    tokenizer = with_chat_template(MESSAGE.replace("m.role", "m.name") + END)
+    assert render_chat(tokenizer, named).text.startswith("<im_start>Ada\nWhere?")
+
+
+DROPS = OPENS.replace("GENERATION", "")  # what stands before </think> in earlier messages
+
+
+@pytest.mark.parametrize(
+    ("content", "is_dropped"),
+    [
+        ("<think>\nHm.\n</think>\n\nHere.", True),
+        ("Hm.\n</think>\n\nHere.", None),
+        ("One writes <think> and </think>.", None),
+        ("<think>a</think> then </think> b", None),
+        ("Here.", False),
+    ],
+)
+def test_only_thoughts_of_earlier_messages_may_be_dropped(content, is_dropped, with_chat_template):
+    tokenizer = with_chat_template(DROPS, "turn_ends_in_eos")
+    history = [*WHERE, {"role": "assistant", "content": content}, *WHERE]
+    if is_dropped is None:
+        with pytest.raises(ValueError, match=r"changes the text of message 2 \(assistant\)"):
+            render_chat(tokenizer, history)
+    else:
+        assert ("Hm." not in render_chat(tokenizer, history).text) is (is_dropped or content == "Here.")
+
+
+def test_dropped_reasoning_is_reported_once(with_chat_template, caplog):
+    tokenizer = with_chat_template(DROPS, "turn_ends_in_eos")
+    for _ in range(2):
+        render_chat(tokenizer, [*WHERE, REASON, *WHERE])
+    assert (
+        caplog.text.count("leaves out the reasoning_content of earlier messages, such as message 2 of 3") == 1
+    )
+
+
+def test_response_may_continue_the_thought_of_the_prompt(with_chat_template):
+    """As in the data of DeepSeek R1, whose prompt opens the thought."""
+    content = "Hm.\n</think>\n\nHere."
+    response = {"role": "assistant", "content": content}
+    tokenizer = with_chat_template(OPENS_THINK, "turn_ends_in_eos")
+    assert render_response(tokenizer, WHERE, response)[1] == content
+    text = render_chat(tokenizer, [*WHERE, response, *WHERE]).text
+    assert "Hm." not in text
+    for template in (HEADERS, DROPS):
+        with pytest.raises(ValueError, match="ends a thought with </think> that neither it nor the chat"):
+            render_response(with_chat_template(template, "turn_ends_in_eos"), WHERE, response)
+
+
+TRIMS = (
+    "{% for m in messages %}<im_start>{{ m.role }}\n{% if m.reasoning_content is defined %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content | trim }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["Here.", "  Here.\n", "\n\tHere.  ", "Here. Here.\n\n"])
+@pytest.mark.parametrize("reasoning", [None, "Here."])
+@pytest.mark.parametrize("calls", [None, CALLS])
+def test_response_with_thought_or_calls_keeps_its_white_space(content, reasoning, calls, with_chat_template):
+    response = {"role": "assistant", "content": content}
+    response |= {"reasoning_content": reasoning} if reasoning else {}
+    response |= {"tool_calls": calls} if calls else {}
+    written = unescape(render_response(with_chat_template(TRIMS, "turn_ends_in_eos"), WHERE, response)[1])
+    thought = f"<think>\n{reasoning}\n</think>\n\n" if reasoning else ""
+    call = '<call>{"name": "weather", "arguments": {"city": "Oslo<eos>"}}</call>' if calls else ""
+    assert written == f"{thought}{content}{call}"
+
+
+def test_assistant_may_speak_first_without_the_empty_thought_of_the_template(with_chat_template):
+    """As in Qwen 3, whose template refuses to render no messages at all."""
+    tokenizer = with_chat_template(
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+        "{% for m in messages %}<im_start>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content }}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}<im_start>assistant\n{% endif %}"
+    )
+    assert render_chat(tokenizer, []) == ("<im_start>assistant\n", "")

@@ -6,7 +6,7 @@ from chats import chat
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.prompts import render
 from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
-from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction
+from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction, PlainText
 from gatera_lightning.errors import ConfigError
 
 HI = chat("hi", "Hello.", "bye", "Bye!", system="Be kind.")
@@ -163,3 +163,25 @@ def test_response_that_leaves_no_room_for_the_prompt(make_instruction_data, writ
     rows = [{"messages": chat("hi", "Hello.")}, {"messages": chat("hi", "Hello.", "bye", "long " * 30)}]
     with pytest.raises(ConfigError, match=r"an answer has \d+ tokens, which leaves no room for a prompt"):
         make_instruction_data(train=[write("rows.json", rows)], validation=1, max_length=20, stage="fit")
+
+
+def test_earlier_responses_are_located_once_however_many_turns_are_dropped(chat_tokenizers, monkeypatch):
+    calls = []
+    locate = ConversationPrompts._locate_earlier_responses
+    monkeypatch.setattr(
+        ConversationPrompts,
+        "_locate_earlier_responses",
+        lambda self, *args: calls.append(args) or locate(self, *args),
+    )
+    prompts = ConversationPrompts("chat", chat_tokenizers["gemma"], locate_earlier_responses=True)
+    turns = [{"role": role, "content": f"word {n}"} for n in range(20) for role in ("user", "assistant")]
+    prompt = prompts.render(Chat(tuple(turns)), max_length=120)
+    assert prompt.truncated
+    assert 0 < len(prompt.earlier_responses) < 19
+    assert len(calls) == 1
+
+
+def test_raw_text_with_the_noncharacter_of_escapes_is_refused(chat_tokenizers):
+    prompts = ConversationPrompts("chat", chat_tokenizers["gemma"])
+    with pytest.raises(ValueError, match=r"noncharacter U\+FDD0"):
+        prompts.render(PlainText("", "a\ufdd0b"), 100)

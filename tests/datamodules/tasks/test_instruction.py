@@ -290,7 +290,7 @@ def test_row_without_response_is_skipped_in_every_shape(row, write, make_instruc
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_chat_without_response_is_reported(suffix, save, make_instruction_data):
     path = save(f"rows{suffix}", [*CHATS, {"messages": CHATS[0]["messages"][:1]}])
-    message = f"{path}, row 3: the last message has role 'user'; expected 'assistant', the response"
+    message = f"{path}, row 3: no message has role 'assistant'; expected at least one, the response"
     assert error_of(make_instruction_data(train=[path])) == message
 
 

@@ -221,3 +221,22 @@ def test_smollm2_reads_control_tokens_in_text_as_text(smollm2):
     assert control_ids(smollm2, answer) == [smollm2.eos_token_id]
     assert smollm2.decode(prompt) == unescape(rendered.text)
     assert smollm2.decode(answer) == text + "<|im_end|>"
+
+
+@pytest.mark.parametrize("word", ["<tool_call>", "<|fim_prefix|>", "[TOOL]"])
+def test_added_markers_are_text_in_requests_and_tokens_in_responses(word, tokenizers_by_kind):
+    tokenizer = copy.deepcopy(tokenizers_by_kind["bos"])
+    tokenizer.add_tokens([AddedToken(word, special=False)])
+    (marker,) = tokenizer.convert_tokens_to_ids([word])
+    tokens = control_tokens(tokenizer)
+    request, response = tokens.escape(f"a {word} b"), tokens.escape(f"a {word} b", response=True)
+    assert marker not in token_ids(tokenizer, request, special_tokens=False)
+    assert marker in token_ids(tokenizer, response, special_tokens=False)
+    assert unescape(request) == response == f"a {word} b"
+
+
+def test_added_words_stay_tokens(tokenizers_by_kind):
+    tokenizer = copy.deepcopy(tokenizers_by_kind["bos"])
+    tokenizer.add_tokens(["gatera"])
+    text = control_tokens(tokenizer).escape("gatera")
+    assert token_ids(tokenizer, text, special_tokens=False) == tokenizer.convert_tokens_to_ids(["gatera"])
