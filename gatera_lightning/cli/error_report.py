@@ -81,9 +81,8 @@ def _ending_signal(error: BaseException, received: int | None) -> Interrupted | 
             return Interrupted(signal.SIGINT)
         if type(one).__name__ == "SIGTERMException":  # Lightning's; its exit code would be 0
             return Interrupted(signal.SIGTERM)
-    if received is not None and "killed by signal" in str(
-        error
-    ):  # a data worker was faster than this process
+    # A data worker was faster than this process, or a library turned the signal into a failed import.
+    if received is not None and (isinstance(error, ImportError) or "killed by signal" in str(error)):
         return Interrupted(received)
     return None
 

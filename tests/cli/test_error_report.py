@@ -61,6 +61,15 @@ def test_error_has_exit_code_and_message(raises, capsys, error, code, message):
     assert capsys.readouterr().err.startswith(f"python -m gatera_lightning: {message}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_import_that_a_signal_broke_ends_by_the_signal(number, capsys):
+    error = ImportError("Could not import module 'x'")
+    assert report(error, "harness", number, show_traceback=False) == 128 + number
+    ended = f"ended by {number.name} during harness; its work is not complete"
+    assert capsys.readouterr().err == f"python -m gatera_lightning: {ended}\n"
+    assert report(error, "harness", None, show_traceback=False) == 1
+
+
 def test_rendezvous_failure_names_address_and_port(raises, capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "node7")
     monkeypatch.setenv("MASTER_PORT", "29500")
