@@ -1,15 +1,7 @@
 r"""Parse the final answer from a worked solution: a number, as an exact fraction, or an option's letter.
 
-Solutions end in ``The answer is: 72`` (MetaMath), ``#### 72`` (GSM8K) or a sentence. One rule says what a
-number is there:
-
-- Currencies, units and percent signs do not change its value: ``$3.50``, ``72 clips``, ``25 m^2``, ``50%``.
-- A power of ten is a number: ``10^5``, ``3 * 10^4``. Any other power is an expression: ``2^3``.
-- An expression with an unknown, a root, π or a function is no number: ``n + 1``, ``3a``, ``2 pi``, ``log 3``.
-  A letter directly behind a number is an unknown, except for those of units (``5m``, ``20s``, ``50c``).
-- An equation gives the value behind its last ``=``, if its left side is an expression or a calculation:
-  ``n = 3^2 = 9``, ``P(3) = 7``, ``3 + 4 = 7``. Otherwise its first number counts: ``72 = 24 * 3``.
-- An option's label is not part of it: ``B - 12``, ``(B) 12``.
+Solutions end in ``The answer is: 72`` (MetaMath), ``#### 72`` (GSM8K) or a sentence. Currencies, units and
+percent signs (``$3.50``, ``72 clips``, ``50%``) do not count as part of a number's value.
 """
 
 import re
@@ -30,16 +22,10 @@ _POWER = (
 )
 _NUMBER = re.compile(
     r"(?<![\w{^\\√])(?P<sign>(?<![)\]}%])[-+])?(?:[$£€¥₹] ?)?(?P<inner_sign>(?<=[$£€¥₹])[-+])?"
-    r"(?:10\^(?:\{(?P<power>[-+]?[0-9]{1,3})\}|(?P<bare_power>[-+]?[0-9]{1,3})(?![0-9]))"
-    rf"|(?P<mixed>[0-9]+ )?(?P<ratio>{_RATIO})|(?P<decimal>{_DECIMAL})(?:{_POWER})?)"
+    rf"(?:(?P<mixed>[0-9]+ )?(?P<ratio>{_RATIO})|(?P<decimal>{_DECIMAL})(?:{_POWER})?)"
 )
 # What follows a number that is part of an expression.
-_FUNCTION = r"(?:log|ln|lg|exp|sqrt|a?(?:sin|cos|tan))"
-_MULTIPLE = rf"(?:\\[A-Za-z]*(?:sqrt|pi|log|ln)|√|π|pi(?![A-Za-z])|{_FUNCTION}(?: ?[0-9({{_\\]| [A-Za-z]\b))"
-_EXPRESSION = re.compile(
-    rf" ?(?:{_MULTIPLE}|\^)|(?!k [A-Za-z]{{2}})[abeijknqruvxyz](?![A-Za-z0-9']|\.m\b)(?! ?/)|[eE][-+]?[0-9]"
-)
-_FUNCTION_BEFORE = re.compile(rf"(?<![A-Za-z]){_FUNCTION}(?:_\{{?[0-9]+\}}?)? ?\(?\Z")
+_EXPRESSION = re.compile(r" ?(?:\\sqrt|√|\\pi|π|\^)|[xyzn](?![A-Za-z0-9])|[eE][-+]?[0-9]")
 # What follows or precedes the first number of a conclusion that is part of an expression in variables. A
 # single letter is a variable, except where a word follows it ("72 - a dozen").
 _OPERATOR = r"(?:[-+*/^·×÷]|\\(?:times|cdot|div|pm)(?![A-Za-z]))"
@@ -48,22 +34,17 @@ _VARIABLE = (
     r"|\\[A-Za-z]+|[√π])"
 )
 _EXPRESSION_AFTER = re.compile(
-    rf"(?! ?m\^\{{?[23]\}}?(?! ?{_OPERATOR}|[A-Za-z0-9])) ?"  # square meters
-    rf"(?:(?!/){_OPERATOR} ?{_VARIABLE}|/ ?[xyzn](?![A-Za-z0-9])"
+    rf" ?(?:(?!/){_OPERATOR} ?{_VARIABLE}|/ ?[xyzn](?![A-Za-z0-9])"
     rf"|[A-Za-z] ?(?!/){_OPERATOR} ?(?:[0-9]|{_VARIABLE})"
     r"|\((?=[^()]*[-+*/^])[^()]*(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
 )
 _EXPRESSION_BEFORE = re.compile(
     rf"(?:(?<![A-Za-z0-9'])[A-Za-z]|[0-9²³π)}}\]])(?:{_OPERATOR}| ?{_OPERATOR} )[$(]*\Z|[A-Za-z]\(\Z"
 )
-# What follows the first number of a calculation, up to its result.
-_CALCULATION = re.compile(rf"(?: ?{_OPERATOR} ?[($]*{_DECIMAL}\)*)+ ?=")
-_LABEL = re.compile(r"[A-E] - (?=[$£€¥₹]?[0-9.])")
 # A unit has at least two letters, because a single letter is a variable. "million" is not a unit.
 _UNIT = re.compile(
-    r" ?[%$£€¥₹°]?"
-    rf"(?: ?/?(?! ?(?:hundred|thousand|(?:m|b|tr)illion|dozen|{_MULTIPLE})|[abcxyz]{{2,3}}(?![A-Za-z])) ?"
-    r"(?:m(?:[²³]|\^\{?[23]\}?)|[A-Za-z][A-Za-z²³/](?:[A-Za-z²³/.' -]|\^\{?[23]\}?)*))?[ .!$*]*"
+    r" ?[%$£€¥₹°]?(?: ?/?(?! ?(?:hundred|thousand|(?:m|b|tr)illion|dozen)|[abcxyz]{2,3}(?![A-Za-z])) ?"
+    r"[A-Za-z][A-Za-z²³/](?:[A-Za-z²³/.' -]|\^\{?[23]\}?)*)?[ .!$*]*"
 )
 # Texts that introduce a final answer, and which occurrence counts. The order matters: solutions that end in
 # "####" may contain "the answer is" in an earlier sentence.
@@ -79,9 +60,9 @@ def parse_number(text: str) -> Fraction | None:
     r"""Parse a text that consists of one number and, at most, its unit.
 
     Accepts thousands separators, decimals, fractions (``3/4``, ``1 1/2``, ``½``, ``\frac{3}{4}``), powers
-    (``1.5e3``, ``3 \times 10^{4}``, ``10^5``), any minus sign, currencies (``$``, ``\$``, …), units of at
-    least two letters or powers of ``m``, ``**`` and ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations
-    of MetaMath and GSM8K, which look at the digits alone.
+    (``1.5e3``, ``3 \times 10^{4}``), any minus sign, currencies (``$``, ``\$``, …), units of at least two
+    letters, ``**`` and ``\boxed``. ``50%`` is 50, not 1/2, as in the evaluations of MetaMath and GSM8K, which
+    look at the digits alone.
 
     >>> parse_number("$1,234.50"), parse_number("3/4 cups."), parse_number("3 or 4")
     (Fraction(2469, 2), Fraction(3, 4), None)
@@ -108,27 +89,22 @@ def find_final_number(text: str) -> str | None:
     A marker applies to the rest of its line, or to the next line with text. If no number follows it there, or
     an expression in variables (``n^2+1``, ``5 - x``), the solution has no final number; numbers in front of
     the marker are not considered. Of several numbers (``3 + 4``, ``3 or 4``) the first counts, as in the
-    published evaluations. An equation whose left side is an expression or a calculation (``P(3) = 7``,
-    ``n = 3^2 = 9``, ``3 + 4 = 7``) gives the number after its last ``=``.
+    published evaluations.
 
     Returns:
         The number as it is written in the normalized text; None if there is none.
     """
     text = _normalize(text)
     conclusion = _conclusion(text)
-    if conclusion is None:
-        numbers = list(_NUMBER.finditer(text))
-        found = numbers[-1] if numbers else None
-        if found is None or _EXPRESSION.match(text, found.end()):
-            return None
-        function = _FUNCTION_BEFORE.search(text[max(0, found.start() - 20) : found.start()])
-        return None if function else found[0].strip()
-    conclusion = _LABEL.sub("", conclusion, count=1) if _LABEL.match(conclusion) else conclusion
-    for part in (conclusion, conclusion.rpartition("=")[2]):
-        found = _NUMBER.search(part)
-        if found and not _in_expression(part, found) and not _CALCULATION.match(part, found.end()):
-            return found[0].strip()
-    return None
+    numbers = list(_NUMBER.finditer(text if conclusion is None else conclusion))
+    if not numbers:
+        return None
+    found = numbers[-1 if conclusion is None else 0]
+    if _EXPRESSION.match(found.string, found.end()) or (
+        conclusion is not None and _in_expression(conclusion, found)
+    ):
+        return None
+    return found[0].strip()
 
 
 @checks_arguments
@@ -180,12 +156,11 @@ def numbers_equal(first: Fraction, second: Fraction) -> bool:
 
 
 def _in_expression(conclusion: str, number: re.Match[str]) -> bool:
-    """Whether the first number of a conclusion is part of an expression that is no number."""
+    """Whether the first number of a conclusion is part of an expression in variables."""
     sign = len(number[0]) - len(number[0].lstrip("+-"))  # may be the operator of a sum
     start = number.start() + sign
     before = conclusion[max(0, start - 20) : start]  # enough for an operand, and no more to search
-    after = (_EXPRESSION.match(conclusion, number.end()), _EXPRESSION_AFTER.match(conclusion, number.end()))
-    return any((*after, _EXPRESSION_BEFORE.search(before), _FUNCTION_BEFORE.search(before)))
+    return bool(_EXPRESSION_BEFORE.search(before) or _EXPRESSION_AFTER.match(conclusion, number.end()))
 
 
 def _conclusion(text: str) -> str | None:
@@ -209,8 +184,6 @@ def _value(found: re.Match[str]) -> Fraction | None:
                 if value >= 1:
                     return None
                 value += int(found["mixed"])
-        elif power := found["power"] or found["bare_power"]:
-            value = Fraction(10) ** int(power)
         else:
             exponent = int(found["e"] or found["ten"] or 0)
             value = Fraction(found["decimal"].replace(",", "")) * Fraction(10) ** exponent
