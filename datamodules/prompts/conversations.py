@@ -251,7 +251,7 @@ def _with_system(fields: _Fields, messages: list[Message]) -> list[Message]:
 
 
 def _parse_completion(fields: _Fields) -> Chat | PlainText:
-    prompt, completion = (_parse_message_list(fields[column]) for column in ("prompt", "completion"))
+    prompt, completion = (_messages_or_text(fields[column]) for column in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         messages = parse_messages([*prompt, *completion], fields.name("completion"))
         return Chat(
@@ -271,10 +271,15 @@ def _parse_completion(fields: _Fields) -> Chat | PlainText:
     return _parse_plain_text(text, completion, fields.name("completion"))
 
 
-def _parse_message_list(value: Any) -> Any:
-    """The messages that a list or JSON text holds; any other text as it is, such as ``[1, 2]``."""
-    found = parse_json_list(value)
-    is_list = isinstance(found, list) and all(isinstance(item, dict) for item in found)
+def _messages_or_text(value: Any) -> Any:
+    """The messages that a JSON text holds; any other value as it is, such as the text ``[{"x": 1}]``."""
+    try:
+        found = parse_json_list(value)
+    except ValueError:  # a text that is nearly JSON
+        return value
+    is_list = isinstance(found, list) and all(
+        isinstance(item, dict) and item.keys() & {"role", "from"} for item in found
+    )
     return found if is_list and found else value
 
 

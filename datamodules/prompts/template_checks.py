@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from gatera_lightning.datamodules.prompts.template_messages import Message, template_messages
+from gatera_lightning.datamodules.prompts.template_messages import Message, known_fact, template_messages
 from gatera_lightning.datamodules.prompts.template_placeholders import (
     PLACEHOLDER_TOOLS,
     placeholder_messages,
@@ -20,7 +20,6 @@ from gatera_lightning.datamodules.tokenization.control_tokens import THOUGHT_END
 log = logging.getLogger(__name__)
 
 _CHECKED: WeakKeyDictionary[PreTrainedTokenizerBase, set[Any]] = WeakKeyDictionary()
-_OPENS_THOUGHT: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, bool]] = WeakKeyDictionary()
 
 
 def check_structure(
@@ -106,17 +105,17 @@ def _placeholders(value: Any) -> Iterator[str]:
 
 def opens_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the generation prompt of the chat template opens a thought that responses continue."""
-    known = _OPENS_THOUGHT.setdefault(tokenizer, {})
-    source = str(tokenizer.chat_template)
-    if source not in known:
-        question = [{"role": "user", "content": "a question"}]
-        try:
-            text = render_template(tokenizer, template_messages(tokenizer, question), generation_prompt=True)
-        except ValueError:  # rendering the conversation itself reports it
-            text = ""
-        opening = text.rpartition("a question")[2]
-        known[source] = opening.count(THOUGHT_START) > opening.count(THOUGHT_END)
-    return known[source]
+    return known_fact(tokenizer, "opens thought", _opens_thought)
+
+
+def _opens_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
+    question = [{"role": "user", "content": "a question"}]
+    try:
+        text = render_template(tokenizer, template_messages(tokenizer, question), generation_prompt=True)
+    except ValueError:  # rendering the conversation itself reports it
+        return False
+    opening = text.rpartition("a question")[2]
+    return opening.count(THOUGHT_START) > opening.count(THOUGHT_END)
 
 
 def check_contents(tokenizer: PreTrainedTokenizerBase, prompt: str, messages: Sequence[Message]) -> int:

@@ -20,14 +20,14 @@ _KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, bool]] = WeakKeyDic
 def template_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
     """Return messages as the chat template expects them, with the control tokens in their texts escaped."""
     escape = control_tokens(tokenizer).escape
-    wants_parts = _known(tokenizer, "parts", _wants_parts)
+    wants_parts = known_fact(tokenizer, "parts", _wants_parts)
     converted = []
     for message in messages:
         others = {key: value for key, value in message.items() if key not in ("role", "content", "weight")}
         content: Any = escape(message["content"], response=message["role"] == "assistant")
         if wants_parts:
             content = [{"type": "text", "text": content}]
-        if "tool_calls" in others and _known(tokenizer, "arguments", _wants_text_arguments):
+        if "tool_calls" in others and known_fact(tokenizer, "arguments", _wants_text_arguments):
             others["tool_calls"] = [_with_text_arguments(call) for call in others["tool_calls"]]
         converted.append({"role": message["role"], "content": content} | escape_texts(tokenizer, others))
     return converted
@@ -44,10 +44,16 @@ def escape_texts(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
     return value
 
 
-def _known(
+def known_fact(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: Callable[[PreTrainedTokenizerBase], bool]
 ) -> bool:
-    """What a template expects, found out once for each tokenizer and template."""
+    """Return what a template expects or does, found out once for each tokenizer and template.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        question: Name of the question.
+        answer: Finds the answer out, by rendering messages.
+    """
     known = _KNOWN.setdefault(tokenizer, {})
     key = (question, str(tokenizer.chat_template))
     if key not in known:

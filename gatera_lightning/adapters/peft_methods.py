@@ -18,11 +18,7 @@ _NEUTRAL = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "layers_to_transform", "layers_pattern"),
     *("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "hira_dropout"),
-    *(
-        "eva_config",
-        "megatron_core",
-        "qalora_group_size",
-    ),
+    *("eva_config", "megatron_core", "qalora_group_size"),
 }
 _OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),

@@ -236,7 +236,9 @@ def test_nulls_of_arguments_are_kept():
         assert call["function"]["arguments"] == {"city": None}
 
 
-@pytest.mark.parametrize("text", ["[1, 2, 3]", "[]", '["a"]', '[{"a": 1}, 2]', "[x]"])
+@pytest.mark.parametrize(
+    "text", ["[1, 2, 3]", "[]", '["a"]', '[{"a": 1}, 2]', '[{"a": 1}]', '[{"a": 1, "a": 2}]', "[x]"]
+)
 def test_texts_that_look_like_lists_stay_texts(text):
     row = {"prompt": f"{text} sorted:", "completion": text}
     assert parse_conversation(row, {}) == PlainText(f"{text} sorted:", text)
