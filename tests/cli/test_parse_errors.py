@@ -60,7 +60,7 @@ def small_parser():
             "--format: 'hmtl' is unknown; accepted: html, json; did you mean 'html'?",
         ),
         ([], "RUN: required, but not given"),
-        (["--formt", "html"], "--formt: there is no such setting; did you mean '--format'?"),
+        (["--formt=html"], "--formt: there is no such setting; did you mean '--format'?"),
         (["a", "--one", "1", "--other", "2"], "--other: not allowed with argument --one"),
     ],
     ids=range(8),
