@@ -1,6 +1,7 @@
 """Check that all ranks of a run were started with the same settings and read the same training examples."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ _TRAINER_SETTINGS = (
 _EXAMPLES = "training examples"
 
 
-def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer) -> None:
+def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer, objectives: Mapping[str, Any]) -> None:
     """Refuse ranks with different settings or different training examples. Collective: every rank calls it.
 
     Ranks exchange digests first, and the values of those settings that differ afterwards.
@@ -30,6 +31,7 @@ def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer) -> None:
     Args:
         module: The module; its hyperparameters are compared.
         trainer: The trainer; its strategy, checkpoint and data module are compared too.
+        objectives: The settings of what is trained, by name; they are no hyperparameters.
 
     Raises:
         ConfigError: On every rank, with each setting that differs and the value that each rank has.
@@ -39,6 +41,7 @@ def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer) -> None:
     data: Any = getattr(trainer, "datamodule", None)
     settings = {
         **_flatten("model", dict(module.hparams)),
+        **{name: repr(value) for name, value in objectives.items()},
         **_flatten("data", dict(data.hparams) if data is not None else {}),
         **_flatten("trainer", {name: getattr(trainer, name) for name in _TRAINER_SETTINGS}),
         "trainer.strategy": type(trainer.strategy).__name__,

@@ -1,5 +1,6 @@
 """What a checkpoint holds of the model: the adapter's tensors and where they belong, never the backbone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -66,10 +67,12 @@ def describe_adapter(model: nn.Module, adapter: AdapterConfig, backbone: Backbon
     }
 
 
-def describe_run(trainer: L.Trainer | None, skipped_steps: int) -> dict[str, Any]:
+def describe_run(
+    trainer: L.Trainer | None, skipped_steps: int, objectives: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the entries that describe the run of a checkpoint, and that Lightning does not save."""
     data = getattr(trainer, "datamodule", None)
-    settings = {} if trainer is None else recorded_settings(trainer)
+    settings = {} if trainer is None else recorded_settings(trainer, objectives)
     template = getattr(data, "template", None)
     return {"template": template, "run_settings": settings, "skipped_steps": skipped_steps}
 

@@ -21,6 +21,7 @@ from gatera_lightning.distributed.consistency import check_ranks_agree
 from gatera_lightning.errors import check_arguments
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
+from gatera_lightning.objectives.description import describe_objectives
 from gatera_lightning.objectives.next_token import SupervisedLogits, supervised_logits
 from gatera_lightning.objectives.training_loss import objectives_for
 from gatera_lightning.training import checkpoint_contents, setting_checks, trainer_checks
@@ -86,6 +87,7 @@ class GateRAModule(AdapterModule):
         self.strict_loading = False  # checkpoints hold the adapter only; load_state_dict checks its tensors
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
+        self._described_objectives: dict[str, Any] = {}  # as fit starts: training may change their state
         self.validation_metrics = ValidationMetrics()
         self._reset_step()
 
@@ -111,7 +113,8 @@ class GateRAModule(AdapterModule):
         if stage == "fit":
             check_given_loader(self.trainer)
             check_against_data(self.trainer, self.optimizer)
-            check_ranks_agree(self, self.trainer)
+            self._described_objectives = describe_objectives(self.objectives)
+            check_ranks_agree(self, self.trainer, self._described_objectives)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Add what exact resume (random states) and ``test`` (results) need, with any Trainer.
@@ -225,7 +228,9 @@ class GateRAModule(AdapterModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what describes the run, and what the adapter belongs to."""
-        checkpoint |= checkpoint_contents.describe_run(attached_trainer(self), self._guard.skipped_steps)
+        checkpoint |= checkpoint_contents.describe_run(
+            attached_trainer(self), self._guard.skipped_steps, self._described_objectives
+        )
         checkpoint |= checkpoint_contents.describe_adapter(self.model, self.adapter, self.backbone)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 
 from gatera_lightning.errors import CheckpointError, ConfigError
+from gatera_lightning.objectives.description import describe_objectives
 from gatera_lightning.training.hyperparameters import from_plain, to_plain
 
 FREE = {
@@ -45,10 +46,15 @@ TRAINER_SETTINGS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train
 _MODEL_SECTIONS = ("backbone", "adapter", "optimizer")
 
 
-def recorded_settings(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the settings of a run that Lightning does not save, for the entry ``run_settings``."""
+def recorded_settings(trainer: L.Trainer, objectives: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that Lightning does not save, for the entry ``run_settings``.
+
+    Args:
+        trainer: The Trainer.
+        objectives: What describes the objectives.
+    """
     settings = {f"trainer.{name}": getattr(trainer, name) for name in TRAINER_SETTINGS}
-    return settings | {"seed_everything": _seed()}
+    return settings | dict(objectives) | {"seed_everything": _seed()}
 
 
 def check_resume(
@@ -89,7 +95,10 @@ def _differences(
     classes = [name for name, entry in checkpoint.items() if _has_position(entry)]
     if data is not None and classes and type(data).__qualname__ not in classes:
         return [("data.class_path", classes[0], type(data).__qualname__)]  # its settings are others, too
-    old, new = dict(checkpoint.get("run_settings", {})), recorded_settings(trainer)
+    old, new = (
+        dict(checkpoint.get("run_settings", {})),
+        recorded_settings(trainer, describe_objectives(module.objectives)),
+    )
     if new["seed_everything"] is None:  # a script without seed_everything
         old.pop("seed_everything", None)
     here = to_plain({name: getattr(module, name) for name in _MODEL_SECTIONS})

@@ -42,3 +42,34 @@ def test_fit_refuses_different_examples_under_the_same_name(launch, tmp_path):
         ranks.append(([*SHARDED, *TWO, "--data.init_args.train", '["$ROWS/rows.json"]'], environment))
     message = "rank 1 reads different training examples from rank 0; accepted: the same on every rank"
     assert_refused(launch(*ranks), "1 problem in the configuration", message)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (("NextToken", ("GateEntropy", 0.2)), "model.objectives[1].weight: rank 0 has 0.1, rank 1 has 0.2"),
+        (
+            ("NextToken",),
+            "rank 0 has ['NextToken', 'GateEntropy'], rank 1 has ['NextToken']",
+        ),
+        (
+            (("GateEntropy", 0.1), "NextToken"),
+            "rank 0 has ['NextToken', 'GateEntropy'], rank 1 has ['GateEntropy', 'NextToken']",
+        ),
+    ],
+    ids=["weight", "fewer", "order"],
+)
+def test_fit_refuses_different_objectives(launch, others, message):
+    first = objectives("NextToken", ("GateEntropy", 0.1))
+    gate = ["--model.adapter.gate.entropy_weight", "0"]  # the objectives alone have weights
+    assert_refused(launch.two(gate, first, objectives(*others)), message)
+
+
+def objectives(*given):
+    """The flag that selects objectives, each by name or by name and weight."""
+    entries = []
+    for entry in given:
+        name, *weight = [entry] if isinstance(entry, str) else entry
+        arguments = {"init_args": {"weight": weight[0]}} if weight else {}
+        entries.append({"class_path": f"gatera_lightning.objectives.{name}", **arguments})
+    return ["--model.objectives", json.dumps(entries)]

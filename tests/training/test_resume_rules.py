@@ -10,6 +10,7 @@ from gatera_lightning import ConfigError
 from gatera_lightning.cli.main import main
 from gatera_lightning.datamodules import MathDataModule
 from gatera_lightning.errors import CheckpointError
+from gatera_lightning.objectives.description import describe_objectives
 from gatera_lightning.training.resume_rules import FREE, check_resume, recorded_settings
 
 
@@ -31,7 +32,7 @@ def checkpoint(run):
         "hyper_parameters": dict(module.hparams),
         "datamodule_hyper_parameters": dict(data.hparams),
         "CommonsenseDataModule": {"train_position": {}},
-        "run_settings": recorded_settings(trainer),
+        "run_settings": recorded_settings(trainer, describe_objectives(module.objectives)),
     }
 
 
@@ -70,6 +71,8 @@ FIXED = [
     ("run_settings", "seed_everything", 7, "seed_everything: 0"),
     ("run_settings", "trainer.gradient_clip_val", 0.5, "trainer.gradient_clip_val: 1.0"),
     ("run_settings", "trainer.limit_train_batches", 3, "trainer.limit_train_batches: 1.0"),
+    ("run_settings", "model.objectives", ["NextToken"], "model.objectives: ['NextToken', 'GateEntropy']"),
+    ("run_settings", "model.objectives[1].weight", 0.3, "model.objectives[1].weight: 0.01"),
 ]
 
 

@@ -1,0 +1,77 @@
+"""Describe objectives as plain values, to compare them between ranks and with those of a checkpoint."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatera_lightning.objectives.base import Objective
+
+_DEEPEST = 4  # settings are not nested deeper, and an object may contain itself
+
+
+def describe_objectives(objectives: Sequence[Objective]) -> dict[str, Any]:
+    """Return the classes and the settings of objectives under their dotted names, as plain values.
+
+    Settings are an objective's own attributes without a leading underscore. Numbers, text and containers of
+    them are described by their values, a tensor by its shape, dtype and digest, and any other object by its
+    class and, for a dataclass, its fields.
+
+    >>> describe_objectives([GateEntropy(0.01)])
+    {'model.objectives': ['GateEntropy'], 'model.objectives[0].weight': 0.01}
+
+    Args:
+        objectives: What is trained, in order.
+    """
+    found: dict[str, Any] = {"model.objectives": [type(objective).__qualname__ for objective in objectives]}
+    for index, objective in enumerate(objectives):
+        for name, value in _settings(objective, 0).items():
+            found[f"model.objectives[{index}].{name}"] = value
+    return found
+
+
+def _settings(owner: Any, depth: int) -> dict[str, Any]:
+    values = vars(owner) if hasattr(owner, "__dict__") else {}
+    if is_dataclass(owner):  # with slots, too
+        values = {field.name: getattr(owner, field.name) for field in fields(owner)} | values
+    public = {name: value for name, value in values.items() if not name.startswith("_")}
+    return {name: _plain(value, depth + 1) for name, value in sorted(public.items())}
+
+
+def _plain(value: Any, depth: int) -> Any:
+    match value:
+        case Enum():
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+        case PathLike():
+            return fspath(value)
+        case Tensor():
+            return _describe_tensor(value)
+        case Mapping() if depth < _DEEPEST:
+            return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+        case list() | tuple() if depth < _DEEPEST:
+            return [_plain(item, depth + 1) for item in value]
+        case set() | frozenset() if depth < _DEEPEST:
+            return sorted((_plain(item, depth + 1) for item in value), key=repr)
+        case type():
+            return value.__qualname__
+    described: dict[str, Any] = {"class": type(value).__qualname__}
+    if is_dataclass(value) and depth < _DEEPEST:
+        described |= _settings(value, depth)
+    elif hasattr(value, "__qualname__"):  # a function
+        described["name"] = value.__qualname__
+    return described
+
+
+def _describe_tensor(tensor: Tensor) -> str:
+    shape = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return shape
+    values = tensor.detach().cpu().double().contiguous().numpy().tobytes()
+    return f"{shape} {hashlib.sha256(values).hexdigest()[:16]}"

@@ -1,0 +1,95 @@
+"""Objectives are described by plain values: equal ones alike, and different ones not."""
+
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from gatera_lightning import Objective
+from gatera_lightning.objectives.description import describe_objectives
+from gatera_lightning.objectives.gate_entropy import GateEntropy
+from gatera_lightning.objectives.next_token import NextToken
+
+
+class Own(Objective):
+    def __init__(self, value):
+        self.value = value
+        self._cache = object()
+
+    def terms(self, model, batch, gates):
+        return {}
+
+
+@dataclass
+class Inner:
+    weight: float = 0.1
+    layers: list = field(default_factory=list)
+
+
+def test_classes_and_settings_have_names():
+    assert describe_objectives([NextToken(), GateEntropy(0.2)]) == {
+        "model.objectives": ["NextToken", "GateEntropy"],
+        "model.objectives[1].weight": 0.2,
+    }
+
+
+DIFFERENT = {
+    "number": (0.1, 0.2),
+    "type": (1.5, "1.5"),
+    "null": (None, 0),
+    "text": ("a", "b"),
+    "path": (Path("a"), Path("b")),
+    "list": ([1, [2]], [1, [3]]),
+    "length": ([1], [1, 1]),
+    "order": ((1, 2), (2, 1)),
+    "mapping": ({"a": {"b": 1}}, {"a": {"b": 2}}),
+    "set": ({1, 2}, {1, 3}),
+    "dataclass": (Inner(0.1), Inner(0.2)),
+    "nested": ([Inner(layers=[1])], [Inner(layers=[2])]),
+    "tensor": (torch.ones(2), torch.zeros(2)),
+    "dtype": (torch.ones(2), torch.ones(2).bfloat16()),
+    "shape": (torch.ones(2), torch.ones(1, 2)),
+    "class": (torch.nn.ReLU(), torch.nn.GELU()),
+    "function": (torch.relu, torch.sigmoid),
+    "type_object": (Inner, Own),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_different_settings_have_different_descriptions(name):
+    one, other = (describe_objectives([Own(value)]) for value in DIFFERENT[name])
+    assert one.keys() == other.keys() == {"model.objectives", "model.objectives[0].value"}
+    assert one != other
+
+
+EQUAL = {
+    "module": lambda: torch.nn.Linear(2, 2),
+    "dataclass": Inner,
+    "lambda": lambda: lambda x: x,
+    "partial": lambda: partial(torch.relu),
+    "tensor": lambda: torch.arange(4),
+    "set": lambda: {"a", "b", "c"},
+    "object": object,
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_settings_have_equal_descriptions_without_addresses(name):
+    one, other = describe_objectives([Own(EQUAL[name]())]), describe_objectives([Own(EQUAL[name]())])
+    assert one == other
+    assert not re.search(r"0x[0-9a-f]{6}", str(one))
+
+
+def test_description_survives_a_checkpoint(tmp_path):
+    objectives = [Own(values[0]) for values in DIFFERENT.values()]
+    torch.save(describe_objectives(objectives), tmp_path / "found.pt")
+    assert torch.load(tmp_path / "found.pt", weights_only=True) == describe_objectives(objectives)
+
+
+def test_object_that_contains_itself_ends():
+    loop = [1]
+    loop.append(loop)
+    assert "model.objectives[0].value" in describe_objectives([Own(loop)])
