@@ -9,6 +9,7 @@ import signal
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from enum import Enum
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 P = ParamSpec("P")
@@ -42,6 +43,20 @@ def unknown_value(setting: str, value: object, accepted: Iterable[str]) -> str:
     return f"{setting}: {reason}; accepted: {', '.join(names)}{near_miss(value, names)}"
 
 
+def as_yaml(value: Any) -> str:
+    """Write a value as a config does: ``null``, ``true``, ``[1, 'a']``; texts have quotes."""
+    match value:
+        case Enum():
+            return as_yaml(value.value)
+        case None | True | False:
+            return {None: "null", True: "true", False: "false"}[value]
+        case list() | tuple():
+            return f"[{', '.join(map(as_yaml, value))}]"
+        case Mapping():
+            return f"{{{', '.join(f'{name}: {as_yaml(entry)}' for name, entry in value.items())}}}"
+    return repr(value)
+
+
 def type_problems(section: str, settings: Any) -> dict[str, str]:
     """Describe every field of a settings class whose value is not of its annotated type.
 
@@ -62,7 +77,8 @@ def type_problems(section: str, settings: Any) -> dict[str, str]:
         if get_origin(hint) is Literal and (not isinstance(value, str) or value not in get_args(hint)):
             found[field.name] = unknown_value(f"{section}.{field.name}", value, get_args(hint))
         elif not _has_type(value, hint):
-            found[field.name] = f"{section}.{field.name}: {value!r:.60}; accepted: {_accepted(hint)}"
+            accepted = f"{_accepted(hint)}{_without_quotes(value, hint)}"
+            found[field.name] = f"{section}.{field.name}: {value!r:.60}; accepted: {accepted}"
     return found
 
 
@@ -118,6 +134,18 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_has_type(item, element) for item in value)
     expected = origin or hint
     return not isinstance(expected, type) or isinstance(value, expected)
+
+
+def _without_quotes(value: Any, hint: Any) -> str:
+    """Return a hint if a text would be a number of the accepted type."""
+    for kind in (int, float):
+        try:
+            number = kind(value) if isinstance(value, str) else None
+        except ValueError:
+            continue
+        if number is not None and _has_type(number, hint):
+            return f"; {value!r} is a text: write {number!r} without quotes"
+    return ""
 
 
 def _accepted(hint: Any) -> str:

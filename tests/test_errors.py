@@ -1,17 +1,42 @@
 """The wording that messages share."""
 
+import json
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import Literal
 
 import pytest
+import yaml
 
 import gatera_lightning as gl
-from gatera_lightning.errors import printable, type_problems, unknown_value
+from gatera_lightning.errors import as_yaml, printable, type_problems, unknown_value
+
+
+class Color(StrEnum):
+    RED = "red"
 
 
 def test_printable_escapes_what_would_control_the_terminal():
     assert printable("a\tb\nc") == "a\tb\nc"
     assert printable("\x1b[31m\r\x07\x7f\x9b\u202e é🐝") == r"\u001b[31m\u000d\u0007\u007f\u009b\u202e é🐝"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (1, "1"),
+        (0.5, "0.5"),
+        ("null", "'null'"),
+        ([None, "a", (False,)], "[null, 'a', [false]]"),
+        ({"a": None, "b": {}}, "{a: null, b: {}}"),
+        (Color.RED, "'red'"),
+    ],
+)
+def test_value_is_written_as_in_a_config(value, text):
+    assert as_yaml(value) == text
+    assert yaml.safe_load(text) == json.loads(json.dumps(getattr(value, "value", value)))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +68,17 @@ class Settings:
         ({}, None),
         ({"rate": 1, "count": 3, "mode": "slow", "names": ["a"]}, None),
         ({"rate": float("nan")}, "s.rate: nan; accepted: a finite number"),
-        ({"rate": "1e-3"}, "s.rate: '1e-3'; accepted: a finite number"),
+        (
+            {"rate": "1e-3"},
+            "s.rate: '1e-3'; accepted: a finite number; '1e-3' is a text: write 0.001 without quotes",
+        ),
+        ({"rate": "fast"}, "s.rate: 'fast'; accepted: a finite number"),
+        ({"rate": "nan"}, "s.rate: 'nan'; accepted: a finite number"),
+        (
+            {"count": "3"},
+            "s.count: '3'; accepted: an integer, or null; '3' is a text: write 3 without quotes",
+        ),
+        ({"count": "3.5"}, "s.count: '3.5'; accepted: an integer, or null"),
         ({"rate": True}, "s.rate: True; accepted: a finite number"),
         ({"count": 1.0}, "s.count: 1.0; accepted: an integer, or null"),
         ({"mode": "fats"}, "s.mode: 'fats' is unknown; accepted: fast, slow; did you mean 'fast'?"),

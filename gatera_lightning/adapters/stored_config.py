@@ -100,10 +100,21 @@ def read_stored_config(folder: str | Path) -> StoredAdapter:
     raise AdapterFileError(f"{path}: malformed, not an adapter's description: {str(description)[:60]!r}")
 
 
+def _adapter_inside(folder: Path) -> str:
+    """Return a hint if a run's folder, its ``checkpoints`` or a checkpoint stands for an adapter folder."""
+    inside = [*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"checkpoints/*/{CONFIG_FILE}")]
+    beside = folder.with_suffix("") / CONFIG_FILE  # checkpoints/last.ckpt has checkpoints/last
+    found = [beside] if folder.suffix == ".ckpt" and beside.is_file() else inside
+    newest = max(found, key=lambda path: (path.parent.name == "last", path.stat().st_mtime_ns), default=None)
+    return "" if newest is None else f"; did you mean {str(newest.parent)!r}?"
+
+
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise AdapterFileError(f"{folder}: not an adapter folder ({CONFIG_FILE} is missing)")
+        raise AdapterFileError(
+            f"{folder}: not an adapter folder ({CONFIG_FILE} is missing){_adapter_inside(folder)}"
+        )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -14,7 +14,7 @@ from gatera_lightning.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FOLDER = "checkpoints"
-"""The folder of checkpoints inside a run\'s folder, as Lightning names it."""
+"""The folder of checkpoints inside a run's folder, as Lightning names it."""
 
 _IS_FOLDER = 0x10
 """Attribute of a zip archive's entry. If a tensor's entry has it, PyTorch returns uninitialized memory."""

@@ -8,7 +8,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gatera_lightning.cli.exit_codes import ExitCode
 from gatera_lightning.errors import (
@@ -19,12 +19,41 @@ from gatera_lightning.errors import (
     Preempted,
 )
 
+_INNERMOST = re.compile(r"\b(?:Namespace|NestedArg|dict|OrderedDict)\(([^()]*)\)")
+_OBJECT = re.compile(
+    r"<(?:(?:function )?([\w.]+)[^<>]*? at 0x[0-9a-fA-F]+|bound method ([\w.]+) of [^<>]*"
+    r"|(?:class|enum) '([\w.]+)')>"
+)
+_WORDS = {"None": "null", "True": "true", "False": "false"}
+
 
 class ParseError(ConfigError):
     """A command line or a config that cannot be parsed; all ranks read the same one."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem, on_every_rank=True)
+
+
+def without_internals(text: str) -> str:
+    """Write Python's and jsonargparse's objects in a message as a config does.
+
+    >>> without_internals("Namespace(class_path='a.B', init_args=Namespace(c=None))")
+    "{class_path: 'a.B', init_args: {c: null}}"
+
+    ``<a.B object at 0x7f…>`` becomes ``a.B``.
+    """
+    before = ""
+    while before != text:  # from the inside
+        before = text
+        text = _INNERMOST.sub(_as_mapping, _OBJECT.sub(lambda found: found[1] or found[2] or found[3], text))
+    return re.sub(r"\b(?:Namespace|NestedArg)\b", "settings", text)  # cut off, or with brackets in a text
+
+
+def _as_mapping(found: re.Match[str]) -> str:
+    if nested := re.fullmatch(r"key='([^']*)', val=(.*)", found[1]):
+        return f"{{{nested[1]}: {nested[2]}}}"
+    entries = re.sub(r"\b(\w+)=", r"\1: ", found[1])
+    return f"{{{re.sub(r': (None|True|False)(?![^,}])', lambda word: f': {_WORDS[word[1]]}', entries)}}}"
 
 
 @dataclass(frozen=True)
@@ -91,6 +120,11 @@ def translate(error: BaseException, command: str) -> Translation:
         error: What a subcommand raised; no SystemExit.
         command: The subcommand, such as ``fit``; empty if none was recognized.
     """
+    told = _translate(error, command)
+    return replace(told, lines=tuple(map(without_internals, told.lines)))
+
+
+def _translate(error: BaseException, command: str) -> Translation:
     match error:
         case ParseError():
             return Translation(ExitCode.USAGE, (str(error),), on_every_rank=True)

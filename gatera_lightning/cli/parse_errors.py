@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from gatera_lightning.cli.error_translation import without_internals
 from gatera_lightning.errors import near_miss, unknown_value
 
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (.*)", re.S)
@@ -47,7 +48,10 @@ def describe(parser: argparse.ArgumentParser, message: str) -> str:
         parser: The parser that found the error.
         message: How argparse or jsonargparse describes it.
     """
-    text = message.strip()
+    return without_internals(_describe(parser, message.strip()))
+
+
+def _describe(parser: argparse.ArgumentParser, text: str) -> str:
     if found := _UNRECOGNIZED.fullmatch(text):
         return _unrecognized(parser, found[1])
     if found := _UNKNOWN_OPTION.match(text):
@@ -136,7 +140,7 @@ def _describe_tree(parser: argparse.ArgumentParser, text: str) -> str:
     """Describe jsonargparse's nested error by its path of keys and its innermost reason."""
     lines = text.splitlines()
     keys = [found[1] for line in lines if (found := _KEY.search(line))]
-    given = next((found[1] for line in lines if (found := _GIVEN.search(line))), "")
+    given = without_internals(next((found[1] for line in lines if (found := _GIVEN.search(line))), ""))
     class_path = next((found[1] for line in reversed(lines) if (found := _CLASS.search(line))), None)
     if found := re.search(r'Unable to load config [\'"](.*?)[\'"]', text):
         return f"{keys[0]}: {found[1]!r} is no file; accepted: a file of settings, or the settings themselves"
@@ -145,6 +149,7 @@ def _describe_tree(parser: argparse.ArgumentParser, text: str) -> str:
     if rejected is not None:
         names = list(_parameters(class_path)) if class_path else []
         owner = f" of {class_path.rpartition('.')[2]}" if class_path else ""
+        setting = setting.removesuffix(f".{rejected}")  # of an entry of a list, named twice
         return f"{setting}.{rejected}: there is no such setting{owner}{near_miss(rejected, names)}"
     wanted = next((found[1] for line in lines if (found := _IMPORT_PATH.search(line))), None)
     missing = next((line.strip(" -") for line in lines if _MISSING.match(line.strip(" -"))), None)
@@ -166,9 +171,19 @@ def _describe_tree(parser: argparse.ArgumentParser, text: str) -> str:
     value = f"{given!r:.120}"
     if accepted:
         names = [name for one in accepted for name in one.split(", ")]
-        return f"{setting}: {value}; accepted: {', '.join(accepted)}{near_miss(given, names)}"
+        whole = "" if _TYPES["int"] not in accepted else _whole_number(given)
+        return f"{setting}: {value}; accepted: {', '.join(accepted)}{whole or near_miss(given, names)}"
     reason = " ".join(line.strip(" -") for line in lines[1:])
     return f"{setting}: {' '.join(reason.split())[:400]}" if reason else f"{setting}: {value} is not accepted"
+
+
+def _whole_number(text: str) -> str:
+    """Return a hint for ``1e3`` or ``8.0`` where an integer is accepted."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    return f"; did you mean {int(number)}?" if number.is_integer() and abs(number) < 1e15 else ""
 
 
 def _path(keys: Sequence[str]) -> str:
@@ -189,7 +204,7 @@ def _accepted(lines: Sequence[str]) -> Iterator[str]:
     deepest = max(indent for indent, _ in found)
     seen = dict.fromkeys(kind for indent, kind in found if indent == deepest)
     for kind in seen:
-        if kind.startswith(("path but", "dot import path")):
+        if kind.startswith(("path but", "dot import path", "instantiatable class")):
             continue
         if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
             yield ", ".join(part.strip().strip("'") for part in literal[1].split(","))

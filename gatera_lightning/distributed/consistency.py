@@ -9,12 +9,11 @@ import lightning as L
 import torch
 
 from gatera_lightning.distributed.gather import gather_objects
-from gatera_lightning.errors import ConfigError
+from gatera_lightning.errors import ConfigError, as_yaml
 
 _TRAINER_SETTINGS = (
     "accumulate_grad_batches",
     "gradient_clip_val",
-    "gradient_clip_algorithm",
     "max_steps",
     "max_epochs",
 )
@@ -44,8 +43,9 @@ def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer, objectives:
         **{name: repr(value) for name, value in objectives.items()},
         **_flatten("data", dict(data.hparams) if data is not None else {}),
         **_flatten("trainer", {name: getattr(trainer, name) for name in _TRAINER_SETTINGS}),
+        "trainer.gradient_clip_algorithm": as_yaml(trainer.gradient_clip_algorithm or "norm"),  # Lightning's
         "trainer.strategy": type(trainer.strategy).__name__,
-        "ckpt_path": repr(None if trainer.ckpt_path is None else str(trainer.ckpt_path)),
+        "ckpt_path": as_yaml(None if trainer.ckpt_path is None else str(trainer.ckpt_path)),
     }
     tables = getattr(data, "tables", {})
     examples = "\n".join(tables["train"]["key"]) if "train" in tables else ""
@@ -77,7 +77,7 @@ def _flatten(name: str, value: Any) -> dict[str, str]:
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if not isinstance(value, dict) or not value:
-        return {name: repr(value)}
+        return {name: as_yaml(value)}
     return {
         leaf: text for key, inner in value.items() for leaf, text in _flatten(f"{name}.{key}", inner).items()
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 
-from gatera_lightning.errors import CheckpointError, ConfigError
+from gatera_lightning.errors import CheckpointError, ConfigError, as_yaml
 from gatera_lightning.objectives.description import describe_objectives
 from gatera_lightning.training.hyperparameters import from_plain, to_plain
 
@@ -43,6 +43,7 @@ FREE = {
 TRAINER_SETTINGS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
 """Settings of the Trainer that every step or the order of the data depends on."""
 
+_CLIP_ALGORITHM = "trainer.gradient_clip_algorithm"
 _MODEL_SECTIONS = ("backbone", "adapter", "optimizer")
 
 
@@ -78,8 +79,8 @@ def check_resume(
     if stage == "fit":
         adapter = f"model.warm_start set to the adapter folder of step {checkpoint.get('global_step')}"
         problems += [
-            f"{name}: {new!r}, but the run that the checkpoint continues has {old!r}; accepted: {old!r}, or "
-            f"a new run without ckpt_path and with {adapter}"
+            f"{name}: {as_yaml(new)}, but the run that the checkpoint continues has {as_yaml(old)}; "
+            f"accepted: {as_yaml(old)}, or a new run without ckpt_path and with {adapter}"
             for name, old, new in _differences(checkpoint, stored, module, data, trainer)
         ]
         problems += _length_problems(checkpoint, trainer)
@@ -95,10 +96,11 @@ def _differences(
     classes = [name for name, entry in checkpoint.items() if _has_position(entry)]
     if data is not None and classes and type(data).__qualname__ not in classes:
         return [("data.class_path", classes[0], type(data).__qualname__)]  # its settings are others, too
-    old, new = (
-        dict(checkpoint.get("run_settings", {})),
-        recorded_settings(trainer, describe_objectives(module.objectives)),
-    )
+    old = dict(checkpoint.get("run_settings", {}))
+    new = recorded_settings(trainer, describe_objectives(module.objectives))
+    for settings in (old, new):
+        if settings.get(_CLIP_ALGORITHM, "") is None:
+            settings[_CLIP_ALGORITHM] = "norm"  # as Lightning does
     if new["seed_everything"] is None:  # a script without seed_everything
         old.pop("seed_everything", None)
     here = to_plain({name: getattr(module, name) for name in _MODEL_SECTIONS})

@@ -48,6 +48,27 @@ def old(folder):
     return as_format_3(folder)
 
 
+@pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/checkpoints/step=3.ckpt"])
+def test_folder_around_an_adapter_names_it(tiny_llama, tmp_path, given):
+    for name in ("step=3", "last"):
+        save_adapter(_adapted(tiny_llama()), tmp_path / "run" / "checkpoints" / name)
+    named = "step=3" if given.endswith(".ckpt") else "last"
+    message = _refusal(tmp_path / given)
+    assert message.endswith(f"; did you mean '{tmp_path / 'run' / 'checkpoints' / named}'?")
+
+
+def test_folder_without_adapter_suggests_none(tmp_path):
+    assert _refusal(tmp_path).endswith("(adapter_config.json is missing)")
+
+
+@pytest.mark.parametrize(
+    "pattern", [".*" * 501, [".*" * 501], ["q_proj", "a" * 1_001]], ids=["text", "one", "several"]
+)
+def test_long_pattern_is_refused(folder, pattern):
+    _edit(folder, lambda description: description.update(target_modules=pattern))
+    assert "characters; at most 1,000 are accepted" in _refusal(folder)
+
+
 # --- today's schema, which is PEFT's ---
 
 

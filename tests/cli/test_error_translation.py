@@ -9,7 +9,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
-from gatera_lightning.cli.error_translation import one_line, translate
+from gatera_lightning.cli.error_translation import one_line, translate, without_internals
+from gatera_lightning.errors import ConfigError
 
 
 def os_error(number, *names):
@@ -79,3 +80,30 @@ def test_traceback_of_another_process_is_cut():
     )
     assert len(one_line(ValueError("word " * 1000))) <= 401
     assert one_line(ValueError("two\n  lines.")) == "two lines"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Namespace(a=None, b=Namespace(c=True))", "{a: null, b: {c: true}}"),
+        ("NestedArg(key='bias', val='3')", "{bias: '3'}"),
+        ("Namespace(class_path='a.B', init_args=Namespace(c='d(e'), f", "{class_path"),
+        (
+            "got <torch.nn.modules.linear.Linear object at 0x7f3a2b4c5d60>",
+            "got torch.nn.modules.linear.Linear",
+        ),
+        ("<function make at 0x7f3a>, <class 'int'>", "make, int"),
+        ("<bound method A.b of <c.D object at 0x7f>>", "A.b"),
+        ("a <b> and <|im_end|>, f(x=None)", "a <b> and <|im_end|>, f(x=None)"),
+    ],
+    ids=range(7),
+)
+def test_internals_are_written_as_in_a_config(text, expected):
+    found = without_internals(text)
+    if text.count("(") == text.count(")"):
+        assert found == expected
+    assert "Namespace" not in found
+    (line,) = translate(ValueError(text), "fit").lines
+    assert "Namespace(" not in line
+    assert " at 0x" not in line
+    assert " at 0x" not in translate(ConfigError(text), "fit").lines[1]

@@ -1,13 +1,14 @@
 """Errors of argparse and jsonargparse in one sentence, with the closest accepted name."""
 
 import argparse
+import re
 
 import pytest
 
 from gatera_lightning.cli.error_translation import ParseError
 from gatera_lightning.cli.parse_errors import closest_setting
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
-from gatera_lightning.errors import near_miss
+from gatera_lightning.errors import ConfigError, near_miss
 
 SETTINGS = [
     "--model.adapter",
@@ -170,8 +171,6 @@ def fit_parser():
 
 
 def refusal(parser, *args):
-    from gatera_lightning.errors import ConfigError
-
     with pytest.raises(ConfigError) as caught:
         parser.parse_args(["fit", *args])
     return str(caught.value)
@@ -239,6 +238,75 @@ def test_error_of_config(fit_parser, tmp_path, text, message):
     found = refusal(fit_parser, "--config", str(tmp_path / "mine.yaml"))
     assert found.startswith(message)
     assert "\n" not in found
+
+
+CLASS_SETTINGS = [
+    "data", "model", "model.adapter", "model.adapter.gate", "model.backbone", "model.optimizer",
+    "model.decoding", "model.objectives", "trainer.accelerator", "trainer.strategy", "trainer.precision",
+    "trainer.logger", "trainer.callbacks", "trainer.profiler", "trainer.plugins", "trainer.devices",
+    "checkpoint.monitor", "data.init_args.train",
+]  # fmt: skip
+BAD_VALUES = [
+    "{class_path: 3}", "{class_path: int}", "{class_path: os.path}", "{init_args: 3}", "{init_args: {zz: 1}}",
+    "{zz: 1}", "[1, {a: b}]", "-7.5", "torch.nn.Linear", "{dict_kwargs: {a: 1}}", "EarlyStopping",
+    "{class_path: torch.nn.Linear, init_args: {in_features: x}}",
+    "{class_path: lightning.pytorch.callbacks.EarlyStopping}",
+    "[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: a, patience: {b: 1}}}]",
+    "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: {a: 1}}}",
+]  # fmt: skip
+INTERNALS = re.compile(
+    r"NestedArg|Namespace|\bat 0x|<class|<function|typing\.|Union\[|Optional\[|NoneType|Subtypes|Parser key|"
+    r"instantiatable|Traceback|\n"
+)
+
+
+@pytest.mark.parametrize("setting", CLASS_SETTINGS)
+def test_no_message_shows_internals(fit_parser, tmp_path, setting):
+    (tmp_path / "base.yaml").write_text(QUICKSTART)
+    messages = []
+    for value in BAD_VALUES:
+        for flags in ([f"--{setting}={value}"], [f"--{setting}.zz={value}"], [f"--{setting}+={value}"]):
+            try:
+                fit_parser.parse_args(["fit", "--config", str(tmp_path / "base.yaml"), *flags])
+            except ConfigError as error:
+                messages.append(f"{flags[0]} -> {error}")
+    assert len(messages) >= 15
+    assert [message for message in messages if INTERNALS.search(message.partition(" -> ")[2])] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "trainer: {max_steps: 1e3}",
+            "trainer.max_steps: '1000.0'; accepted: an integer; did you mean 1000?",
+        ),
+        (
+            "model: {adapter: {rank: '8.0'}}",
+            "model.adapter.rank: '8.0'; accepted: an integer; did you mean 8?",
+        ),
+        ("model: {adapter: {rank: '8.5'}}", "model.adapter.rank: '8.5'; accepted: an integer"),
+        ("model: {adapter: {rank: .inf}}", "model.adapter.rank: 'inf'; accepted: an integer"),
+    ],
+    ids=range(4),
+)
+def test_whole_number_is_suggested_for_an_integer(fit_parser, tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert refusal(fit_parser, "--config", str(tmp_path / "mine.yaml")) == message
+
+
+@pytest.mark.parametrize("number", ['"1e-3"', "1e-3", '"0.001"'])
+def test_number_in_quotes_is_a_number(fit_parser, tmp_path, number):
+    (tmp_path / "mine.yaml").write_text(f"{QUICKSTART}model: {{optimizer: {{lr: {number}}}}}")
+    assert (
+        fit_parser.parse_args(["fit", "--config", str(tmp_path / "mine.yaml")]).fit.model.optimizer.lr
+        == 0.001
+    )
+
+
+@pytest.mark.parametrize("flag", ["--bogus", "--bogus=1", "--trainer.bogus"])
+def test_unknown_flag_is_named_before_missing_data(fit_parser, flag):
+    assert refusal(fit_parser, flag).startswith(f"{flag.partition('=')[0]}: there is no such setting")
 
 
 def test_empty_section_is_as_good_as_none(fit_parser, tmp_path):

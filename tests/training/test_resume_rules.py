@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import ConfigError
@@ -61,12 +62,12 @@ FIXED = [
     ("datamodule_hyper_parameters", "max_length", 512, "data.max_length: 256"),
     ("datamodule_hyper_parameters", "batch_size", 16, "data.batch_size: 8"),
     ("datamodule_hyper_parameters", "seed", 3, "data.seed: 0"),
-    ("datamodule_hyper_parameters", "token_budget", 64, "data.token_budget: None"),
-    ("datamodule_hyper_parameters", "group_by_length", True, "data.group_by_length: False"),
-    ("datamodule_hyper_parameters", "packing", True, "data.packing: False"),
+    ("datamodule_hyper_parameters", "token_budget", 64, "data.token_budget: null"),
+    ("datamodule_hyper_parameters", "group_by_length", True, "data.group_by_length: false"),
+    ("datamodule_hyper_parameters", "packing", True, "data.packing: false"),
     ("datamodule_hyper_parameters", "train", ["other"], "data.train: ['everyday[:48]']"),
     ("datamodule_hyper_parameters", "validation", ["other"], "data.validation: ['everyday[:7]']"),
-    ("datamodule_hyper_parameters", "held_out", 0.1, "data.held_out: None"),
+    ("datamodule_hyper_parameters", "held_out", 0.1, "data.held_out: null"),
     ("datamodule_hyper_parameters", "weights", {"everyday": 1.0}, None),
     ("run_settings", "seed_everything", 7, "seed_everything: 0"),
     ("run_settings", "trainer.gradient_clip_val", 0.5, "trainer.gradient_clip_val: 1.0"),
@@ -85,14 +86,31 @@ def test_setting_that_differs_is_refused_with_both_values(run, checkpoint, entry
     else:
         change(checkpoint[entry], name, old)
     if message is None:
-        message = f"data.{name}: None"
+        message = f"data.{name}: null"
     with pytest.raises(ConfigError) as caught:
         check_resume(checkpoint, module, trainer, data, stage="fit")
     (problem,) = caught.value.problems
     assert problem.startswith(message)
-    assert f"continues has {old!r}; accepted: {old!r}, or a new run without ckpt_path" in problem
+    there = "{everyday: 1.0}" if isinstance(old, dict) else "true" if old is True else repr(old)
+    assert f"continues has {there}; accepted: {there}, or a new run without ckpt_path" in problem
     assert "model.warm_start" in problem
     check_resume(checkpoint, module, trainer, data, stage="test")  # uses no setting of training
+
+
+@pytest.mark.parametrize("stored", [None, "norm", GradClipAlgorithmType.NORM, "value"])
+@pytest.mark.parametrize("asked", [None, "norm", "value"])
+def test_clipping_by_norm_is_the_default(run, checkpoint, tmp_path, stored, asked):
+    module, data, _ = run
+    trainer = tiny_trainer(tmp_path, gradient_clip_val=1.0, gradient_clip_algorithm=asked)
+    checkpoint["run_settings"]["trainer.gradient_clip_algorithm"] = stored
+    here, there = asked or "norm", str(getattr(stored, "value", stored) or "norm")
+    if here == there:
+        check_resume(checkpoint, module, trainer, data, stage="fit")
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_resume(checkpoint, module, trainer, data, stage="fit")
+    assert f"trainer.gradient_clip_algorithm: {here!r}, but " in str(caught.value)
+    assert f"has {there!r}; accepted: {there!r}" in str(caught.value)
 
 
 CHANGED = {

@@ -17,7 +17,7 @@ from gatera_lightning.backbone.config import stored_backbone
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.contents import check_entries
-from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
+from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
 from gatera_lightning.checkpointing.output_check import folder_problem
 from gatera_lightning.cli.merged_model import read_texts, write_merged_model
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
@@ -99,7 +99,7 @@ def _read(path: Path) -> _Adapter:
     if (path / CONFIG_FILE).is_file():
         stored, tensors = read_adapter(path)
         return _Adapter(stored.config, stored.origin, tensors, stored.template, str(path))
-    found = path if path.suffix == ".ckpt" else newest_valid_checkpoint(path)
+    found = path if path.suffix == ".ckpt" else _newest_checkpoint(path)
     if found is None:
         raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
     checkpoint = AtomicCheckpointIO().load_checkpoint(found, weights_only=True)
@@ -117,6 +117,11 @@ def _read(path: Path) -> _Adapter:
         checkpoint.get("template"),
         f"{found}, at optimizer step {checkpoint['global_step']}",
     )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest valid checkpoint of a folder of checkpoints, or of a run's folder."""
+    return newest_valid_checkpoint(folder) or newest_valid_checkpoint(folder / CHECKPOINT_FOLDER)
 
 
 def _write_merged(args: argparse.Namespace, adapter: _Adapter) -> None:

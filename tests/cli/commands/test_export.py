@@ -56,6 +56,12 @@ def test_folder_gives_its_newest_checkpoint(checkpoints, working_folder):
     assert_same_files(working_folder / "deep/er/mine", checkpoints / "last")
 
 
+def test_folder_of_a_run_gives_the_newest_checkpoint_inside(checkpoints, working_folder, capsys):
+    assert main(["export", str(checkpoints.parent), "--out", "mine"]) == 0
+    assert str(checkpoints / "last.ckpt") in capsys.readouterr().out
+    assert_same_files(working_folder / "mine", checkpoints / "last")
+
+
 def test_corrupt_newest_checkpoint_is_skipped(checkpoints, working_folder, capsys, caplog):
     shutil.copytree(checkpoints, "copy")
     for path in working_folder.glob("copy/best*.ckpt"):
