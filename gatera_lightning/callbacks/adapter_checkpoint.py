@@ -14,6 +14,7 @@ from typing_extensions import override
 from gatera_lightning.adapters.serialization import save_adapter
 from gatera_lightning.callbacks.card_details import run_details
 from gatera_lightning.callbacks.checkpoint_paths import own_paths_only, owns
+from gatera_lightning.checkpointing.output_check import folder_problem
 from gatera_lightning.checkpointing.rotation import hold_current, rotate
 from gatera_lightning.checkpointing.run_lock import claim, release
 from gatera_lightning.compatibility.lightning_internals import is_accumulating, validation_follows
@@ -85,12 +86,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Find the folder of the checkpoints, and claim the run folder above it for training; a collective.
 
         Raises:
-            ConfigError: On every rank, if another run holds the run folder.
+            ConfigError: On every rank, if another run holds the run folder, or the checkpoints cannot be
+                written.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        problem = claim(self._run_folder) if trainer.is_global_zero else None
+        problem = None
+        if trainer.is_global_zero:
+            problem = claim(self._run_folder)
+            if problem is None and (unusable := folder_problem(Path(str(self.dirpath)))):
+                problem = f"the checkpoints cannot be written ({unusable}); accepted: another run folder"
         if problem := trainer.strategy.broadcast(problem):
             raise ConfigError(problem, on_every_rank=True)
 

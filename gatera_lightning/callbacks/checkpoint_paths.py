@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 
 
 def owns(callback: ModelCheckpoint, path: Any) -> bool:
-    """Return whether a path is a checkpoint directly in a callback's folder, symbolic links resolved."""
+    """Return whether a path is a checkpoint in a callback's folder or below it, symbolic links resolved."""
     if callback.dirpath is None or not isinstance(path, str) or "\0" in path:
         return False
-    resolved = Path(path).resolve()
+    folder, resolved = Path(callback.dirpath).resolve(), Path(path).resolve()
     extensions = {Path(path).suffix, resolved.suffix}
-    return resolved.parent == Path(callback.dirpath).resolve() and extensions == {callback.FILE_EXTENSION}
+    return folder in resolved.parents and extensions == {callback.FILE_EXTENSION}
 
 
 def own_paths_only(callback: ModelCheckpoint, state: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from gatera_lightning.checkpointing.output_check import MIB, folder_problem
+from gatera_lightning.checkpointing.output_check import MIB, file_problem, folder_problem
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def claim(folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / LOCK_FILE).is_symlink():  # writing would change a file outside of the run
             return f"the run folder {folder} has a link {LOCK_FILE}; accepted: a folder without it"
+        if problem := file_problem(folder / LOCK_FILE):
+            return f"the run folder {folder} cannot be used ({problem}); accepted: another one"
         file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
         return f"the run folder {folder} cannot be written ({error.strerror or error}); accepted: another one"

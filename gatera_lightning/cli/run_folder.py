@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
+from gatera_lightning.checkpointing.output_check import file_problem
 from gatera_lightning.checkpointing.run_lock import claim, release
 from gatera_lightning.errors import ConfigError
 
@@ -29,8 +30,12 @@ class RunFolder(SaveConfigCallback):
         problem, config_exists = None, False
         if trainer.is_global_zero and folder is not None and not self.already_saved:
             self._claimed = Path(folder)
-            config_exists = (self._claimed / self.config_filename).is_file()
+            config = self._claimed / self.config_filename
+            config_exists = config.is_file()
             problem = claim(self._claimed)
+            written = stage == "fit" or not config_exists
+            if problem is None and written and (unusable := file_problem(config)):
+                problem = f"the run folder {self._claimed} cannot be used ({unusable}); accepted: another one"
             if config_exists and stage == "fit" and not self.overwrite:
                 problem = problem or self._config_problem(trainer)
         problem, config_exists = trainer.strategy.broadcast((problem, config_exists))

@@ -34,6 +34,37 @@ def test_state_of_another_type_is_refused(tmp_path, state):
         keep_own_paths({"callbacks": {callback.state_key: state}}, [callback])
 
 
+def subfolders(folder):
+    """A user's own ModelCheckpoint with a folder for each checkpoint."""
+    settings = {"save_top_k": 1, "monitor": "train/loss", "mode": "max", "every_n_train_steps": 1}
+    return ModelCheckpoint(dirpath=folder, filename="{step}/adapter", **settings)
+
+
+def test_checkpoints_in_subfolders_are_its_own(tmp_path):
+    callback = subfolders(tmp_path / "mine")
+    own = str(tmp_path / "mine" / "step=2" / "adapter.ckpt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "link").symlink_to(tmp_path / "elsewhere")
+    foreign = str(tmp_path / "mine" / "link" / "adapter.ckpt")
+    state = {"best_k_models": {own: torch.tensor(1.0), foreign: torch.tensor(0.0)}, "last_model_path": own}
+    checkpoint = {"callbacks": {callback.state_key: state | {"kth_best_model_path": own}}}
+    keep_own_paths(checkpoint, [callback])
+    kept = checkpoint["callbacks"][callback.state_key]
+    assert set(kept["best_k_models"]) == {own}
+    assert (kept["kth_best_model_path"], kept["last_model_path"]) == (own, own)
+
+
+def test_resumed_run_keeps_its_best_of_all_in_subfolders(tiny_backbone, tmp_path):
+    """A resumed run that forgot its best checkpoint would keep a second one."""
+    data, folder = tiny_data(tiny_backbone), tmp_path / "mine"
+    tiny_trainer(tmp_path, subfolders(folder), max_steps=2).fit(tiny_module(tiny_backbone), datamodule=data)
+    (best,) = folder.glob("*/*.ckpt")
+    trainer = tiny_trainer(tmp_path, subfolders(folder), max_steps=4)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=data, ckpt_path=best)
+    assert len(list(folder.glob("*/*.ckpt"))) == 1
+
+
 def test_resumed_run_removes_no_folder_outside(tiny_backbone, tmp_path):
     """A user's own ModelCheckpoint, whose state in the checkpoint names a foreign folder as its worst."""
     victim = tmp_path / "victim" / "sub"

@@ -87,5 +87,44 @@ def test_folder_that_cannot_be_written_is_one_sentence(
     assert f": {os.strerror(error)}); accepted: " in message
 
 
+def make_folder(path):
+    path.mkdir(parents=True)
+
+
+def make_pipe(path):
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+
+
+def make_file(path):
+    path.parent.mkdir(parents=True)
+    path.touch()
+
+
+OTHER_KINDS = {
+    "config.yaml is a folder": ("config.yaml", make_folder, "config.yaml is a folder"),
+    "config.yaml is a pipe": ("config.yaml", make_pipe, "config.yaml is a pipe or a device"),
+    ".run.lock is a folder": (LOCK_FILE, make_folder, f"{LOCK_FILE} is a folder"),
+    ".run.lock is a pipe": (LOCK_FILE, make_pipe, f"{LOCK_FILE} is a pipe or a device"),
+    "checkpoints is a file": ("checkpoints", make_file, "checkpoints is not a folder"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_KINDS)
+def test_entry_of_another_kind_is_one_sentence(recipe, problems, no_weights, case):
+    name, make, message = OTHER_KINDS[case]
+    make(FOLDER / name)
+    (problem,) = problems("fit", *recipe, *VERSION)
+    assert message in problem
+    assert "accepted: another" in problem
+
+
+@pytest.mark.parametrize("kind", [make_folder, make_pipe])
+def test_evaluation_beside_a_config_of_another_kind_is_one_sentence(recipe, problems, no_weights, kind):
+    kind(FOLDER / "config.yaml")
+    (problem,) = problems("test", *recipe, *VERSION)
+    assert "config.yaml is a " in problem
+
+
 def held(*args):
     raise BlockingIOError(11, "Resource temporarily unavailable")
