@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from gatera_lightning.cli.class_building import build_classes
-from gatera_lightning.cli.lightning_cli import GateRACLI
+from gatera_lightning.cli.lightning_cli import GateRACLI, find_adapter
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
 from gatera_lightning.cli.trusted_code import own_classes_only, trust_problems
 from gatera_lightning.datamodules.base import SupervisedDataModule
@@ -40,6 +40,7 @@ class RecipeCLI(GateRACLI):
             self.config = parser.parse_args(args)
         if problems := trust_problems(self.config.fit, args):
             raise ConfigError(problems)
+        find_adapter(self.config.fit)
 
     @override
     def instantiate_classes(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -23,6 +24,7 @@ from gatera_lightning.callbacks.safe_preempt import SafePreempt
 from gatera_lightning.checkpointing.contents import check_entries, read_contents
 from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.adapter_argument import adapter_folder
 from gatera_lightning.cli.commands import SUMMARIES
 from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS, default_trainer_callbacks
 from gatera_lightning.cli.run_folder import RunFolder
@@ -99,6 +101,7 @@ class GateRACLI(LightningCLI):
         config = parser.parse_args(settings_only)
         if problems := trust_problems(config[config.subcommand], args):
             raise ConfigError(problems)
+        find_adapter(config[config.subcommand])
         validate_config(parser, config)
         self.config = config if settings_only == args else parser.parse_args(args)
         # Only a resumed run may write into its folder again.
@@ -178,6 +181,19 @@ class GateRACLI(LightningCLI):
             contents = read_contents(Path(path))
             check_entries(contents, path, resumes=self.subcommand == "fit")
             check_resume(contents, self.model, self.trainer, self.datamodule, stage=self.subcommand)
+
+
+def find_adapter(settings: Namespace) -> None:
+    """Replace a `model.warm_start` that is a run's folder or an id on the hub by the adapter's folder.
+
+    Args:
+        settings: The parsed settings of a subcommand; changed in place.
+
+    Raises:
+        ConfigError: There are several adapters, or the hub's cannot be fetched.
+    """
+    if settings.model.warm_start:
+        settings.model.warm_start = adapter_folder(settings.model.warm_start, "model.warm_start")
 
 
 def end_started_ranks(trainer: Trainer, seconds: float = 10) -> None:

@@ -1,6 +1,5 @@
 """Merge an adapter into its backbone: a plain Hugging Face folder, with what the merge changed in figures."""
 
-import json
 import math
 import tempfile
 from collections import defaultdict
@@ -19,7 +18,16 @@ from gatera_lightning.adapters.gates import StaticGate
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears, has_token_gates
 from gatera_lightning.adapters.merging import exact_merged_weight, merge_adapter
-from gatera_lightning.errors import AdapterFileError, ConfigError
+from gatera_lightning.datamodules.sources.files import read_rows
+from gatera_lightning.datamodules.sources.spec import (
+    DATA_SUFFIXES,
+    ROW_SUFFIXES,
+    Source,
+    data_suffix,
+    expand_path,
+)
+from gatera_lightning.datamodules.sources.text_files import read_text
+from gatera_lightning.errors import AdapterFileError, ConfigError, printable
 
 _PROBE = "The quick brown fox jumps over the lazy dog. What is 17 + 25? The answer is 42."
 _TOLERANCE = 1e-3
@@ -63,33 +71,40 @@ class MergeReport:
         return found
 
 
-def read_texts(path: Path) -> list[str]:
-    """Read texts: the lines of a text file, or the field ``text`` of the rows of a JSON Lines file.
+def read_texts(source: str) -> list[str]:
+    """Read texts as data modules read their sources: the field ``text`` of rows, or the lines of a text file.
+
+    Args:
+        source: Path or URL of a table or a text file, compressed or not; ``[start:stop]`` may follow.
 
     Raises:
-        ConfigError: If the file cannot be read, a row has no text, or there is none.
+        ConfigError: The file cannot be read, a row has no text, or no text is selected.
     """
+    parsed = Source.parse(source)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--rows: {path} cannot be read ({error})") from error
-    if path.suffix == ".jsonl":
-        lines = [_text_of(line, f"--rows: {path}, row {number}") for number, line in enumerate(lines, 1)]
-    if not lines:
-        raise ConfigError(
-            f"--rows: {path} has no text; accepted: a text per line, or JSON Lines with a field text"
-        )
-    return lines
+        texts = _texts_at(expand_path(parsed.location))
+        parsed.check_size(len(texts), "texts")
+    except ValueError as error:  # a ConfigError, or a slice that selects nothing
+        raise ConfigError(f"--rows: {error}") from error
+    return texts[parsed.rows]
 
 
-def _text_of(line: str, source: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{source}: not JSON ({error})") from error
-    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise ConfigError(f"{source}: {line[:60]!r}; accepted: a table with a field text")
-    return str(row["text"])
+def _texts_at(location: str) -> list[str]:
+    suffix = data_suffix(location)
+    if not suffix:
+        raise ConfigError(f"{location!r} has an unknown file format; accepted: {', '.join(DATA_SUFFIXES)}")
+    if suffix not in ROW_SUFFIXES:
+        return [line for line in read_text(location).splitlines() if line.strip()]
+    return [_text_of(row, where) for where, row in read_rows(location)]
+
+
+def _text_of(row: Any, where: str) -> str:
+    text = row.get("text") if isinstance(row, Mapping) else None
+    if not isinstance(text, str) or not text.strip():
+        names = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"{row!r:.60}"
+        found = f"field 'text': {text!r:.60}" if isinstance(row, Mapping) and "text" in row else names
+        raise ConfigError(printable(f"{where}: {found}; accepted: a row with a field text that is not empty"))
+    return text
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.config import BackboneConfig, Dtype, stored_backbone
+from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.errors import AdapterFileError, ConfigError
 
 
@@ -17,6 +18,9 @@ class ModelChoice(NamedTuple):
     backbone: BackboneConfig
     adapter: AdapterConfig | None
     """None for the backbone alone."""
+
+    folder: str | None
+    """The adapter's folder; None for the backbone alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> None:
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
     """
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
-        "--adapter", metavar="FOLDER", help="an adapter folder; every checkpoint has one beside it"
+        "--adapter", metavar="FOLDER", help=f"{ACCEPTED}; every checkpoint has a folder beside it"
     )
     model.add_argument(
         "--backbone",
@@ -121,24 +125,24 @@ def _check_backbone(args: argparse.Namespace, problems: list[str]) -> ModelChoic
         problems += [f"--backbone: {problem.removeprefix('backbone.id: ')}" for problem in found]
     if args.gates:
         problems.append("--gates: a backbone without an adapter has no gates; accepted with --adapter")
-    return ModelChoice(backbone, None)
+    return ModelChoice(backbone, None, None)
 
 
 def _check_adapter(args: argparse.Namespace, problems: list[str]) -> ModelChoice:
     try:
-        adapter, origin = read_adapter_config(args.adapter)
-    except AdapterFileError as error:
-        problems.append(f"--adapter: {error}")
-        return ModelChoice(BackboneConfig(id=""), None)
+        folder = adapter_folder(args.adapter)
+        adapter, origin = read_adapter_config(folder)
+    except (AdapterFileError, ConfigError) as error:
+        problems.append(str(error) if isinstance(error, ConfigError) else f"--adapter: {error}")
+        return ModelChoice(BackboneConfig(id=""), None, None)
     if origin["id"] is None:
-        problems.append(f"--adapter: {args.adapter} does not store the id of its backbone")
+        problems.append(f"--adapter: {folder} does not store the id of its backbone")
     if args.gates and adapter.gate.kind == "none":
         problems.append(
-            f"--gates: {args.adapter} has no gates (gate: none, update: {adapter.update}); accepted: "
-            "static, token"
+            f"--gates: {folder} has no gates (gate: none, update: {adapter.update}); accepted: static, token"
         )
     backbone = stored_backbone(origin, args.dtype)
-    return ModelChoice(backbone, adapter)
+    return ModelChoice(backbone, adapter, folder)
 
 
 def _decoding_problems(args: argparse.Namespace) -> list[str]:

@@ -63,9 +63,9 @@ class TerminalModel:
             ConfigError: With everything that cannot work.
         """
         self.args = args
-        self.backbone, self.adapter = check_arguments(args, problems)
+        self.backbone, self.adapter, self.folder = check_arguments(args, problems)
         self.tokenizer = load_tokenizer(self.backbone)
-        self.trained_template = None if self.adapter is None else trained_template(args.adapter)
+        self.trained_template = None if self.folder is None else trained_template(self.folder)
         self.template = self._choose_template()
         limit = context_length(load_config(self.backbone))
         self.prompt_limit = math.inf if limit is None else limit - args.max_new_tokens
@@ -128,8 +128,8 @@ class TerminalModel:
         """The model in eval mode, on the accelerator if there is one; loading it seeds the sampling."""
         with default_device() as device:  # weights are read straight onto it
             model = load_backbone(self.backbone, device.type)
-        if self.adapter is not None:
-            load_adapter(model, self.args.adapter)
+        if self.folder is not None:
+            load_adapter(model, self.folder)
         torch.manual_seed(self.args.seed or 0)
         return model.to(device).eval()  # type: ignore[arg-type]
 
@@ -139,7 +139,7 @@ class TerminalModel:
         name = f"{self.backbone.id} in {str(model.dtype).removeprefix('torch.')}"
         if self.adapter is not None:
             method = f"{self.adapter.update} × {self.adapter.gate.kind} gate, rank {self.adapter.rank}"
-            name = f"{args.adapter} ({method}) on {name}"
+            name = f"{self.folder} ({method}) on {name}"
         self.note(name)
         hint = ""
         if self.trained_template is not None and self.trained_template != self.template:

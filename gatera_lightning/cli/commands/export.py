@@ -19,6 +19,7 @@ from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
 from gatera_lightning.checkpointing.output_check import folder_problem
+from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.cli.merged_model import read_texts, write_merged_model
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
@@ -77,11 +78,6 @@ def export(argv: Sequence[str]) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if not args.checkpoint.exists():
-        raise ConfigError(
-            f"CHECKPOINT: {args.checkpoint} does not exist; accepted: a checkpoint (*.ckpt), a folder of "
-            "checkpoints, or an adapter folder"
-        )
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out: {args.out} is a file; accepted: a folder, which does not have to exist")
     if problem := folder_problem(args.out):
@@ -97,11 +93,20 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _read(path: Path) -> _Adapter:
     """Read a checkpoint, the newest valid one in a folder, or an adapter folder."""
     if (path / CONFIG_FILE).is_file():
-        stored, tensors = read_adapter(path)
-        return _Adapter(stored.config, stored.origin, tensors, stored.template, str(path))
-    found = path if path.suffix == ".ckpt" else _newest_checkpoint(path)
+        found = None
+    elif path.suffix == ".ckpt" and path.exists():
+        found = path
+    else:
+        found = _newest_checkpoint(path)
     if found is None:
-        raise ConfigError(f"CHECKPOINT: {path} holds no checkpoint (*.ckpt)")
+        folder = Path(adapter_folder(str(path), "CHECKPOINT"))
+        if not (folder / CONFIG_FILE).is_file():
+            reason = "does not exist"
+            if path.exists():
+                reason = "holds neither a checkpoint (*.ckpt) nor an adapter"
+            raise ConfigError(f"CHECKPOINT: {path} {reason}; accepted: a checkpoint (*.ckpt), {ACCEPTED}")
+        stored, tensors = read_adapter(folder)
+        return _Adapter(stored.config, stored.origin, tensors, stored.template, str(folder))
     checkpoint = AtomicCheckpointIO().load_checkpoint(found, weights_only=True)
     if missing := [
         key for key in _REQUIRED_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint
@@ -156,8 +161,8 @@ def _parser() -> SubcommandParser:
         "checkpoint",
         metavar="CHECKPOINT",
         type=Path,
-        help="a checkpoint, a run's folder checkpoints/, of which the newest valid one is used, or an "
-        "adapter folder, also one of PEFT's own LoRA, DoRA or HiRA",
+        help="a checkpoint; a run's folder, of which the newest valid checkpoint is used; or an adapter "
+        "folder or an adapter's id on the hub, also of PEFT's own LoRA, DoRA or HiRA",
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the folder to write")
     parser.add_argument(
@@ -181,7 +186,7 @@ def _parser() -> SubcommandParser:
     parser.add_argument(
         "--rows",
         metavar="FILE",
-        type=Path,
-        help="texts to measure the merged model on: one per line, or JSON Lines with a field text",
+        help="texts to measure the merged model on: JSON, JSON Lines, CSV, TSV or Parquet with a field text, "
+        "or a text file with one per line; FILE[start:stop] takes a part",
     )
     return parser

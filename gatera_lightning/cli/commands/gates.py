@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from gatera_lightning.backbone.loading import (
 from gatera_lightning.checkpointing.atomic_files import atomic_file, write_text
 from gatera_lightning.checkpointing.output_check import file_problem
 from gatera_lightning.cli import PROGRAM
+from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.cli.commands.preview import SPLITS, PreviewedSplit
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.batching.collate import collate_prompts
@@ -39,6 +40,14 @@ from gatera_lightning.terminal.printing import print_text
 FORMATS = ("html", "png", "json")
 
 
+class _StoredAdapter(NamedTuple):
+    """An adapter folder, and what its config says."""
+
+    folder: str
+    config: AdapterConfig
+    origin: dict[str, Any]
+
+
 def gates(argv: Sequence[str]) -> None:
     """Write the gates of one or two adapters on given texts, a recipe's examples or three example texts.
 
@@ -49,9 +58,8 @@ def gates(argv: Sequence[str]) -> None:
         ConfigError: Something cannot work; reported before weights are loaded if it can be known then.
     """
     args, fit_flags = _parser().parse_before_fit(argv)
-    configs = _check_arguments(args, fit_flags)
-    _, origin = configs[0]
-    backbone = stored_backbone(origin, args.dtype)
+    stored = _check_arguments(args, fit_flags)
+    backbone = stored_backbone(stored[0].origin, args.dtype)
     tokenizer = load_tokenizer(backbone)
     if fit_flags:
         texts, description = _recipe_texts(args, fit_flags, tokenizer)
@@ -61,7 +69,7 @@ def gates(argv: Sequence[str]) -> None:
     with default_device() as device:  # weights are read straight onto it
         model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
     adapters: list[AdapterProfile] = []
-    for folder, (config, origin) in zip(args.adapter, configs, strict=True):
+    for folder, config, origin in stored:
         remove_adapters(model)  # the previous one
         load_adapter(model, folder)
         if args.generate and not adapters:
@@ -109,18 +117,18 @@ def _output_format(args: argparse.Namespace) -> str:
     return args.format or args.out.suffix[1:]
 
 
-def _check_arguments(
-    args: argparse.Namespace, fit_flags: Sequence[str]
-) -> list[tuple[AdapterConfig, dict[str, Any]]]:
+def _check_arguments(args: argparse.Namespace, fit_flags: Sequence[str]) -> list[_StoredAdapter]:
     """Read the settings and origins of the adapters; raise ConfigError with everything that cannot work."""
-    problems, configs = [], []
-    for folder in args.adapter:
+    problems: list[str] = []
+    adapters: list[_StoredAdapter] = []
+    for given in args.adapter:
         try:
+            folder = adapter_folder(given)
             config, origin = read_adapter_config(folder)
-        except AdapterFileError as error:
-            problems.append(f"--adapter: {error}")
+        except (AdapterFileError, ConfigError) as error:
+            problems.append(str(error) if isinstance(error, ConfigError) else f"--adapter: {error}")
             continue
-        configs.append((config, origin))
+        adapters.append(_StoredAdapter(folder, config, origin))
         if config.gate.kind == "none":
             problems.append(
                 f"--adapter: {folder} has no gates (gate: none, update: {config.update}); "
@@ -130,13 +138,13 @@ def _check_arguments(
             problems.append(f"--adapter: {folder} does not store the id of its backbone")
     if len(args.adapter) > 2:
         problems.append(f"--adapter: {len(args.adapter)} folders; accepted: one, or two to compare")
-    if len({origin["fingerprint"] for _, origin in configs}) > 1:
+    if len({origin["fingerprint"] for _, _, origin in adapters}) > 1:
         problems.append("--adapter: the two have different backbones; accepted: adapters of one backbone")
     problems += _text_problems(args, fit_flags)
     problems += _output_problems(args)
     if problems:
         raise ConfigError(problems)
-    return configs
+    return adapters
 
 
 def _text_problems(args: argparse.Namespace, fit_flags: Sequence[str]) -> list[str]:
@@ -263,7 +271,7 @@ def _parser() -> SubcommandParser:
         metavar="FOLDER",
         action="append",
         required=True,
-        help="an adapter folder; give two to compare",
+        help=f"{ACCEPTED}; give two to compare",
     )
     parser.add_argument(
         "--text", action="append", help="a text; may be repeated; default: three example texts"

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from gatera_lightning.backbone.config import BackboneConfig, Dtype
 from gatera_lightning.checkpointing.output_check import folder_problem
-from gatera_lightning.cli.adapter_argument import adapter_folder
+from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.tasks.commonsense import AnswerFormat
@@ -130,7 +130,7 @@ def _parser() -> SubcommandParser:
     model.add_argument(
         "--adapter",
         metavar="FOLDER",
-        help="an adapter folder, or a run's folder, whose last adapter is used",
+        help=ACCEPTED,
     )
     model.add_argument(
         "--backbone",

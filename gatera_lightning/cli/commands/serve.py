@@ -12,7 +12,7 @@ from gatera_lightning.adapters.serialization import load_adapter, read_adapter, 
 from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import default_device, load_backbone, load_config, load_tokenizer
 from gatera_lightning.backbone.source import gguf_file
-from gatera_lightning.cli.adapter_argument import adapter_folder
+from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.errors import AdapterFileError, ConfigError
@@ -44,7 +44,7 @@ def serve(argv: Sequence[str]) -> None:
         problems.append(f"--name: {args.name!r}; accepted: a name without @")
     if problems:
         raise ConfigError(problems)
-    folder = adapter_folder(args.adapter)
+    folder = adapter_folder(args.adapter, "RUN_OR_FOLDER")
     stored, _ = read_adapter(folder)  # all of it: an incomplete folder is refused before the backbone loads
     if stored.origin["id"] is None:
         raise AdapterFileError(f"{folder} does not store the id of its backbone")
@@ -97,7 +97,7 @@ def _parser() -> SubcommandParser:
     parser.add_argument(
         "adapter",
         metavar="RUN_OR_FOLDER",
-        help="an adapter folder, or a run's folder, whose last adapter is used",
+        help=ACCEPTED,
     )
     parser.add_argument(
         "--host",

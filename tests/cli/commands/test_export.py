@@ -11,6 +11,7 @@ from tiny_backbone import tiny_args
 from gatera_lightning import BackboneConfig, adapter_parameters, load_adapter
 from gatera_lightning.adapters.serialization import read_adapter_config, trained_template
 from gatera_lightning.backbone.loading import load_backbone
+from gatera_lightning.cli.adapter_argument import ACCEPTED
 from gatera_lightning.cli.main import main
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -163,16 +164,13 @@ def test_file_of_another_program_is_not_unpickled(working_folder, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "nowhere",
-            "nowhere does not exist; accepted: a checkpoint (*.ckpt), a folder of checkpoints, or an "
-            "adapter folder",
-        ),
-        ("empty", "empty holds no checkpoint (*.ckpt)"),
-        ("note.txt", "note.txt holds no checkpoint (*.ckpt)"),
+        ("nowhere", "does not exist"),
+        ("empty", "holds neither a checkpoint (*.ckpt) nor an adapter"),
+        ("note.txt", "holds neither a checkpoint (*.ckpt) nor an adapter"),
     ],
 )
 def test_path_without_checkpoint_is_reported(working_folder, problems, name, message):
     (working_folder / "empty").mkdir()
     (working_folder / "note.txt").write_text("a note")
-    assert problems("export", name, "--out", "mine") == [f"CHECKPOINT: {message}"]
+    (problem,) = problems("export", name, "--out", "mine")
+    assert problem == f"CHECKPOINT: {name} {message}; accepted: a checkpoint (*.ckpt), {ACCEPTED}"

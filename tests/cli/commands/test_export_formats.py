@@ -1,7 +1,10 @@
 """``export --format``: what PEFT and plain Transformers load has the logits of the adapted model."""
 
+import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from peft import PeftModel
@@ -169,17 +172,74 @@ def test_bad_flag_is_named(saved, tmp_path, monkeypatch, capsys, flags, message)
     assert message in capsys.readouterr().err
 
 
+TEXTS = ["Row 1 of a few words.", "Zeile 2:\tä", "The third"]
+
+
+def _table(path, name, texts=TEXTS):
+    """Write texts in the format of a name's ending."""
+    file = path / name
+    rows = [{"text": text, "other": 1} for text in texts]
+    content = {
+        ".jsonl": "\n".join(map(json.dumps, rows)),
+        ".json": json.dumps(rows),
+        ".csv": "\n".join(["other,text", *(f'1,"{text}"' for text in texts)]),
+        ".txt": "\n\n".join(texts),
+    }
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        return str(file)
+    (kind,) = [kind for kind in content if name.removesuffix(".gz").endswith(kind)]
+    raw = content[kind].encode()
+    file.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt", "a.jsonl.gz", "a.json.gz", "a.txt.gz"]
+)
+def test_rows_are_read_from_every_kind_of_source(tmp_path, name):
+    location = _table(tmp_path, name)
+    assert read_texts(location) == TEXTS
+    assert read_texts(f"{location}[1:3]") == TEXTS[1:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", '{"text": "a"}\nnot json', "row 2: not JSON"),
-        ("rows.jsonl", '{"prompt": "a"}', "row 1: .*accepted: a table with a field text"),
-        ("rows.txt", "\n\n", "has no text"),
-        ("rows.txt", b"\xff\xfe", "cannot be read"),
+        ("rows.jsonl", '{"text": "a"}\nnot json', r"rows.jsonl, row 2: not valid JSON \("),
+        ("rows.jsonl", '{"prompt": "a"}', "row 1: the fields prompt; accepted: a row with a field text"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": 5}', "row 2: field 'text': 5; accepted"),
+        ("rows.json", '[{"text": "a"}, {"text": " "}]', "row 2: field 'text': ' '; accepted"),
+        ("rows.json", '[{"text": "a"}, ["b"]]', r"row 2: \['b'\]; accepted"),
+        ("rows.json", '{"text": "a"}', "expected a JSON list of rows, found dict"),
+        ("rows.json.gz", "[]", "not a valid gzip file"),
+        ("rows.parquet", "PAR1", "not a valid Parquet file"),
+        ("rows.csv", "text,other\na", "row 1 .*expected 2 fields"),
+        ("rows.md", "a", r"unknown file format; accepted: \.jsonl"),
+        ("rows.txt", "\n\n", "has no texts"),
+        ("rows.txt", b"\xff\xfe", "not UTF-8 text"),
+        ("missing/rows.txt", None, "cannot be read"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError, match=message):
-        read_texts(path)
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=f"^--rows: .*{message}"):
+        read_texts(str(path))
+
+
+def test_slice_that_selects_no_rows_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--rows: .*selects no texts; .* has 3$"):
+        read_texts(_table(tmp_path, "a.json") + "[3:]")
+
+
+def test_bad_row_is_named_before_the_backbone_loads(saved, tmp_path, monkeypatch, capsys):
+    _, folder = saved("hira", "token")
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    rows = _table(tmp_path, "a.parquet", ["one", "", "three"])
+    flags = ["--format", "merged", "--constant_gate", "--rows", rows]
+    assert main(["export", str(folder), "--out", str(tmp_path / "new"), *flags]) == 2
+    assert f"--rows: {rows}, row 2: field 'text': ''" in capsys.readouterr().err
