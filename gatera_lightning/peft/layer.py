@@ -1,6 +1,7 @@
 """PEFT's layer over an adapted layer: several adapters on one frozen layer, of which some are active."""
 
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,7 @@ class GateRALinear(AdaptedLinear, BaseTunerLayer):  # type: ignore[misc]  # PEFT
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
+        self._has_own_memory: set[str] = set()  # adapters that were copied out of a mapped file
         self._before_merge: list[nn.Parameter] = []  # a list, because an attribute would be a parameter
         self._base_fingerprint = weight_fingerprint(base_layer.weight)
         self._gate_listener = None
@@ -49,6 +51,7 @@ class GateRALinear(AdaptedLinear, BaseTunerLayer):  # type: ignore[misc]  # PEFT
     def add_adapter(self, adapter_name: str, config: AdapterConfig) -> None:
         """Add an adapter, which starts from the frozen layer's output."""
         parts = build_parts(self.base_layer, config)
+        self._has_own_memory.discard(adapter_name)
         self.gatera_config[adapter_name] = config
         self.gatera_update[adapter_name] = parts.update
         self.gatera_dropout[adapter_name] = parts.dropout
@@ -58,6 +61,20 @@ class GateRALinear(AdaptedLinear, BaseTunerLayer):  # type: ignore[misc]  # PEFT
             if added is not None:
                 added.train(self.base_layer.training)
         self.set_adapter(self.active_adapters)
+
+    def train(self, mode: bool = True) -> "GateRALinear":
+        """Set training or evaluation mode, as Transformers does once it has loaded an adapter."""
+        for name in set(self.gatera_config) - self._has_own_memory:
+            loaded = [p for p in self._parameters_of(name) if getattr(p, "_is_hf_initialized", False)]
+            if loaded:
+                _copy_to_own_memory(loaded)
+                self._has_own_memory.add(name)
+        return super().train(mode)
+
+    def _parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        for parts in (self.gatera_update, self.gatera_gate):
+            if name in parts:
+                yield from parts[name].parameters()
 
     @property
     def _active(self) -> list[str]:
@@ -193,10 +210,7 @@ class GateRALinear(AdaptedLinear, BaseTunerLayer):  # type: ignore[misc]  # PEFT
         for parts in (self.gatera_update, self.gatera_gate, self.gatera_dropout):
             if adapter_name in parts and not any(p.is_meta for p in parts[adapter_name].parameters()):
                 parts[adapter_name].to(device or self.base_layer.weight.device)
-                for parameter in parts[adapter_name].parameters():
-                    # PEFT may have mapped the file into memory: unaligned, which rounds differently, and
-                    # changed by whoever writes the file.
-                    parameter.data = parameter.data.clone()
+                _copy_to_own_memory(parts[adapter_name].parameters())
 
     def extra_repr(self) -> str:
         """Return the methods by adapter, for ``print(model)``."""
@@ -204,3 +218,15 @@ class GateRALinear(AdaptedLinear, BaseTunerLayer):  # type: ignore[misc]  # PEFT
             f"{name}: update={config.update}, gate={config.gate.kind}, rank={config.rank}"
             for name, config in self.gatera_config.items()
         )
+
+
+def _copy_to_own_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """Copy parameters that PEFT or Transformers has just loaded out of the mapped file.
+
+    In the file, tensors begin at any multiple of 8 bytes, and in memory of PyTorch at a multiple of 64. The
+    CPU's matmuls add up in another order if a matrix is not aligned: ``A Aᵀ`` in DoRA's row norms, and
+    ``A x`` of a single token. Whoever writes the file would change the parameters, too.
+    """
+    for parameter in parameters:
+        if type(parameter) is nn.Parameter:  # a sharded one has memory of its own
+            parameter.data = parameter.data.clone()

@@ -53,13 +53,11 @@ def test_saved_adapter_loads_exactly(load, trained, logits, tmp_path, update, ga
     model = trained(update, gate)
     model.save_pretrained(tmp_path)
     loaded = LOADERS[loader](load, tmp_path)
+    # In the mapped file they would not be aligned, which changes the rounding of some matmuls.
+    assert {p.data_ptr() % 64 for p in adapter_parameters(loaded).values()} == {0}
     expected = logits(model)
     assert not torch.equal(expected, logits(load()))
-    if update == "dora" and loader in ("AutoModel", "load_adapter"):
-        # Transformers maps the file into memory without alignment, so the row norms round differently.
-        assert (logits(loaded) - expected).abs().max() < 1e-6
-    else:
-        assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(loaded), expected)
 
 
 @pytest.mark.parametrize(("update", "gate"), METHODS)
