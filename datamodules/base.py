@@ -32,6 +32,7 @@ from gatera_lightning.datamodules.settings import (
     subset_problems,
 )
 from gatera_lightning.datamodules.tokenization.cache import tokenize_split
+from gatera_lightning.datamodules.tokenization.digest import examples_digest
 from gatera_lightning.datamodules.tokenization.loss_mask import TrainOn
 from gatera_lightning.errors import ConfigError, unknown_value
 
@@ -117,6 +118,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_of: L.LightningModule | None = None  # whose tokenizer it is; None after connect()
         self.tables: dict[str, Dataset] = {}
+        self._all_examples: dict[str, Dataset] = {}  # before the validation split is held out, or tasks mixed
+        self._digests: dict[str, str] = {}
         self._train_loader: ResumableLoader | None = None
         self._train_position: dict[str, Any] | None = None
 
@@ -160,6 +163,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.tokenizer = tokenizer
         self._tokenizer_of = None
         self.tables.clear()
+        self._all_examples.clear()
+        self._digests.clear()
 
     def prepare_data(self) -> None:
         """Tokenize into the cache, once per node; errors in the data show here, before weights are loaded."""
@@ -177,7 +182,8 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self._connect_to_module()
         opened = [split for split in self.splits(stage) if split not in self.tables]
         for split in opened:
-            self.tables[split] = self._tokenize(split)
+            self.tables[split] = self._all_examples[split] = self._tokenize(split)
+            self._digests.pop(split, None)
         if "train" in opened and self.held_out is not None:
             self.tables["train"], self.tables["validation"] = hold_out_validation(
                 self.tables["train"], self.held_out, self.seed
@@ -197,6 +203,16 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
     def overlaps(self) -> list[SplitOverlap]:
         """Compare the validation and the test split with the training split, which has to be open."""
         return find_split_overlaps(self.tables, lambda: self.examples("test"))
+
+    def example_digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the open training and validation split: split -> hex digits.
+
+        With ``held_out`` or ``weights``, it is that of all training examples, from which the settings choose.
+        """
+        for split in ("train", "validation"):
+            if split in self._all_examples and split not in self._digests:
+                self._digests[split] = examples_digest(self._all_examples[split])
+        return dict(self._digests)
 
     def token_table(self, split: str) -> TokenTable:
         """Return the tokenized examples of an open split, ready to be collated."""
@@ -255,9 +271,11 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's position."""
-        # Lightning saves it as well, but does not restore what was saved in on_train_epoch_end.
-        return {} if self._train_loader is None else {"train_position": self._train_loader.state_dict()}
+        """Return the training loader's position, and digests of the examples that it refers to."""
+        if self._train_loader is None:
+            return {}
+        # Lightning saves the position as well, but does not restore what was saved in on_train_epoch_end.
+        return {"train_position": self._train_loader.state_dict(), "examples": self.example_digests()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader start at a saved position."""

@@ -181,6 +181,8 @@ class GateRACLI(LightningCLI):
             contents = read_contents(Path(path))
             check_entries(contents, path, resumes=self.subcommand == "fit")
             check_resume(contents, self.model, self.trainer, self.datamodule, stage=self.subcommand)
+            if self.subcommand == "fit":
+                self.model.expect_checkpoint(contents)
 
 
 def find_adapter(settings: Namespace) -> None:

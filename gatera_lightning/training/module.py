@@ -1,5 +1,6 @@
 """GateRAModule: a frozen backbone, its adapter, and the training step."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import lightning as L
@@ -39,6 +40,7 @@ from gatera_lightning.training.optimizer import (
     report_new_length,
     squared_gradient_norms,
 )
+from gatera_lightning.training.resume_rules import check_resume
 from gatera_lightning.training.schedule_checks import check_against_data
 from gatera_lightning.training.step_totals import StepTotals
 
@@ -87,6 +89,7 @@ class GateRAModule(AdapterModule):
         self.strict_loading = False  # checkpoints hold the adapter only; load_state_dict checks its tensors
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
+        self._resumes: Mapping[str, Any] | None = None
         self._described_objectives: dict[str, Any] = {}  # as fit starts: training may change their state
         self.validation_metrics = ValidationMetrics()
         self._reset_step()
@@ -115,6 +118,20 @@ class GateRAModule(AdapterModule):
             check_against_data(self.trainer, self.optimizer)
             self._described_objectives = describe_objectives(self.objectives)
             check_ranks_agree(self, self.trainer, self._described_objectives)
+            if self._resumes is not None:  # now that the examples are read, and before weights are
+                check_resume(
+                    self._resumes, self, self.trainer, getattr(self.trainer, "datamodule", None), stage=stage
+                )
+                self._resumes = None
+
+    def expect_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compare a checkpoint with the examples that ``fit`` reads, before it loads weights.
+
+        Args:
+            checkpoint: What the checkpoint that ``fit`` will resume from holds.
+        """
+        tensors = ("state_dict", "optimizer_states", "callbacks")
+        self._resumes = {name: entry for name, entry in checkpoint.items() if name not in tensors}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Add what exact resume (random states) and ``test`` (results) need, with any Trainer.

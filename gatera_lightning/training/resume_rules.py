@@ -4,7 +4,8 @@ A checkpoint continues a run: its tensors, optimizer, schedule and position only
 that produced them. Every setting of the model and of the data has to stay as it was, unless :data:`FREE`
 lists it, and so do the settings of the Trainer in :data:`TRAINER_SETTINGS`. Other settings of the Trainer
 are free: devices, strategy and micro-batches do not change the steps, and intervals only say when something
-is written. ``max_steps`` and ``max_epochs`` may grow: see
+is written. Sources of examples may move: their contents are compared, and not their names. ``max_steps``
+and ``max_epochs`` may grow: see
 :func:`~gatera_lightning.training.optimizer.report_new_length`.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 import lightning as L
 
+from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.errors import CheckpointError, ConfigError, as_yaml
 from gatera_lightning.objectives.description import describe_objectives
 from gatera_lightning.training.hyperparameters import from_plain, to_plain
@@ -42,6 +44,9 @@ FREE = {
 
 TRAINER_SETTINGS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
 """Settings of the Trainer that every step or the order of the data depends on."""
+
+_SOURCES = {"data.train": "train", "data.validation": "validation"}
+"""Settings that only say where examples are -> the split whose contents are compared instead."""
 
 _CLIP_ALGORITHM = "trainer.gradient_clip_algorithm"
 _MODEL_SECTIONS = ("backbone", "adapter", "optimizer")
@@ -83,6 +88,12 @@ def check_resume(
             f"accepted: {as_yaml(old)}, or a new run without ckpt_path and with {adapter}"
             for name, old, new in _differences(checkpoint, stored, module, data, trainer)
         ]
+        problems += [
+            f"{name}: the examples of {as_yaml(sources)} (SHA-256 {new[:16]}) are not those of the run that "
+            f"the checkpoint continues (SHA-256 {old[:16]}); accepted: the same examples, or a new run "
+            f"without ckpt_path and with {adapter}"
+            for name, sources, old, new in _changed_examples(checkpoint, data)
+        ]
         problems += _length_problems(checkpoint, trainer)
     if problems:
         raise ConfigError(problems, on_every_rank=True)
@@ -108,10 +119,42 @@ def _differences(
     new |= _flatten("model", here)
     old |= _data_settings(checkpoint.get("datamodule_hyper_parameters", {}))
     new |= _data_settings(data.hparams if data is not None else {})
-    for name in old.keys() & new.keys() - {free for free in old if _is_free(free)}:
+    free = {name for name in old if _is_free(name)} | _same_sources(checkpoint, data)
+    for name in old.keys() & new.keys() - free:
         if old[name] != new[name] and not (old[name] is None and name == "seed_everything"):
             found.append((name, old[name], new[name]))
     return sorted(found)
+
+
+def _same_sources(checkpoint: Mapping[str, Any], data: Any) -> set[str]:
+    """Settings of sources that may differ: their examples are the same, or will be compared once read."""
+    old, new = _recorded_examples(checkpoint), _examples(data)
+    return {
+        name for name, split in _SOURCES.items() if split in old and (not new or new.get(split) == old[split])
+    }
+
+
+def _changed_examples(checkpoint: Mapping[str, Any], data: Any) -> list[tuple[str, Any, str, str]]:
+    """Sources that have the same names and other examples: setting, names, old and new digest."""
+    old, new = _recorded_examples(checkpoint), _examples(data)
+    before = _data_settings(checkpoint.get("datamodule_hyper_parameters", {}))
+    here = _data_settings(data.hparams) if new else {}
+    return [
+        (name, here[name], old[split], new[split])
+        for name, split in _SOURCES.items()
+        if split in old and split in new and old[split] != new[split] and before.get(name) == here.get(name)
+    ]
+
+
+def _recorded_examples(checkpoint: Mapping[str, Any]) -> Mapping[str, str]:
+    """The digests of a checkpoint's examples; empty in one of an earlier version."""
+    entries = (entry.get("examples") for entry in checkpoint.values() if _has_position(entry))
+    return next((examples for examples in entries if isinstance(examples, Mapping)), {})
+
+
+def _examples(data: Any) -> Mapping[str, str]:
+    """The digests of this run's examples; empty before they are read."""
+    return data.example_digests() if isinstance(data, SupervisedDataModule) else {}
 
 
 def _length_problems(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> list[str]:

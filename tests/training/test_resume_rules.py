@@ -1,11 +1,14 @@
 """What a checkpoint restores is compared with what was asked."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from tiny_backbone import tiny_args, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import sample_rows, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning import ConfigError
 from gatera_lightning.cli.main import main
@@ -241,6 +244,112 @@ def test_other_learning_rate_is_refused_before_weights_are_loaded(
     error = capsys.readouterr().err
     assert "model.optimizer.lr: 0.0001, but the run that the checkpoint continues has " in error
     assert "seed_everything: 1, but the run that the checkpoint continues has 0" in error
+
+
+# --- the examples ---
+
+
+def sources(folder):
+    return [
+        *("--data.init_args.train", f'["{folder}/train.json"]'),
+        *("--data.init_args.validation", f'["{folder}/validation.json"]'),
+    ]
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch):
+    """A folder ``mine`` with some of the sample data, in an otherwise empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for split, count in (("train", 48), ("validation", 7)):
+        write_rows(split, sample_rows(split)[:count])
+    return tmp_path / "mine"
+
+
+def write_rows(split, rows):
+    Path("mine", f"{split}.json").write_text(json.dumps(rows))
+
+
+@pytest.fixture
+def interrupted(tiny_backbone, own_data):
+    """The last checkpoint of two of three steps on ``mine``."""
+    flags = ["--trainer.logger", "false", *SCHEDULE, "--model.optimizer.schedule", "constant"]
+    assert main(args(tiny_backbone, *flags, *sources("mine"), "--trainer.max_steps", "2")) == 0
+    return shutil.copy("checkpoints/last.ckpt", "two.ckpt")
+
+
+def resume(tiny_backbone, path, folder, *more):
+    flags = ["--trainer.logger", "false", *SCHEDULE, "--model.optimizer.schedule", "constant"]
+    root = ["--trainer.default_root_dir", "resumed"]
+    return main(args(tiny_backbone, *flags, *sources(folder), "--ckpt_path", path, *root, *more))
+
+
+def test_moved_data_resume(tiny_backbone, own_data, interrupted):
+    """The same examples elsewhere give the same adapter."""
+    assert resume(tiny_backbone, interrupted, "mine") == 0
+    expected = Path("resumed/checkpoints/last/adapter_model.safetensors").read_bytes()
+    shutil.rmtree("resumed")
+    own_data.rename("renamed")
+    assert resume(tiny_backbone, interrupted, "renamed") == 0
+    assert Path("resumed/checkpoints/last/adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_changed_examples_of_the_same_name_are_refused(
+    tiny_backbone, own_data, interrupted, capsys, monkeypatch, split
+):
+    """Another right answer to the last question: its text, and so its place in the data, is the same."""
+    from transformers import AutoModelForCausalLM
+
+    rows = json.loads((own_data / f"{split}.json").read_text())
+    rows[-1]["answer"] = "answer1" if rows[-1]["answer"] != "answer1" else "answer2"
+    write_rows(split, rows)
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    assert resume(tiny_backbone, interrupted, "mine") == 2
+    error = capsys.readouterr().err
+    assert f"data.{split}: the examples of ['mine/{split}.json'] (SHA-256 " in error
+    assert "are not those of the run that the checkpoint continues (SHA-256 " in error
+    assert "accepted: the same examples, or a new run without ckpt_path" in error
+
+
+def test_changed_examples_elsewhere_are_refused_by_their_names(tiny_backbone, own_data, interrupted, capsys):
+    write_rows("train", sample_rows("train")[1:49])
+    own_data.rename("renamed")
+    assert resume(tiny_backbone, interrupted, "renamed") == 2
+    error = capsys.readouterr().err
+    assert (
+        "data.train: ['renamed/train.json'], but the run that the checkpoint continues has ['mine/" in error
+    )
+    assert "data.validation" not in error
+
+
+def test_checkpoint_of_an_earlier_version_compares_names(tiny_backbone, own_data, interrupted, capsys):
+    checkpoint = torch.load(interrupted, weights_only=True)
+    assert len(checkpoint["CommonsenseDataModule"].pop("examples")) == 2
+    torch.save(checkpoint, interrupted)
+    own_data.rename("renamed")
+    assert resume(tiny_backbone, interrupted, "renamed") == 2
+    assert "data.train: ['renamed/train.json'], but" in capsys.readouterr().err
+    Path("renamed").rename("mine")
+    assert resume(tiny_backbone, interrupted, "mine") == 0
+
+
+def test_changed_examples_are_refused_under_a_hand_written_trainer(tiny_backbone, tmp_path):
+    first = tiny_data(tiny_backbone)
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=first)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    other = tiny_data(tiny_backbone)
+    other.hparams["train"] = other.sources["train"] = ["everyday[1:49]"]
+    other.hparams["train"] = first.hparams["train"]
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.train: the examples of \['everyday\[:48\]'\] \(SHA-256"):
+        trainer.fit(tiny_module(tiny_backbone), datamodule=other, ckpt_path=tmp_path / "two.ckpt")
+
+
+# --- the schedule ---
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
