@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 from gatera_lightning.adapters.gates import (
     GATES,
@@ -13,12 +13,14 @@ from gatera_lightning.adapters.gates import (
     gate_from_dict,
     is_finite_number,
 )
-from gatera_lightning.adapters.name_patterns import pattern_problem
+from gatera_lightning.adapters.name_patterns import ending, first_match, pattern_problem
 from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.adapters.updates.base import Update
-from gatera_lightning.errors import ConfigError, unknown_value
+from gatera_lightning.errors import ConfigError, near_miss, unknown_value
 
 AdapterDtype = Literal["float32", "float64"]
+
+ALL_LINEAR: Final = "all-linear"
 
 FLAT_GATE_SETTINGS = {
     "gate_bias": "bias",
@@ -79,13 +81,25 @@ class AdapterConfig:
     dropout: float = 0.0
     """Dropout probability on the update's input; the frozen layer and the gate see it undropped."""
 
-    target_modules: list[str] = field(
+    target_modules: list[str] | Literal["all-linear"] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     )
-    """Linear layers to adapt: the last segment of a module's name, or a regular expression for all of it."""
+    """Linear layers to adapt: the last segment of a module's name, or a regular expression for all of it; or
+    ``all-linear`` for all but the output head."""
+
+    exclude_modules: list[str] = field(default_factory=list)
+    """Linear layers to leave out, in the syntax of ``target_modules``."""
 
     layers: list[int] | None = None
-    """Indices of the decoder layers to adapt; null adapts all of them."""
+    """Indices of the decoder layers to adapt, -1 for the last one; null adapts all of them."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from ``rank``, by the end of a module's name or a regular expression for it; the
+    first that matches counts."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Values that differ from ``alpha``, by the end of a module's name or a regular expression for it; the
+    first that matches counts."""
 
     adapter_dtype: AdapterDtype = "float32"
     """Dtype of the trainable parameters; the backbone has its own."""
@@ -119,20 +133,61 @@ class AdapterConfig:
             found += self.gate.problems() or self._threshold_problems()
         else:
             found.append(unknown_value("adapter.gate", self.gate, GATES))
-        if not isinstance(self.target_modules, list) or not self.target_modules:
+        found += self._module_problems() + self._pattern_problems()
+        return found
+
+    def _module_problems(self) -> list[str]:
+        """Describe what is wrong with the settings that choose modules."""
+        found = []
+        if self.target_modules == [] or not isinstance(self.target_modules, list | str):
             found.append(
                 f"adapter.target_modules: {self.target_modules!r}; "
-                "accepted: a list of at least one name or regex"
+                f"accepted: a list of at least one name or regex, or {ALL_LINEAR}"
             )
-        else:
-            found += [
-                f"adapter.target_modules: {text}" for text in map(_regex_problem, self.target_modules) if text
-            ]
-        if self.layers is not None and not (
-            isinstance(self.layers, list) and self.layers and all(_is_int(i) and i >= 0 for i in self.layers)
-        ):
+        elif isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             found.append(
-                f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices of at least 0"
+                f"adapter.target_modules: {self.target_modules!r} is no list; accepted: a list of names and "
+                f"regexes, or {ALL_LINEAR}{near_miss(self.target_modules, [ALL_LINEAR])}"
+            )
+        elif ALL_LINEAR in self.target_modules and self.target_modules != ALL_LINEAR:
+            found.append(
+                f"adapter.target_modules: {self.target_modules!r}; accepted: {ALL_LINEAR} without a list"
+            )
+        if not isinstance(self.exclude_modules, list):
+            found.append(
+                f"adapter.exclude_modules: {self.exclude_modules!r}; accepted: a list of names and regexes"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, list):
+                found += [f"adapter.{name}: {text}" for text in map(_regex_problem, patterns) if text]
+        if self.layers is not None and not (
+            isinstance(self.layers, list) and self.layers and all(map(_is_int, self.layers))
+        ):
+            found.append(f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices")
+        return found
+
+    def _pattern_problems(self) -> list[str]:
+        """Describe what is wrong with ``rank_pattern`` and ``alpha_pattern``."""
+        found = []
+        accepted: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            "rank_pattern": ("an integer of at least 1", lambda rank: _is_int(rank) and rank >= 1),
+            "alpha_pattern": ("a number above 0", lambda alpha: is_finite_number(alpha) and alpha > 0),
+        }
+        for name, (values, is_accepted) in accepted.items():
+            patterns = getattr(self, name)
+            if not isinstance(patterns, Mapping):
+                found.append(f"adapter.{name}: {patterns!r}; accepted: a table of names of modules")
+                continue
+            for key, value in patterns.items():
+                if problem := _regex_problem(key) or pattern_problem(ending(key)):
+                    found.append(f"adapter.{name}: {problem}")
+                if not is_accepted(value):
+                    found.append(f"adapter.{name}.{key}: {value!r}; accepted: {values}")
+        if self.alpha_pattern and self._update is not None and not self._update.has_scale:
+            found.append(
+                f"adapter.alpha_pattern: {self.alpha_pattern!r}, but update {self.update!r} has no scale; "
+                "accepted: an empty table"
             )
         return found
 
@@ -169,6 +224,28 @@ class AdapterConfig:
     def scale(self) -> float:
         """The scale of updates that have one: ``alpha / rank``, or 1 if alpha is not set."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether layers may have another rank or alpha than ``rank`` and ``alpha``."""
+        return bool(self.rank_pattern or self.alpha_pattern)
+
+    @property
+    def rank_text(self) -> str:
+        """The rank, or the ranks, in words."""
+        ranks = sorted({self.rank, *self.rank_pattern.values()})
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of the layer with this name in the model."""
+        key = first_match(self.rank_pattern, name)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def scale_of(self, name: str) -> float:
+        """Return the scale of the layer with this name in the model: its alpha divided by its rank."""
+        key = first_match(self.alpha_pattern, name)
+        alpha = self.alpha if key is None else self.alpha_pattern[key]
+        return 1.0 if alpha is None else alpha / self.rank_of(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings as plain values for JSON; the gate's are a nested table with its ``kind``."""

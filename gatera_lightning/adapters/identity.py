@@ -92,10 +92,13 @@ def check_fit(
     """
     own = next(iter(adapted_linears(model).values())).config
     keeps_gates = config.gate.kind == "none" and own.gate.kind != "none"
-    if _method(own, with_gate=not keeps_gates) != _method(config, with_gate=not keeps_gates):
-        raise AdapterFileError(
-            f"{source}: holds {_method(config)}, but the model was adapted with {_method(own)}"
-        )
+    for name, layer in adapted_linears(model).items():
+        there, here = _method(config, own_name(name)), _method(layer.config, own_name(name))
+        if there[keeps_gates:] != here[keeps_gates:]:
+            where = f" in {own_name(name)}" if config.has_patterns or own.has_patterns else ""
+            raise AdapterFileError(
+                f"{source}: holds {_in_words(there)}{where}, but the model was adapted with {_in_words(here)}"
+            )
     own_parameters = {own_name(name): parameter for name, parameter in adapter_parameters(model).items()}
     if keeps_gates:
         own_parameters = {n: p for n, p in own_parameters.items() if not is_gate_parameter(n)}
@@ -125,9 +128,14 @@ def is_gate_parameter(name: str) -> bool:
     return name.rfind(".gate.") > name.rfind(".update.")
 
 
-def _method(config: AdapterConfig, *, with_gate: bool = True) -> str:
-    gate = f" gate={config.gate.kind}" if with_gate else ""
-    return f"update={config.update}{gate} rank={config.rank} scale={config.scale!r}"
+def _method(config: AdapterConfig, name: str) -> tuple[str, str, int, float]:
+    """Return the gate, the update, the rank and the scale of a layer."""
+    return config.gate.kind, config.update, config.rank_of(name), config.scale_of(name)
+
+
+def _in_words(method: tuple[str, str, int, float]) -> str:
+    gate, update, rank, scale = method
+    return f"update={update} gate={gate} rank={rank} scale={scale!r}"
 
 
 def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> list[str]:

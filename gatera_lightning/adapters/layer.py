@@ -35,7 +35,7 @@ class LayerParts(NamedTuple):
 
 
 def build_parts(
-    base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None
+    base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None, *, name: str = ""
 ) -> LayerParts:
     """Create the update, the gate and the dropout of one layer.
 
@@ -43,10 +43,11 @@ def build_parts(
         base: The frozen layer.
         config: The adapter's settings.
         generator: CPU generator that draws the update's initial values.
+        name: Name of the layer in the model, which its rank and alpha may depend on.
     """
     dtype = getattr(torch, config.adapter_dtype)
     update = UPDATES[config.update](
-        base, rank=config.rank, scale=config.scale, dtype=dtype, generator=generator
+        base, rank=config.rank_of(name), scale=config.scale_of(name), dtype=dtype, generator=generator
     )
     gate = config.gate.build(base.in_features, dtype=dtype, device=base.weight.device)
     return LayerParts(update, gate, nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity())
@@ -59,6 +60,7 @@ class AdaptedLinear(nn.Module):
         base: The layer to adapt; its parameters are frozen.
         config: The adapter's settings.
         generator: CPU generator that draws the update's initial values.
+        name: Name of the layer in the model, which its rank and alpha may depend on.
 
     Attributes:
         base: The frozen layer.
@@ -67,12 +69,17 @@ class AdaptedLinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Linear, config: AdapterConfig, generator: torch.Generator | None = None
+        self,
+        base: nn.Linear,
+        config: AdapterConfig,
+        generator: torch.Generator | None = None,
+        *,
+        name: str = "",
     ) -> None:
         super().__init__()
         self.config = config
         self.base = base.requires_grad_(False)
-        parts = build_parts(base, config, generator)
+        parts = build_parts(base, config, generator, name=name)
         self.update: Update = parts.update
         self.gate: Gate | None = parts.gate
         self.dropout: nn.Module = parts.dropout
@@ -170,4 +177,4 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the method, for ``print(model)``."""
-        return f"update={self.config.update}, gate={self.config.gate.kind}, rank={self.config.rank}"
+        return f"update={self.config.update}, gate={self.config.gate.kind}, rank={len(self.update.a)}"

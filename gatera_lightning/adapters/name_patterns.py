@@ -7,13 +7,16 @@ whether a whole name matches.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 LONGEST_PATTERN = 1_000
 """Characters; the time to match grows with the length, and a list of names needs no expression."""
+
+SUFFIX = "(?:.*\\.)?"
+"""An expression for what may stand before the end of a module's name."""
 
 _UNSUPPORTED = {
     "GROUPREF": "a back-reference",
@@ -54,6 +57,35 @@ def matches(pattern: str, name: str) -> bool:
     """
     parsed = _parsed(pattern)
     return len(name) in _Matcher(name).ends(parsed, 0, parsed.state.flags)
+
+
+def name_ending(name: str) -> str:
+    """Return the pattern for modules whose name is ``name`` or ends with it after a dot."""
+    return name if re.fullmatch(r"\w+", name) else SUFFIX + re.escape(name)
+
+
+def ended_name(pattern: str) -> str | None:
+    """Return the name that :func:`name_ending` made this pattern of; None for another pattern."""
+    plain = pattern.removeprefix(SUFFIX).replace("\\.", ".")
+    return plain if pattern == name_ending(plain) else None
+
+
+def layer_index(name: str) -> int | None:
+    """Return the first number in a module's path: ``model.layers.7.mlp.up_proj`` -> 7."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def ending(pattern: str) -> str:
+    """Return an expression for all names that end, after a dot or as a whole, with what ``pattern`` matches.
+
+    The keys of ``rank_pattern`` and ``alpha_pattern`` are read so, as in PEFT.
+    """
+    return rf"(.*\.)?({pattern})"
+
+
+def first_match(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first of several expressions that matches the end of a name; None if none does."""
+    return next((pattern for pattern in patterns if matches(ending(pattern), name)), None)
 
 
 @lru_cache(maxsize=256)

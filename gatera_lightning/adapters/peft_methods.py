@@ -11,12 +11,13 @@ from typing import Any
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gates import NoGateConfig
-from gatera_lightning.adapters.peft_schema import target_patterns
+from gatera_lightning.adapters.peft_schema import module_patterns, target_patterns
 from gatera_lightning.errors import ConfigError
 
 _NEUTRAL = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "layers_to_transform", "layers_pattern"),
+    *("exclude_modules", "rank_pattern", "alpha_pattern"),
     *("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "hira_dropout"),
     *("eva_config", "megatron_core", "qalora_group_size"),
 }
@@ -58,12 +59,17 @@ def config_of_peft_method(description: Mapping[str, Any]) -> AdapterConfig:
     method = description["peft_type"]
     if problems := [text for key, value in description.items() if (text := _problem(method, key, value))]:
         raise ConfigError(problems)
-    rank, alpha = description.get("r"), None
+    rank, alpha, patterns = description.get("r"), None, module_patterns(description)
     if method == "LORA":
+        if description.get("use_rslora") and (patterns["rank_pattern"] or patterns["alpha_pattern"]):
+            raise ConfigError(
+                "use_rslora: True with rank_pattern or alpha_pattern cannot be loaded: α/√r of each layer is "
+                "no α/r with one alpha"
+            )
         alpha = description.get("lora_alpha")
         if description.get("use_rslora") and isinstance(alpha, int | float) and isinstance(rank, int):
             alpha = alpha * math.sqrt(rank)
-        alpha = None if alpha == rank else alpha
+        alpha = None if alpha == rank and not patterns["rank_pattern"] else alpha
     targets, layers = target_patterns(description)
     return AdapterConfig(
         update="hira" if method == "HIRA" else "dora" if description.get("use_dora") else "lora",
@@ -73,6 +79,7 @@ def config_of_peft_method(description: Mapping[str, Any]) -> AdapterConfig:
         dropout=description.get(f"{method.lower()}_dropout", 0.0),
         target_modules=targets,
         layers=layers,
+        **patterns,
     )
 
 

@@ -12,8 +12,9 @@ from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
-from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.config import ALL_LINEAR, AdapterConfig
 from gatera_lightning.adapters.gates import gate_from_dict
+from gatera_lightning.adapters.name_patterns import SUFFIX, ended_name, first_match, layer_index, name_ending
 from gatera_lightning.errors import ConfigError, near_miss
 
 PEFT_TYPE = "GATERA"
@@ -46,7 +47,6 @@ _REQUIRED = ("update", "gate", "r", "target_modules")
 _TYPE_NAMES = {type(None): "null", str: "a text", dict: "a table", bool: "true or false"}
 _MODEL_PREFIX = "base_model.model."
 _PARTS = ("update", "gate")
-_SUFFIX = "(?:.*\\.)?"
 
 
 def to_peft(
@@ -61,13 +61,17 @@ def to_peft(
         task_type: PEFT's name of the task, ``CAUSAL_LM`` for a language model.
     """
     values = {_RENAMED.get(name, name): value for name, value in config.to_dict().items()}
-    targets = [_to_peft_name(pattern) for pattern in config.target_modules]
-    if None not in targets:
+    patterns = config.target_modules
+    targets = _to_peft_names(patterns) if isinstance(patterns, list) else None
+    if targets is not None and (config.layers is None or isinstance(targets, list)):
         values["target_modules"] = targets
-    elif config.layers is None:
-        values["target_modules"] = _one_expression(config.target_modules)
+        if config.layers is not None:
+            values["layers_to_transform"] = _indices(config.layers, layers)
     else:
         values |= {"target_modules": sorted(layers), "layers_to_transform": None}
+    values["exclude_modules"] = _to_peft_names(config.exclude_modules) or None
+    for setting in ("rank_pattern", "alpha_pattern"):
+        values[setting] = _in_any_order(values[setting], layers)
     return (
         _UNUSED
         | values
@@ -109,6 +113,7 @@ def from_peft(description: Mapping[str, Any]) -> AdapterConfig:
             )
     values = {name: description[key] for name, key in _names() if key in description}
     values["target_modules"], values["layers"] = target_patterns(description)
+    values |= module_patterns(description)
     if isinstance(values.get("gate"), Mapping):
         values["gate"] = gate_from_dict(values["gate"])
     return AdapterConfig(**values)
@@ -122,6 +127,13 @@ def target_patterns(description: Mapping[str, Any]) -> tuple[Any, Any]:
         layers = [layers]
     found = _from_peft_targets(targets, pattern, layers)
     return found, None if pattern else layers
+
+
+def module_patterns(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``exclude_modules`` and the pattern tables of our settings for those of PEFT, unchecked."""
+    tables = {name: description.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    excluded = description.get("exclude_modules") or []
+    return tables | {"exclude_modules": _from_peft_targets(excluded, None, None)}
 
 
 def settings_digest(description: Mapping[str, Any]) -> str:
@@ -157,16 +169,25 @@ def _names() -> list[tuple[str, str]]:
     return [(field.name, _RENAMED.get(field.name, field.name)) for field in fields(AdapterConfig)]
 
 
-def _to_peft_name(pattern: str) -> str | None:
-    """Return the entry of PEFT's list that matches what ``pattern`` does: a name or the end of one."""
-    if re.fullmatch(r"\w+", pattern):
-        return pattern
-    plain = pattern.removeprefix(_SUFFIX).replace("\\.", ".")
-    return plain if pattern == _from_peft_name(plain) else None
+def _to_peft_names(patterns: list[str]) -> list[str] | str:
+    """Return names as a list, and expressions as one text, as PEFT reads them."""
+    names = [ended_name(pattern) for pattern in patterns]
+    return _one_expression(patterns) if None in names else [name for name in names if name is not None]
 
 
-def _from_peft_name(name: str) -> str:
-    return name if re.fullmatch(r"\w+", name) else _SUFFIX + re.escape(name)
+def _indices(layers: list[int], names: list[str]) -> list[int]:
+    """Return indices of layers without negative ones, for which those of the adapted layers stand."""
+    if min(layers) >= 0:
+        return layers
+    return sorted({index for name in names if (index := layer_index(name)) is not None})
+
+
+def _in_any_order(patterns: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Return a pattern table that gives the same values after sorting, which JSON files of PEFT undergo."""
+    keys = {name: first_match(patterns, name) for name in names}
+    if keys == {name: first_match(sorted(patterns), name) for name in names}:
+        return patterns
+    return {f"^{re.escape(name)}": patterns[key] for name, key in keys.items() if key is not None}
 
 
 def _one_expression(patterns: list[str]) -> str:
@@ -174,24 +195,24 @@ def _one_expression(patterns: list[str]) -> str:
     if len(patterns) == 1:
         return patterns[0]
     return "|".join(
-        f"(?:{_SUFFIX}{pattern})" if re.fullmatch(r"\w+", pattern) else f"(?:{pattern})"
+        f"(?:{SUFFIX}{pattern})" if re.fullmatch(r"\w+", pattern) else f"(?:{pattern})"
         for pattern in patterns
     )
 
 
 def _from_peft_targets(targets: Any, layers_pattern: Any, layers: Any) -> Any:
     if isinstance(targets, str):
-        return [targets]
+        return ALL_LINEAR if targets == ALL_LINEAR else [targets]
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         return targets  # AdapterConfig.problems() reports it
-    names = [_from_peft_name(name) for name in targets]
+    names = [name_ending(name) for name in targets]
     if not layers_pattern:
         return names
     lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     if not (isinstance(layers, list) and all(isinstance(name, str) for name in lists)):
         return targets
-    inside = f"{_SUFFIX}(?:{'|'.join(lists)})\\.(?:{'|'.join(map(str, layers))})\\."
-    return [f"{inside}{name if name.startswith(_SUFFIX) else _SUFFIX + name}" for name in names]
+    inside = f"{SUFFIX}(?:{'|'.join(lists)})\\.(?:{'|'.join(map(str, layers))})\\."
+    return [f"{inside}{name if name.startswith(SUFFIX) else SUFFIX + name}" for name in names]
 
 
 def _peft_version() -> str | None:

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from typing_extensions import override
 
-from gatera_lightning.adapters.injection import find_targets
+from gatera_lightning.adapters.targets import find_targets
 from gatera_lightning.backbone.loading import load_skeleton, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.progress_bar import StepProgressBar, disable_library_bars

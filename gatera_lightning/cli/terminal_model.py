@@ -138,7 +138,7 @@ class TerminalModel:
         args, model = self.args, self.model
         name = f"{self.backbone.id} in {str(model.dtype).removeprefix('torch.')}"
         if self.adapter is not None:
-            method = f"{self.adapter.update} × {self.adapter.gate.kind} gate, rank {self.adapter.rank}"
+            method = f"{self.adapter.update} × {self.adapter.gate.kind} gate, {self.adapter.rank_text}"
             name = f"{self.folder} ({method}) on {name}"
         self.note(name)
         hint = ""

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.config import ALL_LINEAR, AdapterConfig
 from gatera_lightning.adapters.gates import GATES, GateConfig, gate_from_dict
 from gatera_lightning.adapters.peft_schema import RECORD, settings_digest, to_text
 from gatera_lightning.adapters.serialization import WEIGHTS_FILE
@@ -160,7 +160,10 @@ class GateRAConfig(PeftConfig):
             adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]
         )
         if names is not None:
-            config.target_modules = [names] if isinstance(names, str) else list(names)
+            if isinstance(names, str) and names.lower() == ALL_LINEAR:  # PEFT ignores the case
+                config.target_modules = ALL_LINEAR
+            else:
+                config.target_modules = [names] if isinstance(names, str) else list(names)
         if isinstance(self.layers_to_transform, list):
             config.layers = self.layers_to_transform
         return config

@@ -1,6 +1,7 @@
 """Write an ungated adapter as PEFT's own LoRA, DoRA or HiRA, which need nothing of this package."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def peft_method_problem(config: AdapterConfig, *, lora_only: bool) -> str | None
         config: The adapter's settings.
         lora_only: Whether only plain LoRA will do, which is what inference engines read.
     """
+    if config.update == "hira" and config.rank_pattern:
+        return f"rank_pattern: {config.rank_pattern!r}, which PEFT's own HiRA does not apply"
     if config.gate.kind == "static" and config.update in ("lora", "hira"):
         return _lora_problem(config) if lora_only else None
     if config.gate.kind != "none":
@@ -75,13 +78,15 @@ def write_peft_method(
     layers = sorted({name.rpartition("update.")[0].rstrip(".") for name in tensors if "update." in name})
     ours = to_peft(config, layers, origin=origin, task_type="CAUSAL_LM")
     names = ("target_modules", "layers_to_transform", "task_type", "revision", "inference_mode", "r")
-    settings = {name: ours[name] for name in (*names, "base_model_name_or_path")}
+    modules = ("exclude_modules", "rank_pattern")
+    settings = {name: ours[name] for name in (*names, *modules, "base_model_name_or_path")}
     if method == "HIRA":
         theirs: peft.PeftConfig = peft.HiraConfig(hira_dropout=config.dropout, **settings)
     else:
         alpha = config.rank * config.scale
         theirs = peft.LoraConfig(
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # any number works
+            alpha_pattern=_alpha_pattern(config, layers, alpha),
             lora_dropout=config.dropout,
             use_dora=config.update == "dora",
             **settings,
@@ -101,6 +106,14 @@ def write_peft_method(
         weights_file.write_bytes(save(stored, metadata={"format": "pt"}))
         config_file.write_text(to_text(json.loads(json.dumps(description))), encoding="utf-8")
     return folder
+
+
+def _alpha_pattern(config: AdapterConfig, layers: list[str], alpha: float) -> dict[str, float]:
+    """Return the alpha of each layer where it is not ``alpha``, as where alpha follows the layer's rank."""
+    if not config.has_patterns:
+        return {}
+    alphas = {name: config.rank_of(name) * config.scale_of(name) for name in layers}
+    return {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha}
 
 
 def _with_gate(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

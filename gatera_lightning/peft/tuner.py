@@ -11,6 +11,7 @@ from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import WeightFingerprint, backbone_fingerprint, weight_fingerprint
 from gatera_lightning.adapters.identity import backbone_problem
 from gatera_lightning.adapters.linear_layers import weight_problem
+from gatera_lightning.adapters.targets import positive_indices
 from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.peft.config import GateRAConfig
 from gatera_lightning.peft.layer import GateRALinear
@@ -29,6 +30,8 @@ class GateRAModel(BaseTuner):
             present = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
             if set(usual := AdapterConfig().target_modules) <= present:
                 peft_config.target_modules = set(usual)
+        if isinstance(peft_config.layers_to_transform, list):
+            peft_config.layers_to_transform = positive_indices(self.model, peft_config.layers_to_transform)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

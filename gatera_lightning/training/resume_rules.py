@@ -29,6 +29,7 @@ FREE = {
     "model.backbone.gradient_checkpointing": "equal up to rounding",
     "model.backbone.compile": "equal up to rounding",
     "model.adapter.target_modules": "the names of all tensors are compared",
+    "model.adapter.exclude_modules": "the names of all tensors are compared",
     "model.adapter.layers": "the names of all tensors are compared",
     "model.optimizer.max_skipped_steps": "a limit that no step depends on",
     "model.decoding": "used by evaluation only",
@@ -50,6 +51,8 @@ _SOURCES = {"data.train": "train", "data.validation": "validation"}
 
 _CLIP_ALGORITHM = "trainer.gradient_clip_algorithm"
 _MODEL_SECTIONS = ("backbone", "adapter", "optimizer")
+_TABLES = ("model.adapter.rank_pattern", "model.adapter.alpha_pattern")
+"""Settings that are compared as a whole, because a missing key is a difference."""
 
 
 def recorded_settings(trainer: L.Trainer, objectives: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def _stored_module(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flatten(name: str, value: Any) -> dict[str, Any]:
     """Nested settings under their dotted names."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or name in _TABLES:
         return {name: value}
     return {leaf: x for key, entry in value.items() for leaf, x in _flatten(f"{name}.{key}", entry).items()}
 

@@ -1,6 +1,7 @@
 """Checks of GateRAModule's own settings, by themselves and against the model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -45,14 +46,15 @@ def _warm_start_problems(folder: str, adapter: AdapterConfig) -> list[str]:
         stored, _ = read_adapter_config(folder)
     except AdapterFileError as error:
         return [f"warm_start: {error}; accepted: an adapter folder, or null"]
+    values: list[tuple[str, Any, Any]] = [
+        ("update", stored.update, adapter.update),
+        ("gate", stored.gate.kind, getattr(adapter.gate, "kind", adapter.gate)),
+    ]
+    if not stored.has_patterns and not adapter.has_patterns:  # else load_adapter compares layer by layer
+        values += [("rank", stored.rank, adapter.rank), ("scale", stored.scale, adapter.scale)]
     return [
         f"warm_start: {folder} has {name} {there}, but model.adapter.{name} is {here}"
-        for name, there, here in (
-            ("update", stored.update, adapter.update),
-            ("gate", stored.gate.kind, getattr(adapter.gate, "kind", adapter.gate)),
-            ("rank", stored.rank, adapter.rank),
-            ("scale", stored.scale, adapter.scale),
-        )
+        for name, there, here in values
         if there != here and not (name == "gate" and there == "none")  # gates then start from their bias
     ]
 

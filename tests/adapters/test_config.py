@@ -29,7 +29,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"target_modules": []}, "adapter.target_modules: []; accepted: a list of at least one"),
         ({"target_modules": ["("]}, "adapter.target_modules: '(' is not a regular expression"),
         ({"target_modules": [3]}, "adapter.target_modules: 3 is not a string"),
-        ({"layers": [-1]}, "adapter.layers: [-1]"),
+        ({"layers": [0.5]}, "adapter.layers: [0.5]"),
         (
             {"update": "hira2"},
             "adapter.update: 'hira2' is unknown; accepted: lora, dora, hira; did you mean 'hira'?",

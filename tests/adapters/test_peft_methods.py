@@ -116,7 +116,6 @@ def test_gates_start_open_or_closed_by_choice(tiny_llama, saved, method, bias, g
             "init_lora_weights: 'pissa' .*it changes the frozen weights",
         ),
         ("lora", {"modules_to_save": ["lm_head"]}, "modules_to_save: .*PeftModel.from_pretrained"),
-        ("lora", {"rank_pattern": {"q_proj": 2}}, "rank_pattern: {'q_proj': 2} .*no such option"),
         ("lora", {"use_qalora": True}, "use_qalora: True .*no such option"),
         ("lora", {"lora_bias": True}, "lora_bias: True .*no such option"),
         ("lora", {"new_option": 3}, "new_option: 3 .*no such option"),

@@ -128,6 +128,26 @@ def test_targets_are_checked_without_weights(fit, problems, no_loading):
     assert "adapter.layers: [9] do not exist" in error
 
 
+def test_text_for_target_modules_is_rejected(fit, parser_error):
+    error = parser_error(*fit, "--model.adapter.target_modules", "all_linear")
+    assert "accepted: a list, such as '[a, b]', all-linear; did you mean 'all-linear'?" in error
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("exclude_modules", "[o_prj]", "adapter.exclude_modules: 'o_prj' matches no linear layer"),
+        ("rank_pattern", "{q_prj: 4}", "did you mean 'q_proj'?"),
+        ("rank_pattern", "{q_proj: 99}", "adapter.rank_pattern.q_proj: 99 exceeds model.layers.0.self_attn"),
+        ("rank_pattern", "{q_proj: 0}", "adapter.rank_pattern.q_proj: 0; accepted: an integer of at least 1"),
+        ("alpha_pattern", "{q_proj: 2}", "update 'hira' has no scale"),
+        ("layers", "[-3]", "adapter.layers: [-3] do not exist; the model's decoder layers are 0…1"),
+    ],
+)
+def test_patterns_are_checked_without_weights(fit, problems, no_loading, flag, value, expected):
+    assert expected in "\n".join(problems(*fit, f"--model.adapter.{flag}={value}"))
+
+
 def test_missing_gpu_is_reported_with_the_cpu_overlay(fit, problems):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -72,6 +72,14 @@ def test_every_method_trains_as_one_process(tiny_backbone, tmp_path, every_metho
     assert_same(every_method / f"{update}-{gate}", tmp_path)
 
 
+def test_ranks_that_differ_between_modules_train_as_one_process(tiny_backbone, tmp_path):
+    adapter = {"target_modules": "all-linear", "exclude_modules": ["o_proj"], "alpha": 6.0}
+    adapter |= {"rank_pattern": {"q_proj": 8, ".*1.mlp.*": 3}, "alpha_pattern": {"k_proj": 2.0}}
+    fit(tiny_backbone, tmp_path / "one", update="lora", adapter=adapter)
+    fit(tiny_backbone, tmp_path / "two", strategy="fsdp", accumulate=2, update="lora", adapter=adapter)
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.fixture(scope="module")
 def deep_backbone(tiny_backbone, tmp_path_factory):
     """Eight layers, each about a ninth of the model, and an output head tied to the embeddings."""

@@ -51,6 +51,8 @@ class Job:
     dropout: float = 0.0
     update: str = "hira"
     gate: str = "token"
+    adapter: dict = field(default_factory=dict)
+    """Further settings of the adapter."""
     workers: int = 0
     epochs: int = 1
     dtype: str = "float64"
@@ -192,7 +194,9 @@ def build_module(job):
             gradient_checkpointing=job.checkpointing,
             compile=job.backend is not None,
         ),
-        adapter=AdapterConfig(update=job.update, rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype),
+        adapter=AdapterConfig(
+            update=job.update, rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype, **job.adapter
+        ),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_skipped_steps=job.skip),
         objectives=[NextToken(), GateEntropy(gate.entropy_weight), *poison],
     )

@@ -12,7 +12,7 @@ from tiny_backbone import run_program, tiny_args
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gatera_lightning import AdapterConfig, BackboneConfig, inject_adapters, load_adapter
-from gatera_lightning.adapters.injection import find_targets
+from gatera_lightning.adapters.targets import find_targets
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.cli.main import main
 from gatera_lightning.cli.shipped_configs import find_config

@@ -72,6 +72,8 @@ FIXED = [
     ("datamodule_hyper_parameters", "validation", ["other"], "data.validation: ['everyday[:7]']"),
     ("datamodule_hyper_parameters", "held_out", 0.1, "data.held_out: null"),
     ("datamodule_hyper_parameters", "weights", {"everyday": 1.0}, None),
+    ("hyper_parameters", "adapter.rank_pattern", {"q_proj": 2}, "model.adapter.rank_pattern: {}"),
+    ("hyper_parameters", "adapter.alpha_pattern", {"q_proj": 2.0}, "model.adapter.alpha_pattern: {}"),
     ("run_settings", "seed_everything", 7, "seed_everything: 0"),
     ("run_settings", "trainer.gradient_clip_val", 0.5, "trainer.gradient_clip_val: 1.0"),
     ("run_settings", "trainer.limit_train_batches", 3, "trainer.limit_train_batches: 1.0"),

@@ -102,7 +102,7 @@ def _describe_recipe(recipe: RecipeCLI, layout: Layout, sizes: ModelSizes, dtype
     frozen = sizes.frozen // dtype.itemsize
     trainable = sizes.adapter // getattr(torch, adapter.adapter_dtype).itemsize
     return [
-        f"{recipe.model.backbone.id}, {adapter.update} × {adapter.gate.kind}, rank {adapter.rank}",
+        f"{recipe.model.backbone.id}, {adapter.update} × {adapter.gate.kind}, {adapter.rank_text}",
         f"  devices        {layout}{recipe.world_size_remark}",
         f"  parameters     {frozen:,} frozen in {str(dtype).removeprefix('torch.')}, "
         f"{trainable:,} trainable in {adapter.adapter_dtype} ({trainable / frozen:.2%})",

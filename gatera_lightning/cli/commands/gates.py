@@ -253,7 +253,7 @@ def _with_response(
 def _describe_adapter(folder: str, config: AdapterConfig, origin: dict[str, Any]) -> dict[str, str]:
     return {
         "adapter": folder,
-        "method": f"{config.update} × {config.gate.kind} gate, rank {config.rank}, scale {config.scale:g}",
+        "method": f"{config.update} × {config.gate.kind} gate, {config.rank_text}, scale {config.scale:g}",
         "fingerprint of the backbone": str(origin["fingerprint"])[:16],
     }
 

@@ -259,6 +259,26 @@ def test_problems_of_the_batch_schedule_are_reported(reject):
     assert problem.startswith("data.train: 5 examples cannot fill 8 micro-batches")
 
 
+def test_estimate_counts_the_rank_of_each_module(show, tmp_path):
+    config = tmp_path / "targets.yaml"
+    config.write_text(
+        "model: {adapter: {target_modules: all-linear, exclude_modules: [o_proj], layers: [-1], "
+        "rank_pattern: {q_proj: 8, '.*mlp.*': 2}}}"
+    )
+    printed = show("--config", str(config))
+    assert printed.splitlines()[0].endswith(", hira × token, ranks 2, 4, 8")
+    # q; k, v; gate, up, down; then a weight and a bias of the gate.
+    trainable = 8 * 64 + 2 * 4 * 48 + 3 * 2 * 80 + (5 * 32 + 48) + 6
+    assert f" {trainable:,} trainable in float32" in value(printed, "parameters")
+
+
+def test_flags_name_targets_and_ranks(show):
+    flags = ["--model.adapter.target_modules", "all-linear", "--model.adapter.exclude_modules", "[o_proj]"]
+    flags += ["--model.adapter.layers=[-1]", "--model.adapter.rank_pattern", '{"q_proj": 8}']
+    assert ", ranks 4, 8" in show(*flags)
+    assert ", ranks 4, 8" in show("--model.adapter.target_modules+=o_proj", *flags[-2:])
+
+
 def test_missing_target_modules_are_reported(reject):
     (problem,) = reject("--model.adapter.target_modules", "[nothing]")
     assert "'nothing'" in problem
