@@ -75,12 +75,23 @@ def inject_adapters(
             size, or the model is already adapted. The error names all problems. After any error, the model is
             as it was.
     """
+    return inject(model, config, generator)
+
+
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    generator: torch.Generator | None = None,
+    *,
+    stored: bool = False,
+) -> InjectionReport:
+    """Inject adapters as :func:`inject_adapters` does; ``stored`` is that of :func:`find_targets`."""
     problems = config.problems()
     if adapted_linears(model):
         problems.append("the model is already adapted; load its backbone again to inject another adapter")
     if problems:
         raise ConfigError(problems)
-    targets, matches = find_targets(model, config)
+    targets, matches = find_targets(model, config, stored=stored)
 
     was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)

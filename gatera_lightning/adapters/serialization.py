@@ -23,7 +23,7 @@ from gatera_lightning.adapters.identity import (
     full_cpu_tensor,
     non_finite_problem,
 )
-from gatera_lightning.adapters.injection import inject_adapters, remove_adapters
+from gatera_lightning.adapters.injection import inject, remove_adapters
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name, unwrapped
 from gatera_lightning.adapters.model_card import CARD_FILE, is_kept, model_card
 from gatera_lightning.adapters.peft_schema import (
@@ -261,7 +261,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterConfig:
         )
     injected = not layers
     if injected:
-        inject_adapters(model, config)
+        inject(model, config, stored=True)
     try:
         check_fit(model, config, stored.origin, tensors, folder)
     except Exception:  # whatever it is, the model must be as it was

@@ -15,12 +15,16 @@ _FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_
 _CLASSIFICATION_HEADS = ("score", "classifier")
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Linear], dict[str, int]]:
+def find_targets(
+    model: nn.Module, config: AdapterConfig, *, stored: bool = False
+) -> tuple[dict[str, nn.Linear], dict[str, int]]:
     """Find the linear layers to adapt; in a multimodal model, only those that process text.
 
     Args:
         model: The backbone.
         config: The adapter's settings.
+        stored: Accept patterns without effect, because the settings are those of an adapter folder, whose
+            tensors are compared with the layers by name. PEFT accepts such patterns, and writes some itself.
 
     Returns:
         The layers by name, in model order, and the number of matches of each pattern.
@@ -34,6 +38,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
         name: m for name, m in _linears(model, "", (model,)) if m is not head and _processes_text(model, name)
     }
     in_layers, problems = linears, _layers_problems(linears, config)
+    without_effect = _exclude_problems(model, config)
     if config.layers is not None:
         indices = _positive(config.layers, linears)
         in_layers = {name: linear for name, linear in linears.items() if layer_index(name) in indices}
@@ -44,7 +49,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
         counts = dict(Counter(name.rpartition(".")[2] for name in targets))
         if not targets:
             reason = _nothing_left(ALL_LINEAR, linears, in_layers, config)
-            problems.append(f"adapter.target_modules: {reason}")
+            without_effect.append(f"adapter.target_modules: {reason}")
     else:
         targets, counts = {}, {}
         for pattern in config.target_modules:
@@ -54,13 +59,15 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             targets.update(found)
             if not found and any(_matches(pattern, name) for name in linears):
                 reason = _nothing_left(repr(pattern), matched, matched, config)
-                problems.append(f"adapter.target_modules: {reason}")
+                without_effect.append(f"adapter.target_modules: {reason}")
             elif not found:
                 problems.append(_no_match(model, pattern, linears, head))
-    problems += _exclude_problems(model, config)
     problems += _shared_layer_problems(targets, linears)
     if targets:
-        problems += _pattern_problems(config, targets) + _layer_problems(model, targets, config)
+        without_effect += _pattern_problems(config, targets)
+        problems += _layer_problems(model, targets, config)
+    if not (stored and targets):
+        problems += without_effect
     if problems:
         raise ConfigError(problems)
     first_names = {linear: name for name, linear in reversed(linears.items())}

@@ -30,8 +30,9 @@ class GateRAModel(BaseTuner):
             present = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
             if set(usual := AdapterConfig().target_modules) <= present:
                 peft_config.target_modules = set(usual)
-        if isinstance(peft_config.layers_to_transform, list):
-            peft_config.layers_to_transform = positive_indices(self.model, peft_config.layers_to_transform)
+        if (layers := peft_config.layers_to_transform) is not None:
+            layers = [layers] if isinstance(layers, int) else layers
+            peft_config.layers_to_transform = positive_indices(self.model, layers)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

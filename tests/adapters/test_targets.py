@@ -364,3 +364,56 @@ def test_peft_config_has_negative_layers_and_all_linear():
 def test_report_counts_all_linear_by_name():
     report = inject_adapters(FAMILIES["phi3"](), AdapterConfig(rank=2, target_modules="all-linear"))
     assert report.matches == {"o_proj": 3, "qkv_proj": 3, "gate_up_proj": 3, "down_proj": 3}
+
+
+FROM_PEFT = {
+    "first_key_counts": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"model.layers.1.self_attn.q_proj": 5, ".*v_proj": 4, "layers.0.*": 3},
+    },
+    "last_layer": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": -1},
+    "excluded_name": {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.1.self_attn.q_proj"],
+    },
+    # PEFT accepts settings without effect. It lists the names of all-linear itself, with those it leaves out.
+    "all_but": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+    "nothing_excluded": {"target_modules": ["q_proj"], "exclude_modules": ["nothing"]},
+    "unused_key": {"target_modules": ["q_proj"], "rank_pattern": {"nothing": 3}},
+    "shadowed_key": {"target_modules": ["q_proj"], "rank_pattern": {".*_proj": 3, "q_proj": 4}},
+}
+
+
+@pytest.mark.parametrize("update", ["lora", "hira"])
+@pytest.mark.parametrize("case", FROM_PEFT)
+def test_folder_that_peft_trained_loads(case, update, tmp_path):
+    torch.manual_seed(0)
+    backbone = FAMILIES["llama"]()
+    backbone.save_pretrained(tmp_path / "backbone")
+    model = peft.get_peft_model(backbone, GateRAConfig(update=update, r=2, **FROM_PEFT[case]))
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    expected = _logits(model)
+    model.save_pretrained(tmp_path / "theirs")
+
+    ours = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "backbone")
+    load_adapter(ours, tmp_path / "theirs")
+    assert torch.equal(_logits(ours), expected)
+    save_adapter(ours, tmp_path / "ours")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "backbone")
+    assert torch.equal(_logits(peft.PeftModel.from_pretrained(again, tmp_path / "ours")), expected)
+
+
+def test_lora_of_peft_for_all_linear_but_some_loads(tmp_path):
+    torch.manual_seed(0)
+    backbone = FAMILIES["llama"]()
+    backbone.save_pretrained(tmp_path / "backbone")
+    config = peft.LoraConfig(
+        r=2, target_modules="all-linear", exclude_modules=["o_proj"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(backbone, config)
+    model.save_pretrained(tmp_path / "adapter")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "backbone")
+    load_adapter(again, tmp_path / "adapter")
+    assert (_logits(again) - _logits(model)).abs().max() < 1e-6
