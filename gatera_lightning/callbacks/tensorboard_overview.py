@@ -6,6 +6,7 @@ from typing import Any, get_args
 import lightning as L
 from typing_extensions import override
 
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
 from gatera_lightning.compatibility.lightning_internals import (
     disable_hp_metric,
@@ -149,6 +150,17 @@ class TensorBoardOverview(L.Callback):
                 write_hparams_success(logger)
 
 
+def _targets_in_words(adapter: AdapterConfig) -> str:
+    """Return the settings that choose layers and their ranks, which have one column of the table."""
+    targets = adapter.target_modules
+    text = targets if isinstance(targets, str) else ", ".join(targets)
+    if adapter.exclude_modules:
+        text += f", without {', '.join(adapter.exclude_modules)}"
+    for name, patterns in (("rank", adapter.rank_pattern), ("alpha", adapter.alpha_pattern)):
+        text += "".join(f"; {name} {value} for {key}" for key, value in patterns.items())
+    return text
+
+
 def run_settings(trainer: L.Trainer, module: Any) -> dict[str, Any]:
     """Return the settings that distinguish runs, without those that are null or need a missing gate.
 
@@ -162,7 +174,7 @@ def run_settings(trainer: L.Trainer, module: Any) -> dict[str, Any]:
         adapter = {name: value for name, value in adapter.items() if not name.startswith("gate_")}
     found = adapter | {
         "backbone": module.backbone.id,
-        "target_modules": ", ".join(adapter["target_modules"]),
+        "target_modules": _targets_in_words(module.adapter),
         "layers": None if adapter["layers"] is None else ", ".join(map(str, adapter["layers"])),
         "lr": optimizer.lr,
         "schedule": optimizer.schedule,
