@@ -44,7 +44,7 @@ class OptionalEarlyStopping(EarlyStopping):
             )
         if not 0 <= min_delta < math.inf:
             raise ValueError(f"early_stopping.min_delta: {min_delta}; accepted: a number of at least 0")
-        self._on = patience is not None
+        self.is_on = patience is not None
         super().__init__(
             monitor=monitor,
             mode=mode or default_mode(monitor),
@@ -57,13 +57,13 @@ class OptionalEarlyStopping(EarlyStopping):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() if self._on else {}
+        return super().state_dict() if self.is_on else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._on and state_dict:  # restore how long the run has waited, but keep this run's patience
+        if self.is_on and state_dict:  # restore how long the run has waited, but keep this run's patience
             super().load_state_dict(state_dict | {"patience": self.patience})
 
     @override
     def _should_skip_check(self, trainer: L.Trainer) -> bool:
-        return not self._on or super()._should_skip_check(trainer)
+        return not self.is_on or super()._should_skip_check(trainer)

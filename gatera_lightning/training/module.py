@@ -19,7 +19,7 @@ from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.distributed.consistency import check_ranks_agree
-from gatera_lightning.errors import check_arguments
+from gatera_lightning.errors import ConfigError, check_arguments
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
 from gatera_lightning.objectives.description import describe_objectives
@@ -30,6 +30,7 @@ from gatera_lightning.training.adapter_module import AdapterModule
 from gatera_lightning.training.batch_checks import BatchChecks, check_given_loader
 from gatera_lightning.training.callback_checks import check_callbacks
 from gatera_lightning.training.context_check import check_context
+from gatera_lightning.training.effect_checks import effect_problems
 from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer_batch
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
@@ -115,6 +116,8 @@ class GateRAModule(AdapterModule):
         self._reset_step()
         if stage == "fit":
             check_given_loader(self.trainer)
+            if problems := effect_problems(self.trainer, logs_only_ours=type(self) is GateRAModule):
+                raise ConfigError(problems, on_every_rank=True)
             check_against_data(self.trainer, self.optimizer)
             self._described_objectives = describe_objectives(self.objectives)
             check_ranks_agree(self, self.trainer, self._described_objectives)

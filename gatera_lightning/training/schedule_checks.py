@@ -30,7 +30,12 @@ def check_against_data(trainer: L.Trainer, optimizer: OptimizerConfig) -> None:
     counted = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None
     wanted = interval if counted and trainer.limit_val_batches else 0
     steps = _planned_steps(trainer, _least_micro_batches(trainer, data))
-    if wanted <= _least_micro_batches(trainer, data) and optimizer.warmup_steps < steps:
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        _name_missing_validation(trainer, data, _least_micro_batches(trainer, data))
+    accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
+    uneven = isinstance(limit, int) and limit % accumulate != 0  # the schedule refuses it
+    counted_steps = max(optimizer.warmup_steps + 1, *_counted_steps(trainer))
+    if wanted <= _least_micro_batches(trainer, data) and counted_steps <= steps and not uneven:
         return  # without building the schedule, which takes seconds for large data
     micro_batches = data.train_dataloader().micro_batches_per_epoch
     if wanted > micro_batches:
@@ -41,6 +46,18 @@ def check_against_data(trainer: L.Trainer, optimizer: OptimizerConfig) -> None:
             on_every_rank=True,
         )
     steps = _planned_steps(trainer, micro_batches)
+    least, between_logs = _counted_steps(trainer)
+    if least > steps:
+        raise ConfigError(
+            f"trainer.min_steps: {least}, but the run has {steps} steps; accepted: at most {steps}",
+            on_every_rank=True,
+        )
+    if between_logs > steps and trainer.is_global_zero:
+        log.warning(
+            "trainer.log_every_n_steps: %d, but the run has %d steps: none of them is logged",
+            between_logs,
+            steps,
+        )
     if optimizer.warmup_steps >= steps and trainer.is_global_zero:
         log.warning(
             "model.optimizer.warmup_steps: %d, but the run has %d steps: the learning rate never reaches "
@@ -49,6 +66,43 @@ def check_against_data(trainer: L.Trainer, optimizer: OptimizerConfig) -> None:
             steps,
             optimizer.lr,
         )
+
+
+def _name_missing_validation(trainer: L.Trainer, data: Any, micro_batches: int) -> None:
+    """Refuse, or name, a validation that ``max_steps`` comes before.
+
+    Args:
+        trainer: The Trainer.
+        data: The data module.
+        micro_batches: A lower bound for those of an epoch; what it leaves open is not named.
+
+    Raises:
+        ConfigError: ``check_val_every_n_epoch`` asks for more epochs than the run has.
+    """
+    if not trainer.limit_val_batches or "validation" not in data.tables or trainer.max_steps == -1:
+        return
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    first = interval if isinstance(interval, int) else max(1, int(interval * micro_batches))
+    total = trainer.max_steps * trainer.accumulate_grad_batches
+    if every is not None and every > 1 and total <= (every - 1) * micro_batches:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch: {every}, but the run ends at trainer.max_steps "
+            f"{trainer.max_steps}, in an earlier epoch, so that it never validates; accepted: a smaller "
+            "number, or trainer.limit_val_batches 0",
+            on_every_rank=True,
+        )
+    if total < first and trainer.is_global_zero:
+        log.warning(
+            "trainer.val_check_interval: %s, but the run ends at trainer.max_steps %d, before its first "
+            "validation: it never validates",
+            interval,
+            trainer.max_steps,
+        )
+
+
+def _counted_steps(trainer: L.Trainer) -> tuple[int, int]:
+    """``min_steps`` and, if there is a logger, ``log_every_n_steps``."""
+    return trainer.min_steps or 0, trainer.log_every_n_steps if trainer.loggers else 0  # type: ignore[attr-defined]
 
 
 def _least_micro_batches(trainer: L.Trainer, data: Any) -> int:

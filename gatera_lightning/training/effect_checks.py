@@ -1,0 +1,115 @@
+"""Refuse settings of the Trainer that contradict each other, or that would have no effect in a run."""
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
+from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.errors import near_miss
+from gatera_lightning.evaluation.likelihood_ranking import Score
+
+_LOGGED = ("train/loss", "train/task_loss", "train/gate_entropy", "train/gate_mean", "train/skipped_steps")
+_VALIDATED = ("val/loss", *(f"val/accuracy_{score}" for score in get_args(Score)))
+
+
+def effect_problems(trainer: L.Trainer, *, logs_only_ours: bool) -> list[str]:
+    """Return one message for every setting that cannot have an effect in a fit.
+
+    Args:
+        trainer: The Trainer, whose data module is set up if it has one of this package.
+        logs_only_ours: Whether the module logs nothing but what this package logs.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    problems = checkpoint_io_problems(trainer.strategy.checkpoint_io)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # replaces these settings by its own
+        return problems
+    problems += _limit_problems(trainer, callbacks)
+    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+    if _validates(trainer) is not False and every is not None and epochs is not None and -1 < epochs < every:
+        problems.append(
+            f"trainer.check_val_every_n_epoch: {every}, but the run has {epochs} epochs, so that it never "
+            f"validates; accepted: at most {epochs}, or trainer.limit_val_batches 0"
+        )
+    for callback in callbacks:
+        problems += _monitor_problems(trainer, callback, logs_only_ours and not _foreign(callbacks))
+    return problems
+
+
+def checkpoint_io_problems(plugin: Any) -> list[str]:
+    """Refuse a plugin that writes checkpoints in the background, where a failed write would go unnoticed."""
+    if not isinstance(plugin, AsyncCheckpointIO):
+        return []
+    return [
+        f"trainer.plugins: {type(plugin).__name__}, but checkpoints are written atomically, and a failed "
+        "write ends the run on all ranks, which a write in the background cannot do; accepted: none"
+    ]
+
+
+def _limit_problems(trainer: L.Trainer, callbacks: Iterable[Any]) -> list[str]:
+    problems = []
+    for unit in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if least and most is not None and -1 < most < least:
+            problems.append(
+                f"trainer.min_{unit}: {least}, but trainer.max_{unit} is {most}; accepted: at most {most}"
+            )
+        elif least and (least > 1 or unit == "steps") and not any(map(_may_stop, callbacks)):
+            problems.append(
+                f"trainer.min_{unit}: {least}, but nothing ends the run before its last step; accepted: "
+                "null, or with trainer.max_time or early_stopping.patience"
+            )
+    return problems
+
+
+def _monitor_problems(trainer: L.Trainer, callback: Any, known: bool) -> list[str]:
+    """Refuse a callback that waits for a value that is never logged."""
+    if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor is None:
+        return []
+    if isinstance(callback, OptionalEarlyStopping) and not callback.is_on:
+        return []
+    section = {OptionalEarlyStopping: "early_stopping", AdapterCheckpoint: "checkpoint"}
+    name = section.get(type(callback), f"trainer.callbacks: {type(callback).__name__}")
+    monitor = callback.monitor
+    if monitor in _VALIDATED and _validates(trainer) is False:
+        if isinstance(callback, AdapterCheckpoint):
+            return []  # its default, which saves the last checkpoints alone
+        return [
+            f"{name}.monitor: {monitor!r} needs a validation, and this run has none; accepted: "
+            "data.validation with trainer.limit_val_batches above 0, or no such callback"
+        ]
+    logged = (*_LOGGED, *_VALIDATED)
+    own_terms = monitor.startswith(("train/", "grad_norm/", "lr/")) and not near_miss(monitor, logged)
+    if not known or monitor in logged or own_terms:
+        return []
+    return [
+        f"{name}.monitor: {monitor!r} is never logged; accepted: {', '.join(logged)}"
+        f"{near_miss(monitor, logged)}"
+    ]
+
+
+def _validates(trainer: L.Trainer) -> bool | None:
+    """Whether the run has validation data that it may look at; None if only Lightning can tell."""
+    if not trainer.limit_val_batches:
+        return False
+    data = getattr(trainer, "datamodule", None)
+    return "validation" in data.tables if isinstance(data, SupervisedDataModule) else None
+
+
+def _may_stop(callback: Any) -> bool:
+    """Whether a callback may end the run early."""
+    if isinstance(callback, OptionalEarlyStopping):
+        return callback.is_on
+    return isinstance(callback, EarlyStopping | Timer) or _foreign([callback])
+
+
+def _foreign(callbacks: Iterable[Any]) -> bool:
+    """Whether one of the callbacks is a user's own, which may log and stop as it likes."""
+    return any(
+        type(callback).__module__.partition(".")[0] not in ("lightning", "gatera_lightning")
+        for callback in callbacks
+    )
