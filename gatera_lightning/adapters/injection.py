@@ -9,6 +9,7 @@ from torch import nn
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.save_pretrained import save_adapter_instead, save_whole_model_again
 from gatera_lightning.adapters.targets import expert_weights, find_targets
 from gatera_lightning.errors import ConfigError, checks_arguments
 
@@ -53,6 +54,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 def remove_adapters(model: nn.Module) -> None:
     """Put the frozen layers back in place of the adapted ones."""
     replace_modules(model, {layer: layer.base for layer in adapted_linears(model).values()})
+    save_whole_model_again(model)
 
 
 @checks_arguments
@@ -105,6 +107,7 @@ def inject(
             parameter.requires_grad_(trainable)
         raise
     replace_modules(model, adapted)
+    save_adapter_instead(model)
     adapter = {id(p): p.numel() for p in adapter_parameters(model).values()}
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in adapter)
     return InjectionReport(tuple(targets), matches, sum(adapter.values()), frozen, expert_weights(model))
