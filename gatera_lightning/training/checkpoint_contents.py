@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from gatera_lightning.adapters.config import AdapterConfig
@@ -84,7 +85,8 @@ def check_settings(checkpoint: dict[str, Any], module: L.LightningModule, traine
         CheckpointError: If an entry is missing.
         ConfigError: With every setting that differs.
     """
-    check_entries(checkpoint, "the checkpoint")
+    resumes = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    check_entries(checkpoint, "the checkpoint", resumes=resumes)
     if trainer is not None and trainer.state.fn is not None:
         data = getattr(trainer, "datamodule", None)
         check_resume(checkpoint, module, trainer, data, stage=trainer.state.fn.value)

@@ -20,6 +20,7 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.errors import CheckpointError, ConfigError, as_yaml
 from gatera_lightning.objectives.description import describe_objectives
 from gatera_lightning.training.hyperparameters import from_plain, to_plain
+from gatera_lightning.training.resumed_optimizer import OPTIMIZER_SETTINGS, optimizer_differences
 
 FREE = {
     "model.backbone.id": "the fingerprint of the weights is compared",
@@ -85,11 +86,18 @@ def check_resume(
     stored = _stored_module(checkpoint)
     problems = _warm_start_problems(stored.get("warm_start"), module.warm_start)
     if stage == "fit":
+        differences = _differences(checkpoint, stored, module, data, trainer)
         adapter = f"model.warm_start set to the adapter folder of step {checkpoint.get('global_step')}"
         problems += [
             f"{name}: {as_yaml(new)}, but the run that the checkpoint continues has {as_yaml(old)}; "
             f"accepted: {as_yaml(old)}, or a new run without ckpt_path and with {adapter}"
-            for name, old, new in _differences(checkpoint, stored, module, data, trainer)
+            for name, old, new in differences
+        ]
+        problems += [
+            f"{setting}: {as_yaml(new)}, but the checkpoint's optimizer has {as_yaml(old)} ({place}); "
+            f"accepted: a checkpoint with {as_yaml(new)}, or a new run without ckpt_path and with {adapter}"
+            for setting, place, old, new in optimizer_differences(checkpoint, module)
+            if not {name for name, _, _ in differences} & OPTIMIZER_SETTINGS  # they are what differs
         ]
         problems += [
             f"{name}: the examples of {as_yaml(sources)} (SHA-256 {new[:16]}) are not those of the run that "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gatera_lightning.callbacks.rng_state import RNGState
+from gatera_lightning.errors import CheckpointError
 
 TRAINER = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True)
 
@@ -141,3 +142,9 @@ def test_ranks_that_cannot_be_restored_differ():
     states = [_mask_of(rank, 2)[1] for rank in range(2)]
     masks = [_mask_of(rank, 3, resumed_from=states)[0] for rank in range(3)]
     assert len({tuple(mask.tolist()) for mask in masks}) == 3
+
+
+@pytest.mark.parametrize("ranks", [None, "text", {}, [1], [{"torch": torch.get_rng_state()}]])
+def test_state_of_another_type_is_named(ranks):
+    with pytest.raises(CheckpointError, match=r"its entry callbacks\.RNGState\.ranks is no list"):
+        RNGState().load_state_dict({"ranks": ranks})

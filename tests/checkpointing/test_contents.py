@@ -1,6 +1,8 @@
 """What a checkpoint says about its run is read without unpickling foreign classes."""
 
 import builtins
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,17 @@ ADAPTER = {
     "adapter": {},
     "backbone": {"id": "a", "revision": None, "fingerprint": "b"},
 }
-RESUMES = {"global_step": 3, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+COUNTS = {"ready": 3, "completed": 3}
+PROGRESS = {"total": COUNTS, "current": COUNTS}
+FIT_LOOP = {"epoch_progress": PROGRESS, "epoch_loop.batch_progress": PROGRESS, "epoch_loop.state_dict": {}}
+RESUMES = {
+    "global_step": 3,
+    "loops": {"fit_loop": FIT_LOOP},
+    "callbacks": {"RNGState": {"ranks": []}},
+    "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1}]}],
+    "lr_schedulers": [{"last_epoch": 3, "base_lrs": [0.1]}],
+}
+POSITION = {"epoch": 0, "steps": 3, "micro_batches": 0, "accumulate": 1, "plan": "ea42"}
 
 
 def test_file_and_sharded_checkpoint_are_read(checkpoint_file, sharded_checkpoint):
@@ -47,11 +59,61 @@ def test_unreadable_checkpoint_is_rejected(checkpoint_file, sharded_checkpoint, 
 
 
 @pytest.mark.parametrize("name", ADAPTER)
-@pytest.mark.parametrize("value", [None, "text", 2.5])
-def test_entries_of_another_type_are_rejected(name, value):
+def test_checkpoint_without_an_adapter_is_rejected(name):
     check_entries(ADAPTER, "last.ckpt")
     with pytest.raises(CheckpointError, match=rf"last\.ckpt: .* it lacks {name}$"):
-        check_entries(ADAPTER | {name: value}, "last.ckpt")
+        check_entries(ADAPTER | {name: None}, "last.ckpt")
+
+
+WRONG = {
+    "global_step": [-5, 2.5, True, "3"],
+    "epoch": [-1],
+    "skipped_steps": [-1, "0"],
+    "state_dict": ["text", 2.5],
+    "adapter": ["text"],
+    "backbone": [[1]],
+    "loops": [[1], 3],
+    "callbacks": ["text"],
+    "optimizer_states": ["text", [1], {}],
+    "lr_schedulers": [3, ["text"]],
+    "run_settings": [[1], "text"],
+    "hyper_parameters": [[1]],
+    "datamodule_hyper_parameters": ["text"],
+    "template": [3],
+    "loops.fit_loop": [[1], None],
+    "loops.fit_loop.epoch_progress": [3, None],
+    "loops.fit_loop.epoch_progress.total": [3],
+    "loops.fit_loop.epoch_progress.total.completed": [-1, "3"],
+    "loops.fit_loop.epoch_loop.batch_progress": ["text"],
+    "loops.fit_loop.epoch_loop.state_dict": [3],
+    "callbacks.RNGState": [[1]],
+    "optimizer_states[0].state": ["text", None],
+    "optimizer_states[0].param_groups": [{}, ["text"], None],
+    "lr_schedulers[0].last_epoch": [-3, 2.5],
+    "lr_schedulers[0].base_lrs": [0.1, ["text"]],
+    "Rows.train_position": [3, None],
+    "Rows.train_position.epoch": [-1, 0.5, None],
+    "Rows.train_position.accumulate": [0],
+    "Rows.train_position.plan": [3],
+}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(place, value) for place, values in WRONG.items() for value in values], ids=str
+)
+def test_entry_of_another_type_or_range_is_named(place, value):
+    contents = copy.deepcopy(ADAPTER | RESUMES | {"Rows": {"train_position": POSITION}})
+    check_entries(contents, "last.ckpt", resumes=True)
+    keys = re.findall(r"epoch_loop\.\w+|\w+", place)
+    owner = contents
+    for key in keys[:-1]:
+        owner = owner[int(key) if key.isdigit() else key]
+    owner[keys[-1]] = value
+    message = (
+        rf"^last\.ckpt: the checkpoint is corrupt: its entry {re.escape(place)} is .*; accepted: (an? |text)"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        check_entries(contents, "last.ckpt", resumes=True)
 
 
 @pytest.mark.parametrize("name", RESUMES)

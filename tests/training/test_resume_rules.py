@@ -359,11 +359,13 @@ def test_longer_run_says_what_its_schedule_does(tiny_backbone, last, tmp_path, m
     """The checkpoint's learning rate is the one after the last step of its own run."""
     monkeypatch.chdir(tmp_path)
     checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    assert [group["lr"] for group in groups] == [0, 0]
     optimizer = checkpoint["hyper_parameters"]["optimizer"]
     if schedule == "constant":
         optimizer["schedule"] = "constant"
-        checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = optimizer["lr"]
+        for group in groups:
+            group["lr"] = group["initial_lr"]
     torch.save(checkpoint, "last.ckpt")
     flags = ["--trainer.logger", "false", "--trainer.max_steps", "5", "--trainer.max_epochs", "5"]
     flags += [*SCHEDULE, "--model.optimizer.schedule", schedule, "--ckpt_path", "last.ckpt"]
