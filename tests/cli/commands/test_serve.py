@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from evaluations import perturbed_module
+from gate_reports import save_random_adapter
 from terminal_models import escape
 from transformers import AutoTokenizer
 
@@ -135,6 +136,71 @@ def test_two_clients_at_once(url, adapter, capsys):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         found = list(pool.map(streamed, clients * 3, PROMPTS[:6]))
     assert [escape(text) for text in found] == [generated(capsys, adapter, p, "chat") for p in PROMPTS[:6]]
+
+
+def partial_request(url, path, body):
+    """Send a request; return the socket, from which nothing has been read."""
+    host, port = re.search(r"http://(.+):(\d+)/v1", url).groups()
+    content = json.dumps(body).encode()
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)  # the server's writes soon wait
+    connection.connect((host, int(port)))
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+LONG = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 100_000}
+
+
+@pytest.fixture
+def slow_server(start, talkative, tmp_path):
+    """A server whose model takes minutes for an answer that uses up its context."""
+    backbone = shutil.copytree(talkative, tmp_path / "backbone")
+    config = json.loads((backbone / "config.json").read_text()) | {"max_position_embeddings": 1_000_000}
+    (backbone / "config.json").write_text(json.dumps(config))
+    save_random_adapter(tmp_path / "adapter", backbone)
+    program, url = start(tmp_path / "adapter", "--template", "chat")
+    yield program, url
+    program.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
+def test_other_endpoints_answer_while_a_slow_client_is_served(slow_server, stream):
+    _, url = slow_server
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=20)
+    with partial_request(url, "chat/completions", LONG | {"stream": stream}) as slow:
+        slow.settimeout(60)
+        if stream:
+            assert slow.recv(12).startswith(b"HTTP/1.1 200")
+        for _ in range(5):
+            assert [model.id for model in client.models.list()] == ["gatera"]
+            with urllib.request.urlopen(url.removesuffix("/v1") + "/health", timeout=20) as answer:
+                assert answer.status == 200
+        slow.setblocking(False)
+        if not stream:
+            with pytest.raises(BlockingIOError):  # it is still being served
+                slow.recv(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_generation_ends_when_its_client_has_gone(slow_server, path, stream):
+    program, url = slow_server
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+    body = (LONG if "chat" in path else {"prompt": "Why?", "max_tokens": 100_000}) | {"stream": stream}
+    waiting = partial_request(url, path, body)  # served first
+    queued = partial_request(url, path, body)
+    client.models.list()
+    waiting.close()
+    queued.close()
+    # Either of the two would take minutes.
+    assert client.completions.create(model="gatera", prompt="a", max_tokens=2).choices[0].text
+    program.terminate()
+    _, errors = program.communicate(timeout=30)
+    assert "Exception" not in errors, errors
 
 
 def test_temperature_samples(client):
