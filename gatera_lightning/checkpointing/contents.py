@@ -149,6 +149,9 @@ def _state_problems(contents: Mapping[str, Any], resumes: bool) -> Iterator[str]
             place = f"{name}.train_position"
             yield from _wrong(entry, {"train_position": _MAPPING}, f"{name}.")
             yield from _wrong(entry["train_position"], _POSITION, f"{place}.")
+            yield from _wrong(entry, {"examples": _MAPPING}, f"{name}.", required=False)
+            if examples := entry.get("examples"):
+                yield from _wrong(examples, dict.fromkeys(examples, _TEXT), f"{name}.examples.")
     if not resumes:
         return
     loops = contents["loops"]

@@ -205,7 +205,11 @@ def _warm_start_problems(stored: Any, asked: str | None) -> list[str]:
 def _stored_module(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the module in a checkpoint, as plain values."""
     try:
-        return to_plain(from_plain(checkpoint.get("hyper_parameters", {})))
+        stored = to_plain(from_plain(checkpoint.get("hyper_parameters", {})))
+        for name in _MODEL_SECTIONS:
+            if not isinstance(stored.get(name, {}), Mapping):
+                raise TypeError(f"{name} is {stored[name]!r:.60}; accepted: a mapping")
+        return stored
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the settings in the checkpoint cannot be read: {error}") from error
 

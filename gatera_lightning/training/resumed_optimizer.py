@@ -58,6 +58,9 @@ def optimizer_differences(checkpoint: Mapping[str, Any], module: Any) -> Iterato
         checkpoint.get("optimizer_states", [{}])[0],
         checkpoint.get("lr_schedulers", [{}])[0],
     )
+    taken = checkpoint.get("global_step", 0) - checkpoint.get("skipped_steps", 0)
+    if taken > 0 and optimizer.get("state", True) == {}:
+        yield "model.optimizer", "optimizer_states[0].state", {}, f"moments of {taken} steps"
     step = scheduler.get("last_epoch")
     if isinstance(step, int) and abs(step - checkpoint.get("global_step", step)) > 1:
         yield "model.optimizer.schedule", "lr_schedulers[0].last_epoch", step, checkpoint["global_step"]

@@ -95,14 +95,19 @@ WRONG = {
     "Rows.train_position.epoch": [-1, 0.5, None],
     "Rows.train_position.accumulate": [0],
     "Rows.train_position.plan": [3],
+    "Rows.examples": [3],
+    "Rows.examples.train": [3],
 }
+
+
+ROWS = {"train_position": POSITION, "examples": {"train": "ab12"}}
 
 
 @pytest.mark.parametrize(
     ("place", "value"), [(place, value) for place, values in WRONG.items() for value in values], ids=str
 )
 def test_entry_of_another_type_or_range_is_named(place, value):
-    contents = copy.deepcopy(ADAPTER | RESUMES | {"Rows": {"train_position": POSITION}})
+    contents = copy.deepcopy(ADAPTER | RESUMES | {"Rows": ROWS})
     check_entries(contents, "last.ckpt", resumes=True)
     keys = re.findall(r"epoch_loop\.\w+|\w+", place)
     owner = contents

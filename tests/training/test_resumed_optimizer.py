@@ -45,6 +45,7 @@ CHANGES = [
     (f"{GROUPS}[0].maximize", True, "maximize of AdamW: false"),
     (f"{GROUPS}[0].name", "other", "model.optimizer: 'update or gate'"),
     (f"{SCHEDULERS}.base_lrs[1]", 0.01, "model.adapter.gate.lr_multiplier: 0.03"),
+    ("optimizer_states[0].state", {}, "model.optimizer: 'moments of 2 steps'"),
     (f"{SCHEDULERS}.last_epoch", 90, "model.optimizer.schedule: 2"),
 ]
 
@@ -101,6 +102,8 @@ def states(config, steps):
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     scheduler = LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, lambda: 4))
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(1)
     for _ in range(steps):
         optimizer.step()
         scheduler.step()
