@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from adapted_layers import gate_config
 from torch import nn
 
