@@ -1,7 +1,7 @@
 """The peak memory of a step by method: predicted by ``estimate``, allocated by PyTorch, and of the process.
 
     python -m benchmarks.step_memory [--dtype float32] [--only gatera peft_lora peft_hira] \\
-        [--settings "4 x 160"] [--out FILE]
+        [--settings "4 x 160"] [--quantization nf4] [--out FILE]
 
 SmolLM2-135M's shape: weights, adapter, moments, gradients and activations of the optimizer steps of
 train_step.py. ``estimate`` predicts nothing for PEFT's methods. The allocated memory counts tensors; the
@@ -10,6 +10,7 @@ measured, so other programs may run at the same time.
 """
 
 import math
+from typing import Any, get_args
 
 import torch
 
@@ -19,6 +20,7 @@ from benchmarks.harness.interleaving import Round, run_interleaved, write_result
 from benchmarks.harness.machine import describe_machine
 from benchmarks.harness.steps import ADAPTERS, PEFT, StepSettings, build_contender
 from gatera_lightning import BackboneConfig
+from gatera_lightning.backbone.config import Quantization
 from gatera_lightning.backbone.loading import prepare_for_training
 from gatera_lightning.cost_model.device_memory import Layout, predict_memory
 from gatera_lightning.cost_model.step_costs import MicroBatch, build_on_meta, model_sizes, step_costs
@@ -38,7 +40,8 @@ def measured_step(method: str, settings: StepSettings, checkpointed: bool) -> Ro
     """Return a step whose figures are its predicted and its measured peak memory in bytes."""
     contender = build_contender(method, settings)
     model = contender.model
-    backbone = BackboneConfig(id="random", gradient_checkpointing=checkpointed)
+    quantization: Any = settings.quantization
+    backbone = BackboneConfig(id="random", gradient_checkpointing=checkpointed, quantization=quantization)
     prepare_for_training(model, backbone)
     predicted = float("nan")
     if method in ADAPTERS:
@@ -59,6 +62,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--quantization", choices=get_args(Quantization), default="none")
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     print(describe_machine())
@@ -70,7 +74,12 @@ def main() -> None:
     for name in args.settings:
         examples, tokens, supervised, checkpointed = SETTINGS[name]
         settings = StepSettings(
-            args.dtype, args.layers, examples=examples, tokens=tokens, supervised=supervised
+            args.dtype,
+            args.layers,
+            examples=examples,
+            tokens=tokens,
+            supervised=supervised,
+            quantization=args.quantization,
         )
         for method in args.only:
             label = f"{name:<25}{method:<17}"

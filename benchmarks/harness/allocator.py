@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from gatera_lightning.adapters.packed_weight import stored_tensors
+
 
 class Step(Protocol):
     """One optimizer step.
@@ -69,9 +71,8 @@ def peak_allocated_bytes(step: Step, model: nn.Module, optimizer: torch.optim.Op
         existing += [
             value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         ]
-    storages = {
-        storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in existing)
-    }
+    parts = (part.untyped_storage() for tensor in existing for part in stored_tensors(tensor))
+    storages = {storage.data_ptr(): storage.nbytes() for storage in parts}
     recorded = RecordedAllocations()
     step(recorded)
     return sum(storages.values()) + max(accumulate(recorded.changes))

@@ -33,6 +33,7 @@ from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.backbone.compilation import compile_layers
 from gatera_lightning.backbone.probes import returns_head_output
+from gatera_lightning.backbone.quantization import quantize_linear_layers
 from gatera_lightning.backbone.recomputation import recompute_elementwise
 from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
 from gatera_lightning.objectives import next_token
@@ -73,6 +74,8 @@ class StepSettings:
     """Of each example."""
     supervised: int = 8
     """The last tokens of each example."""
+    quantization: str = "none"
+    """How the frozen weights are stored; only this library's methods can have it."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,8 @@ def random_backbone(settings: StepSettings) -> LlamaForCausalLM:
 def adapted_backbone(settings: StepSettings, config: AdapterConfig) -> LlamaForCausalLM:
     """Return :func:`random_backbone` with an adapter whose B is not zero, so that A has gradients."""
     model = random_backbone(settings)
+    if settings.quantization != "none":
+        quantize_linear_layers(model, settings.quantization)
     inject_adapters(model, replace(config, rank=settings.rank))
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gatera_lightning.adapters.packed_weight import PackedWeight
+
 _SAMPLES = 4096
 
 
@@ -29,13 +31,16 @@ def weight_fingerprint(weight: Tensor) -> WeightFingerprint:
     """Return the SHA-256 of a weight's shape and of at least 4,096 evenly strided elements, rounded.
 
     A base model and its instruct version differ nearly everywhere, so a sample distinguishes them cheaply.
-    One checkpoint has the same fingerprint whether it is loaded in bfloat16 or float32.
+    One checkpoint has the same fingerprint whether it is loaded in bfloat16 or float32, and whether it is
+    quantized while it is loaded. A weight that has only been seen quantized has that of its dense values.
 
     Args:
         weight: A weight, (out, in).
     """
     if weight.is_meta:
         return WeightFingerprint("", "")
+    if isinstance(weight, PackedWeight):
+        return weight.fingerprint or weight_fingerprint(weight.dense(torch.float32))
     flat = weight.detach().flatten()
     first = flat[:: max(1, flat.numel() // _SAMPLES)]
     sample = flat[:: _stride_over_all_columns(flat.numel(), weight.shape[-1])]

@@ -1,7 +1,8 @@
 """Identify a backbone and an adapter by their values, and check whether a stored adapter fits a model."""
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch.distributed.tensor import DTensor
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import backbone_fingerprint, fingerprint_version
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name
+from gatera_lightning.adapters.packed_weight import PackedWeight
 from gatera_lightning.errors import AdapterFileError
+
+log = logging.getLogger(__name__)
 
 
 def backbone_identity(model: nn.Module, version: int = 2) -> str:
@@ -22,8 +26,26 @@ def backbone_identity(model: nn.Module, version: int = 2) -> str:
 
 
 def backbone_fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return the fingerprints of the frozen weights as they are stored beside an adapter."""
-    return {"fingerprint": backbone_identity(model), "fingerprint_float16": backbone_identity(model, 3)}
+    """Return the fingerprints of the frozen weights as they are stored beside an adapter.
+
+    If the weights were quantized while they were loaded, ``quantization`` says how.
+    """
+    found = {"fingerprint": backbone_identity(model), "fingerprint_float16": backbone_identity(model, 3)}
+    storage = quantization_while_loading(_frozen_weights(model))
+    return found if storage == "none" else found | {"quantization": storage}
+
+
+def _frozen_weights(model: nn.Module) -> list[Tensor]:
+    return [layer.base.weight for layer in adapted_linears(model).values()]
+
+
+def quantization_while_loading(weights: Iterable[Tensor]) -> str:
+    """Return how frozen weights were quantized while they were loaded, or none.
+
+    It is none for weights that were stored quantized: they have no other form, and their own fingerprint.
+    """
+    packed = (w.storage_name for w in weights if isinstance(w, PackedWeight) and w.fingerprint is not None)
+    return next(packed, "none")
 
 
 def backbone_problem(own: Mapping[int, str], origin: Mapping[str, Any]) -> str | None:
@@ -112,6 +134,20 @@ def check_fit(
     fingerprints = {version: backbone_identity(model, version) for version in (1, 2, 3)}
     if problem := backbone_problem(fingerprints, origin):
         raise AdapterFileError(f"{source}: {problem}")
+    warn_of_other_quantization(source, origin, _frozen_weights(model))
+
+
+def warn_of_other_quantization(
+    source: str | Path, origin: Mapping[str, Any], weights: Iterable[Tensor]
+) -> None:
+    """Log a warning if an adapter was trained over another quantization of its backbone."""
+    trained_over, here = origin.get("quantization") or "none", quantization_while_loading(weights)
+    if trained_over != here:
+        log.warning(
+            "%s: trained over this backbone with quantization %s, and loaded over it with quantization %s; "
+            "the frozen weights differ by the error of the quantization",
+            *(source, trained_over, here),
+        )
 
 
 def full_cpu_tensor(parameter: nn.Parameter) -> Tensor:

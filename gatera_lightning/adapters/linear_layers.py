@@ -7,8 +7,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
+from gatera_lightning.adapters.packed_weight import PackedWeight
+
 _UNQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PLAIN_TENSORS = (Tensor, nn.Parameter, DTensor, FakeTensor)
+_ADAPTABLE = (Tensor, nn.Parameter, DTensor, FakeTensor, PackedWeight)
+
+_ACCEPTED = (
+    "accepted: weights that are not quantized, or layers of bitsandbytes, torchao or optimum-quanto after "
+    "gatera_lightning.backbone.quantization.read_quantized_layers(model)"
+)
 
 
 def has_plain_forward(linear: nn.Linear) -> bool:
@@ -67,11 +74,11 @@ def weight_problem(name: str, linear: nn.Linear, *, others_have_memory: bool) ->
             "pruning); accepted: plain weights. To make it plain, call "
             "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or prune.remove"
         )
-    if type(weight) not in _PLAIN_TENSORS or type(weight.data) not in _PLAIN_TENSORS:
-        return f"{layer} whose weight is a {_class_name(weight)}; accepted: weights that are not quantized"
+    if type(weight) not in _ADAPTABLE or type(weight.data) not in _ADAPTABLE:
+        return f"{layer} whose weight is a {_class_name(weight)}; {_ACCEPTED}"
     shape, dtype = tuple(weight.shape), str(weight.dtype).removeprefix("torch.")
     if weight.dtype not in _UNQUANTIZED or shape != (linear.out_features, linear.in_features):
-        return f"{layer} whose weight is {dtype} {shape}; accepted: weights that are not quantized"
+        return f"{layer} whose weight is {dtype} {shape}; {_ACCEPTED}"
     if weight.is_meta and (others_have_memory or hasattr(linear, "_hf_hook")):
         return (
             f"{layer} whose weight is on the meta device (offloaded to disk or CPU memory by accelerate, or "
@@ -81,4 +88,4 @@ def weight_problem(name: str, linear: nn.Linear, *, others_have_memory: bool) ->
 
 
 def _class_name(weight: Tensor) -> str:
-    return next(kind.__name__ for kind in (type(weight.data), type(weight)) if kind not in _PLAIN_TENSORS)
+    return next(kind.__name__ for kind in (type(weight.data), type(weight)) if kind not in _ADAPTABLE)

@@ -10,6 +10,7 @@ from gatera_lightning.adapters.injection import remove_adapters
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.linear_layers import has_plain_forward, is_modified
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.packed_weight import PackedWeight
 from gatera_lightning.errors import checks_arguments
 
 
@@ -80,6 +81,12 @@ def _weight_problem(name: str, layer: AdaptedLinear) -> str | None:
         return (
             f"the weight of {name} is computed from other tensors (a parametrization such as weight_norm, or "
             "pruning); accepted: plain weights, as after torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if isinstance(weight, PackedWeight):
+        return (
+            f"{name} is stored as {weight.storage_name}, which would round the merged weight; accepted: "
+            "dense weights, as after gatera_lightning.backbone.quantization.dequantize_linear_layers(model), "
+            "which keeps the outputs"
         )
     if any(tensor.is_meta for tensor in (weight, *layer.adapter_params().values())):
         return f"{name} is on the meta device and has no values; accepted: a model that is loaded"

@@ -158,6 +158,7 @@ def write_adapter(
     description[RECORD] = {
         "format_version": FORMAT_VERSION,
         **{name: origin.get(name) for name in _RECORDED_ORIGIN},
+        **({"quantization": origin["quantization"]} if origin.get("quantization") else {}),
         "settings_sha256": settings_digest(description),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }

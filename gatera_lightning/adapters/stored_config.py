@@ -52,6 +52,7 @@ _RECORD_KEYS: dict[str, tuple[type, ...]] = {
     "fingerprint": _TEXT_OR_NULL,
     "fingerprint_float16": _TEXT_OR_NULL,
     "attn_implementation": _TEXT_OR_NULL,
+    "quantization": _TEXT,
     "settings_sha256": _TEXT,
     "weights_sha256": _TEXT,
     "template": _TEXT,
@@ -67,7 +68,7 @@ class StoredAdapter:
     """The adapter's settings."""
 
     origin: dict[str, Any]
-    """The ``id``, ``revision``, ``fingerprint`` and ``attn_implementation`` of the backbone."""
+    """The backbone: ``id``, ``revision``, ``fingerprint``, ``attn_implementation``, ``quantization``."""
 
     weights_sha256: str | None
     """Digest of the weights file; None in formats without one."""
@@ -172,7 +173,7 @@ def _checked(config: AdapterConfig) -> AdapterConfig:
 
 def _origin(description: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     origin = {"id": description.get("base_model_name_or_path"), "revision": description.get("revision")}
-    names = ("fingerprint", "fingerprint_float16", "attn_implementation")
+    names = ("fingerprint", "fingerprint_float16", "attn_implementation", "quantization")
     for key in ("base_model_name_or_path", "revision"):
         _check("", {key: description.get(key)}, {key: _TEXT_OR_NULL}, required=set())
     return origin | {name: record.get(name) for name in names}

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gatera_lightning.backbone.quantization import quantization_problem
 from gatera_lightning.backbone.source import source_problems
 from gatera_lightning.errors import type_problems
 
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Quantization = Literal["none", "nf4", "nf4_double", "int8", "torchao_int8", "quanto_int8", "quanto_int4"]
 
 
 @dataclass
@@ -36,6 +38,12 @@ class BackboneConfig:
     """Train with ``torch.compile``, one decoder layer at a time; evaluation and decoding are not compiled.
     The first steps take a minute longer. On a CPU this needs a C++ compiler."""
 
+    quantization: Quantization = "none"
+    """Store the weights of all linear layers but the output head in fewer bits, and compute with them in
+    dtype: nf4 (4.5 bits per weight), nf4_double (4.13), int8 (8), torchao_int8, quanto_int8, quanto_int4. All
+    but int8 need pip install 'gatera-lightning[quantized]'. Weights that are stored quantized are recognized
+    and need none."""
+
     trust_remote_code: bool = False
     """Run model code that comes with the weights. Only for publishers you trust."""
 
@@ -46,10 +54,23 @@ class BackboneConfig:
             Messages that name the setting, its value and what is accepted; empty if there is no problem.
         """
         found = type_problems("backbone", self)
-        return [*found.values(), *([] if "id" in found else source_problems(self.id))]
+        problems = [*found.values(), *([] if "id" in found else source_problems(self.id))]
+        if "quantization" in found or self.quantization == "none":
+            return problems
+        if problem := quantization_problem(self.quantization):
+            problems.append(problem)
+        if self.compile:
+            problems.append(
+                f"backbone.quantization: {self.quantization!r}, with backbone.compile: true, which would "
+                "keep the dense weights from forward to backward; accepted: compile false, or "
+                "quantization none"
+            )
+        return problems
 
 
-def stored_backbone(origin: Mapping[str, Any], dtype: Dtype) -> BackboneConfig:
+def stored_backbone(
+    origin: Mapping[str, Any], dtype: Dtype, quantization: Quantization | None = None
+) -> BackboneConfig:
     """Return the settings that load the backbone of an adapter folder.
 
     Eager attention is kept, because some architectures have no other. Another kernel is not: it may not exist
@@ -58,8 +79,14 @@ def stored_backbone(origin: Mapping[str, Any], dtype: Dtype) -> BackboneConfig:
     Args:
         origin: The folder's description of its backbone: ``id``, ``revision`` and ``attn_implementation``.
         dtype: Dtype of the frozen weights.
+        quantization: How they are stored; None: as when the adapter was trained.
     """
     attention: Attention = "eager" if origin.get("attn_implementation") == "eager" else "sdpa"
+    trained_over: Quantization = origin.get("quantization") or "none"
     return BackboneConfig(
-        id=origin["id"] or "", revision=origin["revision"], dtype=dtype, attn_implementation=attention
+        id=origin["id"] or "",
+        revision=origin["revision"],
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization=trained_over if quantization is None else quantization,
     )

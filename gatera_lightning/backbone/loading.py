@@ -17,8 +17,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gatera_lightning.adapters.storages import STORAGES
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.gguf import parse_once, restore_digit_split
+from gatera_lightning.backbone.quantization import (
+    check_stored_quantization,
+    quantize_linear_layers,
+    read_quantized_layers,
+)
 from gatera_lightning.backbone.source import expand_path, gguf_file
 from gatera_lightning.errors import ConfigError
 
@@ -37,6 +43,8 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
     """
     if gguf_file(config.id) is None:
         load_config(config)  # which refuses architectures before weights are read
+    if config.quantization != "none":
+        STORAGES[config.quantization].check_backend(device_type)
     model: PreTrainedModel
     model, found = _from_pretrained(
         AutoModelForCausalLM,
@@ -51,6 +59,8 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
             f"{type(model).__name__} ({missing[0]}, …), which would be random; accepted: the complete "
             "weights of a causal language model"
         )
+    if not read_quantized_layers(model) and config.quantization != "none":
+        quantize_linear_layers(model, config.quantization)
     prepare_for_training(model, config)
     return model
 
@@ -122,6 +132,7 @@ def load_config(config: BackboneConfig) -> Any:
             f"backbone.id: {config.id!r} is an encoder-decoder model ({hf_config.model_type}); accepted: a "
             "causal language model, which continues a text"
         )
+    check_stored_quantization(hf_config, config.id, config.quantization, compiles=config.compile)
     return hf_config
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.serialization import read_adapter_config
-from gatera_lightning.backbone.config import BackboneConfig, Dtype, stored_backbone
+from gatera_lightning.backbone.config import BackboneConfig, Dtype, Quantization, stored_backbone
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.errors import AdapterFileError, ConfigError
 
@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
         "--dtype", choices=get_args(Dtype), default="auto", help="dtype of the backbone; default: auto"
     )
     parser.add_argument(
+        "--quantization",
+        choices=get_args(Quantization),
+        help="how the backbone's weights are stored; default: as when the adapter was trained, else none",
+    )
+    parser.add_argument(
         "--gates",
         action="store_true",
         help="color each token by its gate; without colors, print one line per token: its text as JSON, a "
@@ -115,7 +120,7 @@ def text_problem(text: str) -> str | None:
 
 
 def _check_backbone(args: argparse.Namespace, problems: list[str]) -> ModelChoice:
-    backbone = BackboneConfig(id=args.backbone, dtype=args.dtype)
+    backbone = BackboneConfig(id=args.backbone, dtype=args.dtype, quantization=args.quantization or "none")
     if not args.backbone.removeprefix("package:").strip():
         problems.append(
             f"--backbone: {args.backbone!r}; accepted: hub id, folder, .gguf file or package:NAME"
@@ -141,7 +146,7 @@ def _check_adapter(args: argparse.Namespace, problems: list[str]) -> ModelChoice
         problems.append(
             f"--gates: {folder} has no gates (gate: none, update: {adapter.update}); accepted: static, token"
         )
-    backbone = stored_backbone(origin, args.dtype)
+    backbone = stored_backbone(origin, args.dtype, args.quantization)
     return ModelChoice(backbone, adapter, folder)
 
 

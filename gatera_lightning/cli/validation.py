@@ -15,13 +15,14 @@ from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.likelihood_ranking import Score
-from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.training.callback_checks import callback_problems
+from gatera_lightning.training.module import GateRAModule
 from gatera_lightning.training.number_checks import device_problems, number_problems, seed_problems
 from gatera_lightning.training.trainer_checks import (
     precision_problems,
     sampler_problems,
     sharded_decoding_problems,
+    sharded_quantization_problems,
     strategy_problems,
     validation_interval_problems,
 )
@@ -51,7 +52,7 @@ def validate_config(parser: LightningArgumentParser, config: Namespace) -> None:
     problems += settings.model.problems() + settings.data.problems(config.subcommand)
     problems += _monitor_problems(monitored, settings.data)
     problems += seed_problems(settings.get("seed_everything"))
-    problems += _trainer_problems(settings.trainer, settings.model.decoding, config.subcommand)
+    problems += _trainer_problems(settings.trainer, settings.model, config.subcommand)
     problems += _checkpoint_problems(settings.get("ckpt_path"))
     if problems:
         raise ConfigError(problems)
@@ -103,7 +104,7 @@ def _checkpoint_problems(path: str | None) -> list[str]:
     return []
 
 
-def _trainer_problems(trainer: Namespace, decoding: DecodingConfig, stage: str) -> list[str]:
+def _trainer_problems(trainer: Namespace, module: GateRAModule, stage: str) -> list[str]:
     problems = name_problems(trainer)
     problems += precision_problems(trainer.precision)
     problems += number_problems(vars(trainer), stage)
@@ -113,7 +114,8 @@ def _trainer_problems(trainer: Namespace, decoding: DecodingConfig, stage: str) 
     problems += validation_interval_problems(trainer.val_check_interval)
     problems += sampler_problems(trainer.use_distributed_sampler)
     problems += strategy_problems(trainer.strategy)
-    problems += sharded_decoding_problems(trainer.strategy, decoding)
+    problems += sharded_decoding_problems(trainer.strategy, module.decoding)
+    problems += sharded_quantization_problems(trainer.strategy, module.backbone)
     # Only devices that are a number tell the number of ranks before the run; the value of a flag is text.
     if isinstance(trainer.strategy, AdapterShardingStrategy) and str(trainer.devices).isdecimal():
         problems += trainer.strategy.problems(trainer.num_nodes * int(trainer.devices))

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from gatera_lightning.adapters.packed_weight import PackedWeight, stored_tensors
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations create, for as long as something refers to them.
@@ -26,7 +28,9 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.recent_peak = 0
         # By address: a storage on the meta device has no data pointer, and several Python objects.
-        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._sizes: dict[int, int] = {
+            part.untyped_storage()._cdata: 0 for tensor in known for part in stored_tensors(tensor)
+        }
         self._known = known
 
     def reset_recent_peak(self) -> None:
@@ -34,9 +38,11 @@ class LiveBytes(TorchDispatchMode):
         self.recent_peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, PackedWeight) for kind in types):
+            return NotImplemented  # it unpacks itself, by operations that come back here
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, PackedWeight):
                 self._count(tensor)
         return out
 

@@ -19,9 +19,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import inject_adapters
 from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.adapters.packed_weight import stored_bytes
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.decoder_layers import decoder_layers
 from gatera_lightning.backbone.loading import prepare_for_training
+from gatera_lightning.backbone.quantization import quantize_linear_layers, stored_quantization
 from gatera_lightning.cost_model.live_bytes import LiveBytes
 from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
 from gatera_lightning.errors import ConfigError
@@ -107,6 +109,9 @@ def build_on_meta(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=_FUSED, trust_remote_code=backbone.trust_remote_code
         )
+    storage = stored_quantization(config) or backbone.quantization
+    if storage != "none":
+        quantize_linear_layers(model, storage)
     inject_adapters(model, adapter)
     prepare_for_training(model, backbone)
     return cast(PreTrainedModel, model.train())
@@ -117,7 +122,7 @@ def model_sizes(model: PreTrainedModel) -> ModelSizes:
     own = {id(parameter) for parameter in adapter_parameters(model).values()}
 
     def frozen(module: nn.Module) -> int:
-        return sum(p.numel() * p.element_size() for p in module.parameters() if id(p) not in own)
+        return sum(stored_bytes(p) for p in module.parameters() if id(p) not in own)
 
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in own)
     return ModelSizes(frozen(model), adapter, tuple(frozen(layer) for layer in decoder_layers(model)))

@@ -14,7 +14,9 @@ from gatera_lightning.adapters.injection import InjectionReport, inject_adapters
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.serialization import load_adapter
 from gatera_lightning.backbone.config import BackboneConfig
-from gatera_lightning.backbone.loading import load_backbone, prepare_for_training
+from gatera_lightning.backbone.loading import load_backbone, load_config, prepare_for_training
+from gatera_lightning.backbone.quantization import stored_quantization
+from gatera_lightning.backbone.source import gguf_file
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 
@@ -72,6 +74,7 @@ def load_sharded(
     message: _ModelDescription | Exception | None = None
     if strategy.global_rank == 0:
         try:
+            _refuse_quantized_weights(backbone)
             full_model = load_backbone(backbone, strategy.root_device.type)
             report = inject_adapters(full_model, adapter, torch.Generator().manual_seed(seed))
             if warm_start is not None:
@@ -95,6 +98,17 @@ def load_sharded(
         # Not register_buffer, which would turn a non-persistent buffer into a persistent one.
         setattr(model.get_submodule(parent), leaf, buffer.to(strategy.root_device))
     return model, message.report
+
+
+def _refuse_quantized_weights(backbone: BackboneConfig) -> None:
+    """Refuse a backbone that is stored quantized; the setting is checked before the run starts."""
+    stored = None if gguf_file(backbone.id) else stored_quantization(load_config(backbone))
+    if stored is not None:
+        raise ConfigError(
+            f"backbone.id: the weights of {backbone.id!r} are quantized ({stored}), and "
+            "AdapterShardingStrategy cannot shard them; accepted: dense weights, or trainer.strategy auto or "
+            "ddp"
+        )
 
 
 def _build_without_weights(

@@ -14,6 +14,7 @@ from gatera_lightning.adapters.fingerprint import weight_fingerprint
 from gatera_lightning.adapters.gates import Gate
 from gatera_lightning.adapters.layer import AdaptedLinear, build_parts
 from gatera_lightning.adapters.linear_layers import has_plain_forward, is_modified
+from gatera_lightning.adapters.packed_weight import PackedWeight
 from gatera_lightning.adapters.updates.base import Update, add_gated
 
 
@@ -182,6 +183,12 @@ class GateRALinear(AdaptedLinear, BaseTunerLayer):  # type: ignore[misc]  # PEFT
                 f"the adapter {name!r} has a {config.gate.kind!r} gate, whose value differs between tokens, "
                 "so no single matrix equals it. Only gates that do not depend on the token merge ('none', "
                 "'static'); keep the adapter, or call unload() for the backbone without it."
+            )
+        if isinstance(self.base_layer.weight, PackedWeight):
+            raise ValueError(
+                f"a weight that is stored as {self.base_layer.weight.storage_name} would round the merged "
+                "one; accepted: dense weights, as after "
+                "gatera_lightning.backbone.quantization.dequantize_linear_layers(model)"
             )
         if is_modified(self.base_layer) or not has_plain_forward(self.base_layer):
             raise ValueError(

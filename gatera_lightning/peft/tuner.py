@@ -5,11 +5,15 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import WeightFingerprint, backbone_fingerprint, weight_fingerprint
-from gatera_lightning.adapters.identity import backbone_problem
+from gatera_lightning.adapters.identity import (
+    backbone_problem,
+    quantization_while_loading,
+    warn_of_other_quantization,
+)
 from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.targets import positive_indices
 from gatera_lightning.errors import AdapterFileError, ConfigError
@@ -45,33 +49,40 @@ class GateRAModel(BaseTuner):
         if not config.gatera.get("fingerprint"):
             return
         found: dict[str, WeightFingerprint] = {}
+        weights: list[Tensor] = []
         adapted: tuple[str, ...] = ()
         for name, module in model.named_modules():
             if (name.startswith(adapted) and adapted) or not self._check_target_module_exists(config, name):
                 continue
             if isinstance(module, GateRALinear):
                 found[name] = module.base_fingerprint
+                weights.append(module.base_layer.weight)
                 adapted = (*adapted, f"{name}.")
             elif isinstance(module, nn.Linear):
                 found[name] = weight_fingerprint(module.weight)
+                weights.append(module.weight)
         origin = {"id": config.base_model_name_or_path, "revision": config.revision} | config.gatera
         own = {version: backbone_fingerprint(found, version) for version in (1, 2, 3)}
         if all(all(fingerprint) for fingerprint in found.values()) and (
             problem := backbone_problem(own, origin)
         ):
             raise AdapterFileError(f"this adapter {problem}")
+        warn_of_other_quantization("this adapter", config.gatera, weights)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to a model, and remember for which backbone it is."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = {
-            name: module.base_fingerprint
+        adapted = {
+            name: module
             for name, module in model.named_modules()
             if isinstance(module, GateRALinear) and adapter_name in module.gatera_config
         }
+        layers = {name: module.base_fingerprint for name, module in adapted.items()}
         if all(all(fingerprint) for fingerprint in layers.values()):
+            storage = quantization_while_loading(module.base_layer.weight for module in adapted.values())
             cast(GateRAConfig, self.peft_config[adapter_name]).set_backbone(
-                {
+                ({} if storage == "none" else {"quantization": storage})
+                | {
                     "fingerprint": backbone_fingerprint(layers),
                     "fingerprint_float16": backbone_fingerprint(layers, 3),
                     "attn_implementation": getattr(

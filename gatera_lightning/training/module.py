@@ -19,6 +19,7 @@ from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.distributed.consistency import check_ranks_agree
+from gatera_lightning.distributed.packed_weights import exclude_packed_weights
 from gatera_lightning.errors import ConfigError, check_arguments
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
@@ -110,7 +111,7 @@ class GateRAModule(AdapterModule):
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings that would silently change the result; reset what an earlier run left."""
-        trainer_checks.check_trainer(self.trainer, stage, self.decoding)
+        trainer_checks.check_trainer(self.trainer, stage, self.decoding, self.backbone)
         check_context(self.trainer, stage, self.backbone, self.decoding)
         trainer_checks.prepare_trainer(self.trainer)
         self._reset_step()
@@ -153,6 +154,7 @@ class GateRAModule(AdapterModule):
             self.model, self.report = load_adapted_model(
                 self.backbone, self.adapter, strategy=strategy, device=device, warm_start=self.warm_start
             )
+            exclude_packed_weights(self)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the backbone's tokenizer, for data modules."""

@@ -12,6 +12,7 @@ import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.compatibility.lightning_internals import uses_distributed_sampler, validates_by_time
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
@@ -33,13 +34,14 @@ _TIMED_VALIDATION = (
 )
 
 
-def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig) -> None:
+def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig, backbone: BackboneConfig) -> None:
     """Raise ConfigError with all problems of the Trainer that runs the module.
 
     Args:
         trainer: The Trainer.
         stage: What it runs: fit, validate, test or predict.
         decoding: The module's decoding settings.
+        backbone: The module's settings of its backbone.
     """
     problems = precision_problems(trainer.precision)
     if stage == "fit" and validates_by_time(trainer):
@@ -47,6 +49,7 @@ def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig) -> N
     if trainer.world_size > 1:  # one rank has the whole schedule, and Lightning leaves it as it is
         problems += sampler_problems(uses_distributed_sampler(trainer))
     problems += sharded_decoding_problems(trainer.strategy, decoding)
+    problems += sharded_quantization_problems(trainer.strategy, backbone)
     problems += strategy_problems(trainer.strategy)
     problems += number_problems({name: getattr(trainer, name, None) for name in _CHECKED_NUMBERS}, stage)
     if problems:
@@ -119,4 +122,14 @@ def sharded_decoding_problems(strategy: Any, decoding: DecodingConfig) -> list[s
     return [
         f"model.decoding.skip_below: {decoding.skip_below}, merge_above: {decoding.merge_above}, with "
         "sharded weights, which cannot be merged; accepted: 0 and 1, or trainer.strategy auto or ddp"
+    ]
+
+
+def sharded_quantization_problems(strategy: Any, backbone: BackboneConfig) -> list[str]:
+    """Reject quantized weights with sharding: their codes and scales cannot be split along one dimension."""
+    if not isinstance(strategy, AdapterShardingStrategy) or backbone.quantization == "none":
+        return []
+    return [
+        f"model.backbone.quantization: {backbone.quantization!r}, with AdapterShardingStrategy, which cannot "
+        "shard quantized weights; accepted: none, or trainer.strategy auto or ddp"
     ]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packed_layers import ALL_STORAGES
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, inject_adapters
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.loading import prepare_for_training
+from gatera_lightning.backbone.quantization import quantize_linear_layers
 from gatera_lightning.cost_model.step_costs import (
     MicroBatch,
     build_on_meta,
@@ -31,6 +33,12 @@ SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
+}
+WIDE = SIZES | {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
 }
 LLAMA = LlamaConfig(vocab_size=512, **SIZES)
 BATCH = MicroBatch(sequences=8, length=64, supervised_tokens=96)
@@ -80,6 +88,28 @@ def test_peak_matches_real_step(update, gate, dtype, checkpointing):
     inject_adapters(model, adapter)
     prepare_for_training(model, backbone)
     assert predicted.peak == pytest.approx(allocated_peak(real_step(model.train(), BATCH)), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("storage", ALL_STORAGES)
+@pytest.mark.parametrize(("update", "gate"), [("hira", "token"), ("lora", "token"), ("dora", "static")])
+def test_peak_over_quantized_weights_matches_real_step(update, gate, storage, dtype, checkpointing):
+    """Weights dominate here, so that the dense copies of a pass are a large part of the peak."""
+    if storage.startswith("quanto") or (update, dtype) == ("dora", "bfloat16"):
+        pytest.skip("kernels of quanto, and bfloat16 norms, allocate what the meta device does not show")
+    config, batch = LlamaConfig(vocab_size=512, **WIDE), MicroBatch(2, 16, 8)
+    backbone = BackboneConfig(id="here", gradient_checkpointing=checkpointing, quantization=storage)
+    adapter = AdapterConfig(update=update, gate=gate, rank=8)
+    predicted = build_on_meta(config, backbone, adapter, getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    quantize_linear_layers(model, storage)
+    inject_adapters(model, adapter)
+    prepare_for_training(model, backbone)
+    assert model_sizes(predicted) == model_sizes(model)
+    costs = step_costs(predicted, batch, recomputed=checkpointing)
+    assert costs.peak == pytest.approx(allocated_peak(real_step(model.train(), batch)), rel=0.1)
+    assert costs.peak > 512 * 1024 * getattr(torch, dtype).itemsize
 
 
 def test_peak_of_other_architecture_matches_real_step():

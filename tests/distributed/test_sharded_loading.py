@@ -44,6 +44,7 @@ def test_load_sharded_sends_error_that_cannot_be_pickled_as_text(monkeypatch):
     def fail(*_):
         raise LockedError(response="no such weights")
 
+    monkeypatch.setattr(sharded_loading, "load_config", lambda _: SimpleNamespace())  # no network
     monkeypatch.setattr(sharded_loading, "load_backbone", fail)
     strategy = SimpleNamespace(
         global_rank=0,

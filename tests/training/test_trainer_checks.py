@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from tiny_backbone import tiny_module, tiny_trainer
 
-from gatera_lightning import ConfigError
+from gatera_lightning import BackboneConfig, ConfigError
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.generation.decoding import DecodingConfig
@@ -16,6 +16,7 @@ from gatera_lightning.training.trainer_checks import (
     precision_problems,
     sampler_problems,
     sharded_decoding_problems,
+    sharded_quantization_problems,
     strategy_problems,
     validation_interval_problems,
 )
@@ -101,7 +102,7 @@ def test_check_trainer_reports_all_problems(tmp_path, stage):
         default_root_dir=tmp_path,
     )
     with pytest.raises(ConfigError) as caught:
-        check_trainer(trainer, stage, DecodingConfig(skip_below=0.1))
+        check_trainer(trainer, stage, DecodingConfig(skip_below=0.1), BackboneConfig(id="here"))
     names = [problem.partition(": ")[0] for problem in caught.value.problems]
     assert names == [
         "trainer.precision",
@@ -113,7 +114,12 @@ def test_check_trainer_reports_all_problems(tmp_path, stage):
 
 def test_one_rank_may_use_distributed_sampler(tmp_path):
     """Lightning's default, with which one rank reads the data as it is."""
-    check_trainer(L.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path), "fit", DecodingConfig())
+    check_trainer(
+        L.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path),
+        "fit",
+        DecodingConfig(),
+        BackboneConfig(id="here"),
+    )
 
 
 def test_setup_prepares_trainer_for_sharded_weights(tiny_backbone, tmp_path):
@@ -124,3 +130,11 @@ def test_setup_prepares_trainer_for_sharded_weights(tiny_backbone, tmp_path):
         loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
     )
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+
+
+def test_sharding_of_quantized_weights_is_refused():
+    backbone = BackboneConfig(id="here", quantization="int8")
+    (problem,) = sharded_quantization_problems(AdapterShardingStrategy(), backbone)
+    assert problem.startswith("model.backbone.quantization: 'int8', with AdapterShardingStrategy")
+    assert not sharded_quantization_problems("ddp", backbone)
+    assert not sharded_quantization_problems(AdapterShardingStrategy(), BackboneConfig(id="here"))

@@ -1,6 +1,7 @@
 """HiRA's Hadamard update as autograd functions that rebuild the dense factor instead of saving it.
 
-They save what the frozen layer saves anyway (its input) and the low-rank factors.
+They save what the frozen layer saves anyway (its input) and the low-rank factors. A packed frozen weight is
+saved packed, and unpacked once in each pass.
 """
 
 from typing import Any, cast
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 from gatera_lightning.adapters.kernels.differentiation import first_order_only, transforms_are_active
+from gatera_lightning.adapters.packed_weight import dense
 
 
 def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def hadamard_weight(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         The product, (out, in), in ``weight``'s dtype.
     """
     with autocast_disabled(weight):
-        return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(weight)
+        return torch.mm(b.to(weight.dtype), a.to(weight.dtype)).mul_(dense(weight))
 
 
 @torch.library.custom_op("gatera_lightning::hadamard_weight_once", mutates_args=())
@@ -103,7 +105,7 @@ class _GatedHadamard(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, g = ctx.saved_tensors
-        dtype = weight.dtype
+        weight, dtype = dense(weight), weight.dtype
         needs_y, needs_x, _, needs_a, needs_b, needs_g = ctx.needs_input_grad
         du = dy.to(dtype)
         x_ = x.to(dtype)
@@ -153,6 +155,7 @@ class _MergedHadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
+        weight = dense(weight)
         y = F.linear(x, hadamard_weight(weight, a, b).add_(weight), bias)
         return y.detach()  # models may write to the output in place, which a view would not allow
 
@@ -160,6 +163,7 @@ class _MergedHadamard(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
+        weight = dense(weight)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.matmul(dy, _rebuilt_hadamard_weight(weight, a, b, dy).add_(weight))  # (..., in)

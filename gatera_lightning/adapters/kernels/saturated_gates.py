@@ -18,6 +18,7 @@ from gatera_lightning.adapters.kernels.hadamard import (
     factor_gradients,
     hadamard_weight,
 )
+from gatera_lightning.adapters.packed_weight import dense
 
 MIN_SATURATED_SHARE = 1 / 8
 """Share of tokens with saturated gates below which sorting the tokens costs more than it saves.
@@ -92,6 +93,7 @@ class _SkippingHadamard(torch.autograd.Function):
         between: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, g, between)
+        weight = dense(weight)
         flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
         with autocast_disabled(x):
             y = F.linear(flat, weight, bias)
@@ -105,7 +107,7 @@ class _SkippingHadamard(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, g, between = ctx.saved_tensors
-        dtype = weight.dtype
+        weight, dtype = dense(weight), weight.dtype
         needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
         dx = da = db = dg = None
         if needs_x:
@@ -146,6 +148,7 @@ class _PartitionedHadamard(torch.autograd.Function):
         order, inverse, closed, not_open = tokens
         ctx.save_for_backward(x, weight, a, b, g, order, inverse)
         ctx.closed, ctx.not_open = closed, not_open
+        weight = dense(weight)
         with autocast_disabled(x):
             delta = hadamard_weight(weight, a, b)
             rows = x.flatten(0, -2).to(weight.dtype).index_select(0, order)  # (tokens, in)
@@ -162,6 +165,7 @@ class _PartitionedHadamard(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, g, order, inverse = ctx.saved_tensors
+        weight = dense(weight)
         closed, not_open, dtype = ctx.closed, ctx.not_open, weight.dtype
         needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
         dx = da = db = dg = None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from gatera_lightning.adapters.gates import GateValues
 from gatera_lightning.adapters.linear_layers import has_plain_forward
+from gatera_lightning.adapters.packed_weight import dense
 from gatera_lightning.adapters.updates.base import Update, add_gated
 
 
@@ -37,7 +38,7 @@ class DoRA(Update):
 
         Uses ``‖w‖² + 2s b·(A w) + s² b·(AAᵀ) b``.
         """
-        dtype = self.a.dtype
+        weight, dtype = dense(weight), self.a.dtype
         own = _row_norm(weight, dtype).square()
         cross = (F.linear(weight, self.a.to(weight.dtype)).to(dtype) * self.b).sum(1)
         low_rank = ((self.b @ (self.a @ self.a.t())) * self.b).sum(1)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from gatera_lightning.adapters.inference import prepared_bytes
+from gatera_lightning.adapters.packed_weight import PackedWeight
 from gatera_lightning.backbone.loading import load_config, load_tokenizer, native_dtype
+from gatera_lightning.backbone.quantization import stored_quantization
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
@@ -53,9 +55,8 @@ def estimate(argv: Sequence[str]) -> None:
     batch, source = _largest_micro_batch(recipe)
     device_type = _device_type(trainer.accelerator)
     dtype = _backbone_dtype(recipe.model.backbone.dtype, device_type)
-    model = build_on_meta(
-        load_config(recipe.model.backbone), recipe.model.backbone, recipe.model.adapter, dtype
-    )
+    hf_config = load_config(recipe.model.backbone)
+    model = build_on_meta(hf_config, recipe.model.backbone, recipe.model.adapter, dtype)
     sizes = model_sizes(model)
     costs = step_costs(
         model,
@@ -65,7 +66,7 @@ def estimate(argv: Sequence[str]) -> None:
     )
     limit = args.memory * GIB if args.memory else _memory_of_device(device_type)
     for line in [
-        *_describe_recipe(recipe, layout, sizes, dtype),
+        *_describe_recipe(recipe, layout, model, sizes, dtype, stored_quantization(hf_config)),
         f"  micro-batch    {batch.sequences} rows of {batch.length} tokens, "
         f"{batch.supervised_tokens:,} supervised ({source})",
         *_describe_memory(sizes, costs, layout, limit),
@@ -97,16 +98,30 @@ def layout_of(strategy: Any, world_size: int) -> Layout:
     return Layout(replicas, world_size // replicas, bool(settings.get("cpu_offload", False)))
 
 
-def _describe_recipe(recipe: RecipeCLI, layout: Layout, sizes: ModelSizes, dtype: torch.dtype) -> list[str]:
+def _describe_recipe(
+    recipe: RecipeCLI,
+    layout: Layout,
+    model: torch.nn.Module,
+    sizes: ModelSizes,
+    dtype: torch.dtype,
+    stored_as: str | None,
+) -> list[str]:
     adapter = recipe.model.adapter
-    frozen = sizes.frozen // dtype.itemsize
     trainable = sizes.adapter // getattr(torch, adapter.adapter_dtype).itemsize
-    return [
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    name, quantization = str(dtype).removeprefix("torch."), stored_as or recipe.model.backbone.quantization
+    stored = name if quantization == "none" else f"{quantization}, embeddings and head in {name}"
+    lines = [
         f"{recipe.model.backbone.id}, {adapter.update} × {adapter.gate.kind}, {adapter.rank_text}",
         f"  devices        {layout}{recipe.world_size_remark}",
-        f"  parameters     {frozen:,} frozen in {str(dtype).removeprefix('torch.')}, "
+        f"  parameters     {frozen:,} frozen in {stored}, "
         f"{trainable:,} trainable in {adapter.adapter_dtype} ({trainable / frozen:.2%})",
     ]
+    if quantization != "none" and stored_as is None:
+        lines.append(
+            f"  loading        {frozen * dtype.itemsize / GIB:.2f} GiB of CPU memory, for the dense weights"
+        )
+    return lines
 
 
 def _describe_memory(sizes: ModelSizes, costs: StepCosts, layout: Layout, limit: float | None) -> list[str]:
@@ -159,9 +174,11 @@ def _describe_generation(recipe: RecipeCLI, model: torch.nn.Module, layout: Layo
     prepared = prepared_bytes(model, with_thresholds=decoding.uses_gate_thresholds)
     if not prepared or layout.shards > 1 or not decoding.prepared:
         return []
+    packed = any(isinstance(parameter, PackedWeight) for parameter in model.parameters())
+    dense = ", which are dense" if packed else ""
     return [
-        f"  generation     {prepared / GIB:.2f} GiB more for prepared weights (model.decoding.prepared), "
-        "plus the KV cache"
+        f"  generation     {prepared / GIB:.2f} GiB more for prepared weights "
+        f"(model.decoding.prepared{dense}), plus the KV cache"
     ]
 
 

@@ -15,6 +15,7 @@ from gatera_lightning.adapters.serialization import load_adapter, read_adapter, 
 from gatera_lightning.adapters.stored_config import CONFIG_FILE
 from gatera_lightning.backbone.config import stored_backbone
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
+from gatera_lightning.backbone.quantization import dequantize_linear_layers
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
@@ -145,8 +146,12 @@ def _write_merged(args: argparse.Namespace, adapter: _Adapter) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder), adapter.tensors, adapter.config, adapter.origin, None)
         load_adapter(model, folder)
+    if backbone.quantization != "none":
+        dequantize_linear_layers(model)
     report = write_merged_model(model, tokenizer, args.out, texts)
     print_text(f"{args.out}: the backbone with the adapter of {adapter.source}, in {args.dtype}")
+    if backbone.quantization != "none":
+        print_text(f"  merged into the dense values of weights that were stored as {backbone.quantization}")
     for line in report.lines():
         print_text(f"  {line}")
 
