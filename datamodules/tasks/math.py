@@ -163,29 +163,39 @@ class MathDataModule(TaskDataModule):
         return example
 
     def parse_answer(self, text: str, labels: Sequence[str]) -> ParsedAnswer:
-        """Parse the final answer of a generated solution, and compare it with the correct one.
-
-        Numbers are equal within 0.001; letters must be the same.
+        """Parse the final answer of a generated solution; see :func:`parse_solution`.
 
         Args:
             text: Generated text.
             labels: The correct answer, alone.
-
-        Returns:
-            The answer as it is written; its choice is 0 if it is correct, otherwise None.
-
-        Raises:
-            ValueError: The label is neither a number nor a letter.
         """
-        gold = parse_number(labels[0])
-        if gold is None:
-            if not _is_letter(labels[0]):
-                raise ValueError(f"label {labels[0]!r}: expected a number or a letter of {LETTERS}")
-            letter = find_option_letter(text, LETTERS)
-            return ParsedAnswer(letter, 0 if letter == labels[0] else None)
-        answer = find_final_number(text)
-        value = None if answer is None else parse_number(answer)
-        return ParsedAnswer(answer, 0 if value is not None and numbers_equal(value, gold) else None)
+        return parse_solution(text, labels[0])
+
+
+def parse_solution(text: str, label: str) -> ParsedAnswer:
+    """Parse the final answer of a generated solution, and compare it with the correct one.
+
+    Numbers are equal within 0.001; letters must be the same.
+
+    Args:
+        text: Generated text.
+        label: The correct answer.
+
+    Returns:
+        The answer as it is written; its choice is 0 if it is correct, otherwise None.
+
+    Raises:
+        ValueError: The label is neither a number nor a letter.
+    """
+    gold = parse_number(label)
+    if gold is None:
+        if not _is_letter(label):
+            raise ValueError(f"label {label!r}: expected a number or a letter of {LETTERS}")
+        letter = find_option_letter(text, LETTERS)
+        return ParsedAnswer(letter, 0 if letter == label else None)
+    answer = find_final_number(text)
+    value = None if answer is None else parse_number(answer)
+    return ParsedAnswer(answer, 0 if value is not None and numbers_equal(value, gold) else None)
 
 
 def _is_letter(answer: str) -> bool:

@@ -64,6 +64,7 @@ class GateRALM(HFLM):
         """
         if unknown := sorted(set(of_local_tasks) - set(_OF_LOCAL_TASKS)):
             raise ConfigError(f"model_args: {unknown[0]!r} is unknown to the model gatera")
+        self._local_prompts: dict[str, list[int]] = {}
         self.source = LocalModel.of(adapter, backbone, dtype)
         self.template = self.source.template(template)
         place = default_device() if device is None else torch.device(device)
@@ -108,8 +109,26 @@ class GateRALM(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the generated continuation of each prompt."""
         quiet = disable_tqdm or not sys.stderr.isatty()
-        found: list[str] = super().generate_until(requests, disable_tqdm=quiet)
-        return found
+        answers: list[tuple[Any, str]] = []
+        for wants_local in (True, False):  # a batch is of one kind, see tok_batch_encode
+            chosen = [request for request in requests if is_local(request.doc) is wants_local]
+            prompts = {request.args[0]: list(request.doc["prompt_ids"]) for request in chosen if wants_local}
+            self._local_prompts = prompts
+            texts = super().generate_until(chosen, disable_tqdm=quiet) if chosen else []
+            answers += zip(map(id, chosen), texts, strict=True)
+        found = dict(answers)
+        return [found[id(request)] for request in requests]
+
+    @override
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return left-padded token ids and their mask; a local row brings its own."""
+        if not self._local_prompts:
+            found: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **kwargs)
+            return found
+        limit = kwargs.get("left_truncate_len") or sys.maxsize
+        rows = {"input_ids": [self._local_prompts[text][-limit:] for text in strings]}
+        padded = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     @override
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,7 +180,7 @@ class GateRALM(HFLM):
 
 def is_local(doc: Any) -> bool:
     """Return whether a row of lm-eval is one of a local task, which has token ids."""
-    return isinstance(doc, dict) and "answer_ids" in doc
+    return isinstance(doc, dict) and "prompt_ids" in doc
 
 
 def _token_ids(request: Any) -> tuple[tuple[str, str], list[int], list[int]]:

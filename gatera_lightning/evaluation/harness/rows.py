@@ -13,6 +13,7 @@ from gatera_lightning.backbone.loading import context_length, load_config, load_
 from gatera_lightning.backbone.source import gguf_file
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.tasks.commonsense import AnswerFormat, CommonsenseDataModule
+from gatera_lightning.datamodules.tasks.math import MathDataModule, parse_solution
 from gatera_lightning.datamodules.tokenization.control_tokens import THOUGHT_END, unescape
 from gatera_lightning.errors import AdapterFileError, ConfigError
 
@@ -132,6 +133,73 @@ def commonsense(
         max_length=model.longest(max_length),
     )
     return {"test": _rows(data, model.tokenizer)}
+
+
+def math_problems(
+    *,
+    task: str,
+    adapter: str | None = None,
+    backbone: str | None = None,
+    template: str | None = None,
+    data_dir: str | None = None,
+    max_length: int | None = None,
+    **_: Any,
+) -> dict[str, Dataset]:
+    """Return the word problems of a task's test split, as lm-eval's ``custom_dataset``.
+
+    Args:
+        task: Name of the task, a folder in ``data_dir``.
+        adapter: The adapter folder that is evaluated.
+        backbone: The backbone that is evaluated, if there is no adapter.
+        template: The prompt template; None takes the adapter's.
+        data_dir: Folder with ``TASK/test.json``.
+        max_length: Maximum number of tokens of a row; None takes the model's context.
+        _: Other arguments of the model.
+
+    Returns:
+        ``test`` -> rows with the text ``prompt``, its token ids, and the correct ``answer``.
+
+    Raises:
+        ConfigError: The data cannot be read; the message names the file and the row.
+    """
+    if data_dir is None and task not in MathDataModule.sample_tasks:
+        raise ConfigError(f"--data_dir: is not set; accepted: a folder with {task}/test.json")
+    model = LocalModel.of(adapter, backbone)
+    data = MathDataModule(
+        template=model.template(template),
+        answer_style="gsm8k",  # of solutions, which are not read here
+        train_on="response",  # required, but nothing is trained
+        data_dir=data_dir or "samples",
+        test=[task],
+        evaluate_by=["generation"],
+        max_length=model.longest(max_length),
+    )
+    data.connect(model.tokenizer)
+    data.setup("test")
+    table = data.tables["test"].select_columns(["prompt", "labels", "gold", "task", "key"])
+    return {
+        "test": Dataset.from_list(
+            [
+                {
+                    "prompt": unescape(example.prompt),
+                    "prompt_ids": row["prompt"],
+                    "answer": row["labels"][0],
+                    **{name: row[name] for name in ("gold", "task", "key")},
+                }
+                for example, row in zip(data.examples("test"), table, strict=True)
+            ]
+        )
+    }
+
+
+def judged_solution(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return whether the final answer of a generated solution is correct, as ``test`` judges it.
+
+    Args:
+        doc: A row of :func:`math_problems`.
+        results: The generated text.
+    """
+    return {"exact_match": float(parse_solution(results[0], doc["answer"]).choice == 0)}
 
 
 def _rows(data: CommonsenseDataModule, tokenizer: PreTrainedTokenizerBase) -> Dataset:

