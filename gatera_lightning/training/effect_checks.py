@@ -5,10 +5,10 @@ from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
+from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.errors import near_miss
 from gatera_lightning.evaluation.likelihood_ranking import Score
@@ -41,12 +41,17 @@ def effect_problems(trainer: L.Trainer, *, logs_only_ours: bool) -> list[str]:
 
 
 def checkpoint_io_problems(plugin: Any) -> list[str]:
-    """Refuse a plugin that writes checkpoints in the background, where a failed write would go unnoticed."""
-    if not isinstance(plugin, AsyncCheckpointIO):
+    """Refuse a plugin that writes checkpoints in another way than atomically and checked.
+
+    Args:
+        plugin: The strategy's ``checkpoint_io``, once Lightning's default is replaced.
+    """
+    if isinstance(plugin, AtomicCheckpointIO):
         return []
     return [
-        f"trainer.plugins: {type(plugin).__name__}, but checkpoints are written atomically, and a failed "
-        "write ends the run on all ranks, which a write in the background cannot do; accepted: none"
+        f"trainer.plugins: {type(plugin).__name__}, but checkpoints are written atomically and with "
+        "digests, and a failed write must end the run on all ranks; accepted: none, or a subclass of "
+        "gatera_lightning.checkpointing.checkpoint_io.AtomicCheckpointIO"
     ]
 
 

@@ -3,13 +3,15 @@
 import pytest
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from gatera_lightning import ConfigError
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
+from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 
 
 class Own(Callback):
@@ -21,6 +23,27 @@ class CountsValidations(Callback):
 
     def on_validation_end(self, trainer, pl_module):
         self.count += 1
+
+
+class OfTheUser(CheckpointIO):
+    """A plugin that keeps nothing."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        pass
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):
+        return {}
+
+    def remove_checkpoint(self, path):
+        pass
+
+
+class ChangesLightnings(TorchCheckpointIO):
+    """Lightning's way of writing, changed."""
+
+
+class ChangesOurs(AtomicCheckpointIO):
+    """The atomic way of writing, changed."""
 
 
 @pytest.fixture
@@ -71,6 +94,12 @@ def refused(fit, monkeypatch):
             "trainer.check_val_every_n_epoch: 2, but the run ends at trainer.max_steps 4",
         ),
         ({"plugins": [AsyncCheckpointIO()]}, "trainer.plugins: AsyncCheckpointIO, but checkpoints"),
+        ({"plugins": [OfTheUser()]}, "trainer.plugins: OfTheUser, but checkpoints"),
+        ({"plugins": [ChangesLightnings()]}, "trainer.plugins: ChangesLightnings, but checkpoints"),
+        (
+            {"strategy": SingleDeviceStrategy("cpu", checkpoint_io=OfTheUser())},
+            "trainer.plugins: OfTheUser, but checkpoints",
+        ),
         ({"limit_train_batches": 3, "accumulate_grad_batches": 4}, "trainer.limit_train_batches: 3"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
@@ -85,6 +114,7 @@ def test_setting_without_effect_is_refused(refused, settings, start):
         {"min_steps": 1, "max_time": "00:01:00:00"},
         {"max_steps": -1, "max_epochs": 1, "check_val_every_n_epoch": 2, "limit_val_batches": 0},
         {"check_val_every_n_epoch": None, "val_check_interval": 2},
+        {"plugins": [ChangesOurs()]},
     ],
     ids="-".join,
 )
