@@ -1,4 +1,4 @@
-"""The run folder: its config, and the run that owns it."""
+"""The run folder: its config, and the run that owns it and the folders of its other loggers."""
 
 from pathlib import Path
 
@@ -17,27 +17,27 @@ class RunFolder(SaveConfigCallback):
     An evaluation in the folder of a training run leaves that run's config as it is.
     """
 
-    _claimed: Path | None = None
+    _claimed: tuple[Path, ...] = ()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Claim the folder and save the config; a collective.
+        """Claim the run folder and those of all loggers, and save the config; a collective.
 
         Raises:
-            ConfigError: On every rank, if another run holds the folder or has left its config there.
+            ConfigError: On every rank, if another run holds a folder or has left its config in the run's.
         """
         folder = trainer.log_dir  # a collective: all ranks read it
         problem, config_exists = None, False
         if trainer.is_global_zero and folder is not None and not self.already_saved:
-            self._claimed = Path(folder)
-            config = self._claimed / self.config_filename
+            config = Path(folder) / self.config_filename
             config_exists = config.is_file()
-            problem = claim(self._claimed)
+            problem = self._claim(Path(folder))
             written = stage == "fit" or not config_exists
             if problem is None and written and (unusable := file_problem(config)):
-                problem = f"the run folder {self._claimed} cannot be used ({unusable}); accepted: another one"
+                problem = f"the run folder {config.parent} cannot be used ({unusable}); accepted: another one"
             if config_exists and stage == "fit" and not self.overwrite:
-                problem = problem or self._config_problem(trainer)
+                problem = problem or self._config_problem(trainer, Path(folder))
+            problem = problem or self._claim_of_loggers(trainer)
         problem, config_exists = trainer.strategy.broadcast((problem, config_exists))
         if problem:
             raise ConfigError(problem, on_every_rank=True)
@@ -53,17 +53,41 @@ class RunFolder(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release()
 
-    def _release(self) -> None:
-        if self._claimed is not None:
-            release(self._claimed)
+    def _claim(self, folder: Path) -> str | None:
+        """Claim a folder, once; return why it cannot be used."""
+        folder = folder.resolve()
+        if folder in self._claimed:
+            return None
+        problem = claim(folder)
+        if problem is None:
+            self._claimed += (folder,)
+        return problem
 
-    def _config_problem(self, trainer: Trainer) -> str:
+    def _claim_of_loggers(self, trainer: Trainer) -> str | None:
+        """Claim what each logger keeps for this run alone.
+
+        A logger without a ``log_dir`` makes its own folder for each run in a ``save_dir`` that runs share.
+        """
+        for logger in trainer.loggers:
+            folder = logger.log_dir
+            if folder is None or "://" in str(folder):  # no folder of its own, or a remote one
+                continue
+            if problem := self._claim(Path(folder)):
+                return f"trainer.logger: {type(logger).__name__}: {problem}"
+        return None
+
+    def _release(self) -> None:
+        for folder in self._claimed:
+            release(folder)
+        self._claimed = ()
+
+    def _config_problem(self, trainer: Trainer, folder: Path) -> str:
         other = (
             "another version (--trainer.logger.init_args.version)"
             if trainer.loggers
             else "another folder (--trainer.default_root_dir)"
         )
         return (
-            f"the run folder {self._claimed} already has the {self.config_filename} of another run; "
+            f"the run folder {folder} already has the {self.config_filename} of another run; "
             f"accepted: {other}, or --ckpt_path last to resume that run"
         )

@@ -1,13 +1,18 @@
 """One run in one folder: a second one ends with one sentence, before weights are loaded."""
 
+import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from gatera_lightning import ConfigError, GateRAModule
 from gatera_lightning.checkpointing import output_check, run_lock
-from gatera_lightning.checkpointing.run_lock import LOCK_FILE
+from gatera_lightning.checkpointing.run_lock import LOCK_FILE, claim, release
+from gatera_lightning.cli import run_folder
 from gatera_lightning.cli.main import main
 
 VERSION = ["--trainer.logger.init_args.version", "fixed"]
@@ -68,6 +73,79 @@ def test_run_beside_a_running_one_is_one_sentence(fit, problems, monkeypatch, no
     (FOLDER / LOCK_FILE).write_text('{"pid": 5, "host": "node3", "job": null, "started": "today"}')
     (problem,) = problems(*fit, *VERSION, "--ckpt_path", "last")
     assert "belongs to a run that is still going: process 5 on node3, started today" in problem
+
+
+def loggers(*folders):
+    """Flags of one CSVLogger for each folder."""
+    return [
+        "--trainer.logger",
+        json.dumps(
+            [
+                {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": folder, "name": "", "version": "one"},
+                }
+                for folder in folders
+            ]
+        ),
+    ]
+
+
+class Claims:
+    """Records the folders that a run claims and releases."""
+
+    def __init__(self, monkeypatch):
+        self.claimed, self.released = [], []
+        monkeypatch.setattr(run_folder, "claim", lambda folder: self.claimed.append(folder) or claim(folder))
+        monkeypatch.setattr(
+            run_folder, "release", lambda folder: self.released.append(folder) or release(folder)
+        )
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("a", "a"), ("a", "b", "./b", "a")], ids="-".join)
+def test_folder_of_every_logger_is_claimed_once_and_released(fit, monkeypatch, folders):
+    claims = Claims(monkeypatch)
+    assert main([*fit, *loggers(*folders)]) == 0
+    assert claims.claimed == [
+        Path(name, "one").resolve() for name in dict.fromkeys(map(os.path.normpath, folders))
+    ]
+    assert claims.released == claims.claimed
+    assert not run_lock._held
+    assert all(Path(name, "one", LOCK_FILE).is_file() for name in folders)
+
+
+def test_run_whose_second_logger_writes_to_the_folder_of_another_run_is_one_sentence(
+    fit, problems, monkeypatch, no_weights
+):
+    """And it gives up the folder of its first logger."""
+
+    def one_held(file, *args):
+        if "/b/" in file.name:
+            held()
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", one_held)
+    (problem,) = problems(*fit, *loggers("a", "b"))
+    assert problem.startswith("trainer.logger: CSVLogger: the run folder ")
+    assert "/b/one belongs to a run that is still going" in problem
+    assert not run_lock._held
+
+
+class SharedFolder(DummyLogger):
+    """A logger that makes a folder of its own for each run, in one that runs share, as that of W&B."""
+
+    save_dir = "shared"
+
+
+@pytest.mark.parametrize(
+    "logger", [SharedFolder(), TensorBoardLogger("memory://x")], ids=["shared", "remote"]
+)
+def test_folder_that_runs_share_or_that_is_remote_is_not_claimed(tmp_path, logger):
+    callback = run_folder.RunFolder(None, None)
+    callback._claim_of_loggers(Mock(loggers=[CSVLogger(tmp_path, version="one"), logger]))
+    assert callback._claimed == ((tmp_path / "lightning_logs" / "one").resolve(),)
+    callback._release()
+    assert not Path("shared").exists()
+    assert not Path("memory:").exists()
 
 
 @pytest.mark.parametrize("error", [13, 30, 28, 122], ids=["denied", "read-only", "full", "quota"])
