@@ -104,8 +104,9 @@ def read_stored_config(folder: str | Path) -> StoredAdapter:
 def _adapter_inside(folder: Path) -> str:
     """Return a hint if a run's folder, its ``checkpoints`` or a checkpoint stands for an adapter folder."""
     inside = [*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"checkpoints/*/{CONFIG_FILE}")]
-    beside = folder.with_suffix("") / CONFIG_FILE  # checkpoints/last.ckpt has checkpoints/last
-    found = [beside] if folder.suffix == ".ckpt" and beside.is_file() else inside
+    found = inside
+    if folder.suffix == ".ckpt" and (beside := folder.with_suffix("") / CONFIG_FILE).is_file():
+        found = [beside]  # checkpoints/last.ckpt has checkpoints/last
     newest = max(found, key=lambda path: (path.parent.name == "last", path.stat().st_mtime_ns), default=None)
     return "" if newest is None else f"; did you mean {str(newest.parent)!r}?"
 

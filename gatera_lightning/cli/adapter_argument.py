@@ -28,11 +28,13 @@ def adapter_folder(given: str, argument: str = "--adapter") -> str:
         The adapter folder; what is given if there is none, so that reading it says what is missing.
 
     Raises:
-        ConfigError: The run has several adapters and none is the last, or the hub's adapter cannot be
-            fetched.
+        ConfigError: The argument is empty, the run has several adapters and none is the last, or the hub's
+            adapter cannot be fetched.
     """
+    if not given.strip():  # an unset variable of the shell, and not the working folder
+        raise ConfigError(f"{argument}: {given!r}; accepted: {ACCEPTED}")
     folder = Path(given)
-    if (folder / CONFIG_FILE).exists() or not given:
+    if (folder / CONFIG_FILE).exists():
         return given
     if not folder.exists() and _HUB_ID.fullmatch(given) and not folder.parent.exists():
         return _from_hub(given, argument)

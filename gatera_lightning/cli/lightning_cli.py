@@ -192,9 +192,9 @@ def find_adapter(settings: Namespace) -> None:
         settings: The parsed settings of a subcommand; changed in place.
 
     Raises:
-        ConfigError: There are several adapters, or the hub's cannot be fetched.
+        ConfigError: It is empty, there are several adapters, or the hub's cannot be fetched.
     """
-    if settings.model.warm_start:
+    if settings.model.warm_start is not None:
         settings.model.warm_start = adapter_folder(settings.model.warm_start, "model.warm_start")
 
 

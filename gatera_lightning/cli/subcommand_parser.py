@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from typing_extensions import override
@@ -28,6 +29,7 @@ class SubcommandParser(argparse.ArgumentParser):
 
     def __init__(self, name: str, **settings: Any) -> None:
         super().__init__(prog=f"{PROGRAM} {name}", allow_abbrev=False, **settings)
+        self.register("type", Path, _path)  # for every argument with `type=Path`
         self.add_argument(
             TRACEBACK_FLAG,
             action="store_true",  # read before any parser sees the command line
@@ -83,3 +85,10 @@ class SubcommandParser(argparse.ArgumentParser):
             ParseError: Always.
         """
         raise ParseError(describe(self, message))
+
+
+def _path(text: str) -> Path:
+    """Refuse an empty path, such as an unset variable of the shell: it would be the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a path, and . for the working folder")
+    return Path(text)

@@ -1,6 +1,7 @@
 """What ``adapter_config.json`` may say, in today's schema and in the older one, and what is rejected."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,11 @@ def test_folder_around_an_adapter_names_it(tiny_llama, tmp_path, given):
     named = "step=3" if given.endswith(".ckpt") else "last"
     message = _refusal(tmp_path / given)
     assert message.endswith(f"; did you mean '{tmp_path / 'run' / 'checkpoints' / named}'?")
+
+
+def test_working_folder_without_adapter_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _refusal(Path()) == ".: not an adapter folder (adapter_config.json is missing)"
 
 
 def test_folder_without_adapter_suggests_none(tmp_path):

@@ -1,6 +1,7 @@
 """Every command that takes an adapter takes its folder, a run's folder, and an id on the hub."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,11 +68,18 @@ def test_run_folder_stands_for_its_last_adapter(run, given):
     assert adapter_folder(given) == "runs/version_0/checkpoints/best-step=3"
 
 
-@pytest.mark.parametrize(
-    "given", ["adapter", "./adapter", "", "nowhere", "adapter/nowhere", "a/b/c", "/no/no"]
-)
+@pytest.mark.parametrize("given", ["adapter", "./adapter", "nowhere", "adapter/nowhere", "a/b/c", "/no/no"])
 def test_other_arguments_stay_as_they_are(adapter, given):
     assert adapter_folder(given) == given
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_empty_argument_is_one_sentence(adapter, command, capsys, given):
+    """Also where the working folder is an adapter folder."""
+    for file in Path(adapter).iterdir():
+        shutil.copy(file, ".")
+    assert main(command(given)) == 2
+    assert re.search(f": {given!r}; accepted: (an adapter folder|a path)", capsys.readouterr().err)
 
 
 def test_adapter_on_the_hub_is_fetched(hub):

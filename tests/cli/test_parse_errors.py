@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,16 @@ SETTINGS = [
 )
 def test_closest_setting(name, meant):
     assert closest_setting(name, SETTINGS) == (f"; did you mean {meant!r}?" if meant else "")
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_empty_path_is_not_the_working_folder(given):
+    parser = SubcommandParser("compare")
+    parser.add_argument("--out", type=Path)
+    with pytest.raises(ParseError) as caught:
+        parser.parse_args(["--out", given])
+    assert str(caught.value) == f"--out: {given!r}; accepted: a path, and . for the working folder"
+    assert parser.parse_args(["--out", "."]).out == Path()
 
 
 @pytest.fixture

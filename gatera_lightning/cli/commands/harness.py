@@ -84,7 +84,8 @@ def _check_arguments(args: argparse.Namespace) -> LocalModel:
         found = BackboneConfig(id=args.backbone).problems()
         problems += [f"--backbone: {problem.removeprefix('backbone.id: ')}" for problem in found]
     try:
-        source = LocalModel.of(args.adapter and adapter_folder(args.adapter), args.backbone, args.dtype)
+        folder = None if args.adapter is None else adapter_folder(args.adapter)
+        source = LocalModel.of(folder, args.backbone, args.dtype)
     except AdapterFileError as error:
         problems.append(f"--adapter: {error}")
     except ConfigError as error:
