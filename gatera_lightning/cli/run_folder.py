@@ -31,7 +31,7 @@ class RunFolder(SaveConfigCallback):
         if trainer.is_global_zero and folder is not None and not self.already_saved:
             config = Path(folder) / self.config_filename
             config_exists = config.is_file()
-            problem = self._claim(Path(folder))
+            problem = _remote_problem(folder) or self._claim(Path(folder))
             written = stage == "fit" or not config_exists
             if problem is None and written and (unusable := file_problem(config)):
                 problem = f"the run folder {config.parent} cannot be used ({unusable}); accepted: another one"
@@ -91,3 +91,14 @@ class RunFolder(SaveConfigCallback):
             f"the run folder {folder} already has the {self.config_filename} of another run; "
             f"accepted: {other}, or --ckpt_path last to resume that run"
         )
+
+
+def _remote_problem(folder: str) -> str | None:
+    """Refuse an address; paths of checkpoints would make a local folder of that name."""
+    if "://" not in folder:
+        return None
+    return (
+        f"the run folder {folder} is remote, but checkpoints are written atomically in it; accepted: "
+        "a local or mounted folder (trainer.logger.init_args.save_dir, trainer.default_root_dir), with a "
+        "logger that writes to the address as the second one"
+    )

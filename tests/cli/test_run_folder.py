@@ -75,6 +75,22 @@ def test_run_beside_a_running_one_is_one_sentence(fit, problems, monkeypatch, no
     assert "belongs to a run that is still going: process 5 on node3, started today" in problem
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.logger.init_args.save_dir", "memory://x"],
+        ["--trainer.logger", "false", "--trainer.default_root_dir", "memory://x"],
+    ],
+    ids=["logger", "root"],
+)
+def test_remote_run_folder_is_one_sentence(recipe, problems, no_weights, flags):
+    """Checkpoints would go to a local folder of that name."""
+    (problem,) = problems("fit", *recipe, *flags)
+    assert problem.startswith("the run folder memory://x")
+    assert "is remote, but checkpoints are written atomically" in problem
+    assert not Path("memory:").exists()
+
+
 def loggers(*folders):
     """Flags of one CSVLogger for each folder."""
     return [
