@@ -11,7 +11,7 @@ The folder holds
 import hashlib
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +72,36 @@ def read_sharded(folder: Path, *, weights_only: bool | None = None) -> dict[str,
     Returns:
         The checkpoint with unsharded CPU tensors.
     """
-    reader = FileSystemReader(folder)
-    tensors: dict[str, Any] = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)  # write_sharded writes tensors only
-        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    load(tensors, storage_reader=reader, no_dist=True)
+    tensors = _empty_tensors(folder, "cpu")
+    load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
     rest: dict[str, Any] = torch.load(folder / REST, map_location="cpu", weights_only=weights_only)
-
-    def put_back(state: Any) -> Any:
-        if isinstance(state, dict):
-            return {key: put_back(value) for key, value in state.items()}
-        if isinstance(state, list | tuple):
-            return type(state)(map(put_back, state))
-        if isinstance(state, str) and state.startswith(_PLACEHOLDER):
-            return tensors[state.removeprefix(_PLACEHOLDER)]
-        return state
-
-    restored: dict[str, Any] = put_back(rest)
+    restored: dict[str, Any] = _put_back(rest, tensors)
     return restored
+
+
+def with_meta_tensors(rest: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what ``rest.pt`` of a sharded checkpoint holds, with meta tensors for the sharded ones."""
+    described: dict[str, Any] = _put_back(rest, _empty_tensors(folder, "meta"))
+    return described
+
+
+def _empty_tensors(folder: Path, device: str) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)  # write_sharded writes tensors only
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+    return tensors
+
+
+def _put_back(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put tensors in place of the texts that stand for them; a text that stands for none is left."""
+    if isinstance(state, dict):
+        return {key: _put_back(value, tensors) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_put_back(value, tensors) for value in state)
+    if isinstance(state, str) and state.startswith(_PLACEHOLDER):
+        return tensors.get(state.removeprefix(_PLACEHOLDER), state)
+    return state
 
 
 def map_tensors(state: Any, function: Callable[[str, Tensor], Any], name: str = "") -> Any:

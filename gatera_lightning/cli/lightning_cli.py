@@ -21,7 +21,7 @@ from gatera_lightning.backbone.loading import load_skeleton, load_tokenizer
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.progress_bar import StepProgressBar, disable_library_bars
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
-from gatera_lightning.checkpointing.contents import check_entries, read_contents
+from gatera_lightning.checkpointing.contents import read_contents
 from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.adapter_argument import adapter_folder
@@ -36,6 +36,7 @@ from gatera_lightning.compatibility.lightning_internals import release_started_p
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.distributed.launch import check_rank_count, check_started_by_srun, started_by_slurm
 from gatera_lightning.errors import ConfigError
+from gatera_lightning.training.checkpoint_contents import check_contents
 from gatera_lightning.training.module import GateRAModule
 from gatera_lightning.training.resume_rules import check_resume
 
@@ -179,7 +180,7 @@ class GateRACLI(LightningCLI):
         path = self.config_init[self.subcommand].ckpt_path
         if path is not None and self.subcommand is not None:
             contents = read_contents(Path(path))
-            check_entries(contents, path, resumes=self.subcommand == "fit")
+            check_contents(contents, path, resumes=self.subcommand == "fit")
             check_resume(contents, self.model, self.trainer, self.datamodule, stage=self.subcommand)
             if self.subcommand == "fit":
                 self.model.expect_checkpoint(contents)

@@ -1,6 +1,7 @@
 """What a checkpoint holds of the model: the adapter's tensors and where they belong, never the backbone."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.data_position import begin_next_epoch, recount_batches
-from gatera_lightning.errors import AdapterFileError, CheckpointError
+from gatera_lightning.errors import AdapterFileError, CheckpointError, ConfigError
 from gatera_lightning.training.resume_rules import check_resume, recorded_settings
 
 _MODEL = "model."  # the prefix of the model's tensors in the state of a LightningModule
@@ -78,6 +79,28 @@ def describe_run(
     return {"template": template, "run_settings": settings, "skipped_steps": skipped_steps}
 
 
+def check_contents(contents: dict[str, Any], source: str | Path, *, resumes: bool = False) -> None:
+    """Check what a checkpoint alone tells: its entries, their types and the names of the adapter's settings.
+
+    Args:
+        contents: The entries of the checkpoint.
+        source: Where it is stored, for the error message.
+        resumes: Whether it has to resume a run.
+
+    Raises:
+        CheckpointError: An entry is missing or has another type, or the adapter has unknown settings.
+    """
+    check_entries(contents, source, resumes=resumes)
+    _stored_adapter(contents, source)
+
+
+def _stored_adapter(contents: Mapping[str, Any], source: str | Path) -> AdapterConfig:
+    try:
+        return AdapterConfig.from_dict(contents["adapter"])
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: its entry adapter cannot be read: {error}") from error
+
+
 def check_settings(checkpoint: dict[str, Any], module: L.LightningModule, trainer: L.Trainer | None) -> None:
     """Check that a checkpoint is one of an adapter, and that the settings of a run do not contradict it.
 
@@ -85,8 +108,7 @@ def check_settings(checkpoint: dict[str, Any], module: L.LightningModule, traine
         CheckpointError: If an entry is missing.
         ConfigError: With every setting that differs.
     """
-    resumes = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    check_entries(checkpoint, "the checkpoint", resumes=resumes)
+    check_contents(checkpoint, checkpoint_source(trainer), resumes=resumes_fit(trainer))
     if trainer is not None and trainer.state.fn is not None:
         data = getattr(trainer, "datamodule", None)
         check_resume(checkpoint, module, trainer, data, stage=trainer.state.fn.value)
@@ -101,19 +123,32 @@ def adjust_position(checkpoint: dict[str, Any], trainer: L.Trainer | None) -> No
         begin_next_epoch(checkpoint)
 
 
-def check_checkpoint_fits(checkpoint: dict[str, Any], model: nn.Module) -> None:
+def resumes_fit(trainer: L.Trainer | None) -> bool:
+    """Return whether a trainer that restores a checkpoint resumes training from it."""
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+
+
+def checkpoint_source(trainer: L.Trainer | None) -> str:
+    """Return the path of the checkpoint that a trainer restores, for error messages."""
+    return str(getattr(trainer, "ckpt_path", None) or "the checkpoint")
+
+
+def check_checkpoint_fits(
+    checkpoint: dict[str, Any], model: nn.Module, source: str = "the checkpoint"
+) -> None:
     """Check that a checkpoint belongs to the adapter and the backbone of a model.
 
     Args:
         checkpoint: A checkpoint of an adapter.
         model: The adapted model.
+        source: Where the checkpoint is stored, for the error message.
 
     Raises:
         CheckpointError: If the method, the names, shapes or dtypes of the tensors, or the backbone differ.
     """
     tensors = {name.removeprefix(_MODEL): tensor for name, tensor in checkpoint["state_dict"].items()}
-    adapter = AdapterConfig.from_dict(checkpoint["adapter"])
+    adapter = _stored_adapter(checkpoint, source)
     try:
-        check_fit(model, adapter, checkpoint["backbone"], tensors, "the checkpoint")
+        check_fit(model, adapter, checkpoint["backbone"], tensors, source)
     except AdapterFileError as error:
         raise CheckpointError(str(error)) from error

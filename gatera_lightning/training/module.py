@@ -43,6 +43,7 @@ from gatera_lightning.training.optimizer import (
     squared_gradient_norms,
 )
 from gatera_lightning.training.resume_rules import check_resume
+from gatera_lightning.training.resumed_optimizer import check_moments
 from gatera_lightning.training.schedule_checks import check_against_data
 from gatera_lightning.training.step_totals import StepTotals
 
@@ -263,7 +264,10 @@ class GateRAModule(AdapterModule):
         self._guard.restore(checkpoint.get("skipped_steps", 0))
         self.warm_start = None  # the checkpoint holds every value
         self.configure_model()
-        checkpoint_contents.check_checkpoint_fits(checkpoint, self.model)
+        source = checkpoint_contents.checkpoint_source(attached_trainer(self))
+        checkpoint_contents.check_checkpoint_fits(checkpoint, self.model, source)
+        if checkpoint_contents.resumes_fit(attached_trainer(self)):
+            check_moments(checkpoint, self, source)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -122,22 +122,30 @@ def build_optimizer(
     Returns:
         The optimizer, and a scheduler to step after every optimizer step.
     """
-    layers = adapted_linears(model).values()
-    named = [item for layer in layers for item in layer.adapter_params().items()]
-    updates = [p for name, p in named if name.startswith("update.")]
-    gates = [p for name, p in named if name.startswith("gate.")]
-    groups = [{"params": updates, "lr": config.lr, "name": "update"}]
-    if gates:
-        multiplier = config.gate_lr_multiplier
-        if multiplier is None:
-            multiplier = next(iter(layers)).config.gate.lr_multiplier
-        groups.append({"params": gates, "lr": config.lr * multiplier, "name": "gate"})
+    groups = []
+    for name, parameters in parameter_groups(model).items():
+        lr = config.lr
+        if name == "gate":
+            multiplier = config.gate_lr_multiplier
+            if multiplier is None:
+                multiplier = next(iter(adapted_linears(model).values())).config.gate.lr_multiplier
+            lr *= multiplier
+        groups.append({"params": list(parameters.values()), "lr": lr, "name": name})
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
     # foreach is off by default for DTensors, which is ten times slower; results are equal. The flag is set
     # only during a step, so that every strategy writes the same checkpoint.
     optimizer.register_step_pre_hook(lambda optimizer, *_: _set_foreach(optimizer, True))
     optimizer.register_step_post_hook(lambda optimizer, *_: _set_foreach(optimizer, None))
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the parameters of each of the optimizer's groups by name, in the optimizer's order."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"update": {}, "gate": {}}
+    for layer_name, layer in adapted_linears(model).items():
+        for name, parameter in layer.adapter_params().items():
+            groups["update" if name.startswith("update.") else "gate"][f"{layer_name}.{name}"] = parameter
+    return groups if groups["gate"] else {"update": groups["update"]}
 
 
 def report_new_length(trainer: L.Trainer | None) -> None:

@@ -6,15 +6,20 @@ run's own unless the checkpoint was changed, and then the settings would have no
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import AdamW
 
-from gatera_lightning.training.optimizer import OptimizerConfig, lr_factor
+from gatera_lightning.errors import CheckpointError
+from gatera_lightning.training.optimizer import OptimizerConfig, lr_factor, parameter_groups
 
 _CONSTANTS = ("betas", "eps", "amsgrad", "maximize")
 """Arguments of AdamW that have no setting."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 OPTIMIZER_SETTINGS = {
     "model.optimizer.lr",
@@ -39,7 +44,7 @@ def optimizer_differences(checkpoint: Mapping[str, Any], module: Any) -> Iterato
         checkpoint: The checkpoint, whose entries have the right types.
         module: The GateRAModule.
     """
-    if type(module).configure_optimizers.__module__ != "gatera_lightning.training.module":
+    if _has_own_optimizer(module):
         return
     config: OptimizerConfig = module.optimizer
     multiplier = config.gate_lr_multiplier
@@ -80,6 +85,59 @@ def optimizer_differences(checkpoint: Mapping[str, Any], module: Any) -> Iterato
         if index < len(base) and not _equal(base[index], peak):
             yield setting, f"lr_schedulers[0].base_lrs[{index}]", base[index], peak
         yield from _rate_differences(config, setting, f"{place}.lr", group.get("lr"), peak, step)
+
+
+def check_moments(checkpoint: Mapping[str, Any], module: Any, source: str | Path) -> None:
+    """Check that AdamW's moments in a checkpoint belong to a module's parameters, before a step uses them.
+
+    A module with an optimizer of its own is not compared.
+
+    Args:
+        checkpoint: The checkpoint with its tensors; its entries have the right types.
+        module: The GateRAModule, whose model is built.
+        source: Where the checkpoint is stored, for the error message.
+
+    Raises:
+        CheckpointError: A group has another number of parameters, or a moment is missing, not finite or of
+            another shape.
+    """
+    if not _has_own_optimizer(module):
+        groups = [list(group.items()) for group in parameter_groups(module.model).values()]
+        if problem := next(_moment_problems(checkpoint["optimizer_states"][0], groups), None):
+            raise CheckpointError(
+                f"{source}: the checkpoint is corrupt: its entry optimizer_states[0].{problem}"
+            )
+
+
+def _moment_problems(state: Mapping[str, Any], groups: list[list[tuple[str, nn.Parameter]]]) -> Iterator[str]:
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if len(sizes) != len(groups):
+        yield f"param_groups has {len(sizes)} groups; accepted: {len(groups)}"
+    for index, (size, group) in enumerate(zip(sizes, groups, strict=True)):
+        if size != len(group):
+            yield f"param_groups[{index}].params has {size} parameters; accepted: {len(group)}"
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    if len(set(keys)) < len(keys):
+        yield "param_groups lists a parameter twice; accepted: each once"
+    named = [item for group in groups for item in group]
+    for key, (name, parameter) in zip(keys, named, strict=True):
+        if key not in state["state"]:
+            continue  # a parameter that has had no gradient
+        moments, place = state["state"][key], f"state[{key}]"
+        if missing := [moment for moment in ("step", *_MOMENTS) if moment not in moments]:
+            yield f"{place} lacks {', '.join(missing)} of {name}"
+        for moment in _MOMENTS:
+            value: Tensor = moments[moment]
+            if value.shape != parameter.shape:
+                accepted = f"{tuple(parameter.shape)}, as {name} has"
+                yield f"{place}.{moment} has the shape {tuple(value.shape)}; accepted: {accepted}"
+            if not torch.isfinite(value).all() or (moment == "exp_avg_sq" and (value < 0).any()):
+                least = "finite numbers of at least 0" if moment == "exp_avg_sq" else "finite numbers"
+                yield f"{place}.{moment} holds values that AdamW cannot write; accepted: {least}"
+
+
+def _has_own_optimizer(module: Any) -> bool:
+    return type(module).configure_optimizers.__module__ != "gatera_lightning.training.module"
 
 
 def _rate_differences(

@@ -13,21 +13,40 @@ from gatera_lightning.checkpointing.integrity import find_corruption
 from gatera_lightning.errors import CheckpointError
 
 ADAPTER = {
-    "state_dict": {},
-    "adapter": {},
-    "backbone": {"id": "a", "revision": None, "fingerprint": "b"},
+    "state_dict": {"a": torch.zeros(2)},
+    "adapter": {
+        **{"update": "hira", "rank": 4, "alpha": None, "dropout": 0.0, "layers": None},
+        **{"target_modules": ["q_proj"], "exclude_modules": [], "rank_pattern": {"q_proj": 2}},
+        "gate": {"kind": "token", "bias": 0.0},
+    },
+    "backbone": {"id": "a", "revision": None, "fingerprint": "b", "fingerprint_float16": "c"},
 }
 COUNTS = {"ready": 3, "completed": 3}
 PROGRESS = {"total": COUNTS, "current": COUNTS}
-FIT_LOOP = {"epoch_progress": PROGRESS, "epoch_loop.batch_progress": PROGRESS, "epoch_loop.state_dict": {}}
-RESUMES = {
-    "global_step": 3,
-    "loops": {"fit_loop": FIT_LOOP},
-    "callbacks": {"RNGState": {"ranks": []}},
-    "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1}]}],
-    "lr_schedulers": [{"last_epoch": 3, "base_lrs": [0.1]}],
+FIT_LOOP = {
+    "epoch_progress": PROGRESS,
+    "epoch_loop.batch_progress": PROGRESS,
+    "epoch_loop.scheduler_progress": dict(PROGRESS),
+    "epoch_loop.state_dict": {"_batches_that_stepped": 3},
 }
 POSITION = {"epoch": 0, "steps": 3, "micro_batches": 0, "accumulate": 1, "plan": "ea42"}
+BEST = {
+    "best_k_models": {"best": torch.tensor(0.5)},
+    "best_model_score": torch.tensor(0.5),
+    "best_model_path": "best.ckpt",
+    "kth_best_model_path": "best.ckpt",
+    "kth_value": torch.tensor(0.5),
+    "last_model_path": "last.ckpt",
+    "dirpath": None,
+}
+MOMENTS = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+RESUMES = {
+    "global_step": 3,
+    "loops": {"fit_loop": FIT_LOOP | {"state_dict": {"combined_loader": [dict(POSITION)]}}},
+    "callbacks": {"RNGState": {"ranks": []}, "Best": BEST},
+    "optimizer_states": [{"state": {0: MOMENTS}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+    "lr_schedulers": [{"last_epoch": 3, "base_lrs": [0.1]}],
+}
 
 
 def test_file_and_sharded_checkpoint_are_read(checkpoint_file, sharded_checkpoint):
@@ -72,6 +91,22 @@ WRONG = {
     "state_dict": ["text", 2.5],
     "adapter": ["text"],
     "backbone": [[1]],
+    "state_dict.a": ["text", None, [1.0]],
+    "adapter.update": [3, None],
+    "adapter.rank": ["x", 0, True, 2.5],
+    "adapter.alpha": ["x", True],
+    "adapter.dropout": [None, "0"],
+    "adapter.target_modules": [3, [3]],
+    "adapter.exclude_modules": ["q_proj"],
+    "adapter.layers": [3, ["0"]],
+    "adapter.rank_pattern": [[1]],
+    "adapter.rank_pattern.q_proj": ["2"],
+    "adapter.gate": [3, ["token"]],
+    "adapter.gate.kind": [3, None],
+    "adapter.gate.bias": ["0"],
+    "backbone.id": [3],
+    "backbone.fingerprint": [3, None, ["b"]],
+    "backbone.fingerprint_float16": [3],
     "loops": [[1], 3],
     "callbacks": ["text"],
     "optimizer_states": ["text", [1], {}],
@@ -86,7 +121,24 @@ WRONG = {
     "loops.fit_loop.epoch_progress.total.completed": [-1, "3"],
     "loops.fit_loop.epoch_loop.batch_progress": ["text"],
     "loops.fit_loop.epoch_loop.state_dict": [3],
+    "loops.fit_loop.epoch_loop.state_dict._batches_that_stepped": ["x", -1],
+    "loops.fit_loop.epoch_loop.scheduler_progress": [3, "x"],
+    "loops.fit_loop.epoch_loop.scheduler_progress.current": [3],
+    "loops.fit_loop.state_dict": ["text"],
+    "loops.fit_loop.state_dict.combined_loader": [["x"], {}],
+    "loops.fit_loop.state_dict.combined_loader[0].steps": [-1, "3"],
     "callbacks.RNGState": [[1]],
+    "callbacks.Best.best_k_models": [[1], "text"],
+    "callbacks.Best.best_k_models.best": ["text", torch.zeros(2)],
+    "callbacks.Best.best_model_path": [3, None],
+    "callbacks.Best.best_model_score": ["text"],
+    "callbacks.Best.kth_value": ["text"],
+    "callbacks.Best.last_model_path": [3],
+    "optimizer_states[0].state[0]": [3, [1]],
+    "optimizer_states[0].state[0].exp_avg": ["x", None, torch.zeros(2, dtype=torch.int64)],
+    "optimizer_states[0].state[0].exp_avg_sq": [1.0],
+    "optimizer_states[0].state[0].step": ["3", torch.zeros(2)],
+    "optimizer_states[0].param_groups[0].params": [3, None, [0.5]],
     "optimizer_states[0].state": ["text", None],
     "optimizer_states[0].param_groups": [{}, ["text"], None],
     "lr_schedulers[0].last_epoch": [-3, 2.5],
@@ -113,7 +165,7 @@ def test_entry_of_another_type_or_range_is_named(place, value):
     owner = contents
     for key in keys[:-1]:
         owner = owner[int(key) if key.isdigit() else key]
-    owner[keys[-1]] = value
+    owner[int(keys[-1]) if keys[-1].isdigit() else keys[-1]] = value
     message = (
         rf"^last\.ckpt: the checkpoint is corrupt: its entry {re.escape(place)} is .*; accepted: (an? |text)"
     )

@@ -7,7 +7,15 @@ import pytest
 import torch
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning import ConfigError, GateRAModule, OptimizerConfig, TokenGateConfig
+from gatera_lightning import (
+    ConfigError,
+    GateRAModule,
+    OptimizerConfig,
+    TokenGateConfig,
+    adapter_parameters,
+)
+from gatera_lightning.errors import CheckpointError
+from gatera_lightning.training.optimizer import build_optimizer, parameter_groups
 from gatera_lightning.training.resumed_optimizer import optimizer_differences
 
 GROUPS, SCHEDULERS = "optimizer_states[0].param_groups", "lr_schedulers[0]"
@@ -133,3 +141,51 @@ def test_optimizer_of_a_subclass_is_its_own(tiny_backbone, saved):
     changed["optimizer_states"][0]["param_groups"][0]["weight_decay"] = 9.0
     assert not list(optimizer_differences(changed, module))
     assert list(optimizer_differences(changed, module_of(tiny_backbone)))
+
+
+MOMENTS = [
+    ("state[0].exp_avg", torch.zeros(1), "has the shape (1,); accepted: "),
+    ("state[3].exp_avg_sq", torch.tensor(0.0), "has the shape (); accepted: "),
+    ("state[0].exp_avg", float("nan"), "holds values that AdamW cannot write; accepted: finite numbers"),
+    ("state[0].exp_avg_sq", -1.0, "holds values that AdamW cannot write; accepted: finite numbers of"),
+    ("state[0]", {}, "lacks step, exp_avg, exp_avg_sq of model.layers.0.self_attn.q_proj.update."),
+    ("param_groups[0].params", [0], "has 1 parameters; accepted: 20"),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"), MOMENTS, ids=[f"{place} {value}" for place, value, _ in MOMENTS]
+)
+def test_moments_of_other_parameters_are_refused_before_training(
+    tiny_backbone, tmp_path, saved, monkeypatch, place, value, message
+):
+    monkeypatch.setattr(GateRAModule, "on_train_start", lambda self: pytest.fail("training has started"))
+    checkpoint = copy.deepcopy(saved)
+    owner = checkpoint["optimizer_states"][0]
+    *keys, last = [int(key) if key.isdigit() else key for key in re.findall(r"\w+", place)]
+    for key in keys:
+        owner = owner[key]
+    owner[last] = torch.full_like(owner[last], value) if isinstance(value, float) else value
+    if last == "params":  # of the others there are no moments
+        checkpoint["optimizer_states"][0]["state"] = {0: saved["optimizer_states"][0]["state"][0]}
+        checkpoint["optimizer_states"][0]["param_groups"][1]["params"] = []
+    path = tmp_path / "changed.ckpt"
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError) as caught:
+        tiny_trainer(tmp_path).fit(
+            module_of(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=path
+        )
+    expected = f"{path}: the checkpoint is corrupt: its entry optimizer_states[0].{place} {message}"
+    assert str(caught.value).startswith(expected)
+
+
+def test_moments_are_of_the_optimizers_parameters(tiny_backbone, tmp_path):
+    """In the optimizer's order, and of its shapes."""
+    module = module_of(tiny_backbone)
+    module.configure_model()
+    optimizer, _ = build_optimizer(module.optimizer, module.model, lambda: 4)
+    groups = parameter_groups(module.model)
+    assert [group["name"] for group in optimizer.param_groups] == list(groups) == ["update", "gate"]
+    names = {id(parameter): name for name, parameter in adapter_parameters(module.model).items()}
+    for group, named in zip(optimizer.param_groups, groups.values(), strict=True):
+        assert [names[id(parameter)] for parameter in group["params"]] == list(named)

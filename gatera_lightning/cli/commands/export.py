@@ -17,7 +17,6 @@ from gatera_lightning.backbone.config import stored_backbone
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
 from gatera_lightning.backbone.quantization import dequantize_linear_layers
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
-from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
 from gatera_lightning.checkpointing.output_check import folder_problem
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
@@ -26,6 +25,7 @@ from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.terminal.printing import print_text
 from gatera_lightning.training import hyperparameters  # noqa: F401  # reads settings of version 0.1
+from gatera_lightning.training.checkpoint_contents import check_contents
 
 _REQUIRED_KEYS = ("state_dict", "adapter", "backbone", "global_step")
 _FORMATS = {
@@ -115,7 +115,7 @@ def _read(path: Path) -> _Adapter:
         raise ConfigError(
             f"CHECKPOINT: {found} is not a checkpoint of an adapter; missing entries: {', '.join(missing)}"
         )
-    check_entries(checkpoint, found)
+    check_contents(checkpoint, found)
     return _Adapter(
         AdapterConfig.from_dict(checkpoint["adapter"]),
         checkpoint["backbone"],
