@@ -16,6 +16,7 @@ from jsonargparse import Namespace, get_loader, set_dumper, set_loader, set_pars
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from gatera_lightning.adapters import gates
 from gatera_lightning.adapters.gates import GATES, GateConfig, describe_gates
 from gatera_lightning.adapters.updates import describe_updates
 from gatera_lightning.cli.commands import LIGHTNING_SUBCOMMANDS
@@ -263,7 +264,7 @@ def _dump_settings(settings: Any) -> str:
     """Write YAML with the kind of gate in place of its class; a user's own class stays importable."""
     match settings:
         case {"model": {"adapter": {"gate": dict(gate)}}} if (config := _config_class(gate)) and (
-            config.__module__ == GateConfig.__module__
+            config.__module__.startswith(f"{gates.__name__}.")
         ):
             settings = copy.deepcopy(settings)
             settings["model"]["adapter"]["gate"] = {"kind": config.kind, **gate.get("init_args", {})}
@@ -283,8 +284,10 @@ def _class_path(kind: Any) -> str:
 def _config_class(gate: Any) -> type[GateConfig] | None:
     """The registered class that a gate's `class_path` names; None for any other, and without one."""
     path = gate if isinstance(gate, str) else gate.get("class_path", "") if isinstance(gate, dict) else ""
-    for kind, config in GATES.items():
-        if path in (config.__name__, _class_path(kind)):
+    package, _, name = path.rpartition(".")
+    for config in GATES.values():
+        # A package above the class's module may export the class, as gatera_lightning does.
+        if name == config.__name__ and f"{config.__module__}.".startswith(f"{package}." if package else ""):
             return config
     return None
 
