@@ -49,7 +49,7 @@ def build_parts(
     update = UPDATES[config.update](
         base, rank=config.rank_of(name), scale=config.scale_of(name), dtype=dtype, generator=generator
     )
-    gate = config.gate.build(base.in_features, dtype=dtype, device=base.weight.device)
+    gate = config.gate.build_for(base, dtype)
     return LayerParts(update, gate, nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity())
 
 

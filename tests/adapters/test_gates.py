@@ -8,7 +8,6 @@ from adapted_layers import GATE_NAMES
 
 from gatera_lightning.adapters.gates import (
     GATES,
-    GateValues,
     NoGateConfig,
     StaticGateConfig,
     TokenGate,
@@ -60,15 +59,20 @@ def test_linear_logit_is_offered_only_by_token_gate_itself():
     assert Negated(7, bias=0.5, **PLACE).linear_logit() is None
 
 
-def test_values_carry_thresholds():
+def test_training_step_rounds_values_beyond_thresholds():
     gate = TokenGateConfig(skip_below=0.1, merge_above=0.9).build(7, **PLACE)
-    values = gate.values(torch.zeros(3))
-    assert torch.equal(values.values, torch.full((3,), 0.5))
-    assert values[1:] == (0.1, 0.9)
-    assert values.has_thresholds
-    gate.set_thresholds(0.0, 1.0)
-    assert not gate.values(torch.zeros(3)).has_thresholds
-    assert not GateValues(torch.zeros(3)).has_thresholds
+    logit = torch.tensor([-3.0, 0.0, 3.0], requires_grad=True)
+    values = gate.values(logit)
+    assert values.may_be_saturated
+    assert values.values.tolist() == [0.0, 0.5, 1.0]
+    assert torch.autograd.grad(values.values.sum(), logit)[0].tolist() == [0.0, 0.25, 0.0]
+    exact = torch.sigmoid(logit)
+    with torch.no_grad():  # validation
+        assert torch.equal(gate.values(logit).values, exact)
+    assert torch.equal(gate.eval().values(logit).values, exact)
+    gate.train().set_thresholds(0.0, 1.0)
+    assert not gate.values(logit).may_be_saturated
+    assert torch.equal(gate.values(logit).values, exact)
 
 
 def test_only_token_gate_has_thresholds():

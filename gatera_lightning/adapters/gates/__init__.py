@@ -15,7 +15,9 @@ from gatera_lightning.adapters.gates.base import (
     is_finite_number,
     threshold_problems,
 )
+from gatera_lightning.adapters.gates.hard import HardGateConfig
 from gatera_lightning.adapters.gates.static import StaticGate, StaticGateConfig
+from gatera_lightning.adapters.gates.threshold import ThresholdGateConfig
 from gatera_lightning.adapters.gates.token import TokenGate, TokenGateConfig
 from gatera_lightning.adapters.gates.ungated import NoGateConfig
 from gatera_lightning.errors import ConfigError
@@ -25,9 +27,11 @@ __all__ = [
     "Gate",
     "GateConfig",
     "GateValues",
+    "HardGateConfig",
     "NoGateConfig",
     "StaticGate",
     "StaticGateConfig",
+    "ThresholdGateConfig",
     "TokenGate",
     "TokenGateConfig",
     "describe_gates",
@@ -40,7 +44,7 @@ __all__ = [
 ConfigClass = TypeVar("ConfigClass", bound=type[GateConfig])
 
 GATES: dict[str, type[GateConfig]] = {
-    config.kind: config for config in (NoGateConfig, StaticGateConfig, TokenGateConfig)
+    config.kind: config for config in (NoGateConfig, StaticGateConfig, TokenGateConfig, HardGateConfig, ThresholdGateConfig)
 }
 """The available kinds of gates, by name."""
 

@@ -10,21 +10,18 @@ from torch import Tensor, nn
 
 
 class GateValues(NamedTuple):
-    """The gate values of a forward pass, and thresholds beyond which an update may treat them as 0 or 1."""
+    """The gate values of a forward pass, and what an update may save because of them."""
 
     values: Tensor
     """g, of shape (...), one value per token."""
 
-    skip_below: float = 0.0
-    """In training, an update may treat values below this as 0."""
+    may_be_saturated: bool = False
+    """Whether values may be exactly 0 or 1 and are meant: a token with 0 needs only the frozen weight, and
+    one with 1 only the merged weight."""
 
-    merge_above: float = 1.0
-    """In training, an update may treat values above this as 1."""
-
-    @property
-    def has_thresholds(self) -> bool:
-        """Whether any value may be treated as 0 or 1."""
-        return (self.skip_below, self.merge_above) != (0.0, 1.0)
+    graded: Tensor | None = None
+    """Indices into the flattened tokens of those whose gradient the gate uses although they are saturated,
+    (n,); None for none."""
 
 
 class Gate(nn.Module, ABC):
@@ -39,6 +36,9 @@ class Gate(nn.Module, ABC):
 
     needs_update: ClassVar[bool] = False
     """Whether :meth:`forward` reads ``base_out`` and ``update_out``, which rules out fused forms."""
+
+    decides: ClassVar[bool] = False
+    """Whether the values are 0 or 1 in evaluation: 1 where the logit is above 0."""
 
     @abstractmethod
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
@@ -93,6 +93,10 @@ class GateConfig(ABC):
     def build(self, in_features: int, *, dtype: torch.dtype, device: torch.device) -> Gate | None:
         """Create the gate of one layer with ``in_features`` inputs; None for ``g = 1``."""
 
+    def build_for(self, base: nn.Linear, dtype: torch.dtype) -> Gate | None:
+        """Create the gate of a layer; override this instead of :meth:`build` if the gate needs more of it."""
+        return self.build(base.in_features, dtype=dtype, device=base.weight.device)
+
     def problems(self) -> list[str]:
         """Return one message for every invalid value; empty if all are valid."""
         if is_finite_number(self.lr_multiplier) and self.lr_multiplier >= 0:
@@ -101,13 +105,18 @@ class GateConfig(ABC):
 
     @property
     def thresholds(self) -> tuple[float, float]:
-        """Training may treat gates below the first as 0, and above the second as 1."""
+        """Training treats gates below the first as 0, and above the second as 1."""
         return 0.0, 1.0
 
     @property
     def has_thresholds(self) -> bool:
         """Whether training treats any gates as 0 or 1."""
         return self.thresholds != (0.0, 1.0)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a training step may compute saturated tokens apart from the others."""
+        return self.has_thresholds
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and all settings as plain values for JSON; :func:`gate_from_dict` reads them."""

@@ -2,7 +2,7 @@
 
 Large matmuls of a training step, each ``2 · out · in`` FLOPs per token: 2 if the gate is closed (``W0 x``,
 ``W0ᵀ dy``), 3 if it is open (``W x``, ``Wᵀ dy`` and the factors' gradient, with ``W = W0 + W0 ⊙ BA``), and 5
-in between.
+in between. The gradient of a saturated gate takes one more, for the tokens that need it.
 """
 
 from typing import Any, NamedTuple, cast
@@ -61,7 +61,7 @@ def tokens_by_gate(hard: Tensor) -> TokensByGate | None:
     """Sort the tokens by their gates; synchronizes with the device once.
 
     Args:
-        hard: Gates from :func:`hard_gates`, (tokens,).
+        hard: Gate values, (tokens,), some of which are exactly 0 or 1, as from :func:`hard_gates`.
 
     Returns:
         The sorted tokens; None if fewer than ``MIN_SATURATED_SHARE`` of the gates are 0 or 1.
@@ -91,8 +91,9 @@ class _SkippingHadamard(torch.autograd.Function):
         b: Tensor,
         g: Tensor,
         between: Tensor,
+        graded: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b, g, between)
+        ctx.save_for_backward(x, weight, a, b, g, between, graded)
         weight = dense(weight)
         flat = x.flatten(0, -2).to(weight.dtype)  # (tokens, in)
         with autocast_disabled(x):
@@ -106,26 +107,30 @@ class _SkippingHadamard(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, g, between = ctx.saved_tensors
+        x, weight, a, b, g, between, graded = ctx.saved_tensors
         weight, dtype = dense(weight), weight.dtype
-        needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
-        dx = da = db = dg = None
+        needs_x, _, _, needs_a, needs_b, needs_g, *_ = ctx.needs_input_grad
+        dx = None
         if needs_x:
             dx = torch.matmul(dy.to(dtype), weight)  # (..., in)
-        if not len(between):
-            no_gradients = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(g)
-            return _cast(dx, x.dtype), None, None, *no_gradients, None
-        rows = x.flatten(0, -2).to(dtype).index_select(0, between)  # (between, in)
-        du = dy.flatten(0, -2).to(dtype).index_select(0, between)  # (between, out)
-        t = du @ hadamard_weight(weight, a, b)  # (between, in)
-        factor = _column(g, between, dtype)
-        if needs_g:
-            dg = _gate_gradient(g, between, rows, t)
-        if dx is not None:
-            dx.view(-1, dx.shape[-1]).index_add_(0, between, t.mul_(factor))
-        if needs_a or needs_b:
-            da, db = factor_gradients(du.mul_(factor), rows, weight, a, b)
-        return _cast(dx, x.dtype), None, None, da, db, dg, None
+        da, db, dg = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(g)
+        is_graded = needs_g and graded is not None
+        if not len(between) and not is_graded:
+            return _cast(dx, x.dtype), None, None, da, db, dg, None, None
+        inputs, gradients = x.flatten(0, -2).to(dtype), dy.flatten(0, -2).to(dtype)  # (tokens, in), (…, out)
+        delta = hadamard_weight(weight, a, b)
+        if is_graded:
+            _set_graded_gradient(dg, graded, inputs, gradients, delta)
+        if len(between):
+            rows, du = inputs.index_select(0, between), gradients.index_select(0, between)
+            t = du @ delta  # (between, in)
+            factor = _column(g, between, dtype)
+            _set_gate_gradient(dg, between, rows, t)
+            if dx is not None:
+                dx.view(-1, dx.shape[-1]).index_add_(0, between, t.mul_(factor))
+            if needs_a or needs_b:
+                da, db = factor_gradients(du.mul_(factor), rows, weight, a, b)
+        return _cast(dx, x.dtype), None, None, da, db, dg, None, None
 
 
 class _PartitionedHadamard(torch.autograd.Function):
@@ -144,9 +149,10 @@ class _PartitionedHadamard(torch.autograd.Function):
         b: Tensor,
         g: Tensor,
         tokens: TokensByGate,
+        graded: Tensor | None,
     ) -> Tensor:
         order, inverse, closed, not_open = tokens
-        ctx.save_for_backward(x, weight, a, b, g, order, inverse)
+        ctx.save_for_backward(x, weight, a, b, g, order, inverse, graded)
         ctx.closed, ctx.not_open = closed, not_open
         weight = dense(weight)
         with autocast_disabled(x):
@@ -164,19 +170,23 @@ class _PartitionedHadamard(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, g, order, inverse = ctx.saved_tensors
+        x, weight, a, b, g, order, inverse, graded = ctx.saved_tensors
         weight = dense(weight)
         closed, not_open, dtype = ctx.closed, ctx.not_open, weight.dtype
-        needs_x, _, _, needs_a, needs_b, needs_g, _ = ctx.needs_input_grad
+        needs_x, _, _, needs_a, needs_b, needs_g, *_ = ctx.needs_input_grad
         dx = da = db = dg = None
-        rows = x.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, in)
-        du = dy.flatten(0, -2).to(dtype).index_select(0, order)  # (tokens, out)
+        inputs, gradients = x.flatten(0, -2).to(dtype), dy.flatten(0, -2).to(dtype)
+        rows = inputs.index_select(0, order)  # (tokens, in)
+        du = gradients.index_select(0, order)  # (tokens, out)
         delta = hadamard_weight(weight, a, b)
         between = slice(closed, not_open)
         factor = _column(g, order[between], dtype)
         t = du[between] @ delta  # (in between, in)
         if needs_g:
-            dg = _gate_gradient(g, order[between], rows[between], t)
+            dg = torch.zeros_like(g)
+            if graded is not None:
+                _set_graded_gradient(dg, graded, inputs, gradients, delta)
+            _set_gate_gradient(dg, order[between], rows[between], t)
         if needs_x:
             sorted_dx = torch.empty_like(rows)
             torch.mm(du[:not_open], weight, out=sorted_dx[:not_open])
@@ -187,7 +197,7 @@ class _PartitionedHadamard(torch.autograd.Function):
         if needs_a or needs_b:
             du[between] *= factor
             da, db = factor_gradients(du[closed:], rows[closed:], weight, a, b)
-        return _cast(dx, x.dtype), None, None, da, db, dg, None
+        return _cast(dx, x.dtype), None, None, da, db, dg, None, None
 
 
 def _column(g: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -195,10 +205,15 @@ def _column(g: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return g.flatten().index_select(0, tokens).unsqueeze(1).to(dtype)
 
 
-def _gate_gradient(g: Tensor, tokens: Tensor, rows: Tensor, t: Tensor) -> Tensor:
-    """Compute ``dg = x·t`` for ``tokens`` (n,) and 0 for all others; rows and t (n, in)."""
-    gradients = (rows * t).sum(-1, dtype=g.dtype)
-    return g.new_zeros(g.numel()).index_copy_(0, tokens, gradients).view_as(g)
+def _set_gate_gradient(dg: Tensor, tokens: Tensor, rows: Tensor, t: Tensor) -> None:
+    """Write ``dg = x·t`` of ``tokens`` (n,) into dg (...); rows and t (n, in)."""
+    dg.view(-1).index_copy_(0, tokens, (rows * t).sum(-1, dtype=dg.dtype))
+
+
+def _set_graded_gradient(dg: Tensor, graded: Tensor, inputs: Tensor, dy: Tensor, delta: Tensor) -> None:
+    """Write ``dg = x·ΔWᵀ dy`` of the tokens ``graded`` (n,); inputs (tokens, in) and dy (tokens, out)."""
+    t = dy.index_select(0, graded) @ delta  # (n, in)
+    _set_gate_gradient(dg, graded, inputs.index_select(0, graded), t)
 
 
 def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -212,14 +227,12 @@ def partitioned_hadamard(
     a: Tensor,
     b: Tensor,
     g: Tensor,
-    skip_below: float,
-    merge_above: float,
+    graded: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``W0 x + b + γ · (W0 ⊙ BA) x`` with γ from :func:`hard_gates`.
+    """Compute ``W0 x + b + γ · (W0 ⊙ BA) x`` with a large matmul less for every γ that is 0 or 1.
 
-    The output differs from the exact one by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the
-    rounding of ``W0 + W0 ⊙ BA`` to W0's dtype. The gradient is this function's own: a saturated gate gets 0
-    instead of ``g(1−g) · dy·u(x)``.
+    Equal to the dense form up to the rounding of ``W0 + W0 ⊙ BA`` to W0's dtype. The gradient of γ is
+    ``dγ = dy·u(x)`` where γ is neither 0 nor 1 and for the tokens in ``graded``, and 0 elsewhere.
 
     Args:
         x: Input, (..., in).
@@ -227,20 +240,18 @@ def partitioned_hadamard(
         bias: Frozen bias, (out,).
         a: Factor A, (r, in).
         b: Factor B, (out, r).
-        g: Gate values, (...).
-        skip_below: Values below this count as 0.
-        merge_above: Values above this count as 1.
+        g: Gate values γ, (...), many of which are exactly 0 or 1.
+        graded: Indices into the flattened tokens of those whose γ needs its gradient, (n,).
 
     Returns:
         The output, (..., out), in the dtype that the frozen layer's output has, whatever the gates are.
     """
-    hard = hard_gates(g, skip_below, merge_above)
-    tokens = tokens_by_gate(hard.detach().flatten())
+    tokens = tokens_by_gate(g.detach().flatten())
     if tokens is None:
-        return add_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, hard)
+        return add_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, g)
     if tokens.not_open == len(tokens.order):
         between = tokens.order[tokens.closed :]
-        y = cast(Tensor, _SkippingHadamard.apply(x, weight, bias, a, b, hard, between))  # type: ignore[no-untyped-call]
+        y = _SkippingHadamard.apply(x, weight, bias, a, b, g, between, graded)  # type: ignore[no-untyped-call]
     else:
-        y = cast(Tensor, _PartitionedHadamard.apply(x, weight, bias, a, b, hard, tokens))  # type: ignore[no-untyped-call]
-    return y.to(matmul_dtype(x, weight))
+        y = _PartitionedHadamard.apply(x, weight, bias, a, b, g, tokens, graded)  # type: ignore[no-untyped-call]
+    return cast(Tensor, y).to(matmul_dtype(x, weight))

@@ -41,8 +41,9 @@ class HiRA(Update):
         if fused and has_plain_forward(base) and not transforms_are_active():
             if gate is None and _merging_is_accurate(x, base.weight):
                 return merged_hadamard(x, base.weight, base.bias, self.a, self.b)
-            if gate is not None and gate.has_thresholds and not x.is_meta:
-                return partitioned_hadamard(x, base.weight, base.bias, self.a, self.b, *gate)
+            if gate is not None and gate.may_be_saturated and not x.is_meta:
+                values, _, graded = gate
+                return partitioned_hadamard(x, base.weight, base.bias, self.a, self.b, values, graded)
         return add_gated_hadamard(base(x), dropout(x), base.weight, self.a, self.b, g)
 
     def inference_constant(self, weight: Tensor) -> Tensor:

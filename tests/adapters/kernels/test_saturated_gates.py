@@ -149,14 +149,14 @@ def test_output_of_token_does_not_depend_on_batch():
     g = torch.full((32,), 0.5, dtype=torch.float64)
     g[:3], g[3] = 0.01, 0.99  # an eighth of all tokens, a quarter of the first half
     arguments = (layer.base.weight, layer.base.bias, layer.update.a, layer.update.b)
-    together = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
+    together = partitioned_hadamard(x, *arguments, hard_gates(g, 0.1, 0.9))
     halves = [
-        partitioned_hadamard(part, *arguments, gates, 0.1, 0.9)
+        partitioned_hadamard(part, *arguments, hard_gates(gates, 0.1, 0.9))
         for part, gates in zip(x.split(16), g.split(16), strict=True)
     ]
-    alone = [partitioned_hadamard(x[n : n + 1], *arguments, g[n : n + 1], 0.1, 0.9) for n in range(32)]
+    alone = [partitioned_hadamard(x[n : n + 1], *arguments, hard_gates(g[n : n + 1], 0.1, 0.9)) for n in range(32)]
     g[2] = 0.5  # less than an eighth: not sorted
-    unsorted_ = partitioned_hadamard(x, *arguments, g, 0.1, 0.9)
+    unsorted_ = partitioned_hadamard(x, *arguments, hard_gates(g, 0.1, 0.9))
     for other in (torch.cat(halves), torch.cat(alone)):
         torch.testing.assert_close(other, together, rtol=0, atol=1e-12)
     torch.testing.assert_close(
