@@ -2,11 +2,13 @@
 
 from gatera_lightning.objectives.base import MicroBatchLoss, Objective, StepOutput, Term, evaluate_objectives
 from gatera_lightning.objectives.gate_entropy import GateEntropy
+from gatera_lightning.objectives.gate_sparsity import GateSparsity
 from gatera_lightning.objectives.next_token import NextToken, SupervisedLogits, supervised_logits
 from gatera_lightning.objectives.training_loss import default_objectives, training_loss
 
 __all__ = [
     "GateEntropy",
+    "GateSparsity",
     "MicroBatchLoss",
     "NextToken",
     "Objective",

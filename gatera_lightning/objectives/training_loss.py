@@ -12,6 +12,7 @@ from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
 from gatera_lightning.objectives.base import Objective, evaluate_objectives
 from gatera_lightning.objectives.gate_entropy import GateEntropy
+from gatera_lightning.objectives.gate_sparsity import GateSparsity
 from gatera_lightning.objectives.next_token import NextToken
 
 
@@ -83,7 +84,9 @@ def _check_batch(batch: Mapping[str, Any]) -> None:
 
 
 def default_objectives(model: PreTrainedModel) -> list[Objective]:
-    """Return next-token cross-entropy, and the gate entropy with the weight in the adapter's gate settings.
+    """Return next-token cross-entropy, and the gate's terms with the weights in its settings.
+
+    All gates have the entropy; gates with a ``sparsity_weight`` have the sparsity as well.
 
     Raises:
         ValueError: If the model has no adapter.
@@ -97,25 +100,30 @@ def default_objectives(model: PreTrainedModel) -> list[Objective]:
 def objectives_for(adapter: AdapterConfig) -> list[Objective]:
     """Return what an adapter with these settings is trained on by default; see :func:`default_objectives`."""
     weight = getattr(adapter.gate, "entropy_weight", 0.0)  # the gate may be an unknown name, not yet reported
-    return [NextToken(), GateEntropy(weight)]
+    sparsity = getattr(adapter.gate, "sparsity_weight", None)
+    return [NextToken(), GateEntropy(weight), *([] if sparsity is None else [GateSparsity(sparsity)])]
 
 
 def objectives_problems(objectives: Sequence[Objective], adapter: AdapterConfig) -> list[str]:
-    """Return a message if the gate's entropy weight has no effect with these objectives, else an empty list.
+    """Return a message for each weight of the gate that has no effect with these objectives.
 
     Args:
         objectives: What is trained.
         adapter: The adapter's settings.
     """
-    weight = getattr(adapter.gate, "entropy_weight", 0.0)
-    weights = [objective.weight for objective in objectives if isinstance(objective, GateEntropy)]
-    if not weight or weights == [weight]:
-        return []
-    found = f"GateEntropy has the weight {weights[0]}" if weights else "there is no GateEntropy"
-    return [
-        f"adapter.gate.entropy_weight: {weight}, but among the objectives {found}; accepted: one "
-        f"GateEntropy({weight}), or entropy_weight 0"
-    ]
+    problems = []
+    for setting, term in (("entropy_weight", GateEntropy), ("sparsity_weight", GateSparsity)):
+        weight = getattr(adapter.gate, setting, 0.0)
+        weights = [objective.weight for objective in objectives if isinstance(objective, term)]
+        if not weight or weights == [weight]:
+            continue
+        name = term.__name__
+        found = f"{name} has the weight {weights[0]}" if weights else f"there is no {name}"
+        problems.append(
+            f"adapter.gate.{setting}: {weight}, but among the objectives {found}; accepted: one "
+            f"{name}({weight}), or {setting} 0"
+        )
+    return problems
 
 
 _DEFAULTS: WeakKeyDictionary[PreTrainedModel, list[Objective]] = WeakKeyDictionary()

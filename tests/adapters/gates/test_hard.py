@@ -1,0 +1,124 @@
+"""Hard gates: draws, decisions, straight-through gradients, and the same values by every form of the layer."""
+
+import pytest
+import torch
+from adapted_layers import UPDATE_NAMES, actual, adapted_layer, assert_all_close, layer_inputs
+from torch.utils.flop_counter import FlopCounterMode
+
+from gatera_lightning.adapters.gates import HardGateConfig
+
+READS = ("input", "outputs")
+
+
+def gated_layer(randomize, update="hira", *, bias=0.0, layer_bias=True, **settings):
+    gate = HardGateConfig(bias=bias, **settings)
+    layer = adapted_layer(
+        update, gate, (12, 10, 3), bias=layer_bias, dtype=torch.float64, adapter_dtype="float64"
+    )
+    return randomize(layer)
+
+
+def reference(layer, x, dy, drawn, weight):
+    """Output and gradients in float64 by autograd; drawn (tokens,) are 0 or 1, weight those of their gradient."""
+    p = {name: value.detach().requires_grad_() for name, value in layer.adapter_params().items()}
+    w0, x = layer.base.weight, x.detach().requires_grad_()
+    ba = p["update.b"] @ p["update.a"]
+    base_out = x @ w0.t()
+    match layer.config.update:
+        case "lora":
+            u = layer.config.scale * x @ ba.t()
+        case "hira":
+            u = x @ (w0 * ba).t()
+        case "dora":
+            norm = torch.linalg.vector_norm(w0 + layer.config.scale * ba, dim=1).detach()
+            u = p["update.magnitude"] / norm * (base_out + layer.config.scale * x @ ba.t()) - base_out
+    if layer.config.gate.reads == "input":
+        z = x @ p["gate.weight"] + p["gate.bias"]
+    else:
+        z = base_out @ p["gate.weight"] + u @ p["gate.update_weight"] + p["gate.bias"]
+    soft = torch.sigmoid(z)
+    g = drawn + weight * (soft - soft.detach())
+    y = base_out + g.unsqueeze(-1) * u + (0 if layer.base.bias is None else layer.base.bias)
+    grads = torch.autograd.grad(y, [x, *p.values()], dy)
+    return y.detach(), dict(zip(["x", *p], grads, strict=True))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("layer_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("bias", [0.0, -40.0, 40.0], ids=["mixed", "all_closed", "all_open"])
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("update", UPDATE_NAMES)
+def test_forward_and_gradients_equal_dense_reference(randomize, update, reads, bias, layer_bias, share):
+    layer = gated_layer(
+        randomize, update, bias=bias, reads=reads, layer_bias=layer_bias, gradient_share=share
+    ).train()
+    x, dy = layer_inputs(layer, (2, 7))
+    logits = []
+    layer.set_gate_listener(logits.append)
+    torch.manual_seed(5)
+    found = actual(layer, x, dy)
+    torch.manual_seed(5)
+    drawn = torch.bernoulli(torch.sigmoid(logits[0].detach()))
+    assert {0.0: len(drawn.unique()) == 2, -40.0: not drawn.any(), 40.0: bool(drawn.all())}[bias]
+    weight = torch.ones_like(drawn)
+    if share < 1:
+        weight = torch.zeros(14, dtype=torch.float64)
+        weight[torch.randperm(14)[:4]] = 14 / 4
+        weight = weight.view(2, 7)
+    y, grads = reference(layer, x, dy, drawn, weight)
+    torch.testing.assert_close(found[0], y, rtol=0, atol=1e-12)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("update", UPDATE_NAMES)
+def test_evaluation_decides(randomize, update, reads):
+    layer = gated_layer(randomize, update, reads=reads).eval()
+    x, dy = layer_inputs(layer, (2, 7))
+    logits = []
+    layer.set_gate_listener(logits.append)
+    y = layer(x)
+    drawn = (torch.sigmoid(logits[0].detach()) > 0.5).double()
+    assert len(drawn.unique()) == 2
+    torch.testing.assert_close(y.detach(), reference(layer, x, dy, drawn, 1.0)[0], rtol=0, atol=1e-12)
+    assert torch.equal(layer(x), y)
+
+
+def test_share_of_open_tokens_is_their_probability():
+    gate = HardGateConfig(bias=-1.0).build(3, dtype=torch.float64, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    values = gate.values(gate(torch.randn(20_000, 3, dtype=torch.float64))).values
+    expected = float(torch.sigmoid(torch.tensor(-1.0)))
+    assert abs(float(values.mean()) - expected) <= 3 * (expected * (1 - expected) / 20_000) ** 0.5
+
+
+def test_matmuls_of_step(randomize):
+    layer = gated_layer(randomize, gradient_share=1 / 7).train()
+    x, _ = layer_inputs(layer, (2, 7))
+    logits = []
+    layer.set_gate_listener(logits.append)
+    torch.manual_seed(5)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    torch.manual_seed(5)
+    opened = int(torch.bernoulli(torch.sigmoid(logits[0].detach())).sum())
+    large, low_rank, gate = 2 * 10 * 12, 4 * 2 * 10 * 12 * 3, 2 * 2 * 14 * 12
+    graded = 2
+    assert 0 < opened < 14
+    expected = (2 * (14 - opened) + 3 * opened + graded) * large + low_rank
+    assert expected <= counter.get_total_flops() <= expected + gate
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bias": float("inf")}, "adapter.gate.bias: inf; accepted: a finite number"),
+        ({"reads": "inputs"}, "adapter.gate.reads: 'inputs' is unknown; accepted: input, outputs; did you mean"),
+        ({"gradient_share": 0}, "adapter.gate.gradient_share: 0; accepted: a share"),
+        ({"sparsity_weight": -1}, "adapter.gate.sparsity_weight: -1; accepted: a number of at least 0"),
+    ],
+    ids=["bias", "reads", "gradient_share", "sparsity_weight"],
+)
+def test_invalid_settings_are_named(settings, message):
+    assert HardGateConfig(**settings).problems()[0].startswith(message)
