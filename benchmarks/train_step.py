@@ -14,6 +14,7 @@ module             the same by GateRAModule in Lightning's Trainer, with its loo
 gatera_saved       outputs of elementwise operations are saved, not recomputed in the backward pass
 gatera_70_closed   70 % of the tokens have gates below 0.1, which are skipped
 gatera_saturated   most other gates are above 0.9, and use the merged weight
+hard_half_open     hard gates that are open for half of the tokens; the gates' gradient comes from an eighth
 *_compiled         compiled decoder layers; compilation is not timed
 peft_*             as PEFT's documentation shows, with the logits of every token
 peft_lora_targets  PEFT's LoRA with our output head

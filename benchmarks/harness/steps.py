@@ -28,7 +28,7 @@ from gatera_lightning import (
     inject_adapters,
     training_loss,
 )
-from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.adapters.gates import HardGateConfig, TokenGateConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.backbone.compilation import compile_layers
@@ -49,6 +49,7 @@ ADAPTERS = {
     "gatera_saved": AdapterConfig(),
     "gatera_70_closed": AdapterConfig(gate=TokenGateConfig(skip_below=0.1)),
     "gatera_saturated": AdapterConfig(gate=TokenGateConfig(skip_below=0.1, merge_above=0.9)),
+    "hard_half_open": AdapterConfig(gate=HardGateConfig(bias=0.0, gradient_share=1 / 8)),
     "hira": AdapterConfig(gate="none"),
     "lora": AdapterConfig(update="lora", gate="none"),
     "dora": AdapterConfig(update="dora", gate="none"),
