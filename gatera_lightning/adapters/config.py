@@ -28,6 +28,11 @@ FLAT_GATE_SETTINGS = {
     "gate_lr_multiplier": "lr_multiplier",
     "skip_below": "skip_below",
     "merge_above": "merge_above",
+    "gate_gradient_share": "gradient_share",
+    "gate_reads": "reads",
+    "gate_sparsity_weight": "sparsity_weight",
+    "gate_threshold": "threshold",
+    "gate_temperature": "temperature",
 }
 """Flat name of a gate's setting, as in result files and in version 0.1 -> its name in the gate's config."""
 
@@ -78,6 +83,9 @@ class AdapterConfig:
     alpha: float | None = None
     """Scales the update by alpha/rank; null means alpha = rank. An error with hira, which has no scale."""
 
+    blocks: int | None = None
+    """With block_hira, the number of blocks along each side of a weight; null means 2."""
+
     dropout: float = 0.0
     """Dropout probability on the update's input; the frozen layer and the gate see it undropped."""
 
@@ -124,7 +132,7 @@ class AdapterConfig:
             found.append(unknown_value("adapter.adapter_dtype", self.adapter_dtype, get_args(AdapterDtype)))
         if not _is_int(self.rank) or self.rank < 1:
             found.append(f"adapter.rank: {self.rank!r} is not a rank; accepted: an integer of at least 1")
-        found += self._alpha_problems()
+        found += self._alpha_problems() or self._extra_problems()
         if not (is_finite_number(self.dropout) and 0 <= self.dropout < 1):
             found.append(
                 f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1"
@@ -203,6 +211,33 @@ class AdapterConfig:
         if is_finite_number(self.alpha) and self.alpha > 0:
             return []
         return [f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank"]
+
+    def _extra_problems(self) -> list[str]:
+        """Describe what is wrong with ``blocks``, or with ranks that do not suit the update."""
+        if self.blocks is not None and not (_is_int(self.blocks) and self.blocks >= 1):
+            return [f"adapter.blocks: {self.blocks!r}; accepted: an integer of at least 1, or null"]
+        if self._update is None:
+            return []
+        if self.blocks is not None and "blocks" not in self._update.extra_settings:
+            able = [name for name, update in UPDATES.items() if "blocks" in update.extra_settings]
+            return [
+                f"adapter.blocks: {self.blocks!r}, but update {self.update!r} has no blocks; accepted: null, "
+                f"or update {' or '.join(able)}"
+            ]
+        ranks = {"rank": self.rank} | {f"rank_pattern.{key}": rank for key, rank in dict(self.rank_pattern or {}).items()}
+        problems = (
+            (name, rank, self._update.rank_problem(rank, **self.extra_settings))
+            for name, rank in ranks.items()
+            if _is_int(rank)
+        )
+        return [f"adapter.{name}: {rank!r}, but {problem}" for name, rank, problem in problems if problem]
+
+    @property
+    def extra_settings(self) -> dict[str, Any]:
+        """The settings that the update takes besides rank and scale, by name."""
+        defaults = {"blocks": 2}
+        names = () if self._update is None else self._update.extra_settings
+        return {name: defaults[name] if getattr(self, name) is None else getattr(self, name) for name in names}
 
     def _threshold_problems(self) -> list[str]:
         used = self._update is not None and self._update.uses_gate_thresholds and self.dropout == 0

@@ -47,7 +47,12 @@ def build_parts(
     """
     dtype = getattr(torch, config.adapter_dtype)
     update = UPDATES[config.update](
-        base, rank=config.rank_of(name), scale=config.scale_of(name), dtype=dtype, generator=generator
+        base,
+        rank=config.rank_of(name),
+        scale=config.scale_of(name),
+        dtype=dtype,
+        generator=generator,
+        **config.extra_settings,
     )
     gate = config.gate.build_for(base, dtype)
     return LayerParts(update, gate, nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity())

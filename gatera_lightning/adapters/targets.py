@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from gatera_lightning.adapters.config import ALL_LINEAR, AdapterConfig
 from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.name_patterns import ended_name, ending, first_match, layer_index, matches
+from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.errors import ConfigError, near_miss
 
 _FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj", "query_key_value", "Wqkv", "c_attn")
@@ -204,6 +205,13 @@ def _layer_problems(model: nn.Module, targets: dict[str, nn.Linear], config: Ada
                 f"adapter.{setting}: {rank} exceeds {name} ({linear.in_features} -> {linear.out_features}); "
                 f"accepted here: 1 to {smaller}"
             )
+            break
+    for name, linear in targets.items():
+        update = UPDATES[config.update]
+        sizes = linear.in_features, linear.out_features
+        if problem := update.size_problem(*sizes, **config.extra_settings):
+            settings = ", ".join(f"adapter.{key}: {value}" for key, value in config.extra_settings.items())
+            problems.append(f"{settings}, and {name} ({sizes[0]} -> {sizes[1]}): {problem}")
             break
     in_memory = any(not parameter.is_meta for parameter in model.parameters())
     unsuitable = (

@@ -32,10 +32,19 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"layers": [0.5]}, "adapter.layers: [0.5]"),
         (
             {"update": "hira2"},
-            "adapter.update: 'hira2' is unknown; accepted: lora, dora, hira; did you mean 'hira'?",
+            "adapter.update: 'hira2' is unknown; accepted: lora, dora, hira, abba, block_hira; did you mean "
+            "'hira'?",
         ),
         ({"update": ["hira"]}, "adapter.update: ['hira'] is unknown"),
-        ({"gate": "threshold"}, "adapter.gate: 'threshold' is unknown; accepted: none, static, token"),
+        (
+            {"gate": "tokens"},
+            "adapter.gate: 'tokens' is unknown; accepted: none, static, token, hard, threshold; did you mean "
+            "'token'?",
+        ),
+        ({"update": "abba", "rank": 5}, "adapter.rank: 5, but update 'abba' gives each of its two products"),
+        ({"update": "block_hira", "rank": 5}, "adapter.rank: 5, but update 'block_hira' has blocks 2; accepted:"),
+        ({"blocks": 2}, "adapter.blocks: 2, but update 'hira' has no blocks; accepted: null, or update block_hira"),
+        ({"update": "block_hira", "blocks": 0}, "adapter.blocks: 0; accepted: an integer of at least 1, or null"),
         ({"gate": "tokens"}, "did you mean 'token'?"),
         ({"gate": None}, "adapter.gate: is not set"),
         (
@@ -56,7 +65,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (
             {"gate": TokenGateConfig(merge_above=0.9), "update": "lora"},
             "adapter.gate.skip_below: 0.0, merge_above: 0.9, with update 'lora' and dropout 0.0; "
-            "accepted: 0 and 1, or update hira and dropout 0",
+            "accepted: 0 and 1, or update hira or block_hira and dropout 0",
         ),
         (
             {"gate": TokenGateConfig(skip_below=0.1), "dropout": 0.1},

@@ -10,7 +10,9 @@ from gatera_lightning.adapters.gates import GATES
 from gatera_lightning.adapters.layer import AdaptedLinear
 
 UPDATE_NAMES, GATE_NAMES = ("lora", "dora", "hira"), ("none", "static", "token")
-METHODS = list(itertools.product(UPDATE_NAMES, GATE_NAMES))
+EVEN_UPDATES = ("abba", "block_hira")  # whose ranks and sizes must be even
+ALL_UPDATES = (*UPDATE_NAMES, *EVEN_UPDATES)
+METHODS = list(itertools.product(ALL_UPDATES, GATE_NAMES))
 SIZES = [(7, 13, 3), (13, 5, 5)]  # in, out, rank
 # backbone dtype, adapter dtype, tolerance relative to the largest element
 DTYPES = {
@@ -28,10 +30,10 @@ def gate_config(kind, **settings):
 
 def adapted_layer(update, gate, size=SIZES[0], *, bias=True, dtype=torch.float32, **settings):
     """Create an adapted layer with B = 0; the same arguments give the same values."""
-    size_in, size_out, rank = size
+    size_in, size_out, rank = (n + n % 2 for n in size) if update in EVEN_UPDATES else size
     torch.manual_seed(0)
     base = nn.Linear(size_in, size_out, bias=bias).to(dtype)
-    if update != "hira":
+    if "hira" not in update:
         settings.setdefault("alpha", 2.5 * rank)
     config = AdapterConfig(update=update, gate=gate, rank=rank, **settings)
     return AdaptedLinear(base, config, torch.Generator().manual_seed(1))
@@ -45,8 +47,19 @@ def layer_inputs(layer, batch=(2, 3), *, requires_grad=True):
     return x.requires_grad_(requires_grad), dy
 
 
-def _reference_update(update, x, dropped, w0, p, scale):
+def reference_update(update, x, dropped, w0, p, scale):
+    """Compute u(x) (..., out) from the parameters p by name, with dropout applied to x as ``dropped``."""
+    if update == "block_hira":  # a grid of 2 × 2 blocks
+        rows, columns, half = (n // 2 for n in (*w0.shape, len(p["update.a"])))
+        a, b = p["update.a"].split(half), p["update.b"].split(rows)
+        blocks = [
+            [b[i][:, j * half :][:, :half] @ a[i][:, j * columns :][:, :columns] for j in range(2)]
+            for i in range(2)
+        ]
+        return dropped @ (w0 * torch.cat([torch.cat(row, dim=1) for row in blocks])).t()
     ba = p["update.b"] @ p["update.a"]
+    if update == "abba":
+        return scale * dropped @ ((p["update.weight_b"] @ p["update.weight_a"]) * ba).t()
     if update == "lora":
         return scale * dropped @ ba.t()
     if update == "hira":
@@ -68,7 +81,7 @@ def reference(layer, x, dy, mask=None):
     p = {n: v.detach().double().requires_grad_() for n, v in layer.adapter_params().items()}
     w0, x = layer.base.weight.double(), x.detach().double().requires_grad_()
     dropped = x if mask is None else x * mask
-    u = _reference_update(update, x, dropped, w0, p, layer.config.scale)
+    u = reference_update(update, x, dropped, w0, p, layer.config.scale)
     y = x @ w0.t() + _reference_gate(gate, x, p).unsqueeze(-1) * u
     if layer.base.bias is not None:
         y = y + layer.base.bias.double()

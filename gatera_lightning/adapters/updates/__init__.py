@@ -6,7 +6,9 @@ To add an update, write a subclass of :class:`Update` in a file of its own and p
 
 from typing import TypeVar
 
+from gatera_lightning.adapters.updates.abba import ABBA
 from gatera_lightning.adapters.updates.base import Update
+from gatera_lightning.adapters.updates.block_hira import BlockHiRA
 from gatera_lightning.adapters.updates.dora import DoRA
 from gatera_lightning.adapters.updates.hira import HiRA
 from gatera_lightning.adapters.updates.lora import LoRA
@@ -15,7 +17,7 @@ __all__ = ["UPDATES", "Update", "describe_updates", "register_update"]
 
 UpdateClass = TypeVar("UpdateClass", bound=type[Update])
 
-UPDATES: dict[str, type[Update]] = {update.name: update for update in (LoRA, DoRA, HiRA)}
+UPDATES: dict[str, type[Update]] = {update.name: update for update in (LoRA, DoRA, HiRA, ABBA, BlockHiRA)}
 """The available updates, by name."""
 
 

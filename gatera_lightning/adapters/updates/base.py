@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class Update(nn.Module, ABC):
     has_scale: ClassVar[bool] = True
     """Whether ``alpha`` is a setting of this update."""
 
+    extra_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings of AdapterConfig that the constructor takes besides rank and scale."""
+
     uses_gate_thresholds: ClassVar[bool] = False
     """Whether :meth:`forward` skips work for tokens whose gate values are beyond the gate's thresholds."""
 
@@ -58,6 +61,20 @@ class Update(nn.Module, ABC):
         self.scale = scale
         self._cached: Tensor | None = None
         self._unchanged: UnchangedParameters | None = None
+
+    @classmethod
+    def rank_problem(cls, rank: int, **settings: Any) -> str | None:
+        """Describe why a rank does not suit this update and its extra settings; None if it does."""
+        return None
+
+    @classmethod
+    def size_problem(cls, in_features: int, out_features: int, **settings: Any) -> str | None:
+        """Describe why a layer's size does not suit this update's extra settings; None if it does."""
+        return None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) of the product BA."""
+        return self.a, self.b
 
     @abstractmethod
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:

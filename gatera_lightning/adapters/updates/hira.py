@@ -28,7 +28,7 @@ class HiRA(Update):
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
         """Compute ``(W0 ⊙ BA) x``: (..., in) -> (..., out)."""
         cached = self.cached()
-        weight = hadamard_weight(base.weight, self.a, self.b) if cached is None else cached
+        weight = hadamard_weight(base.weight, *self.factors()) if cached is None else cached
         return F.linear(x.to(weight.dtype), weight)
 
     def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
@@ -40,15 +40,15 @@ class HiRA(Update):
         fused = self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity)
         if fused and has_plain_forward(base) and not transforms_are_active():
             if gate is None and _merging_is_accurate(x, base.weight):
-                return merged_hadamard(x, base.weight, base.bias, self.a, self.b)
+                return merged_hadamard(x, base.weight, base.bias, *self.factors())
             if gate is not None and gate.may_be_saturated and not x.is_meta:
                 values, _, graded = gate
-                return partitioned_hadamard(x, base.weight, base.bias, self.a, self.b, values, graded)
-        return add_gated_hadamard(base(x), dropout(x), base.weight, self.a, self.b, g)
+                return partitioned_hadamard(x, base.weight, base.bias, *self.factors(), values, graded)
+        return add_gated_hadamard(base(x), dropout(x), base.weight, *self.factors(), g)
 
     def inference_constant(self, weight: Tensor) -> Tensor:
         """Return ``W0 ⊙ BA`` in W0's dtype, (out, in), as the forward computes it."""
-        return hadamard_weight(weight, self.a, self.b)
+        return hadamard_weight(weight, *self.factors())
 
     def inference_constant_bytes(self, weight: Tensor) -> int:
         """Return the size of the adapted weight in bytes."""
@@ -57,7 +57,8 @@ class HiRA(Update):
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return ``W0 ⊙ BA`` in the adapter's dtype, (out, in)."""
-        return weight.to(self.a.dtype) * (self.b @ self.a)
+        a, b = self.factors()
+        return weight.to(a.dtype) * (b @ a)
 
 
 def _merging_is_accurate(x: Tensor, weight: Tensor) -> bool:

@@ -16,17 +16,20 @@ class LoRA(Update):
 
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
         """Compute ``(α/r) · B (A x)``: (..., in) -> (..., out)."""
-        return F.linear(F.linear(x, self.a.to(x.dtype)) * self.scale, self.b.to(x.dtype))
+        a, b = self.factors()
+        return F.linear(F.linear(x, a.to(x.dtype)) * self.scale, b.to(x.dtype))
 
     def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
         """Compute the output of the adapted layer; the gate multiplies ``A x``, which has only r elements."""
         y: Tensor = base(x)
         x = dropout(x)
-        down = F.linear(x, self.a.to(x.dtype))  # (..., r)
+        a, b = self.factors()
+        down = F.linear(x, a.to(x.dtype))  # (..., r)
         factor = self.scale if gate is None else (self.scale * gate.values).unsqueeze(-1).to(down.dtype)
-        return y + F.linear(down * factor, self.b.to(x.dtype)).to(y.dtype)
+        return y + F.linear(down * factor, b.to(x.dtype)).to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return ``(α/r) · BA``, (out, in)."""
-        return (self.b @ self.a) * self.scale
+        a, b = self.factors()
+        return (b @ a) * self.scale

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapted_layers import UPDATE_NAMES, actual, adapted_layer, assert_all_close, layer_inputs
+from adapted_layers import ALL_UPDATES, actual, adapted_layer, layer_inputs, reference_update
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning.adapters.gates import HardGateConfig
@@ -22,16 +22,8 @@ def reference(layer, x, dy, drawn, weight):
     """Output and gradients in float64 by autograd; drawn (tokens,) are 0 or 1, weight those of their gradient."""
     p = {name: value.detach().requires_grad_() for name, value in layer.adapter_params().items()}
     w0, x = layer.base.weight, x.detach().requires_grad_()
-    ba = p["update.b"] @ p["update.a"]
     base_out = x @ w0.t()
-    match layer.config.update:
-        case "lora":
-            u = layer.config.scale * x @ ba.t()
-        case "hira":
-            u = x @ (w0 * ba).t()
-        case "dora":
-            norm = torch.linalg.vector_norm(w0 + layer.config.scale * ba, dim=1).detach()
-            u = p["update.magnitude"] / norm * (base_out + layer.config.scale * x @ ba.t()) - base_out
+    u = reference_update(layer.config.update, x, x, w0, p, layer.config.scale)
     if layer.config.gate.reads == "input":
         z = x @ p["gate.weight"] + p["gate.bias"]
     else:
@@ -47,7 +39,7 @@ def reference(layer, x, dy, drawn, weight):
 @pytest.mark.parametrize("layer_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("bias", [0.0, -40.0, 40.0], ids=["mixed", "all_closed", "all_open"])
 @pytest.mark.parametrize("reads", READS)
-@pytest.mark.parametrize("update", UPDATE_NAMES)
+@pytest.mark.parametrize("update", ALL_UPDATES)
 def test_forward_and_gradients_equal_dense_reference(randomize, update, reads, bias, layer_bias, share):
     layer = gated_layer(
         randomize, update, bias=bias, reads=reads, layer_bias=layer_bias, gradient_share=share
@@ -72,7 +64,7 @@ def test_forward_and_gradients_equal_dense_reference(randomize, update, reads, b
 
 
 @pytest.mark.parametrize("reads", READS)
-@pytest.mark.parametrize("update", UPDATE_NAMES)
+@pytest.mark.parametrize("update", ALL_UPDATES)
 def test_evaluation_decides(randomize, update, reads):
     layer = gated_layer(randomize, update, reads=reads).eval()
     x, dy = layer_inputs(layer, (2, 7))

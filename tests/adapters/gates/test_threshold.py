@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from adapted_layers import UPDATE_NAMES, actual, adapted_layer, layer_inputs
+from adapted_layers import ALL_UPDATES, actual, adapted_layer, layer_inputs
 
 from gatera_lightning.adapters.gates import ThresholdGateConfig
 
@@ -24,7 +24,7 @@ def ratios(layer, x):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("update", UPDATE_NAMES)
+@pytest.mark.parametrize("update", ALL_UPDATES)
 def test_step_equals_closed_form(update, temperature):
     layer = gated_layer(update, threshold=0.0)
     x, dy = layer_inputs(layer, (2, 7))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_layers import UPDATE_NAMES, adapted_layer, layer_inputs
+from adapted_layers import ALL_UPDATES, UPDATE_NAMES, adapted_layer, layer_inputs
 from torch import nn
 
 from gatera_lightning.adapters.gates import GateValues
@@ -80,7 +80,7 @@ def test_scale_is_alpha_over_rank(randomize, update):
 
 
 def test_descriptions_list_every_update():
-    assert tuple(UPDATES) == UPDATE_NAMES
+    assert tuple(UPDATES) == ALL_UPDATES
     assert all(f"{name} = {update.formula}" in describe_updates() for name, update in UPDATES.items())
 
 
