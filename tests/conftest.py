@@ -74,6 +74,13 @@ def browser():
     driver.quit()
 
 
+@pytest.fixture(autouse=True)
+def unset_seed(monkeypatch):
+    """Hide the seed that seed_everything of another test has left in the environment."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that monkeypatch removes what the test itself sets
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _docstrings_once():
     """Parse docstrings once a session: every command line reads those of the same classes for its help."""

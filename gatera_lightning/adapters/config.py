@@ -224,7 +224,8 @@ class AdapterConfig:
                 f"adapter.blocks: {self.blocks!r}, but update {self.update!r} has no blocks; accepted: null, "
                 f"or update {' or '.join(able)}"
             ]
-        ranks = {"rank": self.rank} | {f"rank_pattern.{key}": rank for key, rank in dict(self.rank_pattern or {}).items()}
+        patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
+        ranks = {"rank": self.rank} | {f"rank_pattern.{key}": rank for key, rank in patterns.items()}
         problems = (
             (name, rank, self._update.rank_problem(rank, **self.extra_settings))
             for name, rank in ranks.items()
@@ -237,7 +238,8 @@ class AdapterConfig:
         """The settings that the update takes besides rank and scale, by name."""
         defaults = {"blocks": 2}
         names = () if self._update is None else self._update.extra_settings
-        return {name: defaults[name] if getattr(self, name) is None else getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in names}
+        return {name: defaults[name] if value is None else value for name, value in given.items()}
 
     def _threshold_problems(self) -> list[str]:
         used = self._update is not None and self._update.uses_gate_thresholds and self.dropout == 0

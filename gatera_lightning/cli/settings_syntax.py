@@ -284,7 +284,7 @@ def _class_path(kind: Any) -> str:
 def _config_class(gate: Any) -> type[GateConfig] | None:
     """The registered class that a gate's `class_path` names; None for any other, and without one."""
     path = gate if isinstance(gate, str) else gate.get("class_path", "") if isinstance(gate, dict) else ""
-    package, _, name = path.rpartition(".")
+    package, _, name = str(path).rpartition(".")
     for config in GATES.values():
         # A package above the class's module may export the class, as gatera_lightning does.
         if name == config.__name__ and f"{config.__module__}.".startswith(f"{package}." if package else ""):

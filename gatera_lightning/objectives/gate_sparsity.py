@@ -17,7 +17,8 @@ class GateSparsity(Objective):
     """Mean openness over gated layers and non-padding tokens: ``λ · Σ σ(z) / (tokens · layers)``.
 
     Logged as ``train/gate_openness``, together with the share of tokens that a layer would skip in evaluation
-    as ``train/gate_skipped``. Place it after the objective that runs the model; without gates it has no terms.
+    as ``train/gate_skipped``. Place it after the objective that runs the model; without gates it has no
+    terms.
     """
 
     weight: float

@@ -38,7 +38,7 @@ class GateRAConfig(PeftConfig):
     """
 
     update: str = "hira"
-    """The update u(x): ``lora``, ``dora`` or ``hira``."""
+    """The update u(x): ``lora``, ``dora``, ``hira``, ``abba`` or ``block_hira``."""
 
     gate: str | dict[str, Any] | GateConfig = "token"
     """The gate g(x): the name of a kind, its settings as a dictionary with ``kind``, or a GateConfig. Stored
@@ -49,6 +49,9 @@ class GateRAConfig(PeftConfig):
 
     alpha: float | None = None
     """Scales the update by alpha/r; None means alpha = r. An error with ``hira``, which has no scale."""
+
+    blocks: int | None = None
+    """With ``block_hira``, the number of blocks along each side of a weight; None means 2."""
 
     dropout: float = 0.0
     """Dropout probability on the update's input."""
@@ -156,6 +159,7 @@ class GateRAConfig(PeftConfig):
             gate=self.gate_config,
             rank=rank,
             alpha=alpha,
+            blocks=self.blocks,
             dropout=self.dropout,
             adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]
         )

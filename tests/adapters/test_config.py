@@ -41,10 +41,22 @@ NAN, INFINITY = float("nan"), float("inf")
             "adapter.gate: 'tokens' is unknown; accepted: none, static, token, hard, threshold; did you mean "
             "'token'?",
         ),
-        ({"update": "abba", "rank": 5}, "adapter.rank: 5, but update 'abba' gives each of its two products"),
-        ({"update": "block_hira", "rank": 5}, "adapter.rank: 5, but update 'block_hira' has blocks 2; accepted:"),
-        ({"blocks": 2}, "adapter.blocks: 2, but update 'hira' has no blocks; accepted: null, or update block_hira"),
-        ({"update": "block_hira", "blocks": 0}, "adapter.blocks: 0; accepted: an integer of at least 1, or null"),
+        (
+            {"update": "abba", "rank": 5},
+            "adapter.rank: 5, but update 'abba' gives half to each product; accepted",
+        ),
+        (
+            {"update": "block_hira", "rank": 5},
+            "adapter.rank: 5, but update 'block_hira' has blocks 2; accepted:",
+        ),
+        (
+            {"blocks": 2},
+            "adapter.blocks: 2, but update 'hira' has no blocks; accepted: null, or update block_hira",
+        ),
+        (
+            {"update": "block_hira", "blocks": 0},
+            "adapter.blocks: 0; accepted: an integer of at least 1, or null",
+        ),
         ({"gate": "tokens"}, "did you mean 'token'?"),
         ({"gate": None}, "adapter.gate: is not set"),
         (

@@ -172,7 +172,10 @@ def test_inject_reports_all_invalid_settings(tiny_llama):
     problems = _problems(tiny_llama(), config)
     names = "update", "adapter_dtype", "rank", "alpha", "dropout", "gate", "target_modules", "layers"
     assert [problem.split(":")[0] for problem in problems] == [f"adapter.{name}" for name in names]
-    assert "'hirra' is unknown; accepted: lora, dora, hira; did you mean 'hira'?" in problems[0]
+    assert (
+        "'hirra' is unknown; accepted: lora, dora, hira, abba, block_hira; did you mean 'hira'?"
+        in problems[0]
+    )
     assert "'soft' is unknown; accepted: none, static, token" in problems[5]
 
 
@@ -298,7 +301,7 @@ def test_inject_rejects_quantized_weights(tiny_llama, weight):
     model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(weight, requires_grad=False)
     (problem,) = _problems(model, _config())
     assert problem.startswith("backbone.id: model.layers.1.self_attn.q_proj is a Linear whose weight is")
-    assert problem.endswith("accepted: weights that are not quantized")
+    assert "accepted: weights that are not quantized, or layers of bitsandbytes" in problem
 
 
 def test_inject_rejects_adapted_model(tiny_llama):

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_layers import (
+    ALL_METHODS,
     DTYPES,
     GATE_NAMES,
-    METHODS,
     SIZES,
     UPDATE_NAMES,
     actual,
@@ -28,7 +28,7 @@ from gatera_lightning.adapters.layer import AdaptedLinear
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), ALL_METHODS)
 def test_forward_and_gradients_equal_dense_reference(randomize, update, gate, kind, bias, size, batch):
     dtype, adapter_dtype, tol = DTYPES[kind]
     layer = randomize(adapted_layer(update, gate, size, bias=bias, dtype=dtype, adapter_dtype=adapter_dtype))
@@ -49,7 +49,7 @@ def test_forward_and_gradients_equal_dense_reference(randomize, update, gate, ki
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), ALL_METHODS)
 def test_fresh_layer_equals_frozen_layer(update, gate, bias, kind):
     dtype, adapter_dtype, _ = DTYPES[kind]
     layer = adapted_layer(
@@ -93,7 +93,7 @@ def test_closed_gate_equals_frozen_layer(randomize, update, gate):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp64"])
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), ALL_METHODS)
 def test_dropout_acts_only_on_update_input(randomize, update, gate, kind):
     dtype, adapter_dtype, tol = DTYPES[kind]
     layer = randomize(
@@ -115,7 +115,7 @@ def test_evaluation_has_no_dropout(randomize, update):
     assert_all_close(actual(layer, x, dy), reference(layer, x, dy), 1e-5)
 
 
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), ALL_METHODS)
 def test_input_without_gradient(randomize, update, gate):
     layer = randomize(adapted_layer(update, gate))
     x, dy = layer_inputs(layer, requires_grad=False)
@@ -141,7 +141,7 @@ def test_partly_frozen_parameters(randomize, trained):
             assert grads[name] is None
 
 
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), ALL_METHODS)
 def test_strided_input_and_expanded_gradient(randomize, update, gate):
     layer = randomize(adapted_layer(update, gate))
     x = layer_inputs(layer, (3, 2))[0].detach().transpose(0, 1).requires_grad_()
@@ -152,7 +152,7 @@ def test_strided_input_and_expanded_gradient(randomize, update, gate):
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), ALL_METHODS)
 def test_autocast_with_float32_backbone(randomize, update, gate, x_dtype):
     layer = randomize(adapted_layer(update, gate))
     x, dy = layer_inputs(layer)
@@ -188,7 +188,7 @@ def test_train_mode_without_gradients_equals_evaluation(randomize):
         assert torch.equal(layer.train()(x), layer.eval()(x))
 
 
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), ALL_METHODS)
 def test_one_dimensional_input(update, gate):
     layer = adapted_layer(update, gate)
     x, _ = layer_inputs(layer)

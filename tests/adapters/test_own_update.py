@@ -61,7 +61,7 @@ def test_registration_lists_update():
     assert "scaled_lora = m ⊙ (alpha/rank)·B A x" in describe_updates()
     assert AdapterConfig(update="scaled_lora", alpha=8.0).problems() == []
     (problem,) = AdapterConfig(update="scaled_loar").problems()
-    assert "accepted: lora, dora, hira, scaled_lora; did you mean 'scaled_lora'?" in problem
+    assert "accepted: lora, dora, hira, abba, block_hira, scaled_lora; did you mean 'scaled_lora'?" in problem
 
 
 def test_command_line_accepts_update(tiny_backbone, capsys):

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from adapted_layers import METHODS
+from adapted_layers import EVEN_UPDATES, METHODS
 from safetensors.torch import load_file, save_file
 
 import gatera_lightning.adapters.serialization as serialization
@@ -28,9 +28,13 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def _config(update="hira", gate="token", **settings):
-    alpha = None if update == "hira" else 6.0
+    alpha = None if "hira" in update else 6.0
+    rank = 4 if update in EVEN_UPDATES else 3
     return AdapterConfig(
-        **({"update": update, "gate": gate, "rank": 3, "alpha": alpha, "target_modules": TARGETS} | settings)
+        **(
+            {"update": update, "gate": gate, "rank": rank, "alpha": alpha, "target_modules": TARGETS}
+            | settings
+        )
     )
 
 
@@ -155,6 +159,7 @@ def test_folder_describes_adapter(tiny_llama, tmp_path):
         "gate": {"kind": "static", "lr_multiplier": 1.0, "bias": -2.0, "entropy_weight": 0.01},
         "r": 3,
         "alpha": 6.0,
+        "blocks": None,
         "dropout": 0.25,
         "target_modules": TARGETS,
         "exclude_modules": None,

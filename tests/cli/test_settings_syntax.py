@@ -130,9 +130,13 @@ def test_file_of_adapter_section_is_translated(gate, tmp_path, text):
     [
         (
             "tokn",
-            "model.adapter.gate: 'tokn' is unknown; accepted: none, static, token; did you mean 'token'?",
+            "model.adapter.gate: 'tokn' is unknown; accepted: none, static, token, hard, threshold; did you "
+            "mean 'token'?",
         ),
-        ({"kind": "best"}, "model.adapter.gate: 'best' is unknown; accepted: none, static, token"),
+        (
+            {"kind": "best"},
+            "model.adapter.gate: 'best' is unknown; accepted: none, static, token, hard, threshold",
+        ),
         (
             {"kind": "none", "bias": 2},
             "model.adapter.gate: 'none' has no setting bias; accepted: lr_multiplier",

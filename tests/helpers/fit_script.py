@@ -99,10 +99,10 @@ class Poison(Objective):
     """Adds a constant to the loss that is NaN for one example, and 0 otherwise."""
 
     def __init__(self, example):
-        self.example = example
+        self._example = example  # not a setting, which a resumed run must share
 
     def terms(self, model, batch, gates):
-        value = float("nan") if self.example in batch["example_ids"] else 0.0
+        value = float("nan") if self._example in batch["example_ids"] else 0.0
         return {"poison": Term(next(model.parameters()).new_tensor(value), 1)}
 
 

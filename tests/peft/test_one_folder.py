@@ -1,16 +1,20 @@
 """A folder of this package is one of PEFT's: equal logits in both, and equal bytes where nothing changed."""
 
+import itertools
+
 import pytest
 import torch
-from adapted_layers import METHODS
+from adapted_layers import ALL_UPDATES, EVEN_UPDATES
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gatera_lightning import AdapterConfig, AdapterFileError, inject_adapters, load_adapter, save_adapter
+from gatera_lightning.adapters.gates import GATES
 from gatera_lightning.peft import GateRAConfig
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 TARGETS = ["q_proj", "down_proj"]
+METHODS = list(itertools.product(ALL_UPDATES, GATES))
 
 
 @pytest.fixture
@@ -25,18 +29,22 @@ def adapted(load, randomize):
 
     def adapt(update="hira", gate="token", **settings):
         model = load()
-        config = {"update": update, "gate": gate, "rank": 3, "target_modules": TARGETS} | settings
+        config = {"update": update, "gate": gate, "rank": _rank(update), "target_modules": TARGETS} | settings
         inject_adapters(model, AdapterConfig(**config), torch.Generator().manual_seed(0))
         return randomize(model)
 
     return adapt
 
 
+def _rank(update):
+    return 4 if update in EVEN_UPDATES else 3
+
+
 def _bytes(folder):
     return [(folder / name).read_bytes() for name in FILES]
 
 
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), METHODS, ids="-".join)
 def test_ours_to_peft_to_ours(load, adapted, logits, tmp_path, update, gate):
     model = adapted(update, gate)
     ours = save_adapter(model, tmp_path / "ours", template="plain")
@@ -50,11 +58,14 @@ def test_ours_to_peft_to_ours(load, adapted, logits, tmp_path, update, gate):
     assert _bytes(save_adapter(again, tmp_path / "again", template="plain")) == _bytes(ours)
 
 
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), METHODS, ids="-".join)
 def test_peft_to_ours_to_peft(load, logits, randomize, tmp_path, update, gate):
     model = randomize(
         get_peft_model(
-            load(), GateRAConfig(update=update, gate=gate, r=3, target_modules=TARGETS, task_type="CAUSAL_LM")
+            load(),
+            GateRAConfig(
+                update=update, gate=gate, r=_rank(update), target_modules=TARGETS, task_type="CAUSAL_LM"
+            ),
         )
     )
     model.save_pretrained(tmp_path / "peft")

@@ -68,7 +68,7 @@ def test_skipped_step_changes_only_the_schedule(recorded, clean, tmp_path, monke
 
 def test_resumed_run_counts_steps_skipped_before(recorded, clean, tmp_path):
     uninterrupted = recorded(skip=1, poison=clean.ids[2][0], save_at=[3])
-    resumed = recorded(skip=1, resume=f"{tmp_path}/step_3.ckpt")
+    resumed = recorded(skip=1, poison=-1, resume=f"{tmp_path}/step_3.ckpt")
     assert same(resumed.parameters[-1], uninterrupted.parameters[-1])
     with pytest.raises(
         NonFiniteLossError,

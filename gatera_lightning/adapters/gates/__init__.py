@@ -44,7 +44,8 @@ __all__ = [
 ConfigClass = TypeVar("ConfigClass", bound=type[GateConfig])
 
 GATES: dict[str, type[GateConfig]] = {
-    config.kind: config for config in (NoGateConfig, StaticGateConfig, TokenGateConfig, HardGateConfig, ThresholdGateConfig)
+    config.kind: config
+    for config in (NoGateConfig, StaticGateConfig, TokenGateConfig, HardGateConfig, ThresholdGateConfig)
 }
 """The available kinds of gates, by name."""
 

@@ -88,14 +88,15 @@ class DualHardGate(HardGate):
 
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
         """Return the logit of every token: both outputs (..., out) -> (...)."""
-        assert base_out is not None and update_out is not None  # needs_update
+        assert base_out is not None  # because of needs_update
+        assert update_out is not None
         of_update = torch.mv(update_out.to(self.update_weight.dtype).flatten(0, -2), self.update_weight)
         return token_logit(base_out, self.weight, self.bias) + of_update.view(base_out.shape[:-1])
 
 
 @dataclass
 class HardGateConfig(GateConfig):
-    """Every token gets the whole update or none: drawn with probability σ(z) in training, decided afterwards."""
+    """A token gets the whole update or none: drawn with probability σ(z) in training, decided afterwards."""
 
     kind = "hard"
     formula = "1[σ(z) > 1/2], z = w·x + b; in training drawn with probability σ(z)"

@@ -20,9 +20,9 @@ class RoundedGates(NamedTuple):
 def straight_through(rounded: Tensor, soft: Tensor, share: float) -> RoundedGates:
     """Give rounded gates the gradient of the soft ones: that of every token, or an estimate from a share.
 
-    ``γ = rounded + m · (soft − sg(soft))``, with m = 1 for every token, or m = n/k for k of the n tokens drawn
-    without replacement and 0 for the others. The expected gradient is the same for every share. The draw uses
-    the default generator of the device.
+    ``γ = rounded + m · (soft − sg(soft))``, with m = 1 for every token, or m = n/k for k of the n tokens that
+    are drawn without replacement, and 0 for the others. The expected gradient is the same for every share.
+    The draw uses the default generator of the device.
 
     Args:
         rounded: Gate values, (...), usually 0 or 1.

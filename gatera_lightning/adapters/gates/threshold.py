@@ -1,4 +1,4 @@
-"""The threshold gate of TS-PEFT: a token keeps its update if the update is large enough (arXiv 2511.16147)."""
+"""The threshold gate of TS-PEFT: only tokens with a large update keep it (Ma et al., arXiv 2511.16147)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,8 @@ class ThresholdGate(Gate):
 
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
         """Return ``(ln r − ln τ)/T`` of every token, within ±10: both outputs (..., out) -> (...)."""
-        assert base_out is not None and update_out is not None  # needs_update
+        assert base_out is not None  # because of needs_update
+        assert update_out is not None
         dtype = self.threshold.dtype
         size = torch.linalg.vector_norm(base_out.detach(), dim=-1, dtype=dtype)
         update_size = torch.linalg.vector_norm(update_out.detach(), dim=-1, dtype=dtype)
@@ -94,7 +95,7 @@ def threshold_logit(ratio: Tensor, threshold: Tensor, temperature: float) -> Ten
 
 @dataclass
 class ThresholdGateConfig(GateConfig):
-    """A token keeps its update if it is large enough, compared with the frozen layer's output (TS-PEFT)."""
+    """A token keeps its update if it is large compared with the frozen layer's output (TS-PEFT)."""
 
     kind = "threshold"
     formula = "1[‖u(x)‖ >= τ·‖W0 x‖], one learned τ per layer"
@@ -125,8 +126,8 @@ class ThresholdGateConfig(GateConfig):
             found.append(f"adapter.gate.threshold: {self.threshold!r}; accepted: a number of at least 0")
         elif self.threshold > 0:
             found.append(
-                f"adapter.gate.threshold: {self.threshold!r}: no token would ever be open, because the update "
-                "starts at 0 and a closed gate passes no gradient to it; accepted: 0, from which the "
+                f"adapter.gate.threshold: {self.threshold!r}: no token would ever be open, because the "
+                "update starts at 0 and a closed gate passes no gradient to it; accepted: 0, from which the "
                 "threshold rises in training"
             )
         if not (is_finite_number(self.temperature) and self.temperature >= 1):

@@ -39,7 +39,7 @@ class ABBA(LoRA):
     @classmethod
     def rank_problem(cls, rank: int, **settings: Any) -> str | None:
         """Describe why a rank does not suit; None if it is even."""
-        return None if rank % 2 == 0 else "update 'abba' gives each of its two products half; accepted: even"
+        return None if rank % 2 == 0 else "update 'abba' gives half to each product; accepted: an even rank"
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A′ (r₁r₂, in) and B′ (out, r₁r₂) of the Khatri–Rao form."""

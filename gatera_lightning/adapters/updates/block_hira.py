@@ -36,7 +36,9 @@ class BlockHiRA(HiRA):
     def rank_problem(cls, rank: int, **settings: Any) -> str | None:
         """Describe why a rank does not suit; None if it is a multiple of the number of blocks."""
         blocks = settings["blocks"]
-        return None if rank % blocks == 0 else f"update 'block_hira' has blocks {blocks}; accepted: a multiple"
+        return (
+            None if rank % blocks == 0 else f"update 'block_hira' has blocks {blocks}; accepted: a multiple"
+        )
 
     @classmethod
     def size_problem(cls, in_features: int, out_features: int, **settings: Any) -> str | None:
@@ -49,8 +51,8 @@ class BlockHiRA(HiRA):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A′ (n·r, in) and B′ (out, n·r) with ``B′A′ = P``, which are zero outside of their blocks.
 
-        The inner index counts the blocks (i, j) and the rank within each. A′ has A_ij in the columns of j, and
-        B′ has B_ij in the rows of i.
+        The inner index counts the blocks (i, j) and the rank within each. A′ has A_ij in the columns of j,
+        and B′ has B_ij in the rows of i.
         """
         n = self.blocks
         a = self.a.unflatten(0, (n, -1)).unflatten(2, (n, -1))  # (i, rank, j, in/n)

@@ -1,4 +1,4 @@
-"""Hard gates: draws, decisions, straight-through gradients, and the same values by every form of the layer."""
+"""Hard gates: draws, decisions, straight-through gradients, and equal values by every form of the layer."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def gated_layer(randomize, update="hira", *, bias=0.0, layer_bias=True, **settin
 
 
 def reference(layer, x, dy, drawn, weight):
-    """Output and gradients in float64 by autograd; drawn (tokens,) are 0 or 1, weight those of their gradient."""
+    """Compute output and gradients by autograd; drawn gates are 0 or 1, and weight scales their gradient."""
     p = {name: value.detach().requires_grad_() for name, value in layer.adapter_params().items()}
     w0, x = layer.base.weight, x.detach().requires_grad_()
     base_out = x @ w0.t()
@@ -106,7 +106,10 @@ def test_matmuls_of_step(randomize):
     ("settings", "message"),
     [
         ({"bias": float("inf")}, "adapter.gate.bias: inf; accepted: a finite number"),
-        ({"reads": "inputs"}, "adapter.gate.reads: 'inputs' is unknown; accepted: input, outputs; did you mean"),
+        (
+            {"reads": "inputs"},
+            "adapter.gate.reads: 'inputs' is unknown; accepted: input, outputs; did you mean",
+        ),
         ({"gradient_share": 0}, "adapter.gate.gradient_share: 0; accepted: a share"),
         ({"sparsity_weight": -1}, "adapter.gate.sparsity_weight: -1; accepted: a number of at least 0"),
     ],

@@ -154,7 +154,9 @@ def test_output_of_token_does_not_depend_on_batch():
         partitioned_hadamard(part, *arguments, hard_gates(gates, 0.1, 0.9))
         for part, gates in zip(x.split(16), g.split(16), strict=True)
     ]
-    alone = [partitioned_hadamard(x[n : n + 1], *arguments, hard_gates(g[n : n + 1], 0.1, 0.9)) for n in range(32)]
+    alone = [
+        partitioned_hadamard(x[n : n + 1], *arguments, hard_gates(g[n : n + 1], 0.1, 0.9)) for n in range(32)
+    ]
     g[2] = 0.5  # less than an eighth: not sorted
     unsorted_ = partitioned_hadamard(x, *arguments, hard_gates(g, 0.1, 0.9))
     for other in (torch.cat(halves), torch.cat(alone)):
