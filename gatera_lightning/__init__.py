@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from gatera_lightning.adapters.gate_recording import record_gates as record_gates
     from gatera_lightning.adapters.gates import Gate as Gate
     from gatera_lightning.adapters.gates import GateConfig as GateConfig
+    from gatera_lightning.adapters.gates import HardGateConfig as HardGateConfig
     from gatera_lightning.adapters.gates import NoGateConfig as NoGateConfig
     from gatera_lightning.adapters.gates import StaticGateConfig as StaticGateConfig
+    from gatera_lightning.adapters.gates import ThresholdGateConfig as ThresholdGateConfig
     from gatera_lightning.adapters.gates import TokenGateConfig as TokenGateConfig
     from gatera_lightning.adapters.gates import register_gate as register_gate
     from gatera_lightning.adapters.inference import prepared_for_inference as prepared_for_inference
@@ -57,6 +59,7 @@ _MODULES = {
     "GateRAConfig": "peft",
     "GateRAModule": "training.module",
     "GateStatistics": "gate_analysis.statistics",
+    "HardGateConfig": "adapters.gates",
     "InjectionReport": "adapters.injection",
     "NoGateConfig": "adapters.gates",
     "NonFiniteLossError": "errors",
@@ -64,6 +67,7 @@ _MODULES = {
     "OptimizerConfig": "training.optimizer",
     "StaticGateConfig": "adapters.gates",
     "Term": "objectives",
+    "ThresholdGateConfig": "adapters.gates",
     "TokenGateConfig": "adapters.gates",
     "Update": "adapters.updates",
     "adapter_parameters": "adapters.lookup",

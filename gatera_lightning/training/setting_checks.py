@@ -36,6 +36,11 @@ def module_problems(
             f"{gate['merge_above']}: thresholds give matmuls of varying size, which cannot be compiled; "
             "accepted: false, or 0 and 1"
         )
+    elif backbone.compile and not adapter.problems() and adapter.gate.saturates:
+        problems.append(
+            f"backbone.compile: true, with a {adapter.gate.kind!r} gate: closed and open tokens give matmuls "
+            "of varying size, which cannot be compiled; accepted: false, or another gate"
+        )
     if warm_start is not None:
         problems += _warm_start_problems(warm_start, adapter)
     return [f"model.{problem}" for problem in problems]

@@ -33,7 +33,8 @@ from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import Preempted
-from gatera_lightning.objectives import GateEntropy, NextToken, Objective, Term
+from gatera_lightning.objectives import Objective, Term
+from gatera_lightning.objectives.training_loss import objectives_for
 from gatera_lightning.training.optimizer import OptimizerConfig
 
 
@@ -180,11 +181,22 @@ class Recorder(L.Callback):
         (out / f"targets_{trainer.global_rank}.json").write_text(json.dumps(self.targets))
 
 
+_GATE_SETTINGS = {
+    "none": {},
+    "static": {"bias": 0.3, "entropy_weight": 0.1},
+    "token": {"bias": 0.3, "entropy_weight": 0.1},
+    "hard": {"bias": 0.3, "sparsity_weight": 0.1, "gradient_share": 0.5},
+    "threshold": {"sparsity_weight": 0.1},
+}
+
+
 def build_module(job):
-    settings = {} if job.gate == "none" else {"bias": 0.3, "entropy_weight": 0.1}
-    gate = GATES[job.gate](lr_multiplier=0.5, **settings)
+    gate = GATES[job.gate](lr_multiplier=0.5, **_GATE_SETTINGS[job.gate])
     dtype = "float64" if job.dtype == "float64" else "float32"
     poison = [] if job.poison is None else [Poison(job.poison)]
+    adapter = AdapterConfig(
+        update=job.update, rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype, **job.adapter
+    )
     return GateRAModule(
         backbone=BackboneConfig(
             job.backbone,
@@ -194,11 +206,9 @@ def build_module(job):
             gradient_checkpointing=job.checkpointing,
             compile=job.backend is not None,
         ),
-        adapter=AdapterConfig(
-            update=job.update, rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype, **job.adapter
-        ),
+        adapter=adapter,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_skipped_steps=job.skip),
-        objectives=[NextToken(), GateEntropy(gate.entropy_weight), *poison],
+        objectives=[*objectives_for(adapter), *poison],
     )
 
 

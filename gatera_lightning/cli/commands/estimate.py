@@ -166,6 +166,11 @@ def _describe_compute(recipe: RecipeCLI, batch: MicroBatch, costs: StepCosts) ->
             "                 if no gate is saturated; "
             "what skip_below and merge_above save depends on the gates"
         )
+    elif recipe.model.adapter.gate.saturates:
+        lines.append(
+            "                 if every token had the matmuls of a soft gate; a closed token needs 2 and an "
+            "open one 3 of its 5 large ones"
+        )
     return lines
 
 
