@@ -246,9 +246,10 @@ def test_recipe_states_what_is_supervised(name):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_changes_neither_data_nor_backbone(name):
-    """Except that a backbone overlay names a backbone, and cpu.yaml sets the dtype."""
+    """Except that a backbone overlay names a backbone, cpu.yaml sets the dtype, and nf4.yaml packs weights."""
     settings = yaml.safe_load((SHIPPED / name).read_text())
-    allowed = {"id"} if "/backbone/" in name else {"dtype"} if name.endswith("cpu.yaml") else set()
+    of_hardware = {"cpu.yaml": {"dtype"}, "nf4.yaml": {"quantization"}}
+    allowed = {"id"} if "/backbone/" in name else of_hardware.get(name.rpartition("/")[2], set())
     assert "data" not in settings
     assert set(settings.get("model", {}).get("backbone", {})) <= allowed
 
@@ -268,7 +269,8 @@ def test_ablation_changes_only_its_own_settings(name, tiny_backbone, capsys):
     plain = flat(printed_config(capsys, [recipe], *backbone))
     ablated = flat(printed_config(capsys, [recipe, name], *backbone))
     assert {key: value for key, value in ablated.items() if value != plain[key]} == ABLATIONS[name]
-    assert set(plain) - set(ablated) <= {f"model.adapter.gate.{key}" for key in ("skip_below", "merge_above")}
+    of_token_gates = ("skip_below", "merge_above", "gradient_share")
+    assert set(plain) - set(ablated) <= {f"model.adapter.gate.{key}" for key in of_token_gates}
 
 
 @pytest.mark.parametrize(
