@@ -246,7 +246,7 @@ def test_recipe_states_what_is_supervised(name):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_changes_neither_data_nor_backbone(name):
-    """Except that a backbone overlay names a backbone, cpu.yaml sets the dtype, and nf4.yaml packs weights."""
+    """Except that a backbone overlay names a backbone, cpu.yaml sets the dtype, nf4.yaml packs weights."""
     settings = yaml.safe_load((SHIPPED / name).read_text())
     of_hardware = {"cpu.yaml": {"dtype"}, "nf4.yaml": {"quantization"}}
     allowed = {"id"} if "/backbone/" in name else of_hardware.get(name.rpartition("/")[2], set())
