@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from gatera_lightning.adapters.lookup import has_token_gates
 from gatera_lightning.backbone.loading import context_length
-from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
+from gatera_lightning.callbacks.run_logs import has_run_log, run_logs
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
 from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap
@@ -19,14 +19,15 @@ log = logging.getLogger(__name__)
 
 
 class GateHeatmap(L.Callback):
-    """Log layer × token heatmaps of the gates on fixed texts to TensorBoard, as ``gate_heatmap/<number>``.
+    """Log layer × token heatmaps of the gates on fixed texts, as ``gate_heatmap/<number>``.
 
     Heatmaps are drawn at the first step, every ``every_n_steps`` steps, and at the last step. Each text takes
     one forward pass without dropout, so training does not change. With a sharded model, every rank takes
     part.
 
-    With a logger other than TensorBoard there are no heatmaps, and one warning says so. A text longer than
-    the model's context is skipped with a warning. Without token gates the callback does nothing.
+    They go to TensorBoard, Weights & Biases and MLflow. If the run has only other loggers, there are no
+    heatmaps, and one warning says so. A text longer than the model's context is skipped with a warning.
+    Without token gates the callback does nothing.
 
     Example:
         >>> trainer = Trainer(callbacks=[GateHeatmap(texts=["Question: What do bees make?\\nAnswer: honey"])])
@@ -68,9 +69,7 @@ class GateHeatmap(L.Callback):
         self._drawn_step = trainer.global_step  # a run that is resumed here has already drawn this step
         if not self.every_n_steps or tokenizer is None or not has_token_gates(module.model):
             return
-        if not tensorboard_loggers(
-            trainer, missing="gate heatmaps need the TensorBoard logger: no heatmaps are drawn"
-        ):
+        if not has_run_log(trainer, missing="no gate heatmaps are drawn"):
             return
         limit = context_length(module.model.config)
         for text in self.texts:
@@ -112,5 +111,5 @@ class GateHeatmap(L.Callback):
         ):
             figure = draw_heatmap(profile.modules, gates, labels, probe.prompt_length, f"step {step}")
             picture = draw_pixels(figure)
-            for logger in tensorboard_loggers(trainer):
-                logger.experiment.add_image(f"gate_heatmap/{number}", picture, step, dataformats="HWC")
+            for run_log in run_logs(trainer):
+                run_log.log_picture(f"gate_heatmap/{number}", picture, step)

@@ -4,13 +4,12 @@ import math
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.adapters.lookup import adapted_linears
-from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
-from gatera_lightning.compatibility.lightning_internals import write_gate_summaries
+from gatera_lightning.callbacks.run_logs import has_run_log, run_logs, scalar_loggers
+from gatera_lightning.callbacks.run_logs.base import Histogram
 from gatera_lightning.gate_analysis.history import GateShareHistory
 from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
 from gatera_lightning.gate_analysis.plots.gate_shares import draw_gate_shares
@@ -30,7 +29,7 @@ _BUCKET_LIMITS = [(i + 1) / BINS for i in range(BINS)]
 
 
 class GateHistogram(L.Callback):
-    """Log histograms and statistics of the gates of the training tokens to TensorBoard.
+    """Log histograms and statistics of the gates of the training tokens.
 
     Every ``every_n_steps`` optimizer steps it logs all gates since the last time, separately for prompt and
     response tokens, without padding:
@@ -43,8 +42,9 @@ class GateHistogram(L.Callback):
     - the image ``gate_shares/layers``: the shares of closed and open gates of every layer since training
       started.
 
-    Counts are summed over ranks. With a logger other than TensorBoard only the scalars are logged, and one
-    warning says so. Without gates the callback does nothing.
+    Counts are summed over ranks. They go to TensorBoard, Weights & Biases and MLflow. If the run has only
+    other loggers, only the scalars are logged, and one warning says so. Without gates the callback does
+    nothing.
 
     Example:
         >>> trainer = Trainer(callbacks=[GateHistogram(every_n_steps=100)])
@@ -111,10 +111,7 @@ class GateHistogram(L.Callback):
         if self.every_n_steps and any(
             layer.gate is not None for layer in adapted_linears(module.model).values()
         ):
-            tensorboard_loggers(
-                trainer,
-                missing="gate histograms need the TensorBoard logger: only scalars are logged, no pictures",
-            )
+            has_run_log(trainer, missing="of the gates only scalars are logged, no histograms")
 
     @override
     def on_train_batch_end(
@@ -152,40 +149,29 @@ class GateHistogram(L.Callback):
             for name, value in zip(STATISTICS, values, strict=True)
             if not math.isnan(value)  # NaN: no tokens
         }
-        for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
-                logger.log_metrics(scalars, step=trainer.global_step)
+        for logger in scalar_loggers(trainer):
+            logger.log_metrics(scalars, step=trainer.global_step)
         histograms = _histograms(tags, bins.flatten(0, 1), sums.flatten(1))
-        loggers = tensorboard_loggers(trainer)
-        for logger in loggers:
-            write_gate_summaries(logger, scalars, histograms, trainer.global_step)
+        logs = run_logs(trainer)
+        for run_log in logs:
+            run_log.log_statistics(scalars, histograms, trainer.global_step)
         layers = [index for index, group in enumerate(groups) if group.startswith("gate_layers/")]
-        if not loggers or not layers:
+        if not logs or not layers:
             return
         if self.history is None:
             self.history = GateShareHistory(gated_layers(self.names))
         shares = statistics[:, layers, 1:3].transpose(1, 2)  # (phases, closed and open, layers)
         if self.history.add(trainer.global_step, shares):
             picture = draw_pixels(draw_gate_shares(self.history))
-            for logger in loggers:
-                logger.experiment.add_image(
-                    "gate_shares/layers", picture, trainer.global_step, dataformats="HWC"
-                )
+            for run_log in logs:
+                run_log.log_picture("gate_shares/layers", picture, trainer.global_step)
 
 
-def _histograms(tags: list[str], bins: Tensor, sums: Tensor) -> dict[str, dict[str, Any]]:
+def _histograms(tags: list[str], bins: Tensor, sums: Tensor) -> dict[str, Histogram]:
     """Histograms by tag, for the tags that have tokens, from bins (tags, 50) and sums (3, tags)."""
     total, _, squares = sums.tolist()
     return {
-        tag: {
-            "min": 0,
-            "max": 1,
-            "num": sum(counts),
-            "sum": sum_of_gates,
-            "sum_squares": sum_of_squares,
-            "bucket_limit": _BUCKET_LIMITS,
-            "bucket": counts,
-        }
+        tag: Histogram(_BUCKET_LIMITS, counts, sum_of_gates, sum_of_squares)
         for tag, counts, sum_of_gates, sum_of_squares in zip(tags, bins.tolist(), total, squares, strict=True)
         if any(counts)
     }

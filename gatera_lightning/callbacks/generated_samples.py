@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from gatera_lightning.adapters.lookup import has_token_gates
 from gatera_lightning.backbone.loading import context_length
-from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
+from gatera_lightning.callbacks.run_logs import has_run_log, run_logs
 from gatera_lightning.datamodules.batch import PromptBatch
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
@@ -43,7 +43,7 @@ class Sample:
 
 
 class GeneratedSamples(L.Callback):
-    """After every validation, log what the model generates from a few prompts, to TensorBoard.
+    """After every validation, log what the model generates from a few prompts.
 
     Logs texts ``samples/<number>``, in which response tokens with a mean gate of at least 0.5 are bold. If
     gates depend on the token, also logs images ``samples/<number>`` with each token on the color of its gate.
@@ -51,8 +51,9 @@ class GeneratedSamples(L.Callback):
     Decoding is greedy and draws no random numbers, so training does not change. All prompts form one batch.
     With a sharded model, every rank takes part.
 
-    With a logger other than TensorBoard there are no samples, and one warning says so. If the model's own
-    code fails to generate, one warning says why and no more samples are generated; training continues.
+    They go to TensorBoard, Weights & Biases and MLflow. If the run has only other loggers, there are no
+    samples, and one warning says so. If the model's own code fails to generate, one warning says why and no
+    more samples are generated; training continues.
 
     Example:
         >>> trainer = Trainer(callbacks=[GeneratedSamples(prompts=["Question: Why?\\nAnswer:"])])
@@ -93,9 +94,7 @@ class GeneratedSamples(L.Callback):
         self._prompts = []
         if not self.prompts or tokenizer is None:
             return
-        if not tensorboard_loggers(
-            trainer, missing="generated samples need the TensorBoard logger: no samples are generated"
-        ):
+        if not has_run_log(trainer, missing="no samples are generated"):
             return
         if not isinstance(self.prompts, int):
             prompts = [tokenize_prompt(tokenizer, text) for text in self.prompts]
@@ -147,10 +146,10 @@ class GeneratedSamples(L.Callback):
         step = trainer.global_step
         for number, sample in enumerate(samples, 1):
             picture = None if sample.gates is None else _picture(sample, data.tokenizer, f"step {step}")
-            for logger in tensorboard_loggers(trainer):
-                logger.experiment.add_text(f"samples/{number}", sample_html(sample, data.tokenizer), step)
+            for run_log in run_logs(trainer):
+                run_log.log_html(f"samples/{number}", sample_html(sample, data.tokenizer), step)
                 if picture is not None:
-                    logger.experiment.add_image(f"samples/{number}", picture, step, dataformats="HWC")
+                    run_log.log_picture(f"samples/{number}", picture, step)
 
     def _generate(self, pl_module: L.LightningModule, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """Complete all prompts; a collective for a sharded model. Validation has set the eval mode."""
@@ -182,7 +181,7 @@ class GeneratedSamples(L.Callback):
 
 
 def sample_html(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Format a sample with the few HTML tags that TensorBoard allows.
+    """Format a sample with the few HTML tags that TensorBoard allows, as the other loggers do.
 
     Args:
         sample: The sample.

@@ -7,7 +7,7 @@ import lightning as L
 from typing_extensions import override
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.callbacks.tensorboard_loggers import tensorboard_loggers
+from gatera_lightning.callbacks.run_logs.tensorboard import tensorboard_loggers
 from gatera_lightning.compatibility.lightning_internals import (
     disable_hp_metric,
     write_hparams_start,
