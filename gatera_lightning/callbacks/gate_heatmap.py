@@ -69,7 +69,7 @@ class GateHeatmap(L.Callback):
         self._drawn_step = trainer.global_step  # a run that is resumed here has already drawn this step
         if not self.every_n_steps or tokenizer is None or not has_token_gates(module.model):
             return
-        if not has_run_log(trainer, missing="no gate heatmaps are drawn"):
+        if not has_run_log(trainer, "gate heatmaps", missing="no heatmaps are drawn"):
             return
         limit = context_length(module.model.config)
         for text in self.texts:

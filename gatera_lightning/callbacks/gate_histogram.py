@@ -111,7 +111,7 @@ class GateHistogram(L.Callback):
         if self.every_n_steps and any(
             layer.gate is not None for layer in adapted_linears(module.model).values()
         ):
-            has_run_log(trainer, missing="of the gates only scalars are logged, no histograms")
+            has_run_log(trainer, "gate histograms", missing="only scalars are logged, no pictures")
 
     @override
     def on_train_batch_end(

@@ -18,6 +18,7 @@ from gatera_lightning.callbacks.run_logs import has_run_log, run_logs
 from gatera_lightning.datamodules.batch import PromptBatch
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
+from gatera_lightning.errors import printable
 from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
 from gatera_lightning.gate_analysis.plots.colored_text import draw_colored_text
@@ -94,7 +95,7 @@ class GeneratedSamples(L.Callback):
         self._prompts = []
         if not self.prompts or tokenizer is None:
             return
-        if not has_run_log(trainer, missing="no samples are generated"):
+        if not has_run_log(trainer, "generated samples", missing="no samples are generated"):
             return
         if not isinstance(self.prompts, int):
             prompts = [tokenize_prompt(tokenizer, text) for text in self.prompts]
@@ -188,19 +189,20 @@ def sample_html(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer: The tokenizer of the model.
 
     Returns:
-        The prompt as a quotation, then the response with tokens of mean gate ≥ 0.5 in bold.
+        The prompt as a quotation, then the response with tokens of mean gate ≥ 0.5 in bold. Markup and
+        control characters of the text are escaped.
     """
     pieces: list[str] = []
 
     def add(piece: str, gate: float | None) -> None:
-        text = html.escape(piece).replace("\n", "<br>")
+        text = html.escape(printable(piece)).replace("\n", "<br>")
         pieces.append(f"<strong>{text}</strong>" if gate is not None and gate >= 0.5 else text)
 
     stream = TextStream(tokenizer, add)
     for index, token in enumerate(sample.token_ids[sample.prompt_length :], sample.prompt_length):
         stream.read(token, None if sample.gates is None else float(sample.gates[index]))
     stream.end()
-    prompt = html.escape(str(tokenizer.decode(sample.token_ids[: sample.prompt_length])))
+    prompt = html.escape(printable(str(tokenizer.decode(sample.token_ids[: sample.prompt_length]))))
     return f"<blockquote>{prompt.replace(chr(10), '<br>')}</blockquote><p>{''.join(pieces)}</p>"
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
 from gatera_lightning.checkpointing.output_check import file_problem
@@ -17,7 +18,7 @@ class RunFolder(SaveConfigCallback):
     An evaluation in the folder of a training run leaves that run's config as it is.
     """
 
-    _claimed: tuple[Path, ...] = ()
+    _claimed: tuple[Path, ...] = ()  # the run folder is the first
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -26,9 +27,10 @@ class RunFolder(SaveConfigCallback):
         Raises:
             ConfigError: On every rank, if another run holds a folder or has left its config in the run's.
         """
-        folder = trainer.log_dir  # a collective: all ranks read it
+        # log_dir is a collective: all ranks read it. A logger that writes to a server has none.
+        folder = trainer.log_dir or trainer.default_root_dir
         problem, config_exists = None, False
-        if trainer.is_global_zero and folder is not None and not self.already_saved:
+        if trainer.is_global_zero and not self.already_saved:
             config = Path(folder) / self.config_filename
             config_exists = config.is_file()
             problem = _remote_problem(folder) or self._claim(Path(folder))
@@ -43,7 +45,21 @@ class RunFolder(SaveConfigCallback):
             raise ConfigError(problem, on_every_rank=True)
         if config_exists and stage != "fit":
             return  # the config of the training run stays
+        self.save_to_log_dir = False  # it is not always there, so save_config writes the file
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the config to the run folder; rank 0 alone is asked."""
+        folder = self._claimed[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config,
+            str(folder / self.config_filename),
+            skip_none=False,
+            overwrite=self.overwrite,
+            multifile=self.multifile,
+        )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,14 +98,22 @@ class RunFolder(SaveConfigCallback):
         self._claimed = ()
 
     def _config_problem(self, trainer: Trainer, folder: Path) -> str:
-        other = (
-            "another version (--trainer.logger.init_args.version)"
-            if trainer.loggers
-            else "another folder (--trainer.default_root_dir)"
-        )
+        logger = trainer.loggers[0] if trainer.loggers else None
+        checkpoint = "last"
+        if logger is None:
+            other = "another folder (--trainer.default_root_dir)"
+        elif isinstance(logger, TensorBoardLogger | CSVLogger):
+            other = "another version (--trainer.logger.init_args.version)"
+        else:
+            setting = "default_root_dir" if logger.save_dir is None else "logger.init_args.save_dir"
+            other = f"another folder (--trainer.{setting}), a TensorBoardLogger as the first of several"
+            other += " loggers"
+            checkpoint = (
+                "FILE"  # `last` looks in the run folder, but theirs are in a folder of each run below
+            )
         return (
             f"the run folder {folder} already has the {self.config_filename} of another run; "
-            f"accepted: {other}, or --ckpt_path last to resume that run"
+            f"accepted: {other}, or --ckpt_path {checkpoint} to resume that run"
         )
 
 

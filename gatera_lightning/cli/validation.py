@@ -16,6 +16,7 @@ from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.training.callback_checks import callback_problems
+from gatera_lightning.training.logger_checks import logger_problems
 from gatera_lightning.training.module import GateRAModule
 from gatera_lightning.training.number_checks import device_problems, number_problems, seed_problems
 from gatera_lightning.training.trainer_checks import (
@@ -48,6 +49,8 @@ def validate_config(parser: LightningArgumentParser, config: Namespace) -> None:
     """
     config = config.clone()
     problems, monitored = _build_callbacks(config[config.subcommand])
+    if unusable := logger_problems(config[config.subcommand].trainer.logger):
+        raise ConfigError(problems + unusable)  # they could not be built
     settings = build_classes(parser, config)[config.subcommand]
     problems += settings.model.problems() + settings.data.problems(config.subcommand)
     problems += _monitor_problems(monitored, settings.data)

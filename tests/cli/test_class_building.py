@@ -26,7 +26,7 @@ def own_modules(working_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "value", "reason"),
     [
-        ("trainer.logger", "WandbLogger", "wandb"),
+        ("trainer.logger", "CometLogger", "comet_ml"),
         ("trainer.profiler", "{class_path: lightning.pytorch.profilers.XLAProfiler}", "torch_xla"),
         ("trainer.callbacks", "[{class_path: Timer, init_args: {duration: soon}}]", "not a valid duration"),
         (
@@ -39,7 +39,7 @@ def own_modules(working_folder, monkeypatch):
     ids=["logger", "profiler", "callback", "second callback"],
 )
 def test_class_of_lightning_that_cannot_be_built(fit, problems, no_loading, setting, value, reason):
-    if reason in ("wandb", "torch_xla"):
+    if reason in ("comet_ml", "torch_xla"):
         sys_modules_lack(reason)
     (problem,) = problems(*fit, f"--{setting}", value)
     assert problem.startswith(setting)

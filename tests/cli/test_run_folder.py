@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from tiny_backbone import NO_PICTURES
 
 from gatera_lightning import ConfigError, GateRAModule
 from gatera_lightning.checkpointing import output_check, run_lock
@@ -40,6 +41,29 @@ def test_second_run_without_logger_is_told_about_another_folder(recipe, problems
     Path("config.yaml").write_text("seed_everything: 0\n")
     (problem,) = problems("fit", *recipe, "--trainer.logger", "false")
     assert "accepted: another folder (--trainer.default_root_dir), or --ckpt_path last" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "setting"),
+    [
+        ("ServerLogger", "", "default_root_dir"),
+        ("FolderLogger", "logs", "logger.init_args.save_dir"),
+    ],
+    ids=["server", "folder"],
+)
+def test_other_loggers_leave_the_config_and_tell_of_their_own_setting(
+    fit, problems, capsys, name, folder, setting
+):
+    logger = ["--trainer.logger", f"{{class_path: other_loggers.{name}}}"]
+    assert main([*fit, *NO_PICTURES, *logger]) == 0
+    assert "backbone:" in Path(folder, "config.yaml").read_text()
+    assert Path(folder, "project", "run-1", "checkpoints", "last.ckpt").is_file()
+    capsys.readouterr()
+    (problem,) = problems(*fit, *NO_PICTURES, *logger)
+    assert problem.endswith(
+        f"accepted: another folder (--trainer.{setting}), a TensorBoardLogger as the first of several "
+        "loggers, or --ckpt_path FILE to resume that run"
+    )
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])

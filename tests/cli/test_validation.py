@@ -1,5 +1,6 @@
 """Problems of a configuration: all at once, before anything is loaded, with what is accepted."""
 
+import importlib.util
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from tiny_backbone import sample_rows
 
 from gatera_lightning.cli.main import main
+from gatera_lightning.training import logger_checks
 
 INVALID = [
     *("--model.adapter.rank", "-1", "--model.adapter.alpha", "3", "--model.optimizer.lr", "0"),
@@ -187,3 +189,17 @@ def test_folder_without_adapter_is_reported(recipe, problems, working_folder, su
     (working_folder / "empty").mkdir()
     (problem,) = problems(subcommand, *recipe, "--model.warm_start", "empty")
     assert "adapter_config.json is missing" in problem
+
+
+@pytest.mark.parametrize("extra", ["wandb", "mlflow"])
+def test_logger_whose_package_is_missing_says_what_to_install(fit, problems, no_loading, monkeypatch, extra):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        logger_checks, "find_spec", lambda name, *rest: None if name == extra else found(name, *rest)
+    )
+    name = {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[extra]
+    (problem,) = problems(*fit, "--trainer.logger", f"{{class_path: lightning.pytorch.loggers.{name}}}")
+    assert problem == (
+        f"trainer.logger: {name} needs the package {extra}, which is not installed: "
+        f"pip install 'gatera-lightning[{extra}]'"
+    )

@@ -31,18 +31,23 @@ def scalar_loggers(trainer: L.Trainer) -> list[Logger]:
     return [logger for logger in trainer.loggers if _run_log(logger) is None]
 
 
-def has_run_log(trainer: L.Trainer, *, missing: str) -> bool:
+def has_run_log(trainer: L.Trainer, content: str, *, missing: str) -> bool:
     """Return whether a run has a logger that shows pictures; name each one that does not, once.
 
     Args:
         trainer: The trainer of the run.
-        missing: What the run lacks if none of its loggers shows pictures, for a warning.
+        content: What needs such a logger, for a warning.
+        missing: What the run lacks without one, for the warning.
     """
     found, others = run_logs(trainer), scalar_loggers(trainer)
     names = " and ".join(dict.fromkeys(type(logger).__name__ for logger in others))
     if trainer.is_global_zero and others and not found:
-        accepted = ", ".join(kind.__name__ for kind in _KINDS)
-        log.warning("%s, because %s shows no pictures and texts; accepted: %s", missing, names, accepted)
+        log.warning(
+            "%s need the TensorBoard logger, WandbLogger or MLFlowLogger, and the run has %s: %s",
+            content,
+            names,
+            missing,
+        )
     elif trainer.is_global_zero and (new := [logger for logger in others if logger not in _NAMED]):
         names = " and ".join(dict.fromkeys(type(logger).__name__ for logger in new))
         log.info("%s gets the scalars of the gates, but no pictures, histograms and texts", names)

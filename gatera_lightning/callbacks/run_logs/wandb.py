@@ -40,5 +40,5 @@ class WandbLog(RunLog):
     def log_html(self, tag: str, text: str, step: int) -> None:
         import wandb
 
-        values: dict[str, Any] = {f"{tag}/text": wandb.Html(text)}
+        values: dict[str, Any] = {f"{tag}/text": wandb.Html(text, data_is_not_path=True)}
         self.logger.log_metrics(values, step)
