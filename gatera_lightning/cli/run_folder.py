@@ -28,7 +28,7 @@ class RunFolder(SaveConfigCallback):
             ConfigError: On every rank, if another run holds a folder or has left its config in the run's.
         """
         # log_dir is a collective: all ranks read it. A logger that writes to a server has none.
-        folder = trainer.log_dir or trainer.default_root_dir
+        folder = str(trainer.log_dir or trainer.default_root_dir)
         problem, config_exists = None, False
         if trainer.is_global_zero and not self.already_saved:
             config = Path(folder) / self.config_filename
