@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from gatera_lightning.checkpointing.sharded_format import map_tensors
 from gatera_lightning.distributed.gather import gather_objects
 from gatera_lightning.errors import ConfigError, as_yaml
 
@@ -22,15 +23,18 @@ _TRAINER_SETTINGS = (
 _EXAMPLES = "training examples"
 
 
-def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer, objectives: Mapping[str, Any]) -> None:
+def check_ranks_agree(
+    module: L.LightningModule, trainer: L.Trainer, objectives: Mapping[str, Any], resumes: str | None = None
+) -> None:
     """Refuse ranks with different settings or different training examples. Collective: every rank calls it.
 
     Ranks exchange digests first, and the values of those settings that differ afterwards.
 
     Args:
         module: The module; its hyperparameters are compared.
-        trainer: The trainer; its strategy, checkpoint and data module are compared too.
+        trainer: The trainer; its strategy and data module are compared too.
         objectives: The settings of what is trained, by name; they are no hyperparameters.
+        resumes: What the run resumes from, in words; None if nothing, or if that is not known yet.
 
     Raises:
         ConfigError: On every rank, with each setting that differs and the value that each rank has.
@@ -45,7 +49,7 @@ def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer, objectives:
         **_flatten("trainer", {name: getattr(trainer, name) for name in _TRAINER_SETTINGS}),
         "trainer.gradient_clip_algorithm": as_yaml(trainer.gradient_clip_algorithm or "norm"),  # Lightning's
         "trainer.strategy": type(trainer.strategy).__name__,
-        "ckpt_path": as_yaml(None if trainer.ckpt_path is None else str(trainer.ckpt_path)),
+        "ckpt_path": resumes or "null",
     }
     tables = getattr(data, "tables", {})
     examples = "\n".join(tables["train"]["key"]) if "train" in tables else ""
@@ -70,6 +74,45 @@ def check_ranks_agree(module: L.LightningModule, trainer: L.Trainer, objectives:
             found = ", ".join(f"{_ranks(ranks, 'has', 'have')} {value}" for value, ranks in ranks_of.items())
             problems.append(f"{name}: {found}; accepted: the same on every rank")
     raise ConfigError(problems, on_every_rank=True)
+
+
+def check_ranks_resume_alike(trainer: L.Trainer | None, digest: str | None) -> None:
+    """Refuse ranks that restored different checkpoints. Collective, before the first step.
+
+    Paths may differ, as with a copy of the checkpoint on each node.
+
+    Args:
+        trainer: The trainer, which only knows the path after its set-up.
+        digest: The :func:`state_digest` of what this rank restored; None if it restored nothing.
+
+    Raises:
+        ConfigError: On every rank, with the path that each rank has.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    path = (
+        "null"
+        if digest is None
+        else f"{as_yaml(str(getattr(trainer, 'ckpt_path', None)))} (SHA-256 {digest[:16]})"
+    )
+    found = gather_objects((digest, path))
+    if len({digest for digest, _ in found}) > 1:
+        ranks = ", ".join(f"rank {rank} has {path}" for rank, (_, path) in enumerate(found))
+        raise ConfigError(
+            f"ckpt_path: {ranks}; accepted: the same checkpoint on every rank", on_every_rank=True
+        )
+
+
+def state_digest(state: Any) -> str:
+    """Return the SHA-256 of nested dictionaries and lists of plain values and tensors."""
+    digest = hashlib.sha256()
+
+    def add(name: str, tensor: torch.Tensor) -> str:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+    digest.update(repr(map_tensors(state, add)).encode())
+    return digest.hexdigest()
 
 
 def _flatten(name: str, value: Any) -> dict[str, str]:

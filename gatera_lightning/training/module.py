@@ -18,7 +18,7 @@ from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.compatibility.lightning_internals import attached_trainer
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
-from gatera_lightning.distributed.consistency import check_ranks_agree
+from gatera_lightning.distributed.consistency import check_ranks_agree, check_ranks_resume_alike, state_digest
 from gatera_lightning.distributed.packed_weights import exclude_packed_weights
 from gatera_lightning.errors import ConfigError, check_arguments
 from gatera_lightning.generation.decoding import DecodingConfig
@@ -48,6 +48,9 @@ from gatera_lightning.training.schedule_checks import check_against_data
 from gatera_lightning.training.step_totals import StepTotals
 
 AnyBatch = Batch | PromptBatch
+
+_RESTORED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers")
+"""Entries of a checkpoint that have to be equal on all ranks."""
 
 
 class GateRAModule(AdapterModule):
@@ -93,6 +96,7 @@ class GateRAModule(AdapterModule):
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
         self._resumes: Mapping[str, Any] | None = None
+        self._restored: str | None = None  # digest of the states that fit restored
         self._described_objectives: dict[str, Any] = {}  # as fit starts: training may change their state
         self.validation_metrics = ValidationMetrics()
         self._reset_step()
@@ -116,13 +120,15 @@ class GateRAModule(AdapterModule):
         check_context(self.trainer, stage, self.backbone, self.decoding)
         trainer_checks.prepare_trainer(self.trainer)
         self._reset_step()
+        self._restored = None
         if stage == "fit":
             check_given_loader(self.trainer)
             if problems := effect_problems(self.trainer, logs_only_ours=type(self) is GateRAModule):
                 raise ConfigError(problems, on_every_rank=True)
             check_against_data(self.trainer, self.optimizer)
             self._described_objectives = describe_objectives(self.objectives)
-            check_ranks_agree(self, self.trainer, self._described_objectives)
+            step = None if self._resumes is None else f"a checkpoint of step {self._resumes['global_step']}"
+            check_ranks_agree(self, self.trainer, self._described_objectives, resumes=step)
             if self._resumes is not None:  # now that the examples are read, and before weights are
                 check_resume(
                     self._resumes, self, self.trainer, getattr(self.trainer, "datamodule", None), stage=stage
@@ -167,6 +173,7 @@ class GateRAModule(AdapterModule):
 
     def on_train_start(self) -> None:
         """Probe before the first step: probing later would make a resumed run differ by rounding."""
+        check_ranks_resume_alike(attached_trainer(self), self._restored)
         for objective in self.objectives:
             objective.prepare(self.model)
         report_new_length(attached_trainer(self))
@@ -268,6 +275,7 @@ class GateRAModule(AdapterModule):
         checkpoint_contents.check_checkpoint_fits(checkpoint, self.model, source)
         if checkpoint_contents.resumes_fit(attached_trainer(self)):
             check_moments(checkpoint, self, source)
+            self._restored = state_digest([checkpoint[name] for name in _RESTORED])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

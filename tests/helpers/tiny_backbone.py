@@ -165,6 +165,7 @@ def tiny_trainer(root, *callbacks, **settings):
     """A quiet CPU Trainer for four optimizer steps."""
     defaults = {
         "max_steps": 4,
+        "devices": 1,
         "logger": False,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
@@ -176,7 +177,6 @@ def tiny_trainer(root, *callbacks, **settings):
     }
     return L.Trainer(
         accelerator="cpu",
-        devices=1,
         callbacks=list(callbacks),
         default_root_dir=root,
         enable_model_summary=False,
