@@ -109,6 +109,8 @@ class TwoWeightPath:
         self.skip_below, self.merge_above = skip_below, merge_above
         self.skip_below_logit, self.merge_above_logit = _logit(skip_below), _logit(merge_above)
         self.token_gate = layer.gate if layer.gate is not None and layer.gate.depends_on_token else None
+        if self.token_gate is not None and self.token_gate.decides:  # 1 where the logit is above 0
+            self.skip_below_logit, self.merge_above_logit = math.nextafter(0, 1), 0.0
         self.constant_gate = layer.gate if self.token_gate is None else None
         self.linear_logit = None if self.token_gate is None else self.token_gate.linear_logit()
         delta = layer.update.delta_weight(self.frozen_weight)  # (out, in)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from adapted_layers import ALL_UPDATES, actual, adapted_layer, layer_inputs, reference_update
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning.adapters.gates import HardGateConfig
+from gatera_lightning.adapters.inference import prepared_for_inference
 
 READS = ("input", "outputs")
 
@@ -75,6 +77,25 @@ def test_evaluation_decides(randomize, update, reads):
     assert len(drawn.unique()) == 2
     torch.testing.assert_close(y.detach(), reference(layer, x, dy, drawn, 1.0)[0], rtol=0, atol=1e-12)
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 60], ids=["one_token", "few_rows", "prefill"])
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("update", ALL_UPDATES)
+def test_decoding_with_thresholds_decides_too(randomize, update, reads, at_a_time):
+    layer = gated_layer(randomize, update, reads=reads).eval()
+    x = layer_inputs(layer, (60,), requires_grad=False)[0]
+    if reads == "input":
+        with torch.no_grad():
+            layer.gate.bias.zero_()
+            x[1] = 0  # a logit of exactly 0, which is closed
+    with torch.no_grad():
+        expected = layer(x)
+        with prepared_for_inference(nn.ModuleDict({"one": layer}), skip_below=0.1, merge_above=0.9):
+            found = torch.cat([layer(rows.unsqueeze(1)).squeeze(1) for rows in x.split(at_a_time)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    frozen = (expected - layer.base(x)).abs().amax(dim=1) < 1e-12
+    assert 0 < int(frozen.sum()) < 60
 
 
 def test_share_of_open_tokens_is_their_probability():
