@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted_layers import METHODS
+from adapted_layers import TRAINED_METHODS
 from fits import assert_same, fit, read, run_script
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -65,11 +65,20 @@ def every_method(request, tiny_backbone, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), TRAINED_METHODS)
 def test_every_method_trains_as_one_process(tiny_backbone, tmp_path, every_method, update, gate):
     """A static gate's logits are a view of its parameter, whose memory is freed after the layer."""
     fit(tiny_backbone, tmp_path, update=update, gate=gate)
     assert_same(every_method / f"{update}-{gate}", tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+def test_hard_gates_draw_the_same_when_sharded(tiny_backbone, tmp_path, strategy):
+    """One process draws other numbers than two, so two replicated ranks are the reference."""
+    job = {"update": "hira", "gate": "hard", "accumulate": 2}
+    fit(tiny_backbone, tmp_path / "replicated", strategy="ddp", **job)
+    fit(tiny_backbone, tmp_path / "sharded", strategy=strategy, checkpointing=strategy == "hsdp", **job)
+    assert_same(tmp_path / "sharded", tmp_path / "replicated")
 
 
 def test_ranks_that_differ_between_modules_train_as_one_process(tiny_backbone, tmp_path):

@@ -13,6 +13,17 @@ UPDATE_NAMES, GATE_NAMES = ("lora", "dora", "hira"), ("none", "static", "token")
 EVEN_UPDATES = ("abba", "block_hira")  # whose ranks and sizes must be even
 ALL_UPDATES = (*UPDATE_NAMES, *EVEN_UPDATES)
 METHODS = list(itertools.product(UPDATE_NAMES, GATE_NAMES))
+TRAINED_METHODS = [
+    *METHODS,
+    *[
+        ("abba", "none"),
+        ("abba", "token"),
+        ("block_hira", "token"),
+        ("lora", "threshold"),
+        ("hira", "threshold"),
+    ],
+]
+"""Methods without random draws that runs on several ranks are compared with: every update and every gate."""
 ALL_METHODS = list(itertools.product(ALL_UPDATES, GATE_NAMES))
 SIZES = [(7, 13, 3), (13, 5, 5)]  # in, out, rank
 # backbone dtype, adapter dtype, tolerance relative to the largest element

@@ -8,12 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from adapted_layers import METHODS
+from adapted_layers import TRAINED_METHODS
 from fit_script import Job, run
 
 
 def main(job):
-    for update, gate in METHODS:
+    for update, gate in TRAINED_METHODS:
         out = Path(job.out) / f"{update}-{gate}"
         out.mkdir(exist_ok=True)
         run(replace(job, update=update, gate=gate, out=str(out)))

@@ -15,9 +15,9 @@ class GateValues(NamedTuple):
     values: Tensor
     """g, of shape (...), one value per token."""
 
-    may_be_saturated: bool = False
-    """Whether values may be exactly 0 or 1 and are meant: a token with 0 needs only the frozen weight, and
-    one with 1 only the merged weight."""
+    rounded: Tensor | None = None
+    """Values of which many are exactly 0 or 1, (...), for an update that saves work on such tokens: one with
+    0 needs only the frozen weight, and one with 1 only the merged weight. None if there are none."""
 
     graded: Tensor | None = None
     """Indices into the flattened tokens of those whose gradient the gate uses although they are saturated,

@@ -54,7 +54,7 @@ class HardGate(Gate):
             return GateValues((logit > 0).to(logit.dtype))
         g = torch.sigmoid(logit)
         values, graded = straight_through(torch.bernoulli(g.detach()), g, self.gradient_share)
-        return GateValues(values, may_be_saturated=True, graded=graded)
+        return GateValues(values, rounded=values, graded=graded)
 
     def linear_logit(self) -> tuple[Tensor, float] | None:
         """Return ``(w, b)``; None for a subclass, which may compute its logit differently."""

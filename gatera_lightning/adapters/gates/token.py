@@ -42,7 +42,7 @@ class TokenGate(Gate):
         return token_logit(x, self.weight, self.bias)
 
     def values(self, logit: Tensor) -> GateValues:
-        """Return ``σ(z)``; in a training step, values beyond the thresholds are rounded to 0 or 1.
+        """Return ``σ(z)``, and for a training step the values that thresholds round to 0 or 1.
 
         A rounded value has no gradient, or an estimate of that of ``σ(z)`` if ``gradient_share`` is set.
         """
@@ -51,10 +51,10 @@ class TokenGate(Gate):
             return GateValues(g)
         rounded = hard_gates(g, *self._thresholds)
         if self.gradient_share is None:
-            return GateValues(rounded, may_be_saturated=True)
+            return GateValues(g, rounded)
         is_rounded = (rounded == 0) | (rounded == 1)
         values, graded = straight_through(rounded, g, self.gradient_share)
-        return GateValues(torch.where(is_rounded, values, g), True, graded)
+        return GateValues(g, torch.where(is_rounded, values, g), graded)
 
     def linear_logit(self) -> tuple[Tensor, float] | None:
         """Return ``(w, b)``; None for a subclass, which may compute its logit differently."""

@@ -41,9 +41,9 @@ class HiRA(Update):
         if fused and has_plain_forward(base) and not transforms_are_active():
             if gate is None and _merging_is_accurate(x, base.weight):
                 return merged_hadamard(x, base.weight, base.bias, *self.factors())
-            if gate is not None and gate.may_be_saturated and not x.is_meta:
-                values, _, graded = gate
-                return partitioned_hadamard(x, base.weight, base.bias, *self.factors(), values, graded)
+            if gate is not None and gate.rounded is not None and not x.is_meta:
+                weights = base.weight, base.bias, *self.factors()
+                return partitioned_hadamard(x, *weights, gate.rounded, gate.graded)
         return add_gated_hadamard(base(x), dropout(x), base.weight, *self.factors(), g)
 
     def inference_constant(self, weight: Tensor) -> Tensor:

@@ -63,15 +63,15 @@ def test_training_step_rounds_values_beyond_thresholds():
     gate = TokenGateConfig(skip_below=0.1, merge_above=0.9).build(7, **PLACE)
     logit = torch.tensor([-3.0, 0.0, 3.0], requires_grad=True)
     values = gate.values(logit)
-    assert values.may_be_saturated
-    assert values.values.tolist() == [0.0, 0.5, 1.0]
-    assert torch.autograd.grad(values.values.sum(), logit)[0].tolist() == [0.0, 0.25, 0.0]
+    assert values.rounded.tolist() == [0.0, 0.5, 1.0]
+    assert torch.autograd.grad(values.rounded.sum(), logit, retain_graph=True)[0].tolist() == [0.0, 0.25, 0.0]
     exact = torch.sigmoid(logit)
+    assert torch.equal(values.values, exact)
     with torch.no_grad():  # validation
-        assert torch.equal(gate.values(logit).values, exact)
-    assert torch.equal(gate.eval().values(logit).values, exact)
+        assert gate.values(logit).rounded is None
+    assert gate.eval().values(logit).rounded is None
     gate.train().set_thresholds(0.0, 1.0)
-    assert not gate.values(logit).may_be_saturated
+    assert gate.values(logit).rounded is None
     assert torch.equal(gate.values(logit).values, exact)
 
 
