@@ -92,7 +92,9 @@ def load_sharded(
     model.to_empty(device=torch.device("cpu") if strategy.cpu_offload else strategy.root_device)
     model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    set_model_state_dict(model, full_model.state_dict() if full_model is not None else {}, options=options)
+    # A broadcast sends memory, so a tensor that is stored by columns would arrive transposed.
+    full = {} if full_model is None else {n: t.contiguous() for n, t in full_model.state_dict().items()}
+    set_model_state_dict(model, full, options=options)
     for name, buffer in message.buffers.items():
         parent, _, leaf = name.rpartition(".")
         # Not register_buffer, which would turn a non-persistent buffer into a persistent one.

@@ -75,7 +75,7 @@ def test_every_method_trains_as_one_process(tiny_backbone, tmp_path, every_metho
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
 def test_hard_gates_draw_the_same_when_sharded(tiny_backbone, tmp_path, strategy):
     """One process draws other numbers than two, so two replicated ranks are the reference."""
-    job = {"update": "hira", "gate": "hard", "accumulate": 2}
+    job = {"update": "hira", "gate": "hard", "accumulate": 2, "draw_seed": 5}
     fit(tiny_backbone, tmp_path / "replicated", strategy="ddp", **job)
     fit(tiny_backbone, tmp_path / "sharded", strategy=strategy, checkpointing=strategy == "hsdp", **job)
     assert_same(tmp_path / "sharded", tmp_path / "replicated")

@@ -15,13 +15,11 @@ ALL_UPDATES = (*UPDATE_NAMES, *EVEN_UPDATES)
 METHODS = list(itertools.product(UPDATE_NAMES, GATE_NAMES))
 TRAINED_METHODS = [
     *METHODS,
-    *[
-        ("abba", "none"),
-        ("abba", "token"),
-        ("block_hira", "token"),
-        ("lora", "threshold"),
-        ("hira", "threshold"),
-    ],
+    ("abba", "none"),
+    ("abba", "token"),
+    ("block_hira", "token"),
+    ("lora", "threshold"),
+    ("hira", "threshold"),
 ]
 """Methods without random draws that runs on several ranks are compared with: every update and every gate."""
 ALL_METHODS = list(itertools.product(ALL_UPDATES, GATE_NAMES))

@@ -54,6 +54,8 @@ class Job:
     gate: str = "token"
     adapter: dict = field(default_factory=dict)
     """Further settings of the adapter."""
+    draw_seed: int | None = None
+    """Seed of dropout and hard gates, plus the rank; None leaves what loading the model has left."""
     workers: int = 0
     epochs: int = 1
     dtype: str = "float64"
@@ -134,6 +136,10 @@ class Recorder(L.Callback):
 
     def __init__(self, job):
         self.job, self.losses, self.ids, self.targets, self.norms, self.logged_norms = job, [], [], [], [], []
+
+    def on_train_start(self, trainer, module):
+        if self.job.draw_seed is not None:
+            torch.manual_seed(self.job.draw_seed + trainer.global_rank)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         grads = [p.grad for p in adapter_parameters(module.model).values()]

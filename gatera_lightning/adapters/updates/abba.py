@@ -75,4 +75,5 @@ def leading_factors(
         u, s, vh = torch.linalg.svd(basis.t() @ wide, full_matrices=False)
         u = basis @ u
     root = s[:rank].sqrt()
-    return root.unsqueeze(1) * vh[:rank], u[:, :rank] * root
+    # LAPACK's matrices are stored by columns, and what is sent to other ranks must be stored by rows.
+    return (root.unsqueeze(1) * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
