@@ -32,7 +32,6 @@ FLAT_GATE_SETTINGS = {
     "gate_reads": "reads",
     "gate_sparsity_weight": "sparsity_weight",
     "gate_threshold": "threshold",
-    "gate_temperature": "temperature",
 }
 """Flat name of a gate's setting, as in result files and in version 0.1 -> its name in the gate's config."""
 

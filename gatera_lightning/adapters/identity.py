@@ -164,14 +164,15 @@ def is_gate_parameter(name: str) -> bool:
     return name.rfind(".gate.") > name.rfind(".update.")
 
 
-def _method(config: AdapterConfig, name: str) -> tuple[str, str, int, float]:
-    """Return the gate, the update, the rank and the scale of a layer."""
-    return config.gate.kind, config.update, config.rank_of(name), config.scale_of(name)
+def _method(config: AdapterConfig, name: str) -> tuple[str, str, int, float, dict[str, Any]]:
+    """Return the gate, the update, the rank, the scale and the update's own settings of a layer."""
+    return config.gate.kind, config.update, config.rank_of(name), config.scale_of(name), config.extra_settings
 
 
-def _in_words(method: tuple[str, str, int, float]) -> str:
-    gate, update, rank, scale = method
-    return f"update={update} gate={gate} rank={rank} scale={scale!r}"
+def _in_words(method: tuple[str, str, int, float, dict[str, Any]]) -> str:
+    gate, update, rank, scale, extra = method
+    words = [f"update={update} gate={gate} rank={rank} scale={scale!r}"]
+    return " ".join([*words, *(f"{name}={value!r}" for name, value in extra.items())])
 
 
 def _mismatches(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> list[str]:

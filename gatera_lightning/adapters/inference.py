@@ -8,6 +8,7 @@ gate reads only one.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,7 @@ class TwoWeightPath:
         if self.token_gate is not None and self.token_gate.decides:  # 1 where the logit is above 0
             self.skip_below_logit, self.merge_above_logit = math.nextafter(0, 1), 0.0
         self.constant_gate = layer.gate if self.token_gate is None else None
+        self.update_output = partial(layer.update.delta, base=layer.base)
         self.linear_logit = None if self.token_gate is None else self.token_gate.linear_logit()
         delta = layer.update.delta_weight(self.frozen_weight)  # (out, in)
         if self.constant_gate is not None:
@@ -181,9 +183,14 @@ class TwoWeightPath:
         return y.index_select(0, inverse)
 
     def _update_first(self, x: Tensor, rows: Tensor, gate: Gate, listener: GateListener | None) -> Tensor:
-        """Compute both outputs first, because the gate reads them."""
-        frozen, merged = self._frozen(rows), self._merged(rows)
-        logit = gate(x, frozen if self.bias is None else frozen - self.bias, merged - frozen)
+        """Compute both outputs first, because the gate reads them.
+
+        It reads the update's own output: the difference of both outputs is mostly rounding in 16 bits.
+        """
+        base_out = F.linear(rows, self.frozen_weight)  # (..., out)
+        frozen = base_out if self.bias is None else base_out + self.bias
+        merged = self._merged(rows)
+        logit = gate(x, base_out, self.update_output(x))
         if listener is not None:
             listener(logit)
         hard = hard_gates(gate.values(logit).values, self.skip_below, self.merge_above)

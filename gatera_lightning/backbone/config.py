@@ -39,10 +39,11 @@ class BackboneConfig:
     The first steps take a minute longer. On a CPU this needs a C++ compiler."""
 
     quantization: Quantization = "none"
-    """Store the weights of all linear layers but the output head in fewer bits, and compute with them in
-    dtype: nf4 (4.5 bits per weight), nf4_double (4.13), int8 (8), torchao_int8, quanto_int8, quanto_int4. All
-    but int8 need pip install 'gatera-lightning[quantized]'. Weights that are stored quantized are recognized
-    and need none."""
+    """Store the weights of all linear layers except the output head in fewer bits, and compute with them in
+    dtype: nf4 (4.5 bits per weight), nf4_double (4.13), int8 (8), torchao_int8, quanto_int8, quanto_int4. nf4
+    needs pip install 'gatera-lightning[quantized]', torchao_int8 [torchao], quanto_int8 and quanto_int4
+    [quanto].
+    Weights that are stored quantized are recognized and need no setting."""
 
     trust_remote_code: bool = False
     """Run model code that comes with the weights. Only for publishers you trust."""

@@ -16,6 +16,7 @@ from gatera_lightning.adapters.identity import (
 )
 from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.targets import positive_indices
+from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.peft.config import GateRAConfig
 from gatera_lightning.peft.layer import GateRALinear
@@ -108,7 +109,7 @@ class GateRAModel(BaseTuner):
         """
         config = cast(GateRAConfig, peft_config).for_module(current_key)
         base = target.get_base_layer() if isinstance(target, GateRALinear) else target
-        if problem := self._problem(base, current_key, config.rank):
+        if problem := self._problem(base, current_key, config):
             raise ConfigError(problem)
         if isinstance(target, GateRALinear):
             target.add_adapter(adapter_name, config)
@@ -118,10 +119,13 @@ class GateRAModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _problem(self, base: nn.Module, name: str, rank: int) -> str | None:
+    def _problem(self, base: nn.Module, name: str, config: AdapterConfig) -> str | None:
         if not isinstance(base, nn.Linear):
             return f"target_modules: {name} is a {type(base).__name__}; accepted: linear layers"
-        smaller = min(base.in_features, base.out_features)
+        smaller, rank = min(base.in_features, base.out_features), config.rank
+        sizes = base.in_features, base.out_features
+        if problem := UPDATES[config.update].size_problem(*sizes, **config.extra_settings):
+            return f"{config.extra_settings} does not suit {name} ({sizes[0]} -> {sizes[1]}): {problem}"
         if rank > smaller:
             return (
                 f"r: {rank} exceeds {name} ({base.in_features} -> {base.out_features}); "

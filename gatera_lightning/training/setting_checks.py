@@ -55,6 +55,9 @@ def _warm_start_problems(folder: str, adapter: AdapterConfig) -> list[str]:
         ("update", stored.update, adapter.update),
         ("gate", stored.gate.kind, getattr(adapter.gate, "kind", adapter.gate)),
     ]
+    if stored.update == adapter.update:
+        own = adapter.extra_settings
+        values += [(name, value, own[name]) for name, value in stored.extra_settings.items()]
     if not stored.has_patterns and not adapter.has_patterns:  # else load_adapter compares layer by layer
         values += [("rank", stored.rank, adapter.rank), ("scale", stored.scale, adapter.scale)]
     return [

@@ -308,6 +308,13 @@ def test_load_rejects_model_with_other_method(folder, tiny_llama, settings):
     assert all(f"{name}={value}" in text for name, value in settings.items())
 
 
+def test_load_rejects_other_blocks(tiny_llama, tmp_path):
+    """The shapes of both are equal."""
+    folder = save_adapter(_adapted(tiny_llama(), "block_hira", rank=4, blocks=4), tmp_path)
+    with pytest.raises(AdapterFileError, match=r"update=block_hira .*blocks=4.*blocks=2"):
+        load_adapter(_adapted(tiny_llama(), "block_hira", rank=4, blocks=2), folder)
+
+
 def test_load_rejects_other_alpha(tiny_llama, tmp_path):
     save_adapter(_adapted(tiny_llama(), "lora"), tmp_path)
     assert "scale=2.0, but the model was adapted with" in _refusal(

@@ -51,14 +51,20 @@ class HardGate(Gate):
     def values(self, logit: Tensor) -> GateValues:
         """Draw 0 or 1 in training, decide in evaluation."""
         if not self.training:
-            return GateValues((logit > 0).to(logit.dtype))
+            return GateValues(_decided(logit, logit > 0))
         g = torch.sigmoid(logit)
-        values, graded = straight_through(torch.bernoulli(g.detach()), g, self.gradient_share)
+        drawn = _decided(logit.detach(), torch.rand_like(g) < g)
+        values, graded = straight_through(drawn, g, self.gradient_share)
         return GateValues(values, rounded=values, graded=graded)
 
     def linear_logit(self) -> tuple[Tensor, float] | None:
         """Return ``(w, b)``; None for a subclass, which may compute its logit differently."""
         return (self.weight.detach(), float(self.bias)) if type(self) is HardGate else None
+
+
+def _decided(logit: Tensor, is_open: Tensor) -> Tensor:
+    """Return 1 for open tokens and 0 for others; a NaN stays one, so that it reaches the loss."""
+    return torch.where(logit.isnan(), logit, is_open.to(logit.dtype))
 
 
 class DualHardGate(HardGate):
@@ -90,8 +96,9 @@ class DualHardGate(HardGate):
         """Return the logit of every token: both outputs (..., out) -> (...)."""
         assert base_out is not None  # because of needs_update
         assert update_out is not None
-        of_update = torch.mv(update_out.to(self.update_weight.dtype).flatten(0, -2), self.update_weight)
-        return token_logit(base_out, self.weight, self.bias) + of_update.view(base_out.shape[:-1])
+        no_bias = self.bias.new_zeros(1)
+        of_update = token_logit(update_out, self.update_weight, no_bias)
+        return token_logit(base_out, self.weight, self.bias) + of_update
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The threshold gate of TS-PEFT: only tokens with a large update keep it (Ma et al., arXiv 2511.16147)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,36 +17,45 @@ LARGEST_LOGIT = 10.0
 
 
 class _ThresholdLogit(torch.autograd.Function):
-    """``z = (ln r − ln τ)/T`` within its bound, with gradient ``dz/dτ = −1/(T τ)`` and none for r."""
+    """``z = ln r − ln τ`` within its bound, with gradient ``dz/dτ = −1/τ`` and none for r."""
 
     @staticmethod
-    def forward(ctx: Any, ratio: Tensor, threshold: Tensor, temperature: float) -> Tensor:
-        # With τ = 0, the gradient at the bound is that of the limit: −1/r for T = 1.
-        smallest = ratio * torch.exp(threshold.new_tensor(-LARGEST_LOGIT * temperature))
-        bounded = torch.maximum(threshold.clamp_min(0), smallest)
+    def forward(ctx: Any, ratio: Tensor, threshold: Tensor) -> Tensor:
+        bounded = _bounded_threshold(ratio, threshold)
         ctx.save_for_backward(ratio, bounded)
-        ctx.temperature = temperature
-        z = ((ratio.log() - bounded.log()) / temperature).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-        # r = 0 = τ: nothing to skip yet, and 0 ≥ 0 keeps the token.
-        return torch.where(bounded == 0, LARGEST_LOGIT, z)
+        return _logit(ratio, threshold, bounded)
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, dz: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, dz: Tensor) -> tuple[None, Tensor]:
         ratio, bounded = ctx.saved_tensors
-        slope = torch.where(ratio > 0, -1 / (ctx.temperature * bounded), 0.0)
-        return None, (dz * slope).sum().unsqueeze(0), None
+        slope = torch.where(ratio > 0, -1 / bounded, 0.0)
+        return None, (dz * slope).sum().unsqueeze(0)
+
+
+def _bounded_threshold(ratio: Tensor, threshold: Tensor) -> Tensor:
+    """Return τ (1,) as one value per token (...), large enough that no logit exceeds its bound.
+
+    With τ = 0, σ(z) then has the slope of the limit, ``dσ/dτ = −1/r``.
+    """
+    return torch.maximum(threshold.clamp_min(0), ratio * math.exp(-LARGEST_LOGIT))
+
+
+def _logit(ratio: Tensor, threshold: Tensor, bounded: Tensor) -> Tensor:
+    z = (ratio.log() - bounded.log()).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    z = torch.where(bounded == 0, LARGEST_LOGIT, z)  # r = 0 = τ: nothing to skip yet
+    kept = ratio >= threshold
+    return torch.where(kept, z.clamp_min(torch.finfo(z.dtype).tiny), z.clamp_max(0.0))  # z > 0 if kept
 
 
 class ThresholdGate(Gate):
     """``S = 1[‖u(x)‖ ≥ τ ‖W0 x‖]`` with one learned τ (Ma et al., arXiv 2511.16147).
 
-    The paper prints the rule and not how τ learns. Here, with ``z = (ln r − ln τ)/T`` and ``r = ‖u‖/‖W0 x‖``,
-    S has the gradient of ``σ(z)``: ``∂L/∂ln τ = −(1/T) Σ (dy·u) σ(z)(1−σ(z))``. The ratio r gets none.
+    The paper prints the rule and not how τ learns. Here, with ``r = ‖u‖/‖W0 x‖`` and ``S̃ = σ(ln r − ln τ) =
+    r/(r + τ)``, S has the gradient of S̃: ``∂L/∂ln τ = −Σ (dy·u) S̃(1−S̃)``. The ratio r gets none.
 
     Args:
         threshold: Initial τ.
-        temperature: T.
         dtype: Dtype of τ.
         device: Its device.
     """
@@ -54,43 +64,40 @@ class ThresholdGate(Gate):
     needs_update = True
     decides = True
 
-    def __init__(
-        self, *, threshold: float, temperature: float, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, *, threshold: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.threshold = nn.Parameter(torch.full((1,), threshold, dtype=dtype, device=device))
-        self.temperature = temperature
 
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
-        """Return ``(ln r − ln τ)/T`` of every token, within ±10: both outputs (..., out) -> (...)."""
+        """Return ``ln r − ln τ`` of every token, within ±10: both outputs (..., out) -> (...)."""
         assert base_out is not None  # because of needs_update
         assert update_out is not None
         dtype = self.threshold.dtype
         size = torch.linalg.vector_norm(base_out.detach(), dim=-1, dtype=dtype)
         update_size = torch.linalg.vector_norm(update_out.detach(), dim=-1, dtype=dtype)
-        ratio = update_size / size.clamp_min(torch.finfo(dtype).tiny)
-        return threshold_logit(ratio, self.threshold, self.temperature)
+        limits = torch.finfo(dtype)
+        # W0 x may be 0, in a pruned layer for instance: any update is then large.
+        ratio = (update_size / size.clamp_min(limits.tiny)).clamp_max(1 / limits.eps)
+        return threshold_logit(ratio, self.threshold)
 
     def values(self, logit: Tensor) -> GateValues:
         """Return 1 for tokens that keep their update and 0 for others, with the gradient of ``σ(z)``."""
-        kept = (logit >= 0).to(logit.dtype)
+        kept = torch.where(logit.isnan(), logit, (logit > 0).to(logit.dtype))  # a NaN reaches the loss
         if not self.training:
             return GateValues(kept)
         return GateValues(straight_through(kept, torch.sigmoid(logit), 1.0).values)
 
 
-def threshold_logit(ratio: Tensor, threshold: Tensor, temperature: float) -> Tensor:
-    """Compute ``z = (ln r − ln τ)/T`` within ±10, differentiable by τ.
+def threshold_logit(ratio: Tensor, threshold: Tensor) -> Tensor:
+    """Compute ``z = ln r − ln τ`` within ±10, differentiable by τ; above 0 exactly if ``r ≥ τ``.
 
     Args:
         ratio: r, (...).
         threshold: τ, (1,); a negative value counts as 0, where z is 10 and the slope is that of the limit.
-        temperature: T.
     """
     if transforms_are_active():
-        z = (ratio.log() - threshold.clamp_min(torch.finfo(threshold.dtype).tiny).log()) / temperature
-        return z.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-    return _ThresholdLogit.apply(ratio, threshold, temperature)  # type: ignore[no-any-return, no-untyped-call]
+        return _logit(ratio, threshold, _bounded_threshold(ratio, threshold))
+    return _ThresholdLogit.apply(ratio, threshold)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass
@@ -104,20 +111,15 @@ class ThresholdGateConfig(GateConfig):
     """Initial τ. Training must start at 0, which keeps every token: while B = 0, a threshold above 0 would
     close every gate, and a closed gate passes no gradient to A and B."""
 
-    temperature: float = 1.0
-    """T of the gradient's sigmoid, σ((ln r − ln τ)/T)."""
-
     sparsity_weight: float = 0.01
-    """Weight of the mean of σ((ln r − ln τ)/T) in the loss, which raises the thresholds; 0 turns it off."""
+    """Weight of the mean of r/(r + τ) in the loss, which raises the thresholds; 0 turns it off."""
 
     lr_multiplier: float = 0.1
     """Learning rate of τ, as a multiple of optimizer.lr."""
 
     def build(self, in_features: int, *, dtype: torch.dtype, device: torch.device) -> ThresholdGate:
         """Create a :class:`ThresholdGate`."""
-        return ThresholdGate(
-            threshold=self.threshold, temperature=self.temperature, dtype=dtype, device=device
-        )
+        return ThresholdGate(threshold=self.threshold, dtype=dtype, device=device)
 
     def problems(self) -> list[str]:
         """Return one message for every invalid value; empty if all are valid."""
@@ -129,10 +131,5 @@ class ThresholdGateConfig(GateConfig):
                 f"adapter.gate.threshold: {self.threshold!r}: no token would ever be open, because the "
                 "update starts at 0 and a closed gate passes no gradient to it; accepted: 0, from which the "
                 "threshold rises in training"
-            )
-        if not (is_finite_number(self.temperature) and self.temperature >= 1):
-            found.append(
-                f"adapter.gate.temperature: {self.temperature!r}; accepted: a number of at least 1; below, a "
-                "threshold of 0 has no gradient and stays"
             )
         return found

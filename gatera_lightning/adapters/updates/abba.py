@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gatera_lightning.adapters.updates.lora import LoRA
+from gatera_lightning.errors import ConfigError
 
 EXACT_SIDE = 1024
 """Up to this smaller side of a weight, its singular vectors are computed exactly."""
@@ -32,6 +33,11 @@ class ABBA(LoRA):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(base, rank=rank // 2, scale=scale, dtype=dtype, generator=generator)
+        if not base.weight.is_meta and not torch.isfinite(base.weight).all():
+            raise ConfigError(
+                "adapter.update: 'abba' needs the singular vectors of a weight that has NaN or "
+                "infinite values; accepted: another update, or weights that are finite"
+            )
         a, b = leading_factors(base.weight.detach(), rank // 2, generator)
         self.weight_a = nn.Parameter(a.to(dtype))  # (r/2, in)
         self.weight_b = nn.Parameter(b.to(dtype))  # (out, r/2)

@@ -37,6 +37,22 @@ def reference(layer, x, dy, drawn, weight):
     return y.detach(), dict(zip(["x", *p], grads, strict=True))
 
 
+def draw(logits):
+    return (torch.rand_like(logits) < torch.sigmoid(logits)).to(logits.dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("update", ["hira", "lora"])
+def test_nan_reaches_the_output(randomize, update, training):
+    """A draw that fails would end the run before the loss is looked at."""
+    layer = gated_layer(randomize, update).train(training)
+    x, _ = layer_inputs(layer, (2, 7), requires_grad=False)
+    x[0, 0, 0] = float("nan")
+    y = layer(x)
+    assert bool(y[0, 0].isnan().all())
+    assert not bool(y[0, 1:].isnan().any())
+
+
 @pytest.mark.parametrize("share", [1.0, 0.25])
 @pytest.mark.parametrize("layer_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("bias", [0.0, -40.0, 40.0], ids=["mixed", "all_closed", "all_open"])
@@ -52,7 +68,7 @@ def test_forward_and_gradients_equal_dense_reference(randomize, update, reads, b
     torch.manual_seed(5)
     found = actual(layer, x, dy)
     torch.manual_seed(5)
-    drawn = torch.bernoulli(torch.sigmoid(logits[0].detach()))
+    drawn = draw(logits[0].detach())
     assert {0.0: len(drawn.unique()) == 2, -40.0: not drawn.any(), 40.0: bool(drawn.all())}[bias]
     weight = torch.ones_like(drawn)
     if share < 1:
@@ -115,7 +131,7 @@ def test_matmuls_of_step(randomize):
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     torch.manual_seed(5)
-    opened = int(torch.bernoulli(torch.sigmoid(logits[0].detach())).sum())
+    opened = int(draw(logits[0].detach()).sum())
     large, low_rank, gate = 2 * 10 * 12, 4 * 2 * 10 * 12 * 3, 2 * 2 * 14 * 12
     graded = 2
     assert 0 < opened < 14

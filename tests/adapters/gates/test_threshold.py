@@ -9,8 +9,8 @@ from adapted_layers import ALL_UPDATES, actual, adapted_layer, layer_inputs
 from gatera_lightning.adapters.gates import ThresholdGateConfig
 
 
-def gated_layer(update, *, threshold, temperature=1.0):
-    gate = ThresholdGateConfig(temperature=temperature)
+def gated_layer(update, *, threshold):
+    gate = ThresholdGateConfig()
     layer = adapted_layer(update, gate, (12, 10, 3), dtype=torch.float64, adapter_dtype="float64")
     with torch.no_grad():
         layer.update.b.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
@@ -23,21 +23,20 @@ def ratios(layer, x):
         return layer.update.delta(x, layer.base).norm(dim=-1) / (x @ layer.base.weight.t()).norm(dim=-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("update", ALL_UPDATES)
-def test_step_equals_closed_form(update, temperature):
+def test_step_equals_closed_form(update):
     layer = gated_layer(update, threshold=0.0)
     x, dy = layer_inputs(layer, (2, 7))
     r = ratios(layer, x)
     threshold = float(r.median())
-    layer = gated_layer(update, threshold=threshold, temperature=temperature)
+    layer = gated_layer(update, threshold=threshold)
     y, grads = actual(layer, x, dy)
     u = layer.update.delta(x, layer.base).detach()
     kept = (r >= threshold).double()
     assert 0 < kept.sum() < 14
     torch.testing.assert_close(y, layer.base(x).detach() + kept.unsqueeze(-1) * u, rtol=0, atol=1e-12)
-    soft = torch.sigmoid((r.log() - math.log(threshold)) / temperature)
-    of_log = -((dy * u).sum(-1) * soft * (1 - soft)).sum() / temperature
+    soft = torch.sigmoid(r.log() - math.log(threshold))
+    of_log = -((dy * u).sum(-1) * soft * (1 - soft)).sum()
     torch.testing.assert_close(grads["gate.threshold"][0], of_log / threshold, rtol=1e-10, atol=0)
     # A and B learn from the tokens that are kept, and from them only.
     delta = layer.update.delta(x.detach(), layer.base)
@@ -76,6 +75,38 @@ def test_negative_threshold_counts_as_zero():
     assert torch.equal(grads["gate.threshold"], grads_["gate.threshold"])  # so that it can rise again
 
 
+def test_layer_of_zeros_keeps_every_update():
+    layer = gated_layer("lora", threshold=0.1)
+    with torch.no_grad():
+        layer.base.weight.zero_()
+        layer.update.b.mul_(1e3)
+    x, dy = layer_inputs(layer, (2, 7))
+    y, grads = actual(layer, x, dy)
+    torch.testing.assert_close(y, layer.base(x).detach() + layer.update.delta(x, layer.base).detach())
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in grads.values())
+
+
+def test_transforms_start_open_too():
+    layer = gated_layer("lora", threshold=0.0)
+    with torch.no_grad():
+        layer.update.b.zero_()
+    x, dy = layer_inputs(layer, (2, 7), requires_grad=False)
+    names = dict(layer.named_parameters())
+
+    def loss(b):
+        return (torch.func.functional_call(layer, {**names, "update.b": b}, (x,)) * dy).sum()
+
+    assert torch.func.grad(loss)(layer.update.b.detach()).abs().max() > 0
+
+
+def test_nan_reaches_the_output():
+    layer = gated_layer("lora", threshold=0.1)
+    x, _ = layer_inputs(layer, (2, 7), requires_grad=False)
+    x[0, 0, 0] = float("nan")
+    assert bool(layer(x)[0, 0].isnan().all())
+    assert not bool(layer(x)[0, 1:].isnan().any())
+
+
 def test_zero_input_keeps_gradients_finite():
     layer = gated_layer("hira", threshold=0.1)
     x, dy = layer_inputs(layer, (2, 7))
@@ -96,10 +127,9 @@ def test_evaluation_applies_the_same_rule():
     [
         ({"threshold": -0.1}, "adapter.gate.threshold: -0.1; accepted: a number of at least 0"),
         ({"threshold": 0.1}, "adapter.gate.threshold: 0.1: no token would ever be open"),
-        ({"temperature": 0.5}, "adapter.gate.temperature: 0.5; accepted: a number of at least 1"),
         ({"sparsity_weight": float("nan")}, "adapter.gate.sparsity_weight: nan; accepted"),
     ],
-    ids=["negative", "dead_start", "temperature", "sparsity_weight"],
+    ids=["negative", "dead_start", "sparsity_weight"],
 )
 def test_invalid_settings_are_named(settings, message):
     assert ThresholdGateConfig(**settings).problems()[0].startswith(message)
