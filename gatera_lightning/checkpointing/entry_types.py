@@ -44,7 +44,7 @@ _MAPPING: _Accepted = (_is_mapping, "a mapping")
 _MAPPINGS: _Accepted = (_list_of(_is_mapping), "a list of mappings")
 _MAPPING_OR_TEXT: _Accepted = (lambda value: _is_mapping(value) or _is_text(value), "a mapping or text")
 _NUMBER: _Accepted = (_is_number, "a number")
-_NUMBERS: _Accepted = (_list_of(_is_number), "a list of numbers")
+_NUMBERS: _Accepted = (_list_of(_is_score), "a list of numbers")
 _POSITIVE: _Accepted = (lambda value: _is_count(value) and value > 0, "an integer of at least 1")
 _SCORE: _Accepted = (_is_score, "a number, or a tensor of one number")
 _TENSOR: _Accepted = (lambda value: isinstance(value, Tensor), "a tensor")
@@ -200,7 +200,8 @@ def _loop_problems(contents: Mapping[str, Any]) -> Iterator[str]:
 def _callback_problems(callbacks: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrong(callbacks, dict.fromkeys(callbacks, _MAPPING), "callbacks.")
     for name, state in callbacks.items():
-        if "best_k_models" in state or "best_model_path" in state:
+        # What every ModelCheckpoint has; a callback of somebody else's may use one of the names.
+        if "dirpath" in state and ("best_k_models" in state or "best_model_path" in state):
             place = f"callbacks.{name}."
             yield from _wrong(state, {"best_model_path": _TEXT}, place)
             if "best_model_score" not in state:
@@ -218,6 +219,8 @@ def _optimizer_problems(states: list[Mapping[str, Any]]) -> Iterator[str]:
             yield from _wrong(group, {"params": _KEYS}, f"{place}.param_groups[{index}].")
         known = set(itertools.chain.from_iterable(group["params"] for group in state["param_groups"]))
         for key, moments in state["state"].items():
+            if not isinstance(key, int):
+                continue  # of an optimizer that keeps values beside those of its parameters
             if key not in known:
                 yield f"its entry {place}.state[{key!r:.40}] is of a parameter that no group lists"
             if not isinstance(moments, Mapping):

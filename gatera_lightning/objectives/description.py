@@ -1,6 +1,7 @@
 """Describe objectives as plain values, to compare them between ranks and with those of a checkpoint."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from gatera_lightning.objectives.base import Objective
 
+_LARGEST = 100
+"""Containers with more entries are described by their length: every checkpoint holds the description."""
 _DEEPEST = 4  # settings are not nested deeper, and an object may contain itself
 
 
@@ -47,12 +50,22 @@ def _plain(value: Any, depth: int) -> Any:
     match value:
         case Enum():
             return str(value)
-        case None | bool() | int() | float() | str():
+        case None | bool():
             return value
+        case str() if _is_device(value):
+            return "a device"  # which differs between ranks
+        case int():
+            return int(value)  # of subclasses too, which a checkpoint would store as pickled objects
+        case float():
+            return float(value)
+        case str():
+            return str(value)
         case PathLike():
             return fspath(value)
         case Tensor():
             return _describe_tensor(value)
+        case Mapping() | list() | tuple() | set() | frozenset() if len(value) > _LARGEST:
+            return f"{type(value).__qualname__} of {len(value)} entries"
         case Mapping() if depth < _DEEPEST:
             return {str(key): _plain(item, depth + 1) for key, item in value.items()}
         case list() | tuple() if depth < _DEEPEST:
@@ -67,6 +80,10 @@ def _plain(value: Any, depth: int) -> Any:
     elif hasattr(value, "__qualname__"):  # a function
         described["name"] = value.__qualname__
     return described
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"(cpu|cuda|mps|xpu|meta)(:\d+)?", value) is not None
 
 
 def _describe_tensor(tensor: Tensor) -> str:

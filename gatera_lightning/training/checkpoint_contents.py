@@ -76,6 +76,7 @@ def describe_run(
     data = getattr(trainer, "datamodule", None)
     settings = {} if trainer is None else recorded_settings(trainer, objectives)
     template = getattr(data, "template", None)
+    template = template if isinstance(template, str) else None  # a data module of somebody else's
     return {"template": template, "run_settings": settings, "skipped_steps": skipped_steps}
 
 

@@ -132,7 +132,8 @@ def _differences(
     new |= _data_settings(data.hparams if data is not None else {})
     free = {name for name in old if _is_free(name)} | _same_sources(checkpoint, data)
     for name in old.keys() & new.keys() - free:
-        if old[name] != new[name] and not (old[name] is None and name == "seed_everything"):
+        is_equal = old[name] == new[name] or (old[name] != old[name] and new[name] != new[name])  # NaN
+        if not is_equal and not (old[name] is None and name == "seed_everything"):
             found.append((name, old[name], new[name]))
     return sorted(found)
 

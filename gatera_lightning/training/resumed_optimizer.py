@@ -67,8 +67,11 @@ def optimizer_differences(checkpoint: Mapping[str, Any], module: Any) -> Iterato
     if taken > 0 and optimizer.get("state", True) == {}:
         yield "model.optimizer", "optimizer_states[0].state", {}, f"moments of {taken} steps"
     step = scheduler.get("last_epoch")
-    if isinstance(step, int) and abs(step - checkpoint.get("global_step", step)) > 1:
+    # It may be smaller: a second fit of one Trainer starts another schedule.
+    if isinstance(step, int) and step - checkpoint.get("global_step", step) > 1:
         yield "model.optimizer.schedule", "lr_schedulers[0].last_epoch", step, checkpoint["global_step"]
+    if _changes_optimizers(module):
+        return
     for index, group in enumerate(optimizer.get("param_groups", [])):
         place = f"optimizer_states[0].param_groups[{index}]"
         setting, peak = rates.get(group.get("name"), ("", math.nan))
@@ -136,8 +139,16 @@ def _moment_problems(state: Mapping[str, Any], groups: list[list[tuple[str, nn.P
                 yield f"{place}.{moment} holds values that AdamW cannot write; accepted: {least}"
 
 
+def _changes_optimizers(module: Any) -> bool:
+    """Return whether a callback of somebody else's may have changed the optimizer while it trained."""
+    trainer = getattr(module, "_trainer", None)
+    roots = {type(callback).__module__.partition(".")[0] for callback in getattr(trainer, "callbacks", ())}
+    return not roots <= {"lightning", "pytorch_lightning", "gatera_lightning"}
+
+
 def _has_own_optimizer(module: Any) -> bool:
-    return type(module).configure_optimizers.__module__ != "gatera_lightning.training.module"
+    # Of the instance, whose method a script may have replaced.
+    return getattr(module.configure_optimizers, "__module__", None) != "gatera_lightning.training.module"
 
 
 def _rate_differences(

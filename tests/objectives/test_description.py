@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,3 +94,32 @@ def test_object_that_contains_itself_ends():
     loop = [1]
     loop.append(loop)
     assert "model.objectives[0].value" in describe_objectives([Own(loop)])
+
+
+class Loose(NextToken):
+    """An objective with public attributes."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
+def settings_of(**values):
+    found = describe_objectives([Loose(**values)])
+    return {name.rpartition(".")[2]: value for name, value in found.items() if name != "model.objectives"}
+
+
+def test_numbers_of_other_classes_become_plain():
+    """A checkpoint would store them as pickled objects, which loading refuses."""
+    found = settings_of(a=np.float64(0.5), b=np.float64("nan"))
+    assert found["a"] == 0.5
+    assert {type(value) for value in found.values()} == {float}
+
+
+def test_devices_do_not_differ_between_ranks():
+    assert settings_of(device="cuda:0") == settings_of(device="cuda:1")
+    assert settings_of(device="cuda:0") != settings_of(device="left")
+
+
+def test_large_containers_are_described_by_their_length():
+    assert settings_of(values=dict.fromkeys(range(101), 0.0)) == {"values": "dict of 101 entries"}
+    assert settings_of(values=list(range(100))) == {"values": list(range(100))}
