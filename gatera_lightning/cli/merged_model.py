@@ -19,13 +19,7 @@ from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears, has_token_gates
 from gatera_lightning.adapters.merging import exact_merged_weight, merge_adapter
 from gatera_lightning.datamodules.sources.files import read_rows
-from gatera_lightning.datamodules.sources.spec import (
-    DATA_SUFFIXES,
-    ROW_SUFFIXES,
-    Source,
-    data_suffix,
-    expand_path,
-)
+from gatera_lightning.datamodules.sources.spec import ROW_SUFFIXES, Source, data_suffix, expand_path
 from gatera_lightning.datamodules.sources.text_files import read_text
 from gatera_lightning.errors import AdapterFileError, ConfigError, printable
 
@@ -75,7 +69,8 @@ def read_texts(source: str) -> list[str]:
     """Read texts as data modules read their sources: the field ``text`` of rows, or the lines of a text file.
 
     Args:
-        source: Path or URL of a table or a text file, compressed or not; ``[start:stop]`` may follow.
+        source: Path or URL of a table or a text file, compressed or not; ``[start:stop]`` may follow. A file
+            whose name has no ending of a table is a text file.
 
     Raises:
         ConfigError: The file cannot be read, a row has no text, or no text is selected.
@@ -90,10 +85,7 @@ def read_texts(source: str) -> list[str]:
 
 
 def _texts_at(location: str) -> list[str]:
-    suffix = data_suffix(location)
-    if not suffix:
-        raise ConfigError(f"{location!r} has an unknown file format; accepted: {', '.join(DATA_SUFFIXES)}")
-    if suffix not in ROW_SUFFIXES:
+    if data_suffix(location) not in ROW_SUFFIXES:  # any other name is that of a text file
         return [line for line in read_text(location).splitlines() if line.strip()]
     return [_text_of(row, where) for where, row in read_rows(location)]
 

@@ -1,10 +1,10 @@
 """Refuse settings of the Trainer that contradict each other, or that would have no effect in a run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint, Timer
 
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
@@ -12,31 +12,40 @@ from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.errors import near_miss
 from gatera_lightning.evaluation.likelihood_ranking import Score
+from gatera_lightning.objectives.base import Objective
+from gatera_lightning.objectives.gate_entropy import GateEntropy
+from gatera_lightning.objectives.gate_sparsity import GateSparsity
+from gatera_lightning.objectives.next_token import NextToken
 
 _LOGGED = ("train/loss", "train/task_loss", "train/gate_entropy", "train/gate_mean", "train/skipped_steps")
 _VALIDATED = ("val/loss", *(f"val/accuracy_{score}" for score in get_args(Score)))
+_COUNTED = ("step", "epoch")  # a ModelCheckpoint has both even if nothing is logged
 
 
-def effect_problems(trainer: L.Trainer, *, logs_only_ours: bool) -> list[str]:
+def effect_problems(trainer: L.Trainer, *, objectives: Sequence[Objective], is_ours: bool) -> list[str]:
     """Return one message for every setting that cannot have an effect in a fit.
 
     Args:
         trainer: The Trainer, whose data module is set up if it has one of this package.
-        logs_only_ours: Whether the module logs nothing but what this package logs.
+        objectives: What is trained; their terms are logged.
+        is_ours: Whether the module is no subclass of a user, which may log and stop as it likes.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     problems = checkpoint_io_problems(trainer.strategy.checkpoint_io)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # replaces these settings by its own
         return problems
-    problems += _limit_problems(trainer, callbacks)
+    is_ours = is_ours and not any(map(_is_foreign, callbacks))
+    may_stop = not is_ours or any(map(_may_stop, callbacks))
+    problems += _limit_problems(trainer, may_stop)
     epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
-    if _validates(trainer) is not False and every is not None and epochs is not None and -1 < epochs < every:
+    if _validates(trainer) is True and every is not None and epochs is not None and -1 < epochs < every:
         problems.append(
             f"trainer.check_val_every_n_epoch: {every}, but the run has {epochs} epochs, so that it never "
             f"validates; accepted: at most {epochs}, or trainer.limit_val_batches 0"
         )
-    for callback in callbacks:
-        problems += _monitor_problems(trainer, callback, logs_only_ours and not _foreign(callbacks))
+    if is_ours:
+        for callback in callbacks:
+            problems += _monitor_problems(trainer, callback, objectives)
     return problems
 
 
@@ -55,7 +64,7 @@ def checkpoint_io_problems(plugin: Any) -> list[str]:
     ]
 
 
-def _limit_problems(trainer: L.Trainer, callbacks: Iterable[Any]) -> list[str]:
+def _limit_problems(trainer: L.Trainer, may_stop: bool) -> list[str]:
     problems = []
     for unit in ("epochs", "steps"):
         least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
@@ -63,7 +72,7 @@ def _limit_problems(trainer: L.Trainer, callbacks: Iterable[Any]) -> list[str]:
             problems.append(
                 f"trainer.min_{unit}: {least}, but trainer.max_{unit} is {most}; accepted: at most {most}"
             )
-        elif least and (least > 1 or unit == "steps") and not any(map(_may_stop, callbacks)):
+        elif least and least != most and (least > 1 or unit == "steps") and not may_stop:
             problems.append(
                 f"trainer.min_{unit}: {least}, but nothing ends the run before its last step; accepted: "
                 "null, or with trainer.max_time or early_stopping.patience"
@@ -71,8 +80,8 @@ def _limit_problems(trainer: L.Trainer, callbacks: Iterable[Any]) -> list[str]:
     return problems
 
 
-def _monitor_problems(trainer: L.Trainer, callback: Any, known: bool) -> list[str]:
-    """Refuse a callback that waits for a value that is never logged."""
+def _monitor_problems(trainer: L.Trainer, callback: Any, objectives: Sequence[Objective]) -> list[str]:
+    """Refuse a callback that waits for a value that is never logged; nothing else than this package logs."""
     if not isinstance(callback, EarlyStopping | ModelCheckpoint) or callback.monitor is None:
         return []
     if isinstance(callback, OptionalEarlyStopping) and not callback.is_on:
@@ -87,9 +96,10 @@ def _monitor_problems(trainer: L.Trainer, callback: Any, known: bool) -> list[st
             f"{name}.monitor: {monitor!r} needs a validation, and this run has none; accepted: "
             "data.validation with trainer.limit_val_batches above 0, or no such callback"
         ]
-    logged = (*_LOGGED, *_VALIDATED)
-    own_terms = monitor.startswith(("train/", "grad_norm/", "lr/")) and not near_miss(monitor, logged)
-    if not known or monitor in logged or own_terms:
+    logged = (*_LOGGED, *_terms(objectives), *_VALIDATED)
+    if monitor in (*logged, *_COUNTED) or monitor.startswith(("grad_norm/", "lr/")):
+        return []
+    if monitor.startswith("train/") and (_have_own_terms(objectives) or not near_miss(monitor, logged)):
         return []
     return [
         f"{name}.monitor: {monitor!r} is never logged; accepted: {', '.join(logged)}"
@@ -97,24 +107,37 @@ def _monitor_problems(trainer: L.Trainer, callback: Any, known: bool) -> list[st
     ]
 
 
+def _terms(objectives: Iterable[Objective]) -> tuple[str, ...]:
+    """Return the names of terms that are logged with some objectives only."""
+    sparsity = any(isinstance(objective, GateSparsity) for objective in objectives)
+    return ("train/gate_openness", "train/gate_skipped") if sparsity else ()
+
+
+def _have_own_terms(objectives: Iterable[Objective]) -> bool:
+    """Whether one of the objectives is a user's, whose terms have any names."""
+    return any(type(objective) not in (NextToken, GateEntropy, GateSparsity) for objective in objectives)
+
+
 def _validates(trainer: L.Trainer) -> bool | None:
     """Whether the run has validation data that it may look at; None if only Lightning can tell."""
     if not trainer.limit_val_batches:
         return False
     data = getattr(trainer, "datamodule", None)
-    return "validation" in data.tables if isinstance(data, SupervisedDataModule) else None
+    if not isinstance(data, SupervisedDataModule):
+        return None
+    if getattr(data.val_dataloader, "__func__", None) is not SupervisedDataModule.val_dataloader:
+        return None  # a user's own loader, which needs no such table
+    return "validation" in data.tables
 
 
 def _may_stop(callback: Any) -> bool:
-    """Whether a callback may end the run early."""
+    """Whether a callback of Lightning or of this package may end the run early."""
     if isinstance(callback, OptionalEarlyStopping):
         return callback.is_on
-    return isinstance(callback, EarlyStopping | Timer) or _foreign([callback])
+    return isinstance(callback, EarlyStopping | Timer)
 
 
-def _foreign(callbacks: Iterable[Any]) -> bool:
-    """Whether one of the callbacks is a user's own, which may log and stop as it likes."""
-    return any(
-        type(callback).__module__.partition(".")[0] not in ("lightning", "gatera_lightning")
-        for callback in callbacks
-    )
+def _is_foreign(callback: Any) -> bool:
+    """Whether a callback runs a user's code, which may log and stop as it likes."""
+    package = type(callback).__module__.partition(".")[0]
+    return package not in ("lightning", "gatera_lightning") or isinstance(callback, LambdaCallback)

@@ -123,7 +123,8 @@ class GateRAModule(AdapterModule):
         self._restored = None
         if stage == "fit":
             check_given_loader(self.trainer)
-            if problems := effect_problems(self.trainer, logs_only_ours=type(self) is GateRAModule):
+            is_ours = type(self) is GateRAModule
+            if problems := effect_problems(self.trainer, objectives=self.objectives, is_ours=is_ours):
                 raise ConfigError(problems, on_every_rank=True)
             check_against_data(self.trainer, self.optimizer)
             self._described_objectives = describe_objectives(self.objectives)

@@ -1,21 +1,58 @@
 """Settings of the Trainer that contradict each other or have no effect are refused before weights load."""
 
+from dataclasses import dataclass
+
 import pytest
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 from transformers import AutoModelForCausalLM
 
-from gatera_lightning import ConfigError
+from gatera_lightning import ConfigError, GateRAModule
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
+from gatera_lightning.datamodules import CommonsenseDataModule
+from gatera_lightning.objectives import GateEntropy, GateSparsity, NextToken, Objective, Term
 
 
 class Own(Callback):
     """A user's callback, which may log or stop."""
+
+
+class OwnModule(GateRAModule):
+    """A user's module, which logs the loss of a validation of its own, and may stop."""
+
+    def on_train_epoch_end(self):
+        self.log("val/loss", 1.0)
+
+
+class LogsValLoss(Callback):
+    """A user's callback, which logs the loss of a validation of its own."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/loss", 1.0)
+
+
+class OwnValidation(CommonsenseDataModule):
+    """A user's data module, which reads no validation split but has a loader for validation."""
+
+    def splits(self, stage):
+        return ["train"]
+
+    def val_dataloader(self):
+        return self._likelihood_loader("train", self.train_on, all_candidates=False)
+
+
+@dataclass(frozen=True)
+class OwnObjective(Objective):
+    """A user's objective, whose term has a name close to one of this package."""
+
+    def terms(self, model, batch, gates):
+        return {"task_loss_2": Term(torch.zeros(()), 1, 1.0)}
 
 
 class CountsValidations(Callback):
@@ -50,9 +87,17 @@ class ChangesOurs(AtomicCheckpointIO):
 def fit(tiny_backbone, tmp_path):
     """``fit(*callbacks, **settings)``: a run of 2 steps of 6 in an epoch, with one batch of validation."""
 
-    def run(*callbacks, data=None, **settings):
+    def run(*callbacks, kind=GateRAModule, objectives=None, data_kind=None, **settings):
         trainer = tiny_trainer(tmp_path, *callbacks, **({"max_steps": 2, "limit_val_batches": 1} | settings))
-        trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone, **(data or {})))
+        tiny, data = tiny_module(tiny_backbone), tiny_data(tiny_backbone)
+        if data_kind is not None:
+            given = {name: value for name, value in data.hparams.items() if name != "held_out"}
+            tokenizer, data = data.tokenizer, data_kind(**given)
+            data.connect(tokenizer)
+        module = kind(
+            backbone=tiny.backbone, adapter=tiny.adapter, optimizer=tiny.optimizer, objectives=objectives
+        )
+        trainer.fit(module, datamodule=data)
         return trainer
 
     return run
@@ -79,7 +124,7 @@ def refused(fit, monkeypatch):
     [
         ({"min_steps": 9}, "trainer.min_steps: 9, but trainer.max_steps is 2; accepted: at most 2"),
         ({"min_epochs": 3, "max_epochs": 2}, "trainer.min_epochs: 3, but trainer.max_epochs is 2;"),
-        ({"min_steps": 2}, "trainer.min_steps: 2, but nothing ends the run before its last step;"),
+        ({"min_steps": 1}, "trainer.min_steps: 1, but nothing ends the run before its last step;"),
         ({"min_epochs": 2, "max_epochs": 3}, "trainer.min_epochs: 2, but nothing ends the run before"),
         (
             {"max_steps": -1, "max_epochs": 1, "min_steps": 7, "max_time": "00:01:00:00"},
@@ -112,6 +157,9 @@ def test_setting_without_effect_is_refused(refused, settings, start):
     "settings",
     [
         {"min_steps": 1, "max_time": "00:01:00:00"},
+        {"min_steps": 2},
+        {"max_steps": -1, "min_epochs": 2, "max_epochs": 2},
+        {"kind": OwnModule, "min_steps": 1},
         {"max_steps": -1, "max_epochs": 1, "check_val_every_n_epoch": 2, "limit_val_batches": 0},
         {"check_val_every_n_epoch": None, "val_check_interval": 2},
         {"plugins": [ChangesOurs()]},
@@ -156,8 +204,63 @@ def test_callbacks_that_work_are_accepted(fit):
     )
 
 
-def test_callback_of_the_user_may_log_and_stop(fit):
-    fit(Own(), ModelCheckpoint(monitor="own/value", every_n_train_steps=100), min_steps=1)
+@pytest.mark.parametrize("own", [Own(), LambdaCallback()], ids=["subclass", "functions"])
+def test_callback_of_the_user_may_log_and_stop(fit, own):
+    fit(own, ModelCheckpoint(monitor="own/value", every_n_train_steps=100), min_steps=1)
+
+
+def test_callback_of_the_user_may_log_the_validation_loss(fit):
+    settings = {"max_steps": -1, "max_epochs": 1, "limit_val_batches": 0}
+    fit(LogsValLoss(), EarlyStopping("val/loss", check_on_train_epoch_end=True), **settings)
+
+
+def test_module_of_the_user_may_log_the_validation_loss(fit):
+    settings = {"max_steps": -1, "max_epochs": 1, "limit_val_batches": 0}
+    fit(EarlyStopping("val/loss", check_on_train_epoch_end=True), kind=OwnModule, **settings)
+
+
+def test_data_module_of_the_user_may_have_a_validation_of_its_own(fit):
+    trainer = fit(EarlyStopping("val/loss"), data_kind=OwnValidation, max_steps=-1, max_epochs=1)
+    assert "val/loss" in trainer.callback_metrics
+
+
+def test_loader_without_validation_has_any_interval(tiny_backbone, tmp_path):
+    data = tiny_data(tiny_backbone)
+    data.setup("fit")
+    settings = {"max_steps": -1, "max_epochs": 2, "check_val_every_n_epoch": 5, "limit_val_batches": 1}
+    trainer = tiny_trainer(tmp_path, **settings)
+    trainer.fit(tiny_module(tiny_backbone), train_dataloaders=data.train_dataloader())
+    assert trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("monitor", ["step", "epoch"])
+def test_steps_and_epochs_are_monitored(fit, monitor):
+    checkpoint = ModelCheckpoint(monitor=monitor, mode="max", every_n_train_steps=1)
+    fit(checkpoint)
+    assert checkpoint.best_model_score == {"step": 2, "epoch": 0}[monitor]
+
+
+@pytest.mark.parametrize(
+    ("objective", "term"),
+    [
+        (OwnObjective(), "task_loss_2"),
+        (GateSparsity(0.1), "gate_openness"),
+        (GateSparsity(0.1), "gate_skipped"),
+    ],
+    ids=["own", "openness", "skipped"],
+)
+def test_terms_of_the_objectives_are_monitored(fit, objective, term):
+    checkpoint = ModelCheckpoint(monitor=f"train/{term}", every_n_train_steps=1)
+    fit(checkpoint, objectives=[NextToken(), objective])
+    assert checkpoint.best_model_score is not None
+
+
+@pytest.mark.parametrize("meant", ["train/gate_openness", "train/loss"])
+def test_misspelt_term_is_refused(refused, meant):
+    objectives = [NextToken(), GateEntropy(0.01), GateSparsity(0.1)]
+    problem = refused(ModelCheckpoint(monitor=meant[:-1]), objectives=objectives)
+    assert f"{meant[:-1]!r} is never logged" in problem
+    assert problem.endswith(f"did you mean {meant!r}?")
 
 
 @pytest.mark.parametrize(("steps", "named"), [(4, True), (6, False)])

@@ -192,6 +192,6 @@ def _parser() -> SubcommandParser:
         "--rows",
         metavar="FILE",
         help="texts to measure the merged model on: JSON, JSON Lines, CSV, TSV or Parquet with a field text, "
-        "or a text file with one per line; FILE[start:stop] takes a part",
+        "or any other text file, one per line; FILE[start:stop] takes a part",
     )
     return parser

@@ -203,6 +203,13 @@ def test_rows_are_read_from_every_kind_of_source(tmp_path, name):
     assert read_texts(f"{location}[1:3]") == TEXTS[1:]
 
 
+@pytest.mark.parametrize("name", ["notes.log", "notes.md", "notes", "notes.log.gz"])
+def test_file_of_another_name_is_read_as_lines_of_text(tmp_path, name):
+    raw = "\n\n".join(TEXTS).encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert read_texts(str(tmp_path / name)) == TEXTS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -215,7 +222,7 @@ def test_rows_are_read_from_every_kind_of_source(tmp_path, name):
         ("rows.json.gz", "[]", "not a valid gzip file"),
         ("rows.parquet", "PAR1", "not a valid Parquet file"),
         ("rows.csv", "text,other\na", "row 1 .*expected 2 fields"),
-        ("rows.md", "a", r"unknown file format; accepted: \.jsonl"),
+        ("rows.xlsx", b"PK\3\4\0", "not a text file"),
         ("rows.txt", "\n\n", "has no texts"),
         ("rows.txt", b"\xff\xfe", "not UTF-8 text"),
         ("missing/rows.txt", None, "cannot be read"),
