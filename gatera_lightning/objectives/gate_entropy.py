@@ -31,17 +31,34 @@ class GateEntropy(Objective):
             ValueError: If the model has gates, but none were recorded.
         """
         mask = batch["attention_mask"]  # (batch, tokens), 1 = not padding
-        z = gates.stacked(mask)  # (layers, batch, tokens)
+        z = stacked_logits("GateEntropy", self.weight, model, mask, gates)
         if z is None:
-            if self.weight and any(layer.gate is not None for layer in adapted_linears(model).values()):
-                raise ValueError(
-                    "GateEntropy: no gates were recorded; place it after the objective that runs the model"
-                )
             return {}
         count = max(1, batch["step_tokens"]) * len(z)
         entropy = summed_gate_entropy(z if self.weight else z.detach(), mask)
         gate_sum = (torch.sigmoid(z.detach()) * mask).sum()
         return {"gate_entropy": Term(entropy, count, self.weight), "gate_mean": Term(gate_sum, count, 0.0)}
+
+
+def stacked_logits(
+    name: str, weight: float, model: PreTrainedModel, mask: Tensor, gates: GateRecord
+) -> Tensor | None:
+    """Return the recorded gate logits (layers, batch, tokens) for a term of the gates; None without gates.
+
+    Args:
+        name: Name of the objective, for the error message.
+        weight: Weight of its term.
+        model: The adapted model.
+        mask: Mask of the batch, (batch, tokens).
+        gates: What was recorded.
+
+    Raises:
+        ValueError: If the term has a weight and the model has gates, but none were recorded.
+    """
+    z = gates.stacked(mask)
+    if z is None and weight and any(layer.gate is not None for layer in adapted_linears(model).values()):
+        raise ValueError(f"{name}: no gates were recorded; place it after the objective that runs the model")
+    return z
 
 
 def gate_entropy(z: Tensor) -> Tensor:

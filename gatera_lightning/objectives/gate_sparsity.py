@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.gate_recording import GateRecord
-from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.objectives.base import Objective, Term
+from gatera_lightning.objectives.gate_entropy import stacked_logits
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,8 @@ class GateSparsity(Objective):
             ValueError: If the model has gates, but none were recorded.
         """
         mask = batch["attention_mask"]  # (batch, tokens), 1 = not padding
-        z = gates.stacked(mask)  # (layers, batch, tokens)
+        z = stacked_logits("GateSparsity", self.weight, model, mask, gates)
         if z is None:
-            if self.weight and any(layer.gate is not None for layer in adapted_linears(model).values()):
-                raise ValueError(
-                    "GateSparsity: no gates were recorded; place it after the objective that runs the model"
-                )
             return {}
         count = max(1, batch["step_tokens"]) * len(z)
         openness = summed_gate_openness(z if self.weight else z.detach(), mask)
