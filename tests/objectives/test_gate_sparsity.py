@@ -1,4 +1,4 @@
-"""The sparsity term: mean openness over gated layers and real tokens, and the share of skipped tokens."""
+"""The sparsity term: mean openness without padding, and the share of skipped tokens."""
 
 import pytest
 import torch
