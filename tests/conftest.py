@@ -74,6 +74,12 @@ def browser():
     driver.quit()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unset_seed_of_other_modules():
+    """Remove the seed that another module has left in the environment, before this module's own fixtures."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
+
+
 @pytest.fixture(autouse=True)
 def unset_seed(monkeypatch):
     """Hide the seed that seed_everything of another test has left in the environment."""
