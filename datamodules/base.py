@@ -13,15 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from gatera_lightning.datamodules.answers.options import ParsedAnswer, find_option
 from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.datamodules.batching.batch_schedule import micro_batches_per_epoch
+from gatera_lightning.datamodules.batching.choice import choose_examples, indices_digest
 from gatera_lightning.datamodules.batching.datasets import (
     LikelihoodBatches,
     PromptBatches,
     TokenTable,
     TrainingBatches,
 )
-from gatera_lightning.datamodules.batching.holdout import held_out_problems, hold_out_validation
+from gatera_lightning.datamodules.batching.holdout import held_out_problems
 from gatera_lightning.datamodules.batching.loader import ResumableLoader, evaluation_loader
-from gatera_lightning.datamodules.batching.mixture import mix_tasks
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.overlap import SplitOverlap, find_split_overlaps
 from gatera_lightning.datamodules.settings import (
@@ -120,6 +120,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.tables: dict[str, Dataset] = {}
         self._all_examples: dict[str, Dataset] = {}  # before the validation split is held out, or tasks mixed
         self._digests: dict[str, str] = {}
+        self._choice: dict[str, str] = {}
         self._train_loader: ResumableLoader | None = None
         self._train_position: dict[str, Any] | None = None
 
@@ -165,6 +166,7 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         self.tables.clear()
         self._all_examples.clear()
         self._digests.clear()
+        self._choice.clear()
 
     def prepare_data(self) -> None:
         """Tokenize into the cache, once per node; errors in the data show here, before weights are loaded."""
@@ -184,12 +186,14 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         for split in opened:
             self.tables[split] = self._all_examples[split] = self._tokenize(split)
             self._digests.pop(split, None)
-        if "train" in opened and self.held_out is not None:
-            self.tables["train"], self.tables["validation"] = hold_out_validation(
-                self.tables["train"], self.held_out, self.seed
+        if "train" in opened:
+            chosen = choose_examples(
+                self.tables["train"], held_out=self.held_out, weights=self.weights, seed=self.seed
             )
-        if "train" in opened and self.weights is not None:
-            self.tables["train"] = mix_tasks(self.tables["train"], self.weights, self.seed)
+            self._choice = {split: indices_digest(indices) for split, indices in chosen.items()}
+            if self.held_out is not None or self.weights is not None:  # a selection is slower to read
+                table = self._all_examples["train"]
+                self.tables |= {split: table.select(indices) for split, indices in chosen.items()}
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
             for overlap in self.overlaps():
                 noteworthy = overlap.indices or overlap.reanswered or overlap.unread
@@ -213,6 +217,14 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
             if split in self._all_examples and split not in self._digests:
                 self._digests[split] = examples_digest(self._all_examples[split])
         return dict(self._digests)
+
+    def choice_digests(self) -> dict[str, str]:
+        """Return the SHA-256 of which training examples ``held_out`` and ``weights`` choose, in order.
+
+        Settings of the same effect have equal digests. The keys are ``train`` and, with ``held_out``,
+        ``validation``; empty before the training split is open.
+        """
+        return dict(self._choice)
 
     def token_table(self, split: str) -> TokenTable:
         """Return the tokenized examples of an open split, ready to be collated."""
@@ -271,11 +283,15 @@ class SupervisedDataModule(L.LightningDataModule, ABC):
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's position, and digests of the examples that it refers to."""
+        """Return the training loader's position, and digests of the examples and the choice it refers to."""
         if self._train_loader is None:
             return {}
         # Lightning saves the position as well, but does not restore what was saved in on_train_epoch_end.
-        return {"train_position": self._train_loader.state_dict(), "examples": self.example_digests()}
+        return {
+            "train_position": self._train_loader.state_dict(),
+            "examples": self.example_digests(),
+            "choice": self.choice_digests(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader start at a saved position."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import NDArray
 
 from gatera_lightning.datamodules.settings import shown
@@ -24,32 +23,33 @@ def held_out_problems(size: int | float | None) -> list[str]:
     ]
 
 
-def hold_out_validation(table: Dataset, size: int | float, seed: int) -> tuple[Dataset, Dataset]:
-    """Divide the token table of the training split.
+def hold_out_validation(
+    groups: Sequence[str], size: int | float, seed: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Divide the training examples.
 
     Args:
-        table: Token table with the column ``group``.
+        groups: Name of each example's group; an example with an empty name is a group of its own.
         size: Number of validation examples, or their share; rounded up to whole groups.
         seed: Seed of the draw.
 
     Returns:
-        The token tables of the training and the validation split.
+        The indices of the examples of the training and the validation split.
 
     Raises:
         ConfigError: No training example would be left.
     """
-    count = size if isinstance(size, int) else max(1, round(size * len(table)))
-    if count >= len(table):
-        raise ConfigError(
-            f"data.validation: {size} of {len(table)} training examples leaves none to train on"
-        )
-    held_out = validation_mask(table["group"], count, seed)
+    total = len(groups)
+    count = size if isinstance(size, int) else max(1, round(size * total))
+    if count >= total:
+        raise ConfigError(f"data.validation: {size} of {total} training examples leaves none to train on")
+    held_out = validation_mask(groups, count, seed)
     if held_out.all():
         raise ConfigError(
-            f"data.validation: {size} of {len(table)} training examples leaves none to train on, because "
+            f"data.validation: {size} of {total} training examples leaves none to train on, because "
             "examples of the same group stay together"
         )
-    return table.select(np.flatnonzero(~held_out)), table.select(np.flatnonzero(held_out))
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def validation_mask(groups: Sequence[str], count: int, seed: int) -> NDArray[np.bool_]:

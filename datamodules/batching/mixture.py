@@ -5,20 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from gatera_lightning.datamodules.settings import shown
 from gatera_lightning.errors import ConfigError
 
 
-def mix_tasks(table: Dataset, weights: Mapping[str, float], seed: int) -> Dataset:
-    """Return the token table of an epoch in which each task has its share of ``weights``.
+def mix_tasks(tasks: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
+    """Return the :func:`mixture_indices` of an epoch in which each task has its share of ``weights``.
 
     Raises:
         ConfigError: A weighted task has no examples, or its share is less than one example.
     """
     try:
-        return table.select(mixture_indices(table["task"], weights, seed))
+        return mixture_indices(tasks, weights, seed)
     except ValueError as error:
         raise ConfigError(f"data.weights: {error}") from error
 

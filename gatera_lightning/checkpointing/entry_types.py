@@ -165,9 +165,10 @@ def _position_problems(contents: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in _with_position(contents):
         yield from _wrong(entry, {"train_position": _MAPPING}, f"{name}.")
         yield from _wrong(entry["train_position"], _POSITION, f"{name}.train_position.")
-        yield from _wrong(entry, {"examples": _MAPPING}, f"{name}.", required=False)
-        if examples := entry.get("examples"):
-            yield from _wrong(examples, dict.fromkeys(examples, _TEXT), f"{name}.examples.")
+        for digests in ("examples", "choice"):
+            yield from _wrong(entry, {digests: _MAPPING}, f"{name}.", required=False)
+            of_splits = entry.get(digests) or {}
+            yield from _wrong(of_splits, dict.fromkeys(of_splits, _TEXT), f"{name}.{digests}.")
 
 
 def _with_position(contents: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

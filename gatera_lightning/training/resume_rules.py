@@ -4,8 +4,9 @@ A checkpoint continues a run: its tensors, optimizer, schedule and position only
 that produced them. Every setting of the model and of the data has to stay as it was, unless :data:`FREE`
 lists it, and so do the settings of the Trainer in :data:`TRAINER_SETTINGS`. Other settings of the Trainer
 are free: devices, strategy and micro-batches do not change the steps, and intervals only say when something
-is written. Sources of examples may move: their contents are compared, and not their names. ``max_steps``
-and ``max_epochs`` may grow: see
+is written. Sources of examples may move: their contents are compared, and not their names. Weights of
+sources, and the size of a held-out split, may be written in another way that chooses the same examples.
+``max_steps`` and ``max_epochs`` may grow: see
 :func:`~gatera_lightning.training.optimizer.report_new_length`.
 """
 
@@ -49,6 +50,9 @@ TRAINER_SETTINGS = ("gradient_clip_val", "gradient_clip_algorithm", "limit_train
 
 _SOURCES = {"data.train": "train", "data.validation": "validation"}
 """Settings that only say where examples are -> the split whose contents are compared instead."""
+
+_CHOICE = {"data.weights": "train", "data.held_out": "train", "data.validation": "validation"}
+"""Settings that choose among all training examples -> a split whose choice is recorded if they do so."""
 
 _CLIP_ALGORITHM = "trainer.gradient_clip_algorithm"
 _MODEL_SECTIONS = ("backbone", "adapter", "optimizer")
@@ -105,6 +109,12 @@ def check_resume(
             f"without ckpt_path and with {adapter}"
             for name, sources, old, new in _changed_examples(checkpoint, data)
         ]
+        problems += [
+            f"{name}: {as_yaml(value)} chooses other training examples here (SHA-256 {new[:16]}) than in the "
+            f"run that the checkpoint continues (SHA-256 {old[:16]}); accepted: weights in the same order, "
+            f"and sources of the same names, or a new run without ckpt_path and with {adapter}"
+            for name, value, old, new in _changed_choice(checkpoint, data)
+        ]
         problems += _length_problems(checkpoint, trainer)
     if problems:
         raise ConfigError(problems, on_every_rank=True)
@@ -130,7 +140,8 @@ def _differences(
     new |= _flatten("model", here)
     old |= _data_settings(checkpoint.get("datamodule_hyper_parameters", {}))
     new |= _data_settings(data.hparams if data is not None else {})
-    free = {name for name in old if _is_free(name)} | _same_sources(checkpoint, data)
+    free = {name for name in old if _is_free(name)}
+    free |= _same_sources(checkpoint, data) | _same_choice(checkpoint, data)
     for name in old.keys() & new.keys() - free:
         is_equal = old[name] == new[name] or (old[name] != old[name] and new[name] != new[name])  # NaN
         if not is_equal and not (old[name] is None and name == "seed_everything"):
@@ -140,7 +151,7 @@ def _differences(
 
 def _same_sources(checkpoint: Mapping[str, Any], data: Any) -> set[str]:
     """Settings of sources that may differ: their examples are the same, or will be compared once read."""
-    old, new = _recorded_examples(checkpoint), _examples(data)
+    old, new = _recorded_digests(checkpoint, "examples"), _examples(data)
     return {
         name for name, split in _SOURCES.items() if split in old and (not new or new.get(split) == old[split])
     }
@@ -148,7 +159,7 @@ def _same_sources(checkpoint: Mapping[str, Any], data: Any) -> set[str]:
 
 def _changed_examples(checkpoint: Mapping[str, Any], data: Any) -> list[tuple[str, Any, str, str]]:
     """Sources that have the same names and other examples: setting, names, old and new digest."""
-    old, new = _recorded_examples(checkpoint), _examples(data)
+    old, new = _recorded_digests(checkpoint, "examples"), _examples(data)
     before = _data_settings(checkpoint.get("datamodule_hyper_parameters", {}))
     here = _data_settings(data.hparams) if new else {}
     return [
@@ -158,15 +169,39 @@ def _changed_examples(checkpoint: Mapping[str, Any], data: Any) -> list[tuple[st
     ]
 
 
-def _recorded_examples(checkpoint: Mapping[str, Any]) -> Mapping[str, str]:
-    """The digests of a checkpoint's examples; empty in one of an earlier version."""
-    entries = (entry.get("examples") for entry in checkpoint.values() if _has_position(entry))
-    return next((examples for examples in entries if isinstance(examples, Mapping)), {})
+def _same_choice(checkpoint: Mapping[str, Any], data: Any) -> set[str]:
+    """Settings that may differ because they choose the same examples, or will be compared once read."""
+    old, new = _recorded_digests(checkpoint, "choice"), _choice(data)
+    return {name for name, split in _CHOICE.items() if split in old and (not new or new == old)}
+
+
+def _changed_choice(checkpoint: Mapping[str, Any], data: Any) -> list[tuple[str, Any, str, str]]:
+    """The setting that is the same and chooses others of the same examples: name, value, both digests."""
+    old, new = _recorded_digests(checkpoint, "choice"), _choice(data)
+    before = _data_settings(checkpoint.get("datamodule_hyper_parameters", {}))
+    here = _data_settings(data.hparams) if new else {}
+    changed = [split for split in old if split in new and old[split] != new[split]]
+    is_same = _recorded_digests(checkpoint, "examples") == _examples(data)
+    if not changed or not is_same or any(before.get(name) != here.get(name) for name in _CHOICE):
+        return []
+    name = "data.validation" if here.get("data.weights") is None else "data.weights"
+    return [(name, here.get(name), old[changed[0]], new[changed[0]])]
+
+
+def _recorded_digests(checkpoint: Mapping[str, Any], entry: str) -> Mapping[str, str]:
+    """The digests of a checkpoint's data; empty in one of an earlier version."""
+    states = (state.get(entry) for state in checkpoint.values() if _has_position(state))
+    return next((digests for digests in states if isinstance(digests, Mapping)), {})
 
 
 def _examples(data: Any) -> Mapping[str, str]:
     """The digests of this run's examples; empty before they are read."""
     return data.example_digests() if isinstance(data, SupervisedDataModule) else {}
+
+
+def _choice(data: Any) -> Mapping[str, str]:
+    """The digests of what this run chooses among its examples; empty before they are read."""
+    return data.choice_digests() if isinstance(data, SupervisedDataModule) else {}
 
 
 def _length_problems(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> list[str]:

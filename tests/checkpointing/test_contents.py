@@ -149,10 +149,12 @@ WRONG = {
     "Rows.train_position.plan": [3],
     "Rows.examples": [3],
     "Rows.examples.train": [3],
+    "Rows.choice": [3],
+    "Rows.choice.train": [3],
 }
 
 
-ROWS = {"train_position": POSITION, "examples": {"train": "ab12"}}
+ROWS = {"train_position": POSITION, "examples": {"train": "ab12"}, "choice": {"train": "cd34"}}
 
 
 @pytest.mark.parametrize(

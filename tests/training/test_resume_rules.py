@@ -355,6 +355,51 @@ def test_changed_examples_are_refused_under_a_hand_written_trainer(tiny_backbone
         trainer.fit(tiny_module(tiny_backbone), datamodule=other, ckpt_path=tmp_path / "two.ckpt")
 
 
+# --- the choice among the examples ---
+
+
+def test_what_weights_and_held_out_examples_choose_is_compared(tiny_backbone, own_data):
+    """Sources are renamed, numbers are written in another way: what counts is which examples are used."""
+    for name, rows in (("a", sample_rows("train")[:16]), ("b", sample_rows("train")[16:48])):
+        (own_data / f"{name}.json").write_text(json.dumps(rows))
+    Path("moved").mkdir()
+    shutil.copy("mine/a.json", "moved/b.json")
+    shutil.copy("mine/b.json", "moved/a.json")
+    tens = {"a": 10, "b": 10}
+
+    def data(folder="mine", names="ab", validation=12, weights=tens):
+        files = [f"{folder}/{name}.json" for name in names]
+        return tiny_data(tiny_backbone, train=files, validation=validation, weights=weights)
+
+    trainer = tiny_trainer(".", max_steps=2)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=data())
+    trainer.save_checkpoint("two.ckpt")
+
+    def resumed(**settings):
+        trainer = tiny_trainer(".", max_steps=2)
+        trainer.fit(tiny_module(tiny_backbone), datamodule=data(**settings), ckpt_path="two.ckpt")
+
+    resumed(weights={"a": 0.5, "b": 0.5}, validation=0.25)
+    resumed(folder="moved", names="ba", weights={"b": 10, "a": 10})
+    for settings, message in (
+        ({"weights": {"a": 1, "b": 3}}, r"data\.weights: {a: 1, b: 3}, but the run .* has {a: 10, b: 10}"),
+        ({"weights": None}, r"data\.weights: null, but"),
+        (
+            {"folder": "moved", "names": "ba"},
+            r"data\.weights: {a: 10, b: 10} chooses other training examples here \(SHA-256",
+        ),
+        ({"validation": 13}, r"data\.validation: 13, but the run that the checkpoint continues has 12"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resumed(**settings)
+    checkpoint = torch.load("two.ckpt", weights_only=True)
+    del checkpoint["CommonsenseDataModule"]["choice"]  # as an earlier version wrote it
+    torch.save(checkpoint, "two.ckpt")
+    resumed()
+    with pytest.raises(ConfigError, match=r"data\.weights: {a: 0\.5, b: 0\.5}, but the run"):
+        resumed(weights={"a": 0.5, "b": 0.5})
+
+
 # --- the schedule ---
 
 
