@@ -1,7 +1,7 @@
 """What an adapter loses if its backbone is quantized: held-out loss on ARC-Easy after training on ARC.
 
-    GATERA_DATA=… python -m benchmarks.quantized_backbones [none nf4 int8 …] [--methods gatera lora peft_lora] \\
-        [--seeds 0 1 2] [--out FILE]
+    GATERA_DATA=… python -m benchmarks.quantized_backbones [none nf4 int8 …] \\
+        [--methods gatera lora peft_lora] [--seeds 0 1 2] [--out FILE]
 
 SmolLM2-135M in float32 or stored quantized, rank 16, 40 AdamW steps of 8 examples with 10 warm-up steps. The
 loss is the cross-entropy of the correct answers of the first 100 examples of ARC-Easy's test file, nats per
@@ -86,7 +86,8 @@ def fit_and_evaluate(
         if steps:
             trainer.fit(module, datamodule=data)
         trainer.test(module, datamodule=data, verbose=False)
-        assert report.result is not None and report.result.gold_loss is not None
+        assert report.result is not None
+        assert report.result.gold_loss is not None
         losses, nats = history.losses, report.result.gold_loss
         result |= {"accuracy_per_token": report.result.accuracy("per_token").value}
     return result | {

@@ -1,4 +1,4 @@
-"""The reference of quantized training: PEFT's LoRA over bitsandbytes' own layers, in a loop without Lightning."""
+"""The reference of quantized training: PEFT's LoRA over bitsandbytes' own layers, in a plain loop."""
 
 import tempfile
 from collections.abc import Iterator

@@ -4,6 +4,8 @@ Transformers would write the whole model under the names of the adapted layers: 
 them, and it would draw the adapted layers' weights at random. The method of the class is replaced once, and
 asks the model whether it is adapted. A method on the model itself would refer to it, so that a deleted model
 would keep its memory until the garbage collector runs.
+
+A model that was pickled whole and is read by another process replaces the method there.
 """
 
 import functools
@@ -31,12 +33,22 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+class _Mark:
+    """Replaces ``save_pretrained`` of a class of models when it is made, which unpickling does as well."""
+
+    def __init__(self, kind: type[PreTrainedModel]) -> None:
+        self._kind = kind
+        _replace_method(kind)
+
+    def __reduce__(self) -> tuple[type["_Mark"], tuple[type[PreTrainedModel]]]:
+        return _Mark, (self._kind,)
+
+
 def save_adapter_instead(model: nn.Module) -> None:
     """Let ``save_pretrained`` of an adapted model, and of adapted models inside it, write the adapter."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and adapted_linears(module):
-            module.__dict__[_MARK] = True
-            _replace_method(type(module))
+            module.__dict__[_MARK] = _Mark(type(module))
 
 
 def save_whole_model_again(model: nn.Module) -> None:

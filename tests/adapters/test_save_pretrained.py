@@ -170,11 +170,18 @@ def _pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
-def _torch_saved(model):
+def _torch_dump(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
+    return buffer.getvalue()
+
+
+def _torch_read(content):
+    return torch.load(io.BytesIO(content), weights_only=False)
+
+
+def _torch_saved(model):
+    return _torch_read(_torch_dump(model))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _torch_saved])
@@ -190,6 +197,16 @@ def test_copy_saves_its_own_adapter(adapted, backbone, tmp_path, duplicate):
     remove_adapters(twin)
     adapted.save_pretrained(tmp_path / "still")
     _check_folder(tmp_path / "still", backbone, _logits(adapted))
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, _torch_dump])
+def test_model_read_by_another_process_saves_its_adapter(adapted, backbone, tmp_path, monkeypatch, dump):
+    content = dump(adapted)
+    # Another process imports Transformers' own method.
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", inspect.unwrap(PreTrainedModel.save_pretrained))
+    twin = pickle.loads(content) if dump is pickle.dumps else _torch_read(content)
+    twin.save_pretrained(tmp_path / "twin")
+    _check_folder(tmp_path / "twin", backbone, _logits(adapted))
 
 
 def test_guard_adds_nothing_to_the_state(adapted, backbone):
