@@ -14,6 +14,7 @@ from typing_extensions import override
 from gatera_lightning.adapters.serialization import save_adapter
 from gatera_lightning.callbacks.card_details import run_details
 from gatera_lightning.callbacks.checkpoint_paths import own_paths_only, owns
+from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER
 from gatera_lightning.checkpointing.output_check import folder_problem
 from gatera_lightning.checkpointing.rotation import hold_current, rotate
 from gatera_lightning.checkpointing.run_lock import claim, release
@@ -99,6 +100,14 @@ class AdapterCheckpoint(ModelCheckpoint):
                 problem = f"the checkpoints cannot be written ({unusable}); accepted: another run folder"
         if problem := trainer.strategy.broadcast(problem):
             raise ConfigError(problem, on_every_rank=True)
+
+    def keep_in(self, run_folder: Path) -> None:
+        """Keep the checkpoints in ``<run_folder>/checkpoints``, if no folder is set yet.
+
+        Without it, Lightning decides: ``<save_dir>/<name>/<version>`` of the first logger.
+        """
+        if self.dirpath is None:
+            self.dirpath = str(run_folder / CHECKPOINT_FOLDER)
 
     @property
     def _run_folder(self) -> Path:

@@ -22,7 +22,7 @@ from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.progress_bar import StepProgressBar, disable_library_bars
 from gatera_lightning.callbacks.safe_preempt import SafePreempt
 from gatera_lightning.checkpointing.contents import read_contents
-from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER, newest_valid_checkpoint
+from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.cli import PROGRAM
 from gatera_lightning.cli.adapter_argument import adapter_folder
 from gatera_lightning.cli.commands import SUMMARIES
@@ -156,11 +156,8 @@ class GateRACLI(LightningCLI):
         path = settings.ckpt_path
         if path == "last":
             checkpoint = next(callback for callback in callbacks if isinstance(callback, AdapterCheckpoint))
-            folder = Path(
-                checkpoint.dirpath
-                or Path(self.trainer.log_dir or self.trainer.default_root_dir) / CHECKPOINT_FOLDER
-            )
-            checkpoint.dirpath = str(folder)  # some loggers would put checkpoints elsewhere
+            checkpoint.keep_in(Path(self.trainer.log_dir or self.trainer.default_root_dir))
+            folder = Path(str(checkpoint.dirpath))
             settings.ckpt_path = newest_valid_checkpoint(folder)
             if settings.ckpt_path is None and self.subcommand != "fit":
                 raise ConfigError(

@@ -7,6 +7,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.checkpointing.output_check import file_problem
 from gatera_lightning.checkpointing.run_lock import claim, release
 from gatera_lightning.errors import ConfigError
@@ -14,6 +15,9 @@ from gatera_lightning.errors import ConfigError
 
 class RunFolder(SaveConfigCallback):
     """Claims the run folder for this run and saves the config in it, before weights are loaded.
+
+    The run folder is the ``log_dir`` of a TensorBoard or CSV logger if that is the first one, else its
+    ``save_dir``, or ``trainer.default_root_dir``. Checkpoints are kept in it.
 
     An evaluation in the folder of a training run leaves that run's config as it is.
     """
@@ -45,6 +49,9 @@ class RunFolder(SaveConfigCallback):
             raise ConfigError(problem, on_every_rank=True)
         if config_exists and stage != "fit":
             return  # the config of the training run stays
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AdapterCheckpoint):
+                callback.keep_in(Path(folder))  # where `--ckpt_path last` looks, whatever the logger is
         self.save_to_log_dir = False  # it is not always there, so save_config writes the file
         super().setup(trainer, pl_module, stage)
 
@@ -99,7 +106,6 @@ class RunFolder(SaveConfigCallback):
 
     def _config_problem(self, trainer: Trainer, folder: Path) -> str:
         logger = trainer.loggers[0] if trainer.loggers else None
-        checkpoint = "last"
         if logger is None:
             other = "another folder (--trainer.default_root_dir)"
         elif isinstance(logger, TensorBoardLogger | CSVLogger):
@@ -108,12 +114,9 @@ class RunFolder(SaveConfigCallback):
             setting = "default_root_dir" if logger.save_dir is None else "logger.init_args.save_dir"
             other = f"another folder (--trainer.{setting}), a TensorBoardLogger as the first of several"
             other += " loggers"
-            checkpoint = (
-                "FILE"  # `last` looks in the run folder, but theirs are in a folder of each run below
-            )
         return (
             f"the run folder {folder} already has the {self.config_filename} of another run; "
-            f"accepted: {other}, or --ckpt_path {checkpoint} to resume that run"
+            f"accepted: {other}, or --ckpt_path last to resume that run"
         )
 
 

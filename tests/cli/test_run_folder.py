@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_backbone import NO_PICTURES
@@ -57,13 +58,47 @@ def test_other_loggers_leave_the_config_and_tell_of_their_own_setting(
     logger = ["--trainer.logger", f"{{class_path: other_loggers.{name}}}"]
     assert main([*fit, *NO_PICTURES, *logger]) == 0
     assert "backbone:" in Path(folder, "config.yaml").read_text()
-    assert Path(folder, "project", "run-1", "checkpoints", "last.ckpt").is_file()
+    assert Path(folder, "checkpoints", "last.ckpt").is_file()
     capsys.readouterr()
     (problem,) = problems(*fit, *NO_PICTURES, *logger)
     assert problem.endswith(
         f"accepted: another folder (--trainer.{setting}), a TensorBoardLogger as the first of several "
-        "loggers, or --ckpt_path FILE to resume that run"
+        "loggers, or --ckpt_path last to resume that run"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "name", "settings", "folder"),
+    [
+        ("wandb", "WandbLogger", {"save_dir": "logs", "offline": True}, "logs"),
+        ("mlflow", "MLFlowLogger", {"tracking_uri": "file:store"}, "store"),
+    ],
+    ids=["wandb", "mlflow"],
+)
+def test_last_is_the_checkpoint_of_the_run_before_with_any_first_logger(
+    fit, recipe, caplog, monkeypatch, package, name, settings, folder
+):
+    """Although each start has a name of its own at Weights & Biases and MLflow."""
+    library = pytest.importorskip(package, reason=f"needs the extra {package}")
+    end_run = getattr(library, "finish", lambda: None)  # else W&B continues the run in this process
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    logger = {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": settings}
+    flags = [*NO_PICTURES, "--trainer.logger", json.dumps(logger), "--ckpt_path", "last"]
+    assert main([*fit, *flags[:-2]]) == 0
+    end_run()
+    first = torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=True)["global_step"]
+    assert main(["test", *recipe, *flags]) == 0
+    end_run()
+    with caplog.at_level("INFO"):
+        assert main([*fit, *flags, "--trainer.max_steps", str(first + 1)]) == 0
+    end_run()
+    assert "the run starts from the beginning" not in caplog.text
+    resumed = torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=True)
+    assert resumed["global_step"] == first + 1
+    assert [path.name for path in Path().rglob("*.ckpt") if path.parent != Path(folder, "checkpoints")] == []
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
