@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gatera_lightning.adapters.gates import GateConfig as GateConfig
     from gatera_lightning.adapters.gates import HardGateConfig as HardGateConfig
     from gatera_lightning.adapters.gates import NoGateConfig as NoGateConfig
+    from gatera_lightning.adapters.gates import PositionGateConfig as PositionGateConfig
     from gatera_lightning.adapters.gates import StaticGateConfig as StaticGateConfig
     from gatera_lightning.adapters.gates import ThresholdGateConfig as ThresholdGateConfig
     from gatera_lightning.adapters.gates import TokenGateConfig as TokenGateConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gatera_lightning.adapters.injection import inject_adapters as inject_adapters
     from gatera_lightning.adapters.lookup import adapter_parameters as adapter_parameters
     from gatera_lightning.adapters.merging import merge_adapter as merge_adapter
+    from gatera_lightning.adapters.position_mask import position_mask as position_mask
     from gatera_lightning.adapters.serialization import load_adapter as load_adapter
     from gatera_lightning.adapters.serialization import save_adapter as save_adapter
     from gatera_lightning.adapters.updates import Update as Update
@@ -65,6 +67,7 @@ _MODULES = {
     "NonFiniteLossError": "errors",
     "Objective": "objectives",
     "OptimizerConfig": "training.optimizer",
+    "PositionGateConfig": "adapters.gates",
     "StaticGateConfig": "adapters.gates",
     "Term": "objectives",
     "ThresholdGateConfig": "adapters.gates",
@@ -75,6 +78,7 @@ _MODULES = {
     "inject_adapters": "adapters.injection",
     "load_adapter": "adapters.serialization",
     "merge_adapter": "adapters.merging",
+    "position_mask": "adapters.position_mask",
     "prepared_for_inference": "adapters.inference",
     "record_gates": "adapters.gate_recording",
     "register_gate": "adapters.gates",

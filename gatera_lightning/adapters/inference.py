@@ -68,7 +68,8 @@ def prepared_for_inference(
     ]
     try:
         for layer in layers:
-            if skip_below > 0 or merge_above < 1:
+            has_values_between = layer.gate is None or not layer.gate.selects_tokens
+            if has_values_between and (skip_below > 0 or merge_above < 1):
                 layer.set_inference_path(TwoWeightPath(layer, skip_below, merge_above))
             else:
                 layer.update.prepare(layer.base)

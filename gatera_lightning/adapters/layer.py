@@ -58,6 +58,26 @@ def build_parts(
     return LayerParts(update, gate, nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity())
 
 
+def add_to_selected(
+    y: Tensor, x: Tensor, selected: Tensor, update: Update, base: nn.Linear, dropout: nn.Module
+) -> Tensor:
+    """Return y with ``u(x)`` added to some tokens; the others are as they were, bit for bit.
+
+    Args:
+        y: Output without the update, (..., out).
+        x: Input, (..., in).
+        selected: Indices into the flattened tokens, (n,).
+        update: The update.
+        base: The frozen layer.
+        dropout: Dropout on the update's input.
+    """
+    if not len(selected) and not torch.is_grad_enabled():
+        return y
+    rows = x.flatten(0, -2).index_select(0, selected)  # (n, in)
+    u = update.delta_with_dropout(rows, base, dropout).to(y.dtype)  # (n, out)
+    return y.flatten(0, -2).index_add(0, selected, u).view(y.shape)
+
+
 class AdaptedLinear(nn.Module):
     """Computes ``y = W0 x + b + g(x) · u(x)`` with ``W0`` and ``b`` frozen.
 
@@ -102,6 +122,8 @@ class AdaptedLinear(nn.Module):
         gate = self.gate
         if gate is None:
             return cast(Tensor, self.update(x, self.base, None, self.dropout))
+        if gate.selects_tokens:
+            return self._forward_selected(x, gate)
         if gate.needs_update:
             return self._forward_update_first(x, gate)
         logit = gate(x)  # (...)
@@ -119,6 +141,17 @@ class AdaptedLinear(nn.Module):
         if self._gate_listener is not None:
             self._gate_listener(logit)
         return add_gated(y, update_out, gate.values(logit))
+
+    def _forward_selected(self, x: Tensor, gate: Gate) -> Tensor:
+        """Compute the output with a gate that selects tokens; for others it is that of the frozen layer.
+
+        ``W0 x`` is one matmul for all tokens, of the same shape as without an adapter: a matmul of another
+        shape may round differently.
+        """
+        selected = gate.selected_tokens(x)  # (n,)
+        if self._gate_listener is not None:
+            self._gate_listener(gate(x))
+        return add_to_selected(self.base(x), x, selected, self.update, self.base, self.dropout)
 
     @property
     def is_active(self) -> bool:

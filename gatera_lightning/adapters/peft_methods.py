@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.gates import NoGateConfig
-from gatera_lightning.adapters.peft_schema import module_patterns, target_patterns
+from gatera_lightning.adapters.gates import GateConfig, NoGateConfig, gate_from_dict
+from gatera_lightning.adapters.peft_schema import RECORD, module_patterns, target_patterns
 from gatera_lightning.errors import ConfigError
 
 _NEUTRAL = {
@@ -19,7 +19,7 @@ _NEUTRAL = {
     *("inference_mode", "r", "target_modules", "layers_to_transform", "layers_pattern"),
     *("exclude_modules", "rank_pattern", "alpha_pattern"),
     *("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "hira_dropout"),
-    *("eva_config", "megatron_core", "qalora_group_size"),
+    *("eva_config", "megatron_core", "qalora_group_size", RECORD),
 }
 _OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -32,7 +32,8 @@ _REASONS = {
     "bias": "this package trains no bias",
     "init_lora_weights": "it changes the frozen weights; convert the adapter with "
     "save_pretrained(path_initial_model_for_weight_conversion=…)",
-    "alora_invocation_tokens": "activated LoRA applies from these tokens on; this package has no such gate",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) applies from these tokens on; here, a position gate "
+    "takes a mask of the tokens instead",
     "modules_to_save": "load this adapter with PeftModel.from_pretrained",
     "trainable_token_indices": "load this adapter with PeftModel.from_pretrained",
     "fan_in_fan_out": "Conv1D layers have transposed weights, which cannot be adapted",
@@ -46,8 +47,9 @@ PEFT_METHODS = tuple(_PARTS)
 
 
 def config_of_peft_method(description: Mapping[str, Any]) -> AdapterConfig:
-    """Return the settings of an ungated adapter of PEFT's own LoRA, DoRA or HiRA.
+    """Return the settings of an adapter of PEFT's own LoRA, DoRA or HiRA.
 
+    It has no gate, except a position gate if this package wrote it, which has no parameters.
     Rank-stabilized LoRA scales by ``α/√r``, which is ``alpha = α·√r`` here.
 
     Args:
@@ -73,7 +75,7 @@ def config_of_peft_method(description: Mapping[str, Any]) -> AdapterConfig:
     targets, layers = target_patterns(description)
     return AdapterConfig(
         update="hira" if method == "HIRA" else "dora" if description.get("use_dora") else "lora",
-        gate=NoGateConfig(),
+        gate=_gate(description),
         rank=rank,  # type: ignore[arg-type]  # AdapterConfig.problems() checks the types
         alpha=alpha,
         dropout=description.get(f"{method.lower()}_dropout", 0.0),
@@ -81,6 +83,18 @@ def config_of_peft_method(description: Mapping[str, Any]) -> AdapterConfig:
         layers=layers,
         **patterns,
     )
+
+
+def _gate(description: Mapping[str, Any]) -> GateConfig:
+    record = description.get(RECORD)
+    if not record:
+        return NoGateConfig()
+    gate = gate_from_dict(record["gate"]) if isinstance(record, Mapping) and "gate" in record else None
+    if gate is None or not gate.needs_mask:
+        raise ConfigError(
+            f"{RECORD}: {record!r}; accepted in a folder of PEFT's own methods: a position gate"
+        )
+    return gate
 
 
 def tensor_name_of_peft_method(method: str) -> Callable[[str], str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.config import BackboneConfig, Dtype, Quantization, stored_backbone
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
@@ -146,6 +147,8 @@ def _check_adapter(args: argparse.Namespace, problems: list[str]) -> ModelChoice
         problems.append(
             f"--gates: {folder} has no gates (gate: none, update: {adapter.update}); accepted: static, token"
         )
+    if problem := missing_mask_problem(adapter):
+        problems.append(f"--adapter: {folder}: {problem}")
     backbone = stored_backbone(origin, args.dtype, args.quantization)
     return ModelChoice(backbone, adapter, folder)
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -52,6 +52,9 @@ class Objective(ABC):
     Subclasses implement :meth:`terms`. The objectives of a step are evaluated in order; the first one that
     runs the model decides which gates the others receive.
     """
+
+    gives_position_mask: ClassVar[bool] = False
+    """Whether it runs the model inside :func:`~gatera_lightning.position_mask`, as position gates need."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Find out what the model supports; called before the first step, and possibly again later.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import weight_fingerprint
 from gatera_lightning.adapters.gates import Gate
-from gatera_lightning.adapters.layer import AdaptedLinear, build_parts
+from gatera_lightning.adapters.layer import AdaptedLinear, add_to_selected, build_parts
 from gatera_lightning.adapters.linear_layers import has_plain_forward, is_modified
 from gatera_lightning.adapters.packed_weight import PackedWeight
 from gatera_lightning.adapters.updates.base import Update, add_gated
@@ -128,8 +128,14 @@ class GateRALinear(AdaptedLinear, BaseTunerLayer):  # type: ignore[misc]  # PEFT
         y: Tensor = self.base_layer(x)
         for name in names:
             update = cast(Update, self.gatera_update[name])
-            delta = update.delta_with_dropout(x, self.base_layer, self.gatera_dropout[name])
-            gate = self._gate(name)
+            gate, dropout = self._gate(name), self.gatera_dropout[name]
+            if gate is not None and gate.selects_tokens:
+                selected = gate.selected_tokens(x)
+                if self._gate_listener is not None:
+                    self._gate_listener(gate(x))
+                y = add_to_selected(y, x, selected, update, self.base_layer, dropout)
+                continue
+            delta = update.delta_with_dropout(x, self.base_layer, dropout)
             if gate is None:
                 y = add_gated(y, delta, None)
                 continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import is_gate_parameter
 from gatera_lightning.adapters.peft_methods import to_tensor_name_of_peft_method
-from gatera_lightning.adapters.peft_schema import to_peft, to_text
+from gatera_lightning.adapters.peft_schema import RECORD, to_peft, to_text
 from gatera_lightning.adapters.serialization import WEIGHTS_FILE, check_folder
 from gatera_lightning.adapters.stored_config import CONFIG_FILE
 from gatera_lightning.checkpointing.atomic_files import atomic_file
@@ -31,10 +31,10 @@ def peft_method_problem(config: AdapterConfig, *, lora_only: bool) -> str | None
         return f"rank_pattern: {config.rank_pattern!r}, which PEFT's own HiRA does not apply"
     if config.gate.kind == "static" and config.update in ("lora", "hira"):
         return _lora_problem(config) if lora_only else None
-    if config.gate.kind != "none":
+    if config.gate.kind not in ("none", "position"):
         return (
-            f"it has a {config.gate.kind!r} gate, and PEFT's own methods have none; accepted: gate none, or "
-            "static with update lora or hira, whose value becomes a factor of B"
+            f"it has a {config.gate.kind!r} gate, and PEFT's own methods have none; accepted: gate none or "
+            "position, or static with update lora or hira, whose value becomes a factor of B"
         )
     if config.update == "hira" and not hasattr(peft, "HiraConfig"):
         return f"PEFT {peft.__version__} has no HiRA; accepted: peft 0.21 or newer"
@@ -59,7 +59,8 @@ def write_peft_method(
 ) -> Path:
     """Write an adapter without a token gate as a folder of PEFT's LoRA, DoRA or HiRA.
 
-    A static gate becomes a factor of B.
+    A static gate becomes a factor of B. A position gate has no parameters: its kind is stored under a key
+    that PEFT ignores with a warning, and PEFT applies the update to every token.
 
     Args:
         folder: The folder to write.
@@ -95,6 +96,8 @@ def write_peft_method(
     description = {
         key: sorted(value) if isinstance(value, set) else value for key, value in description.items()
     }
+    if config.gate.needs_mask:
+        description[RECORD] = {"gate": config.gate.to_dict()}
     stored = {
         to_tensor_name_of_peft_method(method, name): _with_gate(name, tensor, tensors).contiguous()
         for name, tensor in tensors.items()

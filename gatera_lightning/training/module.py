@@ -157,6 +157,8 @@ class GateRAModule(AdapterModule):
     def configure_model(self) -> None:
         """Load the backbone and its adapter; the second call does nothing."""
         if self.model is None:
+            if problem := setting_checks.mask_problem(self.adapter, self.objectives):
+                raise ConfigError(f"model.{problem}", on_every_rank=True)
             strategy = getattr(attached_trainer(self), "strategy", None)
             device = self.device if strategy is None else strategy.root_device
             self.model, self.report = load_adapted_model(

@@ -41,9 +41,24 @@ def module_problems(
             f"backbone.compile: true, with a {adapter.gate.kind!r} gate: closed and open tokens give matmuls "
             "of varying size, which cannot be compiled; accepted: false, or another gate"
         )
+    if problem := mask_problem(adapter, objectives):
+        problems.append(problem)
     if warm_start is not None:
         problems += _warm_start_problems(warm_start, adapter)
     return [f"model.{problem}" for problem in problems]
+
+
+def mask_problem(adapter: AdapterConfig, objectives: Sequence[Objective]) -> str | None:
+    """Describe that no objective gives the masks that the gate needs; None if it needs none, or gets one."""
+    if not getattr(adapter.gate, "needs_mask", False):  # the gate may be an unknown name
+        return None
+    if any(objective.gives_position_mask for objective in objectives):
+        return None
+    names = ", ".join(type(objective).__name__ for objective in objectives)
+    return (
+        f"adapter.gate: a {adapter.gate.kind!r} gate takes a mask of the tokens with every forward pass, and "
+        f"no objective gives one ({names}); accepted: an objective with gives_position_mask, or another gate"
+    )
 
 
 def _warm_start_problems(folder: str, adapter: AdapterConfig) -> list[str]:

@@ -38,8 +38,8 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"update": ["hira"]}, "adapter.update: ['hira'] is unknown"),
         (
             {"gate": "tokens"},
-            "adapter.gate: 'tokens' is unknown; accepted: none, static, token, hard, threshold; did you mean "
-            "'token'?",
+            "adapter.gate: 'tokens' is unknown; accepted: none, static, token, hard, threshold, position; "
+            "did you mean 'token'?",
         ),
         (
             {"update": "abba", "rank": 5},

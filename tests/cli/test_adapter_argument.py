@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from gate_reports import save_random_adapter
+from transformers import AutoModelForCausalLM
 
 from gatera_lightning import ConfigError
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
@@ -136,3 +137,19 @@ def test_export_reads_the_folder(request, kind):
     assert main(COMMANDS["export"](request.getfixturevalue(kind))) == 0
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (Path("exported") / name).read_bytes() == (Path("adapter") / name).read_bytes()
+
+
+def test_adapter_with_a_position_gate_is_refused_where_nothing_gives_its_mask(
+    command, tiny_backbone, working_folder, monkeypatch, capsys
+):
+    save_random_adapter(working_folder / "draft", tiny_backbone, gate="position")
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    flags = command("draft")
+    if flags[0] == "test":
+        flags += ["--model.backbone.id", str(tiny_backbone), "--model.adapter.gate", "position"]
+    elif flags[0] == "export":
+        flags += ["--format", "merged"]
+    assert main(flags) == 2
+    assert "a 'position' gate" in capsys.readouterr().err

@@ -130,12 +130,12 @@ def test_file_of_adapter_section_is_translated(gate, tmp_path, text):
     [
         (
             "tokn",
-            "model.adapter.gate: 'tokn' is unknown; accepted: none, static, token, hard, threshold; did you "
-            "mean 'token'?",
+            "model.adapter.gate: 'tokn' is unknown; accepted: none, static, token, hard, threshold, "
+            "position; did you mean 'token'?",
         ),
         (
             {"kind": "best"},
-            "model.adapter.gate: 'best' is unknown; accepted: none, static, token, hard, threshold",
+            "model.adapter.gate: 'best' is unknown; accepted: none, static, token, hard, threshold, position",
         ),
         (
             {"kind": "none", "bias": 2},

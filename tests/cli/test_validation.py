@@ -99,8 +99,8 @@ def test_invalid_choice_lists_the_valid_ones(fit, parser_error, flag, accepted):
 
 def test_unknown_gate_names_what_is_accepted(fit, problems):
     assert problems(*fit, "--model.adapter.gate", "tokn") == [
-        "model.adapter.gate: 'tokn' is unknown; accepted: none, static, token, hard, threshold; did you "
-        "mean 'token'?"
+        "model.adapter.gate: 'tokn' is unknown; accepted: none, static, token, hard, threshold, position; "
+        "did you mean 'token'?"
     ]
 
 

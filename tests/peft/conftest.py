@@ -1,5 +1,10 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
+
+from gatera_lightning import position_mask
+from gatera_lightning.adapters.gates.position import PositionGate
 
 pytest.importorskip("peft", reason="needs the package peft")
 
@@ -17,7 +22,9 @@ def logits():
     """Return a function that computes the logits of two short sequences."""
 
     def compute(model):
-        with torch.no_grad():
-            return model.eval()(input_ids=torch.arange(12).reshape(2, 6)).logits
+        ids = torch.arange(12).reshape(2, 6)
+        needs_mask = any(isinstance(module, PositionGate) for module in model.modules())
+        with torch.no_grad(), position_mask(model, ids % 3 > 0) if needs_mask else nullcontext():
+            return model.eval()(input_ids=ids).logits
 
     return compute

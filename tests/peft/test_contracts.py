@@ -8,7 +8,7 @@ from adapted_layers import METHODS
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
-from gatera_lightning import ConfigError, adapter_parameters
+from gatera_lightning import ConfigError, adapter_parameters, position_mask
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.peft import GateRAConfig, GateRALinear
 
@@ -73,6 +73,25 @@ def test_disabled_adapter_is_the_backbone_exactly(load, trained, logits, update,
         assert torch.equal(logits(model), logits(load()))
         assert not adapted_linears(model)
     assert not torch.equal(logits(model), logits(load()))
+
+
+def test_adapter_with_a_position_gate_is_added_to_another_one(load, trained, logits):
+    """One adapter for all tokens, and one that drafts: tokens outside of the mask have the first one only."""
+    model = trained("hira", "token")
+    alone = logits(model)
+    model.add_adapter("draft", gatera("lora", "position", alpha=6.0))
+    for name, parameter in model.named_parameters():
+        if "draft" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    model.base_model.set_adapter(["default", "draft"])
+    ids = torch.arange(12).reshape(2, 6)
+    draft = torch.tensor([False] * 4 + [True] * 2)
+    with torch.no_grad(), position_mask(model, draft):
+        found = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(found[:, :4], alone[:, :4], rtol=0, atol=1e-5)  # summed in another order
+    assert (found[:, 4:] - alone[:, 4:]).abs().max() > 1e-2
+    with pytest.raises(RuntimeError, match="a position gate needs a mask"):
+        model(input_ids=ids)
 
 
 def test_adapters_are_switched_added_up_and_deleted(load, trained, logits, tmp_path, randomize):

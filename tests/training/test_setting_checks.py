@@ -5,7 +5,9 @@ import pytest
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, GateRAModule, OptimizerConfig
 from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.objectives.next_token import NextToken
 from gatera_lightning.objectives.training_loss import objectives_for
+from gatera_lightning.training import module as module_file
 from gatera_lightning.training.setting_checks import check_adapter_parameters, module_problems
 
 
@@ -85,3 +87,27 @@ def test_changed_adapter_parameter_is_rejected(build, change, found):
     change(module.model)
     with pytest.raises(RuntimeError, match=rf"should be trainable in torch\.float32, but is {found}$"):
         check_adapter_parameters(module.model, module.adapter)
+
+
+class MaskedTokens(NextToken):
+    """Gives masks, as an objective of drafting does."""
+
+    gives_position_mask = True
+
+
+def test_position_gate_needs_an_objective_that_gives_its_mask(tiny_backbone, monkeypatch):
+    (problem,) = problems(tiny_backbone, adapter={"gate": "position"})
+    assert problem.startswith("model.adapter.gate: a 'position' gate takes a mask of the tokens")
+    assert "no objective gives one (NextToken, GateEntropy)" in problem
+    settings = {
+        "backbone": BackboneConfig(id=str(tiny_backbone)),
+        "adapter": AdapterConfig(gate="position", rank=2),
+        "optimizer": OptimizerConfig(),
+    }
+    module = GateRAModule(**settings)
+    monkeypatch.setattr(
+        module_file, "load_adapted_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    with pytest.raises(ConfigError, match="a 'position' gate takes a mask"):
+        module.configure_model()
+    assert GateRAModule(**settings, objectives=[MaskedTokens()]).problems() == []

@@ -16,6 +16,7 @@ from gatera_lightning.adapters.gates.base import (
     threshold_problems,
 )
 from gatera_lightning.adapters.gates.hard import HardGateConfig
+from gatera_lightning.adapters.gates.position import PositionGateConfig
 from gatera_lightning.adapters.gates.static import StaticGate, StaticGateConfig
 from gatera_lightning.adapters.gates.threshold import ThresholdGateConfig
 from gatera_lightning.adapters.gates.token import TokenGate, TokenGateConfig
@@ -29,6 +30,7 @@ __all__ = [
     "GateValues",
     "HardGateConfig",
     "NoGateConfig",
+    "PositionGateConfig",
     "StaticGate",
     "StaticGateConfig",
     "ThresholdGateConfig",
@@ -45,7 +47,14 @@ ConfigClass = TypeVar("ConfigClass", bound=type[GateConfig])
 
 GATES: dict[str, type[GateConfig]] = {
     config.kind: config
-    for config in (NoGateConfig, StaticGateConfig, TokenGateConfig, HardGateConfig, ThresholdGateConfig)
+    for config in (
+        NoGateConfig,
+        StaticGateConfig,
+        TokenGateConfig,
+        HardGateConfig,
+        ThresholdGateConfig,
+        PositionGateConfig,
+    )
 }
 """The available kinds of gates, by name."""
 

@@ -40,6 +40,10 @@ class Gate(nn.Module, ABC):
     decides: ClassVar[bool] = False
     """Whether the values are 0 or 1 in evaluation: 1 where the logit is above 0."""
 
+    selects_tokens: ClassVar[bool] = False
+    """Whether it knows the tokens with gate 1 without their logits, so that a layer computes the update for
+    them only; others have gate 0, and the frozen layer's own output."""
+
     @abstractmethod
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
         """Compute the gate's logit.
@@ -61,6 +65,13 @@ class Gate(nn.Module, ABC):
         """
         return GateValues(torch.sigmoid(logit))
 
+    def selected_tokens(self, x: Tensor) -> Tensor:
+        """Return the indices into the flattened tokens with gate 1: (..., in) -> (n,).
+
+        Required of a gate that ``selects_tokens``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: implement selected_tokens")
+
     def constant_value(self) -> Tensor:
         """Return the value of every token, (1,); required of a gate that does not depend on the token."""
         raise NotImplementedError(
@@ -81,6 +92,9 @@ class GateConfig(ABC):
 
     formula: ClassVar[str]
     """What the gate computes, on one line for ``--help``."""
+
+    needs_mask: ClassVar[bool] = False
+    """Whether every forward pass needs a mask of the tokens (:func:`~gatera_lightning.position_mask`)."""
 
     # Declare `entropy_weight: float = 0.01` in your config to add the entropy term. Without an annotation, it
     # is not a setting.

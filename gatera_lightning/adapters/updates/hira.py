@@ -28,6 +28,9 @@ class HiRA(Update):
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
         """Compute ``(W0 ⊙ BA) x``: (..., in) -> (..., out)."""
         cached = self.cached()
+        if cached is None and torch.is_grad_enabled() and not transforms_are_active():
+            zeros = x.new_zeros((), dtype=base.weight.dtype).expand(*x.shape[:-1], base.out_features)
+            return add_gated_hadamard(zeros, x, base.weight, *self.factors())  # saves no dense factor
         weight = hadamard_weight(base.weight, *self.factors()) if cached is None else cached
         return F.linear(x.to(weight.dtype), weight)
 

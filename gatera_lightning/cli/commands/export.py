@@ -131,6 +131,11 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _write_merged(args: argparse.Namespace, adapter: _Adapter) -> None:
+    if adapter.config.gate.needs_mask:
+        raise ConfigError(
+            f"--format merged: {args.checkpoint} has a {adapter.config.gate.kind!r} gate, whose update "
+            "applies to the tokens of a mask only, so no single matrix equals it; accepted: another --format"
+        )
     gate = adapter.config.gate.build(1, dtype=torch.float32, device=torch.device("cpu"))
     if gate is not None and gate.depends_on_token and not args.constant_gate:
         raise ConfigError(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import remove_adapters
+from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config
 from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import (
@@ -134,6 +135,8 @@ def _check_arguments(args: argparse.Namespace, fit_flags: Sequence[str]) -> list
                 f"--adapter: {folder} has no gates (gate: none, update: {config.update}); "
                 "accepted: static, token"
             )
+        if problem := missing_mask_problem(config):
+            problems.append(f"--adapter: {folder}: {problem}")
         if origin["id"] is None:
             problems.append(f"--adapter: {folder} does not store the id of its backbone")
     if len(args.adapter) > 2:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.inference import prepared_for_inference
+from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.adapters.serialization import load_adapter, read_adapter, trained_template
 from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import default_device, load_backbone, load_config, load_tokenizer
@@ -48,6 +49,8 @@ def serve(argv: Sequence[str]) -> None:
     stored, _ = read_adapter(folder)  # all of it: an incomplete folder is refused before the backbone loads
     if stored.origin["id"] is None:
         raise AdapterFileError(f"{folder} does not store the id of its backbone")
+    if problem := missing_mask_problem(stored.config):
+        raise ConfigError(f"RUN_OR_FOLDER: {folder}: {problem}")
     backbone = stored_backbone(stored.origin, args.dtype)
     if problems := backbone.problems():
         raise ConfigError([f"{folder}: {problem}" for problem in problems])

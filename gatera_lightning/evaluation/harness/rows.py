@@ -7,6 +7,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.adapters.serialization import read_adapter_config, trained_template
 from gatera_lightning.backbone.config import BackboneConfig, Dtype, stored_backbone
 from gatera_lightning.backbone.loading import context_length, load_config, load_tokenizer
@@ -52,7 +53,9 @@ class LocalModel:
             )
         if adapter is None:
             return cls(BackboneConfig(id=str(backbone), dtype=cast(Dtype, dtype)), None)
-        _, origin = read_adapter_config(adapter)
+        config, origin = read_adapter_config(adapter)
+        if problem := missing_mask_problem(config):
+            raise ConfigError(f"--adapter: {adapter}: {problem}")
         if origin["id"] is None:
             raise AdapterFileError(f"{adapter} does not store the id of its backbone")
         return cls(stored_backbone(origin, cast(Dtype, dtype)), adapter)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from contextlib import nullcontext
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +12,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gatera_lightning import AdapterConfig, ConfigError, inject_adapters, load_adapter, save_adapter
+from gatera_lightning import (
+    AdapterConfig,
+    AdapterFileError,
+    ConfigError,
+    inject_adapters,
+    load_adapter,
+    position_mask,
+    save_adapter,
+)
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.cli.main import main
 from gatera_lightning.cli.merged_model import read_texts
@@ -42,7 +51,9 @@ def saved(load, randomize, tmp_path):
         )
         inject_adapters(model, config, torch.Generator().manual_seed(0))
         folder = save_adapter(randomize(model, size=size), tmp_path / f"{update}-{gate}", template="plain")
-        return _logits(model), folder
+        every_token = torch.ones(6, dtype=torch.bool)
+        with position_mask(model, every_token) if gate == "position" else nullcontext():
+            return _logits(model), folder
 
     return save
 
@@ -73,6 +84,25 @@ def test_own_method_of_peft(load, saved, tmp_path, capsys, update, gate, form):
     model = PeftModel.from_pretrained(load(), tmp_path / "out")
     assert model.peft_config["default"].peft_type == ("HIRA" if update == "hira" else "LORA")
     assert (_logits(model) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("update", ["lora", "hira"])
+def test_position_gate_is_stored_beside_a_plain_adapter_of_peft(load, saved, tmp_path, update):
+    """PEFT ignores the gate and applies the update to all tokens; this package reads both."""
+    expected, folder = saved(update, "position")
+    assert main(["export", str(folder), "--out", str(tmp_path / "out"), "--format", "peft"]) == 0
+    ours = load()
+    assert load_adapter(ours, tmp_path / "out").gate.kind == "position"
+    with position_mask(ours, torch.ones(6, dtype=torch.bool)):
+        assert (_logits(ours) - expected).abs().max() < 1e-6
+    with pytest.warns(UserWarning, match="gatera"):
+        theirs = PeftModel.from_pretrained(load(), tmp_path / "out")
+    assert (_logits(theirs) - expected).abs().max() < 1e-6
+    path = tmp_path / "out" / FILES[0]
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {"gatera": {"gate": {"kind": "token"}}}))
+    with pytest.raises(AdapterFileError, match="accepted in a folder of PEFT's own methods: a position gate"):
+        load_adapter(load(), tmp_path / "out")
 
 
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
