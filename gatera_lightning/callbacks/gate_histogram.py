@@ -10,6 +10,7 @@ from typing_extensions import override
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.callbacks.run_logs import has_run_log, run_logs, scalar_loggers
 from gatera_lightning.callbacks.run_logs.base import Histogram
+from gatera_lightning.errors import CheckpointError
 from gatera_lightning.gate_analysis.history import GateShareHistory
 from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
 from gatera_lightning.gate_analysis.plots.gate_shares import draw_gate_shares
@@ -100,6 +101,13 @@ class GateHistogram(L.Callback):
             GateShareHistory.from_state_dict(restored["history"]) if "history" in restored else None
         )
         self.counts, self.names = None, []  # drop the counts of an earlier fit
+        module: Any = pl_module
+        gated = {name for name, layer in adapted_linears(module.model).items() if layer.gate is not None}
+        if unknown := set(restored.get("names", ())) - gated:
+            raise CheckpointError(
+                f"{trainer.ckpt_path}: the checkpoint is corrupt: its entry callbacks.{self.state_key}.names "
+                f"has {min(unknown)!r:.60}, which has no gate here"
+            )
         if "bins" in restored:
             bins, sums = restored["bins"].to(pl_module.device), restored["sums"].to(pl_module.device)
             self.names = restored["names"]
@@ -107,10 +115,7 @@ class GateHistogram(L.Callback):
             if trainer.is_global_zero:
                 self.counts.bins += bins
                 self.counts.sums += sums
-        module: Any = pl_module
-        if self.every_n_steps and any(
-            layer.gate is not None for layer in adapted_linears(module.model).values()
-        ):
+        if self.every_n_steps and gated:
             has_run_log(trainer, "gate histograms", missing="only scalars are logged, no pictures")
 
     @override

@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from gatera_lightning.checkpointing.callback_states import random_state_problems
 from gatera_lightning.distributed.gather import gather_objects
 from gatera_lightning.errors import CheckpointError
 
@@ -44,15 +44,9 @@ class RNGState(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ranks = state_dict.get("ranks")
-        if not isinstance(ranks, list) or not all(
-            isinstance(state, Mapping) and {"torch", "numpy", "python"} <= set(state) for state in ranks
-        ):
-            raise CheckpointError(
-                "the checkpoint is corrupt: its entry callbacks.RNGState.ranks is no list of random "
-                "states of torch, numpy and python"
-            )
-        self._saved = ranks
+        if problem := next(random_state_problems(state_dict, "callbacks.RNGState."), None):
+            raise CheckpointError(f"the checkpoint is corrupt: {problem}")
+        self._saved = state_dict["ranks"]
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

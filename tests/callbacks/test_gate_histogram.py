@@ -5,6 +5,7 @@ import csv
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from gate_counts import EDGES, count_gates, entropy
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,6 +14,7 @@ from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 from gatera_lightning.adapters.gates import GATES, TokenGateConfig
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
+from gatera_lightning.errors import CheckpointError
 from gatera_lightning.gate_analysis.statistics import PHASES
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -261,3 +263,18 @@ def test_negative_interval_is_rejected():
         ValueError, match=r"gate_histogram\.every_n_steps: -1; accepted: at least 1, or 0 for never"
     ):
         GateHistogram(-1)
+
+
+def test_counts_of_a_module_without_a_gate_are_refused(tiny_backbone, tmp_path):
+    """The names of a checkpoint are compared with the model's, before the first step."""
+    trainer = tiny_trainer(tmp_path, GateHistogram(100), max_steps=2)
+    trainer.fit(tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    checkpoint = torch.load(tmp_path / "two.ckpt", weights_only=True)
+    checkpoint["callbacks"]["GateHistogram"]["names"][0] = "model.other"
+    torch.save(checkpoint, tmp_path / "two.ckpt")
+    trainer = tiny_trainer(tmp_path, GateHistogram(100))
+    with pytest.raises(CheckpointError, match=r"two\.ckpt: .*GateHistogram\.names has 'model\.other', which"):
+        trainer.fit(
+            tiny_module(tiny_backbone), datamodule=tiny_data(tiny_backbone), ckpt_path=tmp_path / "two.ckpt"
+        )

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.checkpointing.contents import check_entries, read_contents
 from gatera_lightning.checkpointing.integrity import find_corruption
 from gatera_lightning.errors import CheckpointError
@@ -39,11 +41,25 @@ BEST = {
     "last_model_path": "last.ckpt",
     "dirpath": None,
 }
+CALLBACKS = {
+    "RNGState": RNGState().state_dict(),
+    "GateHistogram": {
+        **{"logged_step": 2, "names": ["q", "k"]},
+        **{"bins": torch.ones(2, 2, 50, dtype=torch.long), "sums": torch.ones(3, 2, 2)},
+        "history": {
+            **{"layers": [0], "steps": [1, 2, 3], "shares": torch.ones(3, 2, 2, 1)},
+            **{"every": 1, "readings": 3},
+        },
+    },
+    "TensorBoardOverview": {"written": ["logs"]},
+    "EarlyStopping": EarlyStopping("val/loss").state_dict(),
+    "Timer": Timer(duration={"days": 1}).state_dict(),
+}
 MOMENTS = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
 RESUMES = {
     "global_step": 3,
     "loops": {"fit_loop": FIT_LOOP | {"state_dict": {"combined_loader": [dict(POSITION)]}}},
-    "callbacks": {"RNGState": {"ranks": []}, "Best": BEST},
+    "callbacks": CALLBACKS | {"Best": BEST},
     "optimizer_states": [{"state": {0: MOMENTS}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
     "lr_schedulers": [{"last_epoch": 3, "base_lrs": [0.1]}],
 }
@@ -128,6 +144,32 @@ WRONG = {
     "loops.fit_loop.state_dict.combined_loader": [["x"], {}],
     "loops.fit_loop.state_dict.combined_loader[0].steps": [-1, "3"],
     "callbacks.RNGState": [[1]],
+    "callbacks.RNGState.ranks": [None, "text", {}, [1]],
+    "callbacks.RNGState.ranks[0].torch": [None, "text", torch.zeros(5056), torch.zeros(9, dtype=torch.uint8)],
+    "callbacks.RNGState.ranks[0].numpy": [
+        None,
+        ("MT19937", torch.ones(3, dtype=torch.long), 0, 0, 0.0),
+        ("PCG64", torch.ones(624, dtype=torch.long), 0, 0, 0.0),
+        ("MT19937", torch.ones(624, dtype=torch.long), 625, 0, 0.0),
+    ],
+    "callbacks.RNGState.ranks[0].python": [None, (3, (1,) * 9, None), (3, ("x",) * 625, None)],
+    "callbacks.RNGState.ranks[0].cuda": ["text", torch.zeros(16)],
+    "callbacks.GateHistogram.logged_step": ["3", -1],
+    "callbacks.GateHistogram.names": [None, ["q", 3], "qk"],
+    "callbacks.GateHistogram.bins": [None, torch.ones(2, 3, 50, dtype=torch.long), torch.ones(2, 2, 50)],
+    "callbacks.GateHistogram.sums": ["text", torch.ones(3, 2, 1), torch.full((3, 2, 2), torch.nan)],
+    "callbacks.GateHistogram.history": [[1]],
+    "callbacks.GateHistogram.history.layers": [None, ["0"]],
+    "callbacks.GateHistogram.history.steps": [3],
+    "callbacks.GateHistogram.history.shares": [[1.0], torch.ones(2, 2, 2, 1)],
+    "callbacks.GateHistogram.history.every": [0],
+    "callbacks.GateHistogram.history.readings": [None],
+    "callbacks.TensorBoardOverview.written": [3, [3]],
+    "callbacks.EarlyStopping.wait_count": ["text", None],
+    "callbacks.EarlyStopping.best_score": [torch.zeros(2)],
+    "callbacks.EarlyStopping.stopping_reason": [9],
+    "callbacks.Timer.time_elapsed": ["text", 3],
+    "callbacks.Timer.time_elapsed.train": ["text"],
     "callbacks.Best.best_k_models": [[1], "text"],
     "callbacks.Best.best_k_models.best": ["text", torch.zeros(2)],
     "callbacks.Best.best_model_path": [3, None],
