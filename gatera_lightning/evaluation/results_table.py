@@ -35,10 +35,7 @@ def print_results(result: EvaluationResult, *, ranking: str = "accuracy") -> Non
         console.print(f"generated texts without an answer (counted as wrong): {result.unanswered()}")
     for kind, count in result.counts.items():
         if count < result.split_size:
-            console.print(
-                f"{kind}: only {count} of {result.split_size} examples, "
-                "because the number of batches is limited"
-            )
+            console.print(f"{kind}: only {count} of {result.split_size} examples, because a limit is set")
 
 
 def _accuracy_table(result: EvaluationResult, ranking: str) -> Table:

@@ -104,7 +104,7 @@ def test_batch_limit_omits_complete_examples(module, tiny_backbone, two_tasks, t
     out = capsys.readouterr().out
     for kind in ("likelihood", "generation"):
         count = sum(kind in row for row in report.result.examples)
-        assert (f"{kind}: only {count} of 8 examples, because the number of batches is limited" in out) == (
+        assert (f"{kind}: only {count} of 8 examples, because a limit is set" in out) == (
             subcommand == "test"
         )
 
@@ -112,7 +112,7 @@ def test_batch_limit_omits_complete_examples(module, tiny_backbone, two_tasks, t
 def test_limited_evaluation_is_completed_without_limit(module, tiny_backbone, tmp_path, capsys):
     for limit, limited in ((2, True), (None, False)):
         report = run(module, tmp_path, data=tiny_data(tiny_backbone), limit_test_batches=limit)
-        assert ("because the number of batches is limited" in capsys.readouterr().out) == limited
+        assert ("because a limit is set" in capsys.readouterr().out) == limited
     summary = json.loads((tmp_path / "test_results.json").read_text())
     assert (summary["rows"], summary["rows_of_split"], len(report.result.examples)) == (6, 6, 6)
     assert 0 < summary["resumed_predictions"] < 6

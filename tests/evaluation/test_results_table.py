@@ -41,7 +41,7 @@ def test_table_of_eight_tasks_keeps_all_figures(capsys, monkeypatch, columns):
     for task in tasks:
         assert found[task] == ["1", *(str(result.accuracy(measure, task)) for measure in result.measures)]
     assert found["average"] == ["8", *(str(result.average(measure)) for measure in result.measures)]
-    assert "generation: only 8 of 10000 examples, because the number of batches is limited" in out
+    assert "generation: only 8 of 10000 examples, because a limit is set" in out
     assert "generated texts without an answer (counted as wrong): 8" in out
     monkeypatch.setenv("FORCE_COLOR", "1")
     print_results(result)

@@ -16,6 +16,7 @@ from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.evaluation.harness.results_table import print_harness_results
 from gatera_lightning.evaluation.harness.rows import LocalModel
 from gatera_lightning.evaluation.harness.task_loading import load_tasks, missing_extra
+from gatera_lightning.evaluation.results_table import print_results
 from gatera_lightning.terminal.printing import print_text
 
 
@@ -65,6 +66,9 @@ def harness(argv: Sequence[str]) -> None:
     found = run.evaluate(model, tasks, settings)
     places, predictions = run.write_results(args.out, found, model, tasks, identity)
     print_harness_results(found)
+    for result in places.values():
+        if result.text_metrics():
+            print_results(result)
     for name, reason in predictions.left_out.items():
         print_text(f"{name}: not in the predictions for compare, because {reason}")
     for place in places:
@@ -176,7 +180,9 @@ def _parser() -> SubcommandParser:
         help="format the prompts of lm-eval's own tasks with the template; default: lm-eval's prompts",
     )
     parser.add_argument(
-        "--data_dir", metavar="FOLDER", help="folder of local tasks: TASK/test.json in LLM-Adapters' schema"
+        "--data_dir",
+        metavar="FOLDER",
+        help="folder of local tasks: TASK/test.json in LLM-Adapters' schema; ParlAI's files for dialogues",
     )
     parser.add_argument(
         "--answer_format",

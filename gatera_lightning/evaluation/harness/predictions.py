@@ -9,6 +9,7 @@ from gatera_lightning.evaluation.likelihood_ranking import RankedQuestion
 from gatera_lightning.evaluation.predictions import (
     GeneratedAnswer,
     Kind,
+    TextWithReference,
     generation_record,
     likelihood_record,
 )
@@ -23,10 +24,12 @@ class HarnessPredictions:
 
     Attributes:
         rows: Kind -> rows as ``predictions.jsonl`` stores them.
+        tasks: Kind -> the tasks that the rows are of.
         left_out: Task -> why ``compare`` cannot judge its rows.
     """
 
     rows: dict[Kind, list[dict[str, Any]]] = field(default_factory=dict)
+    tasks: dict[Kind, list[str]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,12 +55,14 @@ def harness_predictions(
             rows, reason = _ranked(of_task, task, model)
             kind: Kind = "likelihood"
         else:
-            rows, reason = _judged(name, of_task)
+            free_text = is_local(of_task[0]["doc"]) and of_task[0]["doc"]["free_text"]
+            rows, reason = _compared(of_task) if free_text else _judged(name, of_task)
             kind = "generation"
         if reason:
             found.left_out[name] = reason
         else:
             found.rows.setdefault(kind, []).extend(rows)
+            found.tasks.setdefault(kind, []).append(name)
     return found
 
 
@@ -97,6 +102,16 @@ def _judged(name: str, samples: Sequence[Mapping[str, Any]]) -> tuple[list[dict[
         right = GeneratedAnswer(_first_text(sample["resps"]), answer, 0 if sample[metric] == 1 else None)
         task = name if len(filters) == 1 else f"{name}, {sample['filter']}"
         rows.append(_row(sample, 0, task) | {"generation": generation_record(right)})
+    return rows, ""
+
+
+def _compared(samples: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a local task whose texts are neither right nor wrong, but have a reference."""
+    rows = []
+    for sample in samples:
+        doc = sample["doc"]
+        found = TextWithReference(_first_text(sample["resps"]).strip(), doc["answer"])
+        rows.append(_row(sample, doc["gold"], doc["task"]) | {"generation": generation_record(found)})
     return rows, ""
 
 

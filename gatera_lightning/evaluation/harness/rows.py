@@ -13,6 +13,7 @@ from gatera_lightning.backbone.config import BackboneConfig, Dtype, stored_backb
 from gatera_lightning.backbone.loading import context_length, load_config, load_tokenizer
 from gatera_lightning.backbone.source import gguf_file
 from gatera_lightning.datamodules.prompts.templates import Template
+from gatera_lightning.datamodules.tasks.base import TaskDataModule
 from gatera_lightning.datamodules.tasks.commonsense import AnswerFormat, CommonsenseDataModule
 from gatera_lightning.datamodules.tasks.math import MathDataModule, parse_solution
 from gatera_lightning.datamodules.tokenization.control_tokens import THOUGHT_END, unescape
@@ -20,6 +21,9 @@ from gatera_lightning.errors import AdapterFileError, ConfigError
 
 _LONGEST = 2048
 """Tokens of a row for a backbone whose config has no limit."""
+
+_PLACE = ("gold", "task", "key")
+"""What ``test`` knows a row by."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def commonsense(
         test=[task],
         max_length=model.longest(max_length),
     )
-    return {"test": _rows(data, model.tokenizer)}
+    return {"test": rows_to_rank(data, model.tokenizer)}
 
 
 def math_problems(
@@ -177,22 +181,7 @@ def math_problems(
         evaluate_by=["generation"],
         max_length=model.longest(max_length),
     )
-    data.connect(model.tokenizer)
-    data.setup("test")
-    table = data.tables["test"].select_columns(["prompt", "labels", "gold", "task", "key"])
-    return {
-        "test": Dataset.from_list(
-            [
-                {
-                    "prompt": unescape(example.prompt),
-                    "prompt_ids": row["prompt"],
-                    "answer": row["labels"][0],
-                    **{name: row[name] for name in ("gold", "task", "key")},
-                }
-                for example, row in zip(data.examples("test"), table, strict=True)
-            ]
-        )
-    }
+    return {"test": rows_to_answer(data, model.tokenizer)}
 
 
 def judged_solution(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -205,10 +194,19 @@ def judged_solution(doc: dict[str, Any], results: list[str]) -> dict[str, float]
     return {"exact_match": float(parse_solution(results[0], doc["answer"]).choice == 0)}
 
 
-def _rows(data: CommonsenseDataModule, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def rows_to_rank(data: TaskDataModule, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return a test split whose candidates are ranked.
+
+    Args:
+        data: The data module of a task.
+        tokenizer: The tokenizer of the model.
+
+    Returns:
+        Rows with the texts ``prompt`` and ``choices``, their token ids, and ``gold``.
+    """
     data.connect(tokenizer)
     data.setup("test")
-    table = data.tables["test"].select_columns(["prompt", "answers", "gold", "task", "key"])
+    table = data.tables["test"].select_columns(["prompt", "answers", *_PLACE])
     return Dataset.from_list(
         [
             {
@@ -216,7 +214,34 @@ def _rows(data: CommonsenseDataModule, tokenizer: PreTrainedTokenizerBase) -> Da
                 "choices": [_text(answer) for answer in example.answers],
                 "prompt_ids": row["prompt"],
                 "answer_ids": row["answers"],
-                **{name: row[name] for name in ("gold", "task", "key")},
+                **{name: row[name] for name in _PLACE},
+            }
+            for example, row in zip(data.examples("test"), table, strict=True)
+        ]
+    )
+
+
+def rows_to_answer(data: TaskDataModule, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return a test split whose answers are generated.
+
+    Args:
+        data: The data module of a task.
+        tokenizer: The tokenizer of the model.
+
+    Returns:
+        Rows with the text ``prompt``, its token ids, and the correct ``answer``.
+    """
+    data.connect(tokenizer)
+    data.setup("test")
+    table = data.tables["test"].select_columns(["prompt", "labels", *_PLACE])
+    return Dataset.from_list(
+        [
+            {
+                "prompt": unescape(example.prompt),
+                "prompt_ids": row["prompt"],
+                "answer": row["labels"][row["gold"]],
+                "free_text": data.free_text,
+                **{name: row[name] for name in _PLACE},
             }
             for example, row in zip(data.examples("test"), table, strict=True)
         ]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from gatera_lightning.evaluation.identity import FORMAT_VERSION, IDENTITY_FILE, 
 from gatera_lightning.evaluation.json_objects import read_object
 from gatera_lightning.evaluation.prediction_files import PREDICTIONS_FILE, write_predictions
 from gatera_lightning.evaluation.results import SUMMARY_FILE, EvaluationResult
+from gatera_lightning.evaluation.text_metrics import EXAMPLE_METRICS, corpus_metrics, example_scores
 
 RESULTS_FILE = "harness_results.json"
 _SEED = 1234
@@ -125,7 +126,7 @@ def evaluate(model: GateRALM, tasks: LoadedTasks, settings: HarnessSettings) -> 
 
 def write_results(
     folder: Path, found: Mapping[str, Any], model: GateRALM, tasks: LoadedTasks, identity: Mapping[str, Any]
-) -> tuple[list[Path], HarnessPredictions]:
+) -> tuple[dict[Path, EvaluationResult], HarnessPredictions]:
     """Write lm-eval's results, and the predictions for ``compare``.
 
     Rows whose candidates are ranked and rows with generated answers cannot be in one file: where tasks of
@@ -139,7 +140,7 @@ def write_results(
         identity: What :func:`harness_identity` returned.
 
     Returns:
-        The folders for ``compare``, and their predictions.
+        The folders for ``compare`` with their results, and the predictions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     predictions = harness_predictions(found["samples"], tasks.by_name, model)
@@ -162,17 +163,37 @@ def write_results(
             name: version(name) for name in ("gatera-lightning", "lm_eval", "torch", "transformers")
         },
     }
-    places = []
+    places = {}
     for kind, rows in predictions.rows.items():
         place = folder if len(predictions.rows) == 1 else folder / kind
         place.mkdir(exist_ok=True)
-        size = sum(counts["original"] for counts in found["n-samples"].values())
-        result = EvaluationResult(rows, size)
+        size = sum(found["n-samples"][name]["original"] for name in predictions.tasks[kind])
+        result = EvaluationResult(rows, size, score_texts(rows))
         write_predictions(place, rows)
         write_text(place / IDENTITY_FILE, json.dumps(identity, indent=2) + "\n")
         write_text(place / SUMMARY_FILE, json.dumps(record | result.summary(), indent=2, default=str) + "\n")
-        places.append(place)
+        places[place] = result
     return places, predictions
+
+
+def score_texts(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Add ``scores`` to every generated text that has a reference, as ``test`` does.
+
+    Args:
+        rows: Rows as ``predictions.jsonl`` stores them. Modified in place.
+
+    Returns:
+        The metrics that could not be computed, and why.
+    """
+    texts = [row["generation"] for row in rows if "reference" in row.get("generation", ())]
+    if not texts:
+        return {}
+    found = example_scores([text["text"] for text in texts], [text["reference"] for text in texts])
+    for number, text in enumerate(texts):
+        text["scores"] = {
+            name: found.values[name][number] for name in EXAMPLE_METRICS if name in found.values
+        }
+    return found.skipped | corpus_metrics([], [])[1]
 
 
 def _data_hash(tasks: LoadedTasks) -> str:

@@ -109,7 +109,7 @@ def _unknown(name: str, accepted: Sequence[str]) -> str:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return (
         f"--tasks: {name!r} is unknown; accepted: names of lm-eval (`lm-eval ls tasks` lists them), patterns "
-        f"such as mmlu_*, or {LOCAL_PREFIX}commonsense and {LOCAL_PREFIX}math with "
+        f"such as mmlu_*, or {LOCAL_PREFIX}commonsense, {LOCAL_PREFIX}math and {LOCAL_PREFIX}dialogue with "
         f"their tasks, such as {LOCAL_PREFIX}arc_easy{hint}"
     )
 

@@ -13,8 +13,9 @@ from gatera_lightning import TokenGateConfig, save_adapter
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.main import main
-from gatera_lightning.datamodules import MathDataModule
+from gatera_lightning.datamodules import DialogueDataModule, MathDataModule
 from gatera_lightning.evaluation.comparison import compare_runs
+from gatera_lightning.evaluation.harness.dialogue_rows import judged_ranking
 from gatera_lightning.evaluation.harness.rows import judged_solution
 from gatera_lightning.evaluation.recorded_run import read_run
 from gatera_lightning.generation import DecodingConfig
@@ -115,6 +116,50 @@ def test_solutions_of_math_problems_equal_those_of_test(tiny_backbone, adapter, 
     results = json.loads((out / "harness_results.json").read_text())["results"]["gatera_arithmetic"]
     correct = [row["generation"]["choice"] == row["gold"] for row in expected]
     assert results["exact_match,none"] == pytest.approx(sum(correct) / len(correct))
+
+
+def test_replies_of_dialogues_equal_those_of_test(tiny_backbone, adapter, tmp_path, capsys):
+    """Ranked among distractors, and generated."""
+    module = perturbed_module(tiny_backbone)
+    module.decoding = DecodingConfig(max_new_tokens=32)
+    data = DialogueDataModule(
+        template="plain",
+        train_on="response",
+        test=["smalltalk[:2]"],
+        evaluate_by=["likelihood", "generation"],
+        eval_batch_size=4,
+        max_length=512,
+    )
+    expected = predictions_of_test(module, data, tmp_path / "test")
+    out = tmp_path / "harness"
+    tasks = ("--tasks", "gatera_smalltalk,gatera_smalltalk_replies", "--limit", len(expected))
+    flags = ("--adapter", adapter, "--out", out, "--dtype", "float32", "--batch_size", 4)
+    printed = harness(capsys, *tasks, *flags)
+    assert_same_predictions(rows(out / "likelihood"), expected, 1e-4)
+    for one, other in zip(rows(out / "generation"), expected, strict=True):
+        assert [one[name] for name in ("task", "example", "key", "gold", "generation")] == [
+            other[name] for name in ("task", "example", "key", "gold", "generation")
+        ]
+    summary = json.loads((tmp_path / "test" / "test_results.json").read_text())
+    generated = json.loads((out / "generation" / "test_results.json").read_text())
+    assert generated["text"] == summary["text"]
+    assert generated["text_skipped"] == summary["text_skipped"]
+    assert generated["rows_of_split"] > generated["rows"] == len(expected)
+    assert f"only {len(expected)} of {generated['rows_of_split']} examples, because a limit" in printed
+    assert "generated texts compared with their references" in printed
+    results = json.loads((out / "harness_results.json").read_text())["results"]
+    ranked = results["gatera_smalltalk"]
+    assert ranked["perplexity,none"] == pytest.approx(summary["perplexity"], rel=1e-5)
+    accuracies = summary["tasks"]["smalltalk"]
+    assert ranked["acc,none"] == pytest.approx(accuracies["sum"]["accuracy"])
+    assert ranked["acc_norm,none"] == pytest.approx(accuracies["per_character"]["accuracy"])
+    assert results["gatera_smalltalk_replies"]["f1,none"] == pytest.approx(summary["text"]["token_f1"])
+    assert compare_runs([read_run(out / "generation"), read_run(tmp_path / "test")]).pairs[0].common
+
+
+def test_reply_without_distractors_has_a_perplexity_only():
+    doc = {"gold": 0, "choices": ["hi"], "answer_ids": [[3, 4]]}
+    assert judged_ranking(doc, [(-2.5, False)]) == {"perplexity": (-2.5, 2)}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +288,7 @@ def test_few_shot_examples_and_template_reach_the_prompt(tiny_backbone, tmp_path
         (("--tasks", "arc_esy"), ["--tasks", "'arc_esy'", "did you mean 'arc_easy'"]),
         (("--tasks", "arc_easy"), ["--tasks", "arc_easy", "hub", "allenai/ai2_arc", "--data_dir"]),
         (("--tasks", "gatera_arc_easy"), ["--data_dir", "ARC-Easy/test.json"]),
+        (("--tasks", "gatera_convai2"), ["--data_dir", "convai2/valid_self_original.txt"]),
         (("--tasks", "gatera_arc_easy", "--data_dir", "."), ["ARC-Easy/test.json", "does not exist"]),
         (("--tasks", ","), ["--tasks", "names no task"]),
         (("--limit", "0"), ["--limit", "0"]),
