@@ -145,7 +145,8 @@ def _check_adapter(args: argparse.Namespace, problems: list[str]) -> ModelChoice
         problems.append(f"--adapter: {folder} does not store the id of its backbone")
     if args.gates and adapter.gate.kind == "none":
         problems.append(
-            f"--gates: {folder} has no gates (gate: none, update: {adapter.update}); accepted: static, token"
+            f"--gates: {folder} has no gates (gate: none, update: {adapter.update}); "
+            "accepted: an adapter with gates"
         )
     if problem := missing_mask_problem(adapter):
         problems.append(f"--adapter: {folder}: {problem}")

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.gates import StaticGate
-from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears, has_token_gates
 from gatera_lightning.adapters.serialization import load_adapter, trained_template
 from gatera_lightning.backbone.loading import (
     context_length,
@@ -175,7 +175,7 @@ class TerminalModel:
     @property
     def _has_token_gates(self) -> bool:
         """Whether each token has a gate of its own to print."""
-        return self.args.gates and self.adapter is not None and self.adapter.gate.kind == "token"
+        return self.args.gates and has_token_gates(self.model)
 
     @property
     def _has_colors(self) -> bool:

@@ -15,6 +15,9 @@ from gatera_lightning.adapters.kernels.differentiation import first_order_only, 
 LARGEST_LOGIT = 10.0
 """Bound of |z|, so that a threshold of 0 has a finite logit and gradient."""
 
+_SMALLEST_OPEN = 1e-6
+"""Logit of a token at its threshold, which is kept: σ(z) is above ½ in float32, too."""
+
 
 class _ThresholdLogit(torch.autograd.Function):
     """``z = ln r − ln τ`` within its bound, with gradient ``dz/dτ = −1/τ`` and none for r."""
@@ -45,7 +48,7 @@ def _logit(ratio: Tensor, threshold: Tensor, bounded: Tensor) -> Tensor:
     z = (ratio.log() - bounded.log()).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
     z = torch.where(bounded == 0, LARGEST_LOGIT, z)  # r = 0 = τ: nothing to skip yet
     kept = ratio >= threshold
-    return torch.where(kept, z.clamp_min(torch.finfo(z.dtype).tiny), z.clamp_max(0.0))  # z > 0 if kept
+    return torch.where(kept, z.clamp_min(_SMALLEST_OPEN), z.clamp_max(0.0))
 
 
 class ThresholdGate(Gate):

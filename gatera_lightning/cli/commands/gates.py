@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import remove_adapters
+from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config
 from gatera_lightning.backbone.config import Dtype, stored_backbone
@@ -31,6 +32,7 @@ from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.errors import AdapterFileError, ConfigError, unknown_value
+from gatera_lightning.gate_analysis.module_ranking import ModuleRanking, print_ranking, rank_modules
 from gatera_lightning.gate_analysis.plots.heatmap import draw_heatmap
 from gatera_lightning.gate_analysis.probing import EXAMPLE_TEXTS, ProbeText, profile_gates
 from gatera_lightning.gate_analysis.report import AdapterProfile, build_report, render_page
@@ -70,6 +72,7 @@ def gates(argv: Sequence[str]) -> None:
     with default_device() as device:  # weights are read straight onto it
         model = load_backbone(backbone, device.type).to(device)  # type: ignore[arg-type]
     adapters: list[AdapterProfile] = []
+    rankings: list[ModuleRanking] = []
     for folder, config, origin in stored:
         remove_adapters(model)  # the previous one
         load_adapter(model, folder)
@@ -80,11 +83,20 @@ def gates(argv: Sequence[str]) -> None:
         if problem := profile.non_finite_problem():
             raise AdapterFileError(f"--adapter: {folder}: {problem}")
         adapters.append(AdapterProfile(_describe_adapter(folder, config, origin), profile))
+        if args.rank_modules:
+            decides = any(
+                layer.gate is not None and layer.gate.decides for layer in adapted_linears(model).values()
+            )
+            rankings.append(rank_modules(profile, decides=decides))
+            print_ranking(rankings[-1], folder)
     computed_from = {
         "texts": description,
         "backbone": f"{backbone.id} in {str(model.dtype).removeprefix('torch.')}",
         "made by": f"gatera_lightning {version('gatera_lightning')}, {PROGRAM} gates",
     }
+    if args.rank_modules:
+        _write_rankings(args.out, adapters, rankings, computed_from)
+        return
     if _output_format(args) == "png":
         _write_pictures(args.out, adapters, tokenizer)
         return
@@ -93,6 +105,24 @@ def gates(argv: Sequence[str]) -> None:
     text = render_page(report) if page else json.dumps(report, ensure_ascii=False) + "\n"
     write_text(args.out, text)
     print_text(str(args.out))
+
+
+def _write_rankings(
+    out: Path | None,
+    adapters: list[AdapterProfile],
+    rankings: list[ModuleRanking],
+    computed_from: dict[str, str],
+) -> None:
+    """Write the rankings as JSON, if a file is given."""
+    if out is None:
+        return
+    found = [
+        {"source": adapter.source} | ranking.to_dict()
+        for adapter, ranking in zip(adapters, rankings, strict=True)
+    ]
+    content = {"computed_from": computed_from, "adapters": found}
+    write_text(out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    print_text(str(out))
 
 
 def _write_pictures(out: Path, adapters: list[AdapterProfile], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -133,7 +163,7 @@ def _check_arguments(args: argparse.Namespace, fit_flags: Sequence[str]) -> list
         if config.gate.kind == "none":
             problems.append(
                 f"--adapter: {folder} has no gates (gate: none, update: {config.update}); "
-                "accepted: static, token"
+                "accepted: an adapter with gates"
             )
         if problem := missing_mask_problem(config):
             problems.append(f"--adapter: {folder}: {problem}")
@@ -174,7 +204,13 @@ def _text_problems(args: argparse.Namespace, fit_flags: Sequence[str]) -> list[s
 
 def _output_problems(args: argparse.Namespace) -> list[str]:
     problems = []
-    if _output_format(args) not in FORMATS:
+    if args.out is None:
+        return (
+            [] if args.rank_modules else ["--out: missing; accepted: a file, or --rank_modules without one"]
+        )
+    if args.rank_modules and _output_format(args) != "json":
+        problems.append(f"--out: {args.out}; accepted with --rank_modules: .json")
+    elif _output_format(args) not in FORMATS:
         problems.append(
             f"--out: {args.out} ends in {args.out.suffix!r}; accepted: .html, .png, .json, or --format"
         )
@@ -265,7 +301,7 @@ def _parser() -> SubcommandParser:
     parser = SubcommandParser(
         "gates",
         usage="%(prog)s --adapter FOLDER [--adapter FOLDER] "
-        "[--text TEXT ... | --config CONFIG [any flag of fit]] --out FILE",
+        "[--text TEXT ... | --config CONFIG [any flag of fit]] [--out FILE] [--rank_modules]",
         description="Show an adapter's gates for every token of a few texts: an HTML page, pictures or JSON.",
         epilog="With --config, the texts are examples of that recipe, and all other flags are those of fit.",
     )
@@ -295,8 +331,14 @@ def _parser() -> SubcommandParser:
         "--out",
         metavar="FILE",
         type=Path,
-        required=True,
         help="*.html, *.json, or *.png (one picture per text)",
+    )
+    parser.add_argument(
+        "--rank_modules",
+        "--rank-modules",
+        action="store_true",
+        help="print the modules by the share of tokens that they skip, for choosing target_modules; --out "
+        "(*.json) is optional",
     )
     parser.add_argument("--format", choices=FORMATS, help="format of --out, if its suffix is another")
     return parser

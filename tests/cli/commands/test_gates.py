@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from gate_reports import TEXTS, run_gates, save_random_adapter
 from transformers import AutoTokenizer
 
+from gatera_lightning import record_gates
 from gatera_lightning.cli.commands import gates as gates_command
+from gatera_lightning.cli.main import main
 
 
 @pytest.fixture
@@ -125,3 +128,39 @@ def test_gates_rejects_adapter_without_gates(tiny_backbone, tmp_path, capsys):
     assert (
         f"--adapter: {tmp_path / 'tuned'} has no gates (gate: none, update: hira)" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("gate", ["hard", "token"])
+def test_rank_modules_prints_and_writes_shares_of_skipped_tokens(tiny_backbone, tmp_path, capsys, gate):
+    model = save_random_adapter(tmp_path / "tuned", tiny_backbone, gate=gate)
+    assert run_gates(tmp_path, "--rank_modules") == 0
+    (adapter,) = json.loads((tmp_path / "report.json").read_text())["adapters"]
+    ids = [
+        AutoTokenizer.from_pretrained(tiny_backbone)(text, return_tensors="pt").input_ids for text in TEXTS
+    ]
+    with torch.no_grad(), record_gates(model) as gates:
+        for row in ids:
+            model(input_ids=row)
+    expected = {name: [] for name in gates.names}
+    for name, logit in zip(gates.names, gates.logits, strict=True):
+        closed = logit <= 0 if gate == "hard" else logit.sigmoid() < 0.1
+        expected[name] += closed.flatten().tolist()
+    assert {m["name"]: m["skipped"] for m in adapter["modules"]} == pytest.approx(
+        {name: np.mean(closed) for name, closed in expected.items()}
+    )
+    shares = [module["skipped"] for module in adapter["modules"]]
+    assert shares == sorted(shares)
+    assert 0 < len(set(shares)) > 1
+    out = capsys.readouterr().out
+    assert all(module["name"] in out for module in adapter["modules"])
+    assert f"--model.adapter.target_modules '[{', '.join(adapter['suggested_targets'])}]'" in out
+
+
+def test_rank_modules_needs_no_file_and_writes_no_page(tuned, tmp_path, capsys):
+    adapter = ["gates", "--adapter", str(tmp_path / "tuned"), "--text", "Some words.", "--dtype", "float32"]
+    assert main([*adapter, "--rank-modules"]) == 0
+    assert "mean gate" in capsys.readouterr().out
+    assert main([*adapter, "--rank_modules", "--out", str(tmp_path / "x.html")]) == 2
+    assert "x.html; accepted with --rank_modules: .json" in capsys.readouterr().err
+    assert main(adapter) == 2
+    assert "--out: missing; accepted: a file, or --rank_modules" in capsys.readouterr().err

@@ -219,6 +219,14 @@ def test_static_gates_are_described_once(generate, talkative, tmp_path):
     assert "\t" not in out
 
 
+def test_hard_gates_are_printed_for_each_token(generate, talkative, tmp_path):
+    adapter = str(tmp_path / "hard")
+    save_random_adapter(adapter, talkative, "hard")
+    out, err = generate(adapter, "--gates", tokens=5)
+    assert "its mean gate of 10 modules" in err
+    assert all(0 <= float(line.split("\t")[1]) <= 1 for line in out.splitlines() if line)
+
+
 # --- interruptions ---
 
 
@@ -304,7 +312,7 @@ def test_adapter_without_gates_is_reported(problems, no_weights, talkative, tmp_
     adapter = str(tmp_path / "none")
     save_random_adapter(adapter, talkative, "none")
     assert problems("generate", "--adapter", adapter, "--prompt", "a", "--gates") == [
-        f"--gates: {adapter} has no gates (gate: none, update: hira); accepted: static, token"
+        f"--gates: {adapter} has no gates (gate: none, update: hira); accepted: an adapter with gates"
     ]
 
 
