@@ -14,6 +14,12 @@ from gatera_lightning.datamodules.prompts.messages import (
     parse_tools,
 )
 from gatera_lightning.datamodules.prompts.template_messages import Message
+from gatera_lightning.datamodules.prompts.unread_columns import (
+    PREFERENCE_PROBLEM,
+    Shape,
+    check_supported,
+    check_unread,
+)
 from gatera_lightning.errors import near_miss
 
 COLUMNS = (
@@ -25,13 +31,6 @@ COLUMNS = (
 ``text``. ``system`` and ``tools`` belong to all but the last."""
 
 _LISTS = ("messages", "conversations", "tools", "history")
-
-_UNSUPPORTED = {
-    **dict.fromkeys(("images", "image", "videos", "audios"), "images, videos and sound"),
-    **dict.fromkeys(("functions", "function_call"), "functions; give them as 'tools'"),
-    **dict.fromkeys(("documents", "chat_template_kwargs"), "other inputs of a chat template"),
-}
-"""Columns that mean something for other trainers, and what they would add."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +94,17 @@ def parse_conversation(row: Any, columns: Mapping[str, str]) -> Conversation:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with columns, found {type(row).__name__}")
     fields = _Fields(row, columns)
-    fields.check_unsupported()
-    chats = [column for column in ("messages", "conversations") if fields[column] is not None]
-    is_instruction = fields["instruction"] is not None and fields["output"] is not None
-    if len(chats) > 1 or (chats and is_instruction):
-        first, second = [*chats, "instruction"][:2]
-        raise ValueError(
-            f"columns {fields.name(first)!r} and {fields.name(second)!r}: expected only one of the two"
-        )
-    if chats:
-        return _parse_chat(fields, chats[0])
-    if not is_instruction and fields["prompt"] is not None and fields["completion"] is not None:
-        return _parse_completion(fields)
-    if not is_instruction and isinstance(fields["text"], str) and fields["instruction"] is None:
-        fields.check_no_chat_columns("text")
-        return _parse_plain_text("", fields["text"], fields.name("text"))
-    if not is_instruction and any(row.get(fields.name(name)) == [] for name in ("messages", "conversations")):
-        raise ValueError(
-            f"{fields.name('messages')}: expected a list of objects with role and content, found []"
-        )
-    return _parse_instruction(fields)
+    check_supported(fields.of_others(), COLUMNS)
+    shape, column = _shape(fields)
+    conversation = _parse_shape(fields, shape, column)
+    answered = not (isinstance(conversation, Chat) and conversation.unanswered)
+    check_unread(fields.of_others(), fields.__getitem__, shape, answered=answered)
+    return conversation
+
+
+def row_shape(row: Mapping[str, Any], columns: Mapping[str, str]) -> Shape:
+    """Return the shape of a row that :func:`parse_conversation` accepts; the arguments are the same."""
+    return _shape(_Fields(row, columns))[0]
 
 
 def similar_column(name: str) -> str | None:
@@ -128,6 +118,33 @@ def similar_column(name: str) -> str | None:
     if name in ("system_prompt", "system_message"):
         return "system"
     return next(iter(difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.8)), None)
+
+
+def _shape(fields: "_Fields") -> tuple[Shape, str]:
+    """The shape of a row, and the column that decides it."""
+    chats = [column for column in ("messages", "conversations") if fields[column] is not None]
+    is_instruction = fields["instruction"] is not None and fields["output"] is not None
+    if len(chats) > 1 or (chats and is_instruction):
+        first, second = [*chats, "instruction"][:2]
+        raise ValueError(
+            f"columns {fields.name(first)!r} and {fields.name(second)!r}: expected only one of the two"
+        )
+    if chats:
+        return "chat", chats[0]
+    if is_instruction:
+        return "instruction", "instruction"
+    if fields["prompt"] is not None and fields["completion"] is not None:
+        return "completion", "prompt"
+    if isinstance(fields["text"], str) and fields["instruction"] is None:
+        return "text", "text"
+    if any(fields.row.get(fields.name(name)) == [] for name in ("messages", "conversations")):
+        raise ValueError(
+            f"{fields.name('messages')}: expected a list of objects with role and content, found []"
+        )
+    for column in ("instruction", "output"):
+        if fields.name(column) not in fields.row:
+            raise fields.missing(column)
+    return "instruction", "instruction"
 
 
 class _Fields:
@@ -156,14 +173,9 @@ class _Fields:
         value = self[column]
         return "" if value is None else parse_text(value, f"column {self.name(column)!r}")
 
-    def check_unsupported(self) -> None:
-        """Raise ValueError if the row has a column that would be ignored although it means something."""
-        for name, meaning in _UNSUPPORTED.items():
-            if self.row.get(name) and name not in self._names.values():
-                raise ValueError(
-                    f"column {name!r}: {meaning} are not supported; accepted columns: {', '.join(COLUMNS)}"
-                    f"{near_miss(name, COLUMNS)}"
-                )
+    def of_others(self) -> dict[str, Any]:
+        """The columns that no setting names."""
+        return {name: value for name, value in self.row.items() if name not in self._names.values()}
 
     def check_no_chat_columns(self, column: str) -> None:
         """Raise ValueError if a row whose texts stay as they are has a system message or tools."""
@@ -177,10 +189,7 @@ class _Fields:
     def missing(self, column: str) -> ValueError:
         """The error for a column that is not in the row."""
         if self.row.get("chosen") or self.row.get("rejected"):
-            return ValueError(
-                "columns 'chosen' and 'rejected': pairs of responses to prefer from are not supported; "
-                f"accepted columns: {', '.join(COLUMNS)}"
-            )
+            return ValueError(f"{PREFERENCE_PROBLEM}; accepted columns: {', '.join(COLUMNS)}")
         others = any(self[name] is not None for name in ("instruction", "input", "output"))
         alternative = "" if others else f", and so is {self.name('messages')!r}"
         typo = ""
@@ -195,10 +204,18 @@ class _Fields:
         )
 
 
+def _parse_shape(fields: _Fields, shape: Shape, column: str) -> Conversation:
+    if shape == "chat":
+        return _parse_chat(fields, column)
+    if shape == "completion":
+        return _parse_completion(fields)
+    if shape == "text":
+        fields.check_no_chat_columns("text")
+        return _parse_plain_text("", fields["text"], fields.name("text"))
+    return _parse_instruction(fields)
+
+
 def _parse_instruction(fields: _Fields) -> Instruction | Chat:
-    for column in ("instruction", "output"):
-        if fields.name(column) not in fields.row:
-            raise fields.missing(column)
     request, context, response = (fields.text(column) for column in ("instruction", "input", "output"))
     if not request.strip():
         raise ValueError(f"column {fields.name('instruction')!r} is empty")

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from gatera_lightning.datamodules.answers.options import ParsedAnswer, find_keyword
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
+from gatera_lightning.datamodules.prompts.unread_columns import check_task_row
 from gatera_lightning.datamodules.tasks.base import TaskDataModule
 from gatera_lightning.errors import unknown_value
 
@@ -133,6 +134,7 @@ class CommonsenseDataModule(TaskDataModule):
             raise ValueError(
                 f"field 'input' is {row['input']!r:.60}; expected nothing: the question is in 'instruction'"
             )
+        check_task_row(row)
         answers: Sequence[str]
         if self.answer_format == "content":
             question = parse_question(row)

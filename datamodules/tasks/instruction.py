@@ -15,10 +15,12 @@ from gatera_lightning.datamodules.prompts.conversations import (
     Instruction,
     PlainText,
     parse_conversation,
+    row_shape,
     similar_column,
 )
 from gatera_lightning.datamodules.prompts.messages import EmptyResponseError
 from gatera_lightning.datamodules.prompts.template_messages import Message
+from gatera_lightning.datamodules.prompts.unread_columns import SHAPES, unread_columns
 from gatera_lightning.datamodules.settings import shown
 from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
 from gatera_lightning.datamodules.tokenization.control_tokens import unescape
@@ -54,6 +56,7 @@ class InstructionDataModule(TaskDataModule):
         self._plain_texts = 0
         self._unanswered = 0
         self._seen_columns: set[str] = set()
+        self._unread_columns: set[tuple[str, str]] = set()
 
     def problems(self, stage: str) -> list[str]:
         """Return every problem of the settings; see :meth:`TaskDataModule.problems`."""
@@ -128,6 +131,7 @@ class InstructionDataModule(TaskDataModule):
             conversation = parse_conversation(row, self.columns)
         except EmptyResponseError as error:
             raise UnusableRow(str(error)) from error
+        self._report_unread_columns(row)
         prompt = self._prompts.render(conversation, self.max_length)
         if isinstance(conversation, Chat):
             self._unanswered += conversation.unanswered
@@ -166,6 +170,15 @@ class InstructionDataModule(TaskDataModule):
                     "column %r is not read; did you mean %r? To read it, set data.columns: {%s: %s}",
                     *(name, column, column, name),
                 )
+
+    def _report_unread_columns(self, row: dict[str, Any]) -> None:
+        """Warn once about each column that means something in rows of another shape."""
+        shape = row_shape(row, self.columns)
+        others = {name: value for name, value in row.items() if name not in self.columns.values()}
+        for name in unread_columns(others, COLUMNS, shape):
+            if (shape, name) not in self._unread_columns:
+                self._unread_columns.add((shape, name))
+                log.warning("column %r is not read in %s", name, SHAPES[shape])
 
 
 def _identifying_text(message: Message) -> str:

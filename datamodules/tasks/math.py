@@ -22,6 +22,7 @@ from gatera_lightning.datamodules.answers.numbers import (
 from gatera_lightning.datamodules.answers.options import ParsedAnswer
 from gatera_lightning.datamodules.example import Example
 from gatera_lightning.datamodules.prompts.templates import render
+from gatera_lightning.datamodules.prompts.unread_columns import check_task_row
 from gatera_lightning.datamodules.settings import boolean_problems
 from gatera_lightning.datamodules.tasks.base import TaskDataModule, UnusableRow
 from gatera_lightning.errors import unknown_value
@@ -137,6 +138,7 @@ class MathDataModule(TaskDataModule):
         A solution of MetaMathQA that ends in an expression (``x + 1``) is used for training only.
         """
         problem = parse_problem(row, keep_annotations=self.keep_annotations)
+        check_task_row(row)
         value = parse_number(problem.answer)
         if value is not None and not problem.solution:  # LLM-Adapters writes 8 as "8.0"
             answer = str(value) if value.denominator == 1 else problem.answer
