@@ -1,0 +1,1 @@
+"""A comparison of methods over learning rates, seeds and families of tasks, kept in a ledger."""

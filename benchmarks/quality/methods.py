@@ -1,0 +1,128 @@
+"""The methods that are compared, and the learning rates that each of them tries first."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.quality.controls import RandomGateConfig, ShuffledTokenGateConfig
+from gatera_lightning import (
+    AdapterConfig,
+    GateConfig,
+    HardGateConfig,
+    NoGateConfig,
+    StaticGateConfig,
+    ThresholdGateConfig,
+    TokenGateConfig,
+)
+
+RANK = 16
+
+STEPS = 32
+"""Optimizer steps of a run."""
+
+LOW_RATE_GRID = (2e-3, 4e-3, 8e-3)
+"""For methods that add a low-rank product."""
+
+HADAMARD_RATE_GRID = (8e-3, 1.6e-2, 3.2e-2)
+"""For methods that multiply W0 elementwise, which need several times LoRA's rate."""
+
+RATE_FACTOR = 2.0
+"""Ratio of two neighboring rates."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An update with a gate, and how it is trained."""
+
+    name: str
+
+    title: str
+    """Name in tables."""
+
+    update: str
+
+    gate: GateConfig = field(default_factory=NoGateConfig)
+
+    rates: tuple[float, ...] = ()
+    """Learning rates to try first; more follow while the best one is the first or the last."""
+
+    rate_of: str = ""
+    """For a control: the method whose learning rate it takes over, in place of ``rates``."""
+
+    steps: int = STEPS
+    """Optimizer steps."""
+
+    is_control: bool = False
+
+    def adapter(self) -> AdapterConfig:
+        """Return the settings of its adapter."""
+        return AdapterConfig(update=self.update, gate=self.gate, rank=RANK)
+
+    def config(self) -> dict[str, Any]:
+        """Return what a ledger's line says about the method."""
+        settings = self.adapter().to_dict()
+        chosen = {name: settings[name] for name in ("update", "rank", "gate", "target_modules")}
+        return chosen | {"steps": self.steps}
+
+
+LORA_STEPS_OF_EQUAL_TIME = 56
+"""A dense GateRA step takes 1.75 times the CPU seconds of LoRA's (2.9 and 1.65 s for 288 tokens)."""
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("lora", "LoRA", "lora", rates=LOW_RATE_GRID),
+        Method("hira", "HiRA", "hira", rates=HADAMARD_RATE_GRID),
+        Method("gatera", "GateRA", "hira", TokenGateConfig(), rates=HADAMARD_RATE_GRID),
+        Method("hira_static", "HiRA, static gate", "hira", StaticGateConfig(), rates=HADAMARD_RATE_GRID),
+        Method(
+            "hard_hira",
+            "HiRA, hard gate",
+            "hira",
+            HardGateConfig(gradient_share=0.125),
+            rates=HADAMARD_RATE_GRID,
+        ),
+        Method("ts_peft", "TS-PEFT over LoRA", "lora", ThresholdGateConfig(), rates=LOW_RATE_GRID),
+        Method("abba", "ABBA", "abba", rates=HADAMARD_RATE_GRID),
+        Method(
+            "gatera_shuffled",
+            "GateRA, tokens shuffled",
+            "hira",
+            ShuffledTokenGateConfig(),
+            rate_of="gatera",
+            is_control=True,
+        ),
+        Method(
+            "gatera_random",
+            "GateRA, random gate",
+            "hira",
+            RandomGateConfig(),
+            rate_of="gatera",
+            is_control=True,
+        ),
+        Method(
+            "gatera_no_entropy",
+            "GateRA without entropy",
+            "hira",
+            TokenGateConfig(entropy_weight=0.0),
+            rates=HADAMARD_RATE_GRID,
+        ),
+        Method("dora", "DoRA", "dora", rates=LOW_RATE_GRID),
+        Method("gated_lora", "gated LoRA", "lora", TokenGateConfig(), rates=LOW_RATE_GRID),
+        Method(
+            "hira_random_matrix",
+            "HiRA, random matrix for W0",
+            "hira_random_matrix",
+            rates=HADAMARD_RATE_GRID,
+            is_control=True,
+        ),
+        Method(
+            "lora_equal_time",
+            "LoRA, equal time",
+            "lora",
+            rate_of="lora",
+            steps=LORA_STEPS_OF_EQUAL_TIME,
+            is_control=True,
+        ),
+    )
+}
+"""Name -> method, in the order in which they are run."""
