@@ -8,10 +8,6 @@ Methods × learning rates × seeds × families, SmolLM2-135M in float32. Every f
 ledger, and is never repeated. Workers are processes with one thread each.
 """
 
-import multiprocessing
-import os
-import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from benchmarks.harness.arguments import build_parser, require_data
@@ -19,7 +15,8 @@ from benchmarks.quality import ledger
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.plan import SEEDS, Run, Selection, cpu_seconds, forecast, missing_runs
+from benchmarks.quality.plan import SEEDS, Selection, cpu_seconds, forecast
+from benchmarks.quality.workers import run_missing
 
 
 def main() -> None:
@@ -56,42 +53,6 @@ def print_plan(lines: list[Line], selection: Selection) -> None:
     print(
         f"{total / 3600:.1f} CPU hours; a search for a learning rate can take more runs than its first grid"
     )
-
-
-def run_missing(path: Path, selection: Selection, workers: int) -> None:
-    """Do all missing runs, each in a worker process, and append their lines."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they import torch
-    context = multiprocessing.get_context("spawn")
-    running: dict[Future[Line], Run] = {}
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        while True:
-            ready = [run for run in missing_runs(ledger.read(path), selection) if run not in running.values()]
-            for run in ready[: workers - len(running)]:
-                running[pool.submit(_execute, run)] = run
-            if not running:
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                run = running.pop(future)
-                line = future.result()
-                ledger.append(path, line)
-                print(
-                    time.strftime("%H:%M:%S"),
-                    run.family,
-                    run.stage,
-                    run.method,
-                    run.lr,
-                    run.seed,
-                    f"validation {line.get('validation')}",
-                    f"{line['cost']['cpu_seconds']:.0f} CPU s",
-                    flush=True,
-                )
-
-
-def _execute(run: Run) -> Line:
-    from benchmarks.quality.run import execute  # in the worker, which alone loads the model
-
-    return execute(run)
 
 
 if __name__ == "__main__":
