@@ -5,6 +5,7 @@ the totals of a step are known before its first forward pass, and resuming takes
 list of steps.
 """
 
+import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
@@ -115,9 +116,11 @@ def micro_batches_per_epoch(available: int, limit: int | float, accumulate: int)
         accumulate: Micro-batches per optimizer step on each rank.
 
     Raises:
-        ConfigError: The epoch would end within an optimizer step.
+        ConfigError: The epoch would have no micro-batch, or end within an optimizer step.
     """
     count = min(available, limit if isinstance(limit, int) else int(limit * available))  # as Lightning does
+    if available and not count:
+        raise ConfigError(empty_share("limit_train_batches", limit, available), on_every_rank=True)
     if count % accumulate:
         raise ConfigError(
             f"trainer.limit_train_batches: {limit} (also set by fast_dev_run and overfit_batches) ends an "
@@ -125,6 +128,21 @@ def micro_batches_per_epoch(available: int, limit: int | float, accumulate: int)
             f"accumulate_grad_batches, {accumulate}"
         )
     return count
+
+
+def empty_share(name: str, limit: int | float, available: int) -> str:
+    """Return the problem of a limit of the Trainer that leaves none of the batches that there are.
+
+    Args:
+        name: The setting: ``limit_train_batches``, ``limit_val_batches``, …
+        limit: Its value.
+        available: Batches without a limit.
+    """
+    least = math.ceil(10_000 / available) / 10_000  # so that rounding down leaves one
+    return (
+        f"trainer.{name}: {limit} of {available} batches is none; accepted: an integer of at least 1, or a "
+        f"share of at least {least}"
+    )
 
 
 def shard_evaluation_batches(

@@ -18,7 +18,12 @@ from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.training.callback_checks import callback_problems
 from gatera_lightning.training.logger_checks import logger_problems
 from gatera_lightning.training.module import GateRAModule
-from gatera_lightning.training.number_checks import device_problems, number_problems, seed_problems
+from gatera_lightning.training.number_checks import (
+    device_problems,
+    number_problems,
+    seed_problems,
+    time_problems,
+)
 from gatera_lightning.training.trainer_checks import (
     precision_problems,
     sampler_problems,
@@ -111,6 +116,7 @@ def _trainer_problems(trainer: Namespace, module: GateRAModule, stage: str) -> l
     problems = name_problems(trainer)
     problems += precision_problems(trainer.precision)
     problems += number_problems(vars(trainer), stage)
+    problems += time_problems(trainer.max_time) if stage == "fit" else []
     problems += device_problems(trainer.devices)
     callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
     problems += callback_problems(callbacks)

@@ -36,7 +36,7 @@ def effect_problems(trainer: L.Trainer, *, objectives: Sequence[Objective], is_o
         return problems
     is_ours = is_ours and not any(map(_is_foreign, callbacks))
     may_stop = not is_ours or any(map(_may_stop, callbacks))
-    problems += _limit_problems(trainer, may_stop)
+    problems += _limit_problems(trainer, may_stop) + _timer_problems(callbacks)
     epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
     if _validates(trainer) is True and every is not None and epochs is not None and -1 < epochs < every:
         problems.append(
@@ -78,6 +78,16 @@ def _limit_problems(trainer: L.Trainer, may_stop: bool) -> list[str]:
                 "null, or with trainer.max_time or early_stopping.patience"
             )
     return problems
+
+
+def _timer_problems(callbacks: Iterable[Any]) -> list[str]:
+    """Refuse a time that is over before the first step; ``trainer.max_time`` is a Timer, too."""
+    return [
+        f"trainer.max_time (Timer): {remaining:g} seconds; accepted: a time above 0"
+        for callback in callbacks
+        if isinstance(callback, Timer) and callback.start_time() is None
+        if (remaining := callback.time_remaining()) is not None and remaining <= 0
+    ]
 
 
 def _monitor_problems(trainer: L.Trainer, callback: Any, objectives: Sequence[Objective]) -> list[str]:

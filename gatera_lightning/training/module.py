@@ -44,7 +44,7 @@ from gatera_lightning.training.optimizer import (
 )
 from gatera_lightning.training.resume_rules import check_resume
 from gatera_lightning.training.resumed_optimizer import check_moments
-from gatera_lightning.training.schedule_checks import check_against_data
+from gatera_lightning.training.schedule_checks import check_against_data, check_shares
 from gatera_lightning.training.step_totals import StepTotals
 
 AnyBatch = Batch | PromptBatch
@@ -121,6 +121,7 @@ class GateRAModule(AdapterModule):
         trainer_checks.prepare_trainer(self.trainer)
         self._reset_step()
         self._restored = None
+        check_shares(self.trainer, stage)
         if stage == "fit":
             check_given_loader(self.trainer)
             is_ours = type(self) is GateRAModule

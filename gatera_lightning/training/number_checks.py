@@ -2,7 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, NamedTuple
+
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 class _Rule(NamedTuple):
@@ -66,7 +70,8 @@ _RULES = {
 }
 """Setting of the Trainer -> which values it may have; None is always the default."""
 
-_STAGE_LIMITS = {
+STAGE_LIMITS = {
+    "fit": "limit_train_batches",
     "validate": "limit_val_batches",
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
@@ -81,13 +86,33 @@ def number_problems(settings: Mapping[str, Any], stage: str) -> list[str]:
         settings: Settings of the Trainer, by name; those without a rule are ignored.
         stage: fit, validate, test or predict.
     """
-    rules = _RULES | ({_STAGE_LIMITS[stage]: _SOME_BATCHES} if stage in _STAGE_LIMITS else {})
+    rules = _RULES | ({STAGE_LIMITS[stage]: _SOME_BATCHES} if stage in STAGE_LIMITS else {})
     return [
         f"trainer.{name}: {settings[name]!r}; accepted: {rule.accepted}"
         for name, rule in rules.items()
         if settings.get(name) is not None
         and not isinstance(settings[name], str | dict)  # a time, which has a check of its own
         and not rule.holds(settings[name])
+    ]
+
+
+def time_problems(max_time: Any) -> list[str]:
+    """Refuse a time that ends a run before its first step, or that is none.
+
+    Args:
+        max_time: ``trainer.max_time``: text, a mapping or a timedelta; null for no limit.
+    """
+    if max_time is None:
+        return []
+    try:
+        if Timer(duration=max_time).time_remaining() > 0:  # type: ignore[operator]  # None without a duration
+            return []
+    except (MisconfigurationException, AttributeError, TypeError, OverflowError):
+        pass
+    shown = str(max_time) if isinstance(max_time, timedelta) else repr(max_time)
+    return [
+        f"trainer.max_time: {shown}; accepted: a time above 0, as DD:HH:MM:SS or {{hours: 1}}, or null for "
+        "no limit"
     ]
 
 

@@ -7,10 +7,19 @@ from typing import Any
 import lightning as L
 
 from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.datamodules.batching.batch_schedule import empty_share
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.training.optimizer import OptimizerConfig
 
 log = logging.getLogger(__name__)
+
+_EVALUATION_LIMITS = {
+    "fit": ("limit_val_batches", "val_dataloader"),
+    "validate": ("limit_val_batches", "val_dataloader"),
+    "test": ("limit_test_batches", "test_dataloader"),
+    "predict": ("limit_predict_batches", "predict_dataloader"),
+}
+"""Stage -> the limit of its evaluation batches, and the method that returns their loaders."""
 
 
 def check_against_data(trainer: L.Trainer, optimizer: OptimizerConfig) -> None:
@@ -21,7 +30,7 @@ def check_against_data(trainer: L.Trainer, optimizer: OptimizerConfig) -> None:
         optimizer: The optimizer's settings.
 
     Raises:
-        ConfigError: ``val_check_interval`` is beyond the epoch.
+        ConfigError: ``val_check_interval`` is beyond the epoch, or the epoch is empty.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, SupervisedDataModule) or "train" not in data.tables:
@@ -29,13 +38,14 @@ def check_against_data(trainer: L.Trainer, optimizer: OptimizerConfig) -> None:
     interval = trainer.val_check_interval
     counted = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None
     wanted = interval if counted and trainer.limit_val_batches else 0
-    steps = _planned_steps(trainer, _least_micro_batches(trainer, data))
+    least_batches = _least_micro_batches(trainer, data)
+    steps = _planned_steps(trainer, least_batches)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        _name_missing_validation(trainer, data, _least_micro_batches(trainer, data))
+        _name_missing_validation(trainer, data, least_batches)
     accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
     uneven = isinstance(limit, int) and limit % accumulate != 0  # the schedule refuses it
     counted_steps = max(optimizer.warmup_steps + 1, *_counted_steps(trainer))
-    if wanted <= _least_micro_batches(trainer, data) and counted_steps <= steps and not uneven:
+    if least_batches and wanted <= least_batches and counted_steps <= steps and not uneven:
         return  # without building the schedule, which takes seconds for large data
     micro_batches = data.train_dataloader().micro_batches_per_epoch
     if wanted > micro_batches:
@@ -66,6 +76,32 @@ def check_against_data(trainer: L.Trainer, optimizer: OptimizerConfig) -> None:
             steps,
             optimizer.lr,
         )
+
+
+def check_shares(trainer: L.Trainer, stage: str) -> None:
+    """Refuse a share of the evaluation batches that rounds to none, before weights are loaded.
+
+    The share of training batches is checked with their schedule.
+
+    Args:
+        trainer: The Trainer, whose data module is set up.
+        stage: What it runs: fit, validate, test or predict.
+
+    Raises:
+        ConfigError: The share leaves none of the batches.
+    """
+    name, method = _EVALUATION_LIMITS[stage]
+    data, limit = getattr(trainer, "datamodule", None), getattr(trainer, name)
+    if not isinstance(data, SupervisedDataModule) or not isinstance(limit, float) or not 0 < limit < 1:
+        return
+    if getattr(getattr(data, method), "__func__", None) is not getattr(SupervisedDataModule, method):
+        return  # a user's own loaders
+    if ("test" if method != "val_dataloader" else "validation") not in data.tables:
+        return
+    loaders = getattr(data, method)()
+    sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+    if smallest := min((size for size in sizes if size and not int(size * limit)), default=0):
+        raise ConfigError(empty_share(name, limit, smallest), on_every_rank=True)
 
 
 def _name_missing_validation(trainer: L.Trainer, data: Any, micro_batches: int) -> None:

@@ -18,7 +18,7 @@ from gatera_lightning.compatibility.lightning_internals import uses_distributed_
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig
-from gatera_lightning.training.number_checks import number_problems
+from gatera_lightning.training.number_checks import STAGE_LIMITS, number_problems
 
 _CHECKED_NUMBERS = (
     "accumulate_grad_batches",
@@ -51,7 +51,8 @@ def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig, back
     problems += sharded_decoding_problems(trainer.strategy, decoding)
     problems += sharded_quantization_problems(trainer.strategy, backbone)
     problems += strategy_problems(trainer.strategy)
-    problems += number_problems({name: getattr(trainer, name, None) for name in _CHECKED_NUMBERS}, stage)
+    names = (*_CHECKED_NUMBERS, STAGE_LIMITS[stage])
+    problems += number_problems({name: getattr(trainer, name, None) for name in names}, stage)
     if problems:
         raise ConfigError(problems)
 

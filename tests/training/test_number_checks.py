@@ -1,6 +1,7 @@
 """Numbers of the Trainer that cannot work are refused with what is accepted."""
 
 import math
+from datetime import timedelta
 
 import lightning as L
 import pytest
@@ -8,7 +9,12 @@ import pytest
 from gatera_lightning import BackboneConfig, ConfigError
 from gatera_lightning.cli.main import main
 from gatera_lightning.generation.decoding import DecodingConfig
-from gatera_lightning.training.number_checks import device_problems, number_problems, seed_problems
+from gatera_lightning.training.number_checks import (
+    device_problems,
+    number_problems,
+    seed_problems,
+    time_problems,
+)
 from gatera_lightning.training.trainer_checks import check_trainer
 
 REFUSED = {
@@ -72,6 +78,18 @@ def test_evaluation_of_nothing_is_refused(stage, name):
     assert problem.startswith(f"trainer.{name}: 0; accepted: a number of batches of at least 1")
 
 
+@pytest.mark.parametrize("time", ["00:00:00:00", "1 hour", {"hours": 0}, {"years": 1}, timedelta(), 3])
+def test_time_that_leaves_no_step_is_refused(time):
+    (problem,) = time_problems(time)
+    assert problem.startswith(f"trainer.max_time: {str(time) if isinstance(time, timedelta) else repr(time)}")
+    assert "accepted: a time above 0, as DD:HH:MM:SS or {hours: 1}, or null" in problem
+
+
+@pytest.mark.parametrize("time", ["00:00:00:01", {"minutes": 1}, timedelta(seconds=1), None])
+def test_time_is_accepted(time):
+    assert time_problems(time) == []
+
+
 @pytest.mark.parametrize("devices", [0, "0", -2, "-3", [], ""])
 def test_no_devices_are_refused(devices):
     (problem,) = device_problems(devices)
@@ -115,6 +133,7 @@ def test_command_line_reports_all_of_them(tmp_path, monkeypatch, capsys, tiny_ba
         "trainer.val_check_interval": "0",
         "trainer.max_epochs": "0",
         "trainer.devices": "0",
+        "trainer.max_time": "00:00:00:00",
         "trainer.num_nodes": "0",
         "trainer.log_every_n_steps": "0",
         "model.optimizer.weight_decay": "1e9",

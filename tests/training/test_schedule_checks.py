@@ -5,6 +5,7 @@ from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from gatera_lightning import ConfigError
+from gatera_lightning.datamodules.batching.batch_schedule import empty_share
 
 
 def fit(folder, root, warmup_steps=0, data=None, **settings):
@@ -54,3 +55,39 @@ def test_warm_up_beyond_the_run_is_named(tiny_backbone, tmp_path, caplog, warmup
     named = f"model.optimizer.warmup_steps: {warmup}, but the run has {steps} steps" in caplog.text
     assert named == (steps is not None)
     assert ("warmup_steps" in caplog.text) == named
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "limit", "message"),
+    [
+        (
+            "fit",
+            "limit_train_batches",
+            0.1,
+            "0.1 of 6 batches is none; accepted: an integer",
+        ),
+        ("fit", "limit_train_batches", 0, "0; accepted: a number of batches of at least 1"),
+        ("fit", "limit_val_batches", 0.1, "0.1 of 4 batches is none; accepted: .* share of at least 0.25"),
+        ("validate", "limit_val_batches", 0.1, "0.1 of 4 batches is none"),
+        ("test", "limit_test_batches", 0.01, "0.01 of 6 batches is none; .* at least 0.1667"),
+        ("predict", "limit_predict_batches", 0.01, "0.01 of 6 batches is none"),
+        ("fit", "max_time", "00:00:00:00", " .Timer.: 0 seconds; accepted: a time above 0"),
+    ],
+)
+def test_nothing_to_do_is_refused_before_weights_are_loaded(
+    tiny_backbone, tmp_path, monkeypatch, stage, name, limit, message
+):
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+    trainer = tiny_trainer(tmp_path, **({"limit_val_batches": 1} | {name: limit}))
+    data = tiny_data(tiny_backbone, eval_batch_size=2, evaluate_by=["likelihood"])
+    run = getattr(trainer, stage)
+    with pytest.raises(ConfigError, match=f"trainer.{name}:? ?{message}"):
+        run(tiny_module(tiny_backbone), datamodule=data)
+
+
+def test_smallest_accepted_share_leaves_a_batch():
+    for available in range(1, 500):
+        share = float(empty_share("limit_val_batches", 0.0, available).rpartition(" ")[2])
+        assert int(available * share) >= 1
