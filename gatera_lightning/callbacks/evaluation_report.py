@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ from gatera_lightning.evaluation.recorded_example import check_record
 from gatera_lightning.evaluation.results import SUMMARY_FILE, EvaluationResult
 from gatera_lightning.evaluation.results_table import print_results
 from gatera_lightning.evaluation.text_metrics import bert_layer_problem
+from gatera_lightning.gate_analysis.skipped_tokens import (
+    SkippedTokens,
+    counting_skipped_tokens,
+    describe_shares,
+    gates_decide,
+)
 from gatera_lightning.terminal.printing import SafeConsole
 
 log = logging.getLogger(__name__)
@@ -51,9 +58,10 @@ log = logging.getLogger(__name__)
 class EvaluationReport(L.Callback):
     """Write ``predictions.jsonl`` with one line per example; after ``test``, also print and save the results.
 
-    The table of results is printed, and its numbers go to ``test_results.json``. Every batch of predictions
-    is written to disk as soon as it is computed. With a ``folder``, an evaluation that was killed continues
-    where it stopped, on any number of ranks, and ends with the same files. ``result`` holds the last result.
+    The table of results is printed, and its numbers go to ``test_results.json``. If the gates decide, both say
+    which share of the tokens each layer skipped, of prompts and given answers. Every batch of predictions is
+    written to disk as soon as it is computed. With a ``folder``, an evaluation that was killed continues where
+    it stopped, on any number of ranks, and ends with the same files. ``result`` holds the last result.
 
     Example:
         >>> report = EvaluationReport("results/arc")
@@ -88,6 +96,8 @@ class EvaluationReport(L.Callback):
         self.result: EvaluationResult | None = None
         self._stored_identity: dict[str, Any] | None = None
         self._stored_summary: dict[str, Any] = {}
+        self._skipped = SkippedTokens()
+        self._counting = ExitStack()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -130,7 +140,32 @@ class EvaluationReport(L.Callback):
             _warn_about_long_answers(data.tables["test"], module.decoding.max_new_tokens)
         trainer.strategy.barrier()
         self._part = PartFile(self._path, trainer.global_rank)
+        self._skipped, self._decides = SkippedTokens(), gates_decide(module.model)
         self._started = time.perf_counter()
+
+    @override
+    def on_test_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count which tokens the gates skip, if they decide."""
+        module: Any = pl_module
+        if self._decides:
+            generates = "labels" not in batch
+            self._counting.enter_context(
+                counting_skipped_tokens(module.model, self._skipped, first_pass_only=generates)
+            )
+
+    @override
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Stop counting in the batch that failed."""
+        self._counting.close()
 
     @override
     def on_test_batch_end(
@@ -143,6 +178,7 @@ class EvaluationReport(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the predictions of one batch."""
+        self._counting.close()
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(outputs, Mapping)
         records: Records = {}
@@ -176,9 +212,14 @@ class EvaluationReport(L.Callback):
             pl_module.log("test/loss", result.gold_loss, rank_zero_only=True)
         for metric, value in result.text_metrics().items():
             pl_module.log(f"test/{metric}", value, rank_zero_only=True)
+        skipped = self._skipped.shares()
         if trainer.is_global_zero:
             print_results(result, ranking=trainer.datamodule.ranking)  # type: ignore[attr-defined]
-            self._write_summary(trainer, pl_module, result, seconds)
+            if skipped:
+                SafeConsole(soft_wrap=True).print(
+                    Text(f"tokens skipped by gates: {describe_shares(skipped)}")
+                )
+            self._write_summary(trainer, pl_module, result, seconds, skipped)
             SafeConsole(soft_wrap=True).print(Text(f"every prediction: {self._path / PREDICTIONS_FILE}"))
 
     @override
@@ -249,7 +290,12 @@ class EvaluationReport(L.Callback):
         return self.result
 
     def _write_summary(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, result: EvaluationResult, seconds: float
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        result: EvaluationResult,
+        seconds: float,
+        skipped: dict[str, Any],
     ) -> None:
         path = self._path / SUMMARY_FILE
         computed = len(self._records) - len(self._resumed)
@@ -262,6 +308,7 @@ class EvaluationReport(L.Callback):
                 "wall_seconds": seconds,
                 "resumed_predictions": len(self._resumed),
                 "computed_predictions": computed,
+                **({"skipped_tokens": skipped} if skipped else {}),
             }
         write_text(path, json.dumps(record | result.summary(), indent=2, default=str) + "\n")
 

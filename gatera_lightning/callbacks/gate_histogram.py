@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -14,6 +15,7 @@ from gatera_lightning.errors import CheckpointError
 from gatera_lightning.gate_analysis.history import GateShareHistory
 from gatera_lightning.gate_analysis.plots.canvas import draw_pixels
 from gatera_lightning.gate_analysis.plots.gate_shares import draw_gate_shares
+from gatera_lightning.gate_analysis.skipped_tokens import gates_decide
 from gatera_lightning.gate_analysis.statistics import (
     BINS,
     PHASES,
@@ -22,6 +24,7 @@ from gatera_lightning.gate_analysis.statistics import (
     counted_tokens,
     gated_layers,
     module_groups,
+    share_skipped,
     statistics_from_counts,
     sum_over_groups,
 )
@@ -39,7 +42,8 @@ class GateHistogram(L.Callback):
       ``gate_families/q_proj`` for each projection type, one ``gate_layers/03`` for each decoder layer, and
       one ``gate_modules/<path>`` for each module;
     - scalars of each group except single modules: ``mean``, ``share_closed`` (g < 0.1), ``share_open``
-      (g ≥ 0.9) and ``entropy``;
+      (g ≥ 0.9) and ``entropy``, and for gates that decide ``share_skipped``, the share of tokens whose update
+      evaluation would skip;
     - the image ``gate_shares/layers``: the shares of closed and open gates of every layer since training
       started.
 
@@ -70,6 +74,7 @@ class GateHistogram(L.Callback):
         self.names: list[str] = []
         self.history: GateShareHistory | None = None
         self._logged_step = 0
+        self._decides = False
         self._restored: dict[str, Any] = {}
 
     @override
@@ -102,6 +107,7 @@ class GateHistogram(L.Callback):
         )
         self.counts, self.names = None, []  # drop the counts of an earlier fit
         module: Any = pl_module
+        self._decides = gates_decide(module.model)
         gated = {name for name, layer in adapted_linears(module.model).items() if layer.gate is not None}
         if unknown := set(restored.get("names", ())) - gated:
             raise CheckpointError(
@@ -131,6 +137,8 @@ class GateHistogram(L.Callback):
         if self.counts is None:
             self.counts = GateStatistics(len(z)).to(z.device)
             self.names = gates.names  # in the order of the logits
+        if self._decides:  # a logit of 0 closes the gate, and its value of ½ would count as open
+            z = z.masked_fill(z == 0, -1e-6)
         self.counts.update(z, counted_tokens(batch), batch["response_mask"])
         if trainer.global_step > self._logged_step and trainer.global_step % self.every_n_steps == 0:
             self._logged_step = trainer.global_step
@@ -147,11 +155,14 @@ class GateHistogram(L.Callback):
         bins, sums = sum_over_groups(groups, bins, sums)  # (phases, groups, 50), (3, phases, groups)
         statistics = statistics_from_counts(bins, sums)  # (phases, groups, 4)
         tags = [f"{group}/{phase}" for phase in PHASES for group in groups]
+        names, columns = list(STATISTICS), statistics
+        if self._decides:
+            names, columns = [*names, "share_skipped"], torch.cat([columns, share_skipped(bins)], -1)
         scalars = {
             f"{tag}/{name}": value
-            for tag, values in zip(tags, statistics.flatten(0, 1).tolist(), strict=True)
+            for tag, values in zip(tags, columns.flatten(0, 1).tolist(), strict=True)
             if not tag.startswith("gate_modules/")  # thousands of scalars that nobody would read
-            for name, value in zip(STATISTICS, values, strict=True)
+            for name, value in zip(names, values, strict=True)
             if not math.isnan(value)  # NaN: no tokens
         }
         for logger in scalar_loggers(trainer):

@@ -14,6 +14,7 @@ from gatera_lightning.compatibility.lightning_internals import (
     write_hparams_success,
 )
 from gatera_lightning.evaluation.likelihood_ranking import Score
+from gatera_lightning.gate_analysis.skipped_tokens import gates_decide
 
 # Section -> title of a chart -> the tags it shows, as regular expressions that match from the start of a tag.
 _CHARTS: dict[str, dict[str, list[str]]] = {
@@ -28,6 +29,10 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
         "share open (g ≥ 0.9)": ["gates/(prompt|response)/share_open$"],
         "mean by projection type, prompt": ["gate_families/.*/prompt/mean$"],
         "mean by projection type, response": ["gate_families/.*/response/mean$"],
+    },
+    "skipped tokens": {
+        "share of tokens that gates skip": ["train/gate_skipped$", "gates/(prompt|response)/share_skipped$"],
+        "by layer, response": ["gate_layers/.*/response/share_skipped$"],
     },
     "optimizer": {
         "learning rate": ["lr/update$", "lr/gate$"],
@@ -125,7 +130,11 @@ class TensorBoardOverview(L.Callback):
     def _write_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        module: Any = pl_module
         settings = run_settings(trainer, pl_module)
+        absent = {"gates"} if settings["gate"] == "none" else set()
+        if not gates_decide(module.model):
+            absent.add("skipped tokens")
         for logger in tensorboard_loggers(trainer):
             folder = os.path.abspath(logger.log_dir)
             if folder in self._written:
@@ -135,7 +144,7 @@ class TensorBoardOverview(L.Callback):
                 {
                     section: {chart: ["Multiline", tags] for chart, tags in charts.items()}
                     for section, charts in _CHARTS.items()
-                    if section != "gates" or settings["gate"] != "none"
+                    if section not in absent
                 }
             )
             write_hparams_start(logger, settings, _SETTINGS, _RESULTS)

@@ -96,6 +96,11 @@ def statistics_from_counts(bins: Tensor, sums: Tensor) -> Tensor:
     return parts / bins.sum(-1, keepdim=True)
 
 
+def share_skipped(bins: Tensor) -> Tensor:
+    """Return the share of gates below ½, which gates that decide skip, from counts (…, 50): (…, 1)."""
+    return bins[..., : BINS // 2].sum(-1, keepdim=True).double() / bins.sum(-1, keepdim=True)
+
+
 def statistics_from_gates(gates: np.ndarray) -> dict[str, Any]:
     """Summarize gates (modules, tokens); only ``tokens`` is present if there are none.
 

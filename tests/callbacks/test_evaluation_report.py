@@ -9,7 +9,7 @@ import torch
 from printed_tables import table_cells
 from tiny_backbone import sample_rows, tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning import BackboneConfig, ConfigError, adapter_parameters
+from gatera_lightning import BackboneConfig, ConfigError, HardGateConfig, adapter_parameters
 from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.cli.commands.compare import compare
@@ -332,3 +332,26 @@ def test_generated_solutions_have_accuracy(module, arithmetic, tmp_path, capsys)
 def test_invalid_bert_layer_is_rejected():
     with pytest.raises(ValueError, match=r"evaluation\.bert_layer: 0; accepted: an integer of at least 1"):
         EvaluationReport(bert_layer=0)
+
+
+@pytest.mark.parametrize("evaluate_by", [["likelihood"], ["generation"]], ids=" ".join)
+def test_report_has_the_share_of_tokens_that_gates_skip(
+    tiny_backbone, tmp_path, capsys, randomize, evaluate_by
+):
+    module = tiny_module(tiny_backbone, gate=HardGateConfig(bias=0.0))
+    module.decoding.max_new_tokens = 3
+    module.configure_model()
+    randomize(module.model)
+    data = tiny_data(tiny_backbone, evaluate_by=evaluate_by)
+    run(module, tmp_path, data=data)
+    skipped = json.loads((tmp_path / "test_results.json").read_text())["skipped_tokens"]
+    assert f"tokens skipped by gates: {skipped['share']:.1%} of {skipped['tokens']:,} tokens" in (
+        capsys.readouterr().out.replace("\n", "")
+    )
+    assert list(skipped["modules"]) == list(module.report.layers)
+    assert list(skipped["layers"]) == ["0", "1"]
+    assert 0 < skipped["share"] < 1
+    table = data.tables["test"]
+    prompts = sum(map(len, table["prompt"]))
+    assert skipped["tokens"] >= prompts
+    assert (skipped["tokens"] == prompts) == (evaluate_by == ["generation"])

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_backbone import tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.adapters.gates import GATES, TokenGateConfig
+from gatera_lightning.adapters.gates import GATES, HardGateConfig, ThresholdGateConfig, TokenGateConfig
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.errors import CheckpointError
@@ -104,6 +104,29 @@ def test_shares_count_saturated_gates(tiny_backbone, tmp_path, bias, share):
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(tiny_backbone, tmp_path, logger, gate=TokenGateConfig(bias=bias))
     assert [e.value for e in read_events(logger.log_dir).Scalars(f"gates/prompt/{share}")] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("gate", [HardGateConfig(bias=0.1), HardGateConfig(bias=0.0), ThresholdGateConfig()])
+def test_gates_that_decide_have_the_share_of_skipped_tokens(tiny_backbone, tmp_path, gate):
+    """Hard gates with b = 0 start at z = 0, which evaluation closes, and thresholds of 0 keep all."""
+    logger = TensorBoardLogger(tmp_path, name="run")
+    module, recorded = fit(tiny_backbone, tmp_path, logger, every_n_steps=1, gate=gate)
+    events, groups = read_events(logger.log_dir), groups_of(module.report.layers)
+    for step, (z, batch) in enumerate(recorded, 1):
+        for group in ("gates", "gate_families/q_proj", "gate_layers/01"):
+            (event,) = (e for e in events.Scalars(f"{group}/response/share_skipped") if e.step == step)
+            counted = batch["attention_mask"].bool() & batch["response_mask"]
+            counted &= (batch["example_ids"] >= 0).unsqueeze(1)
+            expected = (z[groups[group]][:, counted] <= 0).double().mean()
+            assert event.value == pytest.approx(float(expected)), (group, step)
+    start = float((recorded[0][0] <= 0).double().mean())
+    assert start == (gate.kind == "hard" and gate.bias == 0)
+
+
+def test_other_gates_skip_no_token(tiny_backbone, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(tiny_backbone, tmp_path, logger)
+    assert not [tag for tag in read_events(logger.log_dir).Tags()["scalars"] if "skipped" in tag]
 
 
 def test_second_run_starts_without_counts_of_first(tiny_backbone, tmp_path):

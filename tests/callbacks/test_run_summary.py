@@ -4,8 +4,10 @@ import lightning as L
 import pytest
 from tiny_backbone import NO_PICTURES, run_program, tiny_args, tiny_data, tiny_module, tiny_trainer
 
+from gatera_lightning.adapters.gates import GATES
 from gatera_lightning.callbacks.run_summary import RunSummary
 from gatera_lightning.datamodules.loss_mask_view import highlight_supervised
+from gatera_lightning.gate_analysis.statistics import counted_tokens
 
 
 @pytest.mark.parametrize(("gate", "trainable"), [("token", "2,922"), ("none", "2,560")])
@@ -71,3 +73,23 @@ def test_two_ranks_do_not_deadlock(tiny_backbone, tmp_path):
     )
     assert printed.count("a training example, with its supervised tokens marked:") == 1
     assert "logs and checkpoints: runs/quickstart/version_0" in printed
+
+
+@pytest.mark.parametrize("gate", ["hard", "token"])
+def test_summary_ends_with_skipped_tokens_of_the_last_step(tiny_backbone, tmp_path, capsys, gate):
+    module, counted = tiny_module(tiny_backbone, gate=GATES[gate](bias=0.0)), []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            z, mask = outputs["gates"].stacked(batch["attention_mask"]), counted_tokens(batch)
+            counted.append(((z[:, mask] <= 0).sum(), mask.sum() * len(z)))
+
+    trainer = tiny_trainer(tmp_path, RunSummary(), Count(), max_steps=3, accumulate_grad_batches=2)
+    trainer.fit(module, datamodule=tiny_data(tiny_backbone))
+    out = capsys.readouterr().out
+    assert ("skipped by gates" in out) == (gate == "hard")
+    if gate == "hard":
+        (skipped, tokens), (more, more_tokens) = counted[-2:]
+        share = float((skipped + more) / (tokens + more_tokens))
+        assert f"skipped by gates in the last optimizer step: {share:.1%} of" in out
+        assert "; by layer 0: " in out

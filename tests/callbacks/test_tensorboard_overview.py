@@ -85,14 +85,18 @@ def layout_of(folder):
 
 @pytest.mark.parametrize(
     ("gate", "parts"),
-    [("token", ["loss", "gates", "optimizer", "speed"]), ("none", ["loss", "optimizer", "speed"])],
+    [
+        ("token", ["loss", "gates", "optimizer", "speed"]),
+        ("hard", ["loss", "gates", "skipped tokens", "optimizer", "speed"]),
+        ("none", ["loss", "optimizer", "speed"]),
+    ],
 )
 def test_charts_show_logged_tags(tiny_backbone, tmp_path, gate, parts):
     logger = TensorBoardLogger(tmp_path, name="run")
     fit(tiny_backbone, tmp_path, logger, gate=gate)
     layout, logged = layout_of(logger.log_dir), events(logger.log_dir).Tags()["scalars"]
     assert list(layout) == parts
-    for part in ("loss", "gates"):
+    for part in ("loss", "gates", "skipped tokens"):
         for chart, tags in layout.get(part, {}).items():
             for tag in tags:
                 assert any(re.match(tag, name) for name in logged), f"{chart}: {tag}"

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, **adapter):
     from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
 
     config = AdapterConfig(**({"rank": 4} | adapter))
-    if config.gate.kind != "none":
+    if "entropy_weight" in {field.name for field in fields(config.gate)}:
         config.gate = replace(config.gate, entropy_weight=entropy_weight)
     return GateRAModule(
         backbone=BackboneConfig(id=str(folder), dtype="float32"),
