@@ -58,10 +58,11 @@ log = logging.getLogger(__name__)
 class EvaluationReport(L.Callback):
     """Write ``predictions.jsonl`` with one line per example; after ``test``, also print and save the results.
 
-    The table of results is printed, and its numbers go to ``test_results.json``. If the gates decide, both say
-    which share of the tokens each layer skipped, of prompts and given answers. Every batch of predictions is
-    written to disk as soon as it is computed. With a ``folder``, an evaluation that was killed continues where
-    it stopped, on any number of ranks, and ends with the same files. ``result`` holds the last result.
+    The table of results is printed, and its numbers go to ``test_results.json``. If the gates decide, both
+    say which share of the tokens each layer skipped, of prompts and given answers. Every batch of
+    predictions is written to disk as soon as it is computed. With a ``folder``, an evaluation that was killed
+    continues where it stopped, on any number of ranks, and ends with the same files. ``result`` holds the
+    last result.
 
     Example:
         >>> report = EvaluationReport("results/arc")
