@@ -89,7 +89,7 @@ def newest_valid_checkpoint(folder: Path) -> Path | None:
     if not found:
         return None
     step, _, newest = max(found)
-    log.info("resuming from %s, at optimizer step %d", newest, step)
+    log.info("newest valid checkpoint: %s, at optimizer step %d", newest, step)
     return newest
 
 

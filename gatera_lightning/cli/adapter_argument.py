@@ -28,8 +28,8 @@ def adapter_folder(given: str, argument: str = "--adapter") -> str:
         The adapter folder; what is given if there is none, so that reading it says what is missing.
 
     Raises:
-        ConfigError: The argument is empty, the run has several adapters and none is the last, or the hub's
-            adapter cannot be fetched.
+        ConfigError: The argument is empty or a whole model, the run has several adapters and none is the
+            last, or the hub's adapter cannot be fetched.
     """
     if not given.strip():  # an unset variable of the shell, and not the working folder
         raise ConfigError(f"{argument}: {given!r}; accepted: {ACCEPTED}")
@@ -41,6 +41,11 @@ def adapter_folder(given: str, argument: str = "--adapter") -> str:
     checkpoints = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
     found = sorted(file.parent for file in checkpoints.glob(f"*/{CONFIG_FILE}"))
     last = [one for one in found if one.name == "last"]
+    if not found and (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{argument}: {given} holds a whole model, without an adapter; accepted: {ACCEPTED}. A whole "
+            "model is a --backbone for chat, generate and harness, and other engines serve it"
+        )
     if not found:
         return given
     if not last and len(found) > 1:

@@ -43,6 +43,8 @@ def set_up_console() -> None:
         # A plain StreamHandler is the one that Lightning installs itself.
         if any(type(handler) is logging.StreamHandler for handler in lightning_log.handlers):
             lightning_log.handlers = [_StderrHandler()]
+    # PEFT imports bitsandbytes, which then warns that an optional kernel is not installed.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     # Progress bars are drawn with control characters, which do not belong in a file. A subcommand that has
     # not imported Transformers draws none.
     if not sys.stderr.isatty() and "transformers" in sys.modules:

@@ -159,7 +159,7 @@ def test_newest_valid_checkpoint_skips_corrupt_file_with_warning(tmp_path, caplo
         assert newest_valid_checkpoint(tmp_path) == previous
     assert [record.getMessage() for record in caplog.records] == [
         f"skipping the checkpoint {tmp_path / 'last.ckpt'}: {problem}",
-        f"resuming from {previous}, at optimizer step 4",
+        f"newest valid checkpoint: {previous}, at optimizer step 4",
     ]
 
 

@@ -82,7 +82,9 @@ def test_resume_from_folder_skips_corrupt_checkpoints(args, uninterrupted, saved
     skipped = sorted(text.partition(": the file is corrupt (record ")[0] for text in messages[:-1])
     assert skipped == sorted(f"skipping the checkpoint saved/{name}" for name in corrupt)
     number = len(corrupt)
-    assert messages[-1] == f"resuming from saved/last-{number}.ckpt, at optimizer step {4 - number}"
+    assert (
+        messages[-1] == f"newest valid checkpoint: saved/last-{number}.ckpt, at optimizer step {4 - number}"
+    )
     assert adapter_bytes() == adapter_bytes(uninterrupted)
 
 
@@ -141,7 +143,10 @@ def test_ckpt_path_last_starts_and_resumes_in_the_same_folder(
     assert "no checkpoint in runs/quickstart/job/checkpoints yet: the run starts" in caplog.text
     caplog.clear()
     assert main(command) == 0
-    assert "resuming from runs/quickstart/job/checkpoints/last.ckpt, at optimizer step 4" in caplog.text
+    assert (
+        "newest valid checkpoint: runs/quickstart/job/checkpoints/last.ckpt, at optimizer step 4"
+        in caplog.text
+    )
     assert [path.name for path in Path("runs/quickstart").iterdir()] == ["job"]
     assert adapter_bytes("runs/quickstart/job") == adapter_bytes(uninterrupted)
     assert main(command) == 0  # there is nothing left to do

@@ -83,6 +83,11 @@ def test_empty_argument_is_one_sentence(adapter, command, capsys, given):
     assert re.search(f": {given!r}; accepted: (an adapter folder|a path)", capsys.readouterr().err)
 
 
+def test_whole_model_is_named_as_such(tiny_backbone):
+    with pytest.raises(ConfigError, match=r"holds a whole model, without an adapter; .* is a --backbone for"):
+        adapter_folder(str(tiny_backbone))
+
+
 def test_adapter_on_the_hub_is_fetched(hub):
     assert adapter_folder(hub) == "adapter"
     with pytest.raises(ConfigError) as caught:

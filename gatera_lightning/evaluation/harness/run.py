@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gatera_lightning.adapters.identity import adapter_identity, backbone_identi
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.checkpointing.atomic_files import write_text
-from gatera_lightning.evaluation.harness.model import GateRALM
+from gatera_lightning.evaluation.harness.model import GateRALM, is_local
 from gatera_lightning.evaluation.harness.predictions import HarnessPredictions, harness_predictions
 from gatera_lightning.evaluation.harness.task_loading import LoadedTasks
 from gatera_lightning.evaluation.identity import FORMAT_VERSION, IDENTITY_FILE, check_identity
@@ -67,10 +68,12 @@ def harness_identity(model: GateRALM, tasks: LoadedTasks, settings: HarnessSetti
     """Return everything that the predictions depend on, as ``evaluation.json`` stores it."""
     module, folder = model.adapted_model, model.source.adapter_folder
     config = None if folder is None else read_adapter_config(folder)[0]
+    local = any(is_local(doc) for task in tasks.by_name.values() for doc in islice(task.eval_docs, 1))
     return {
         "format": FORMAT_VERSION,
         # A backbone alone has no adapted layers, whose frozen weights the fingerprint is made of.
-        "backbone": backbone_identity(module) if adapted_linears(module) else model.source.backbone.id,
+        "backbone": backbone_identity(module) if adapted_linears(module) else None,
+        "harness.backbone": model.source.backbone.id,
         "adapter": None if config is None else adapter_identity(module),
         "method": config and {"update": config.update, "gate": config.gate.kind, "scale": config.scale},
         "data": _data_hash(tasks),
@@ -80,10 +83,10 @@ def harness_identity(model: GateRALM, tasks: LoadedTasks, settings: HarnessSetti
         "harness.versions": {name: task.VERSION for name, task in tasks.by_name.items()},
         "harness.num_fewshot": settings.num_fewshot,
         "harness.limit": settings.limit,
-        "harness.template": model.template,
+        "harness.template": model.template if local or settings.apply_chat_template else None,
         "harness.apply_chat_template": settings.apply_chat_template,
         "harness.max_length": model.max_length,
-        "harness.answer_format": settings.local.get("answer_format"),
+        "harness.answer_format": settings.local.get("answer_format") if local else None,
     }
 
 

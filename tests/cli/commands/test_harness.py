@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -178,8 +179,21 @@ def test_two_models_are_compared(tiny_backbone, adapter, tmp_path, capsys):
     assert (base.method, adapted.method) == ("untrained", "hira × token")
     (pair,) = compare_runs([base, adapted]).pairs
     assert (pair.common, pair.unpaired) == (20, (0, 0))
-    assert {"adapter", "method"}.isdisjoint(pair.different_settings)
+    assert pair.different_settings == {}
     assert any(found.outcomes.only_first + found.outcomes.only_second for found in pair.accuracies)
+
+
+def test_what_has_no_effect_on_a_task_is_no_difference(tiny_backbone, adapter, tmp_path, capsys):
+    """The templates of the two models, which are for local tasks alone; another backbone is one."""
+    other = shutil.copytree(tiny_backbone, tmp_path / "other")
+    flags = ("--tasks", "own_choice", "--include_path", user_tasks(tmp_path / "tasks"), "--dtype", "float32")
+    harness(capsys, "--backbone", tiny_backbone, "--out", tmp_path / "base", "--template", "alpaca", *flags)
+    harness(capsys, "--backbone", other, "--out", tmp_path / "other_base", *flags)
+    harness(capsys, "--adapter", adapter, "--out", tmp_path / "adapted", *flags)
+    runs = [read_run(tmp_path / name) for name in ("adapted", "base", "other_base")]
+    same, different = (pair.different_settings for pair in compare_runs(runs).pairs)
+    assert same == {}
+    assert list(different) == ["harness.backbone"]
 
 
 def test_folder_of_another_evaluation_is_refused(tiny_backbone, tmp_path, capsys):
