@@ -1,10 +1,11 @@
 """Settings of an adapter: which layers to adapt, with which update ``u`` and which gate ``g``."""
 
 import functools
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Final, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from gatera_lightning.adapters.gates import (
     GATES,
@@ -13,14 +14,13 @@ from gatera_lightning.adapters.gates import (
     gate_from_dict,
     is_finite_number,
 )
-from gatera_lightning.adapters.name_patterns import ending, first_match, pattern_problem
+from gatera_lightning.adapters.name_patterns import first_match
+from gatera_lightning.adapters.target_problems import is_int, module_problems, pattern_problems
 from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.adapters.updates.base import Update
-from gatera_lightning.errors import ConfigError, near_miss, unknown_value
+from gatera_lightning.errors import ConfigError, unknown_value
 
 AdapterDtype = Literal["float32", "float64"]
-
-ALL_LINEAR: Final = "all-linear"
 
 FLAT_GATE_SETTINGS = {
     "gate_bias": "bias",
@@ -85,6 +85,11 @@ class AdapterConfig:
     blocks: int | None = None
     """With block_hira, the number of blocks along each side of a weight; null means 2."""
 
+    stochastic_rounding: bool = False
+    """With hira in bfloat16: let training multiply by W0 + W0 ⊙ BA, rounded at random so that it is right on
+    average. Tokens with open gates, or all without a gate, then take 3 large matmuls, as in float32, instead
+    of 5. false is exact. Other dtypes need no such rounding."""
+
     dropout: float = 0.0
     """Dropout probability on the update's input; the frozen layer and the gate see it undropped."""
 
@@ -129,7 +134,7 @@ class AdapterConfig:
             found.append(unknown_value("adapter.update", self.update, UPDATES))
         if self.adapter_dtype not in get_args(AdapterDtype):
             found.append(unknown_value("adapter.adapter_dtype", self.adapter_dtype, get_args(AdapterDtype)))
-        if not _is_int(self.rank) or self.rank < 1:
+        if not is_int(self.rank) or self.rank < 1:
             found.append(f"adapter.rank: {self.rank!r} is not a rank; accepted: an integer of at least 1")
         found += self._alpha_problems() or self._extra_problems()
         if not (is_finite_number(self.dropout) and 0 <= self.dropout < 1):
@@ -140,95 +145,48 @@ class AdapterConfig:
             found += self.gate.problems() or self._threshold_problems()
         else:
             found.append(unknown_value("adapter.gate", self.gate, GATES))
-        found += self._module_problems() + self._pattern_problems()
-        return found
-
-    def _module_problems(self) -> list[str]:
-        """Describe what is wrong with the settings that choose modules."""
-        found = []
-        if self.target_modules == [] or not isinstance(self.target_modules, list | str):
-            found.append(
-                f"adapter.target_modules: {self.target_modules!r}; "
-                f"accepted: a list of at least one name or regex, or {ALL_LINEAR}"
-            )
-        elif isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            found.append(
-                f"adapter.target_modules: {self.target_modules!r} is no list; accepted: a list of names and "
-                f"regexes, or {ALL_LINEAR}{near_miss(self.target_modules, [ALL_LINEAR])}"
-            )
-        elif ALL_LINEAR in self.target_modules and self.target_modules != ALL_LINEAR:
-            found.append(
-                f"adapter.target_modules: {self.target_modules!r}; accepted: {ALL_LINEAR} without a list"
-            )
-        if not isinstance(self.exclude_modules, list):
-            found.append(
-                f"adapter.exclude_modules: {self.exclude_modules!r}; accepted: a list of names and regexes"
-            )
-        for name in ("target_modules", "exclude_modules"):
-            patterns = getattr(self, name)
-            if isinstance(patterns, list):
-                found += [f"adapter.{name}: {text}" for text in map(_regex_problem, patterns) if text]
-        if self.layers is not None and not (
-            isinstance(self.layers, list) and self.layers and all(map(_is_int, self.layers))
-        ):
-            found.append(f"adapter.layers: {self.layers!r}; accepted: null for all, or a list of indices")
-        return found
-
-    def _pattern_problems(self) -> list[str]:
-        """Describe what is wrong with ``rank_pattern`` and ``alpha_pattern``."""
-        found = []
-        accepted: dict[str, tuple[str, Callable[[Any], bool]]] = {
-            "rank_pattern": ("an integer of at least 1", lambda rank: _is_int(rank) and rank >= 1),
-            "alpha_pattern": ("a number above 0", lambda alpha: is_finite_number(alpha) and alpha > 0),
-        }
-        for name, (values, is_accepted) in accepted.items():
-            patterns = getattr(self, name)
-            if not isinstance(patterns, Mapping):
-                found.append(f"adapter.{name}: {patterns!r}; accepted: a table of names of modules")
-                continue
-            for key, value in patterns.items():
-                if problem := _regex_problem(key) or pattern_problem(ending(key)):
-                    found.append(f"adapter.{name}: {problem}")
-                if not is_accepted(value):
-                    found.append(f"adapter.{name}.{key}: {value!r}; accepted: {values}")
-        if self.alpha_pattern and self._update is not None and not self._update.has_scale:
-            found.append(
-                f"adapter.alpha_pattern: {self.alpha_pattern!r}, but update {self.update!r} has no scale; "
-                "accepted: an empty table"
-            )
-        return found
+        found += module_problems(self.target_modules, self.exclude_modules, self.layers)
+        return found + pattern_problems(self.rank_pattern, self.alpha_pattern)
 
     def _alpha_problems(self) -> list[str]:
+        if self._update is not None and not self._update.has_scale:
+            scaled = " or ".join(name for name, update in UPDATES.items() if update.has_scale)
+            given = {"alpha": (self.alpha, "null"), "alpha_pattern": (self.alpha_pattern, "an empty table")}
+            return [
+                f"adapter.{name}: {value!r}, but update {self.update!r} has no scale; "
+                f"accepted: {without}, or update {scaled}"
+                for name, (value, without) in given.items()
+                if value is not None and value != {}
+            ]
         if self.alpha is None:
             return []
-        if self._update is not None and not self._update.has_scale:
-            scaled = [name for name, update in UPDATES.items() if update.has_scale]
-            return [
-                f"adapter.alpha: {self.alpha!r}, but update {self.update!r} has no scale; "
-                f"accepted: null, or update {' or '.join(scaled)}"
-            ]
         if is_finite_number(self.alpha) and self.alpha > 0:
             return []
         return [f"adapter.alpha: {self.alpha!r}; accepted: a number above 0, or null for alpha = rank"]
 
     def _extra_problems(self) -> list[str]:
         """Describe what is wrong with ``blocks``, or with ranks that do not suit the update."""
-        if self.blocks is not None and not (_is_int(self.blocks) and self.blocks >= 1):
+        if self.blocks is not None and not (is_int(self.blocks) and self.blocks >= 1):
             return [f"adapter.blocks: {self.blocks!r}; accepted: an integer of at least 1, or null"]
+        if not isinstance(self.stochastic_rounding, bool):
+            return [f"adapter.stochastic_rounding: {self.stochastic_rounding!r}; accepted: true or false"]
         if self._update is None:
             return []
-        if self.blocks is not None and "blocks" not in self._update.extra_settings:
-            able = [name for name, update in UPDATES.items() if "blocks" in update.extra_settings]
-            return [
-                f"adapter.blocks: {self.blocks!r}, but update {self.update!r} has no blocks; accepted: null, "
-                f"or update {' or '.join(able)}"
-            ]
+        without = {"blocks": (None, "no blocks"), "stochastic_rounding": (False, "no merged weight to round")}
+        for name, (neutral, lack) in without.items():
+            value = getattr(self, name)
+            if value != neutral and name not in self._update.extra_settings:
+                able = " or ".join(key for key, update in UPDATES.items() if name in update.extra_settings)
+                return [
+                    f"adapter.{name}: {value!r}, but update {self.update!r} has {lack}; "
+                    f"accepted: {json.dumps(neutral)}, or update {able}"
+                ]
         patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
         ranks = {"rank": self.rank} | {f"rank_pattern.{key}": rank for key, rank in patterns.items()}
         problems = (
             (name, rank, self._update.rank_problem(rank, **self.extra_settings))
             for name, rank in ranks.items()
-            if _is_int(rank)
+            if is_int(rank)
         )
         return [f"adapter.{name}: {rank!r}, but {problem}" for name, rank, problem in problems if problem]
 
@@ -333,13 +291,3 @@ def _with_flat_settings(gate: GateConfig, flat: Mapping[str, Any]) -> GateConfig
                 f"adapter.gate.{name}: {value!r}, with a {gate.kind!r} gate; accepted: gate 'token'"
             )
     return gate_from_dict(values)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _regex_problem(pattern: Any) -> str | None:
-    if not isinstance(pattern, str):
-        return f"{pattern!r} is not a string"
-    return pattern_problem(pattern)

@@ -12,9 +12,10 @@ from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
-from gatera_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gates import gate_from_dict
 from gatera_lightning.adapters.name_patterns import SUFFIX, ended_name, first_match, layer_index, name_ending
+from gatera_lightning.adapters.target_problems import ALL_LINEAR
 from gatera_lightning.errors import ConfigError, near_miss
 
 PEFT_TYPE = "GATERA"

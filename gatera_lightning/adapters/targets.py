@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from gatera_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.name_patterns import ended_name, ending, first_match, layer_index, matches
+from gatera_lightning.adapters.target_problems import ALL_LINEAR
 from gatera_lightning.adapters.updates import UPDATES
 from gatera_lightning.errors import ConfigError, near_miss
 

@@ -11,11 +11,12 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from gatera_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gates import GATES, GateConfig, gate_from_dict
 from gatera_lightning.adapters.peft_schema import RECORD, settings_digest, to_text
 from gatera_lightning.adapters.serialization import WEIGHTS_FILE
 from gatera_lightning.adapters.stored_config import CONFIG_FILE, FORMAT_VERSION
+from gatera_lightning.adapters.target_problems import ALL_LINEAR
 from gatera_lightning.checkpointing.atomic_files import atomic_file
 from gatera_lightning.errors import ConfigError, unknown_value
 
@@ -52,6 +53,10 @@ class GateRAConfig(PeftConfig):
 
     blocks: int | None = None
     """With ``block_hira``, the number of blocks along each side of a weight; None means 2."""
+
+    stochastic_rounding: bool = False
+    """With ``hira`` in bfloat16: let training multiply by ``W0 + W0 ⊙ BA``, rounded at random so that it is
+    right on average, which saves matmuls; False is exact."""
 
     dropout: float = 0.0
     """Dropout probability on the update's input."""
@@ -160,6 +165,7 @@ class GateRAConfig(PeftConfig):
             rank=rank,
             alpha=alpha,
             blocks=self.blocks,
+            stochastic_rounding=self.stochastic_rounding,
             dropout=self.dropout,
             adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]
         )

@@ -160,6 +160,7 @@ def test_folder_describes_adapter(tiny_llama, tmp_path):
         "r": 3,
         "alpha": 6.0,
         "blocks": None,
+        "stochastic_rounding": False,
         "dropout": 0.25,
         "target_modules": TARGETS,
         "exclude_modules": None,

@@ -57,6 +57,18 @@ def test_recomputed_layers_repeat_the_draws(trained, update, gate):
         torch.testing.assert_close(adapter[name], again[name], rtol=0, atol=1e-12)
 
 
+def test_rounding_is_repeated_on_resume_and_recomputation(trained, tmp_path):
+    job = {"gate": "none", "dtype": "bfloat16", "adapter": {"stochastic_rounding": True}}
+    losses, adapter = trained("whole", save_at=[2], **job)
+    resumed, again = trained("rest", resume=f"{tmp_path}/whole/step_2.ckpt", **job)
+    assert losses[-len(resumed) :] == resumed
+    assert all(torch.equal(adapter[name], again[name]) for name in adapter)
+    recomputed, _ = trained("recomputed", checkpointing=True, **job)
+    assert losses == recomputed
+    exact, _ = trained("exact", **job | {"adapter": {}})
+    assert exact != losses
+
+
 def test_compile_is_refused_with_hard_gates(tiny_backbone):
     def problems(gate):
         backbone = BackboneConfig(str(tiny_backbone), compile=True)

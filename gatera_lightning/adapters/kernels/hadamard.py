@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gatera_lightning.adapters.kernels.autocast import autocast_disabled
 from gatera_lightning.adapters.kernels.differentiation import first_order_only, transforms_are_active
+from gatera_lightning.adapters.kernels.stochastic_rounding import RoundingDraw, merged_weight
 from gatera_lightning.adapters.packed_weight import dense
 
 
@@ -149,14 +150,23 @@ def add_gated_hadamard(
 class _MergedHadamard(torch.autograd.Function):
     """``(W0 + W0 ⊙ BA) x + b`` and ``dx = (W0 + W0 ⊙ BA)ᵀ dy``: 3 large matmuls, where separate terms take 5.
 
-    The merged weight is rebuilt in the backward pass.
+    The merged weight is rebuilt in the backward pass, with the same rounding.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        draw: RoundingDraw | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
+        ctx.draw = draw
         weight = dense(weight)
-        y = F.linear(x, hadamard_weight(weight, a, b).add_(weight), bias)
+        y = F.linear(x, merged_weight(weight, hadamard_weight(weight, a, b), draw), bias)
         return y.detach()  # models may write to the output in place, which a view would not allow
 
     @staticmethod
@@ -166,16 +176,25 @@ class _MergedHadamard(torch.autograd.Function):
         weight = dense(weight)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = torch.matmul(dy, _rebuilt_hadamard_weight(weight, a, b, dy).add_(weight))  # (..., in)
-        if any(ctx.needs_input_grad[3:]):
+            delta = _rebuilt_hadamard_weight(weight, a, b, dy)
+            dx = torch.matmul(dy, merged_weight(weight, delta, ctx.draw))  # (..., in)
+        if any(ctx.needs_input_grad[3:5]):
             da, db = factor_gradients(dy.flatten(0, -2), x.flatten(0, -2), weight, a, b)
-        return dx, None, None, da, db
+        return dx, None, None, da, db, None
 
 
-def merged_hadamard(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def merged_hadamard(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    draw: RoundingDraw | None = None,
+) -> Tensor:
     """Compute ``(W0 + W0 ⊙ BA) x + b``, ungated HiRA, in one large matmul.
 
-    Equal to the separate terms up to rounding, which is too coarse in 16-bit dtypes.
+    Equal to the separate terms up to the rounding of the merged weight, which in 16 bits is too coarse
+    without a draw, and right on average with one.
 
     Args:
         x: Input, (..., in), in ``weight``'s dtype.
@@ -183,8 +202,9 @@ def merged_hadamard(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
         bias: Frozen bias, (out,).
         a: Factor A, (r, in).
         b: Factor B, (out, r).
+        draw: Rounds the merged weight, which must then be bfloat16; None rounds to nearest.
 
     Returns:
         The output, (..., out).
     """
-    return cast(Tensor, _MergedHadamard.apply(x, weight, bias, a, b))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _MergedHadamard.apply(x, weight, bias, a, b, draw))  # type: ignore[no-untyped-call]

@@ -2,7 +2,8 @@
 
 Large matmuls of a training step, each ``2 · out · in`` FLOPs per token: 2 if the gate is closed (``W0 x``,
 ``W0ᵀ dy``), 3 if it is open (``W x``, ``Wᵀ dy`` and the factors' gradient, with ``W = W0 + W0 ⊙ BA``), and 5
-in between. The gradient of a saturated gate takes one more, for the tokens that need it.
+in between. The gradient of a saturated gate takes one more, for the tokens that need it. In 16 bits, W is
+accurate only with a draw that rounds it; without one, open tokens take 5.
 """
 
 from typing import Any, NamedTuple, cast
@@ -17,6 +18,11 @@ from gatera_lightning.adapters.kernels.hadamard import (
     add_gated_hadamard,
     factor_gradients,
     hadamard_weight,
+)
+from gatera_lightning.adapters.kernels.stochastic_rounding import (
+    RoundingDraw,
+    merged_weight,
+    merges_accurately,
 )
 from gatera_lightning.adapters.packed_weight import dense
 
@@ -57,16 +63,19 @@ def hard_gates(g: Tensor, skip_below: float, merge_above: float) -> Tensor:
     return torch.where(g < skip_below, 0.0, torch.where(g > merge_above, 1.0, g))
 
 
-def tokens_by_gate(hard: Tensor) -> TokensByGate | None:
+def tokens_by_gate(hard: Tensor, *, merges: bool = True) -> TokensByGate | None:
     """Sort the tokens by their gates; synchronizes with the device once.
 
     Args:
         hard: Gate values, (tokens,), some of which are exactly 0 or 1, as from :func:`hard_gates`.
+        merges: Whether open tokens can use a merged weight; else they are among those in between.
 
     Returns:
-        The sorted tokens; None if fewer than ``MIN_SATURATED_SHARE`` of the gates are 0 or 1.
+        The sorted tokens; None if fewer than ``MIN_SATURATED_SHARE`` of them save a matmul.
     """
-    group = 1 - (hard == 0).to(torch.int8) + (hard == 1)  # 0 closed, 1 in between, 2 open
+    group = 1 - (hard == 0).to(torch.int8)  # 0 closed, 1 in between, 2 open
+    if merges:
+        group += hard == 1
     order = group.argsort(stable=True)
     closed, not_open = torch.stack([(group < 1).sum(), (group < 2).sum()]).tolist()
     if closed + len(hard) - not_open < MIN_SATURATED_SHARE * len(hard):
@@ -150,17 +159,18 @@ class _PartitionedHadamard(torch.autograd.Function):
         g: Tensor,
         tokens: TokensByGate,
         graded: Tensor | None,
+        draw: RoundingDraw | None,
     ) -> Tensor:
         order, inverse, closed, not_open = tokens
         ctx.save_for_backward(x, weight, a, b, g, order, inverse, graded)
-        ctx.closed, ctx.not_open = closed, not_open
+        ctx.closed, ctx.not_open, ctx.draw = closed, not_open, draw
         weight = dense(weight)
         with autocast_disabled(x):
             delta = hadamard_weight(weight, a, b)
             rows = x.flatten(0, -2).to(weight.dtype).index_select(0, order)  # (tokens, in)
             y = rows.new_empty(len(rows), len(weight))
             y[:not_open] = F.linear(rows[:not_open], weight, bias)
-            y[not_open:] = F.linear(rows[not_open:], weight + delta, bias)
+            y[not_open:] = F.linear(rows[not_open:], merged_weight(weight, delta, draw), bias)
             between = slice(closed, not_open)
             gated = rows[between] * _column(g, order[between], rows.dtype)
             # FlopCounterMode does not count addmm_.
@@ -190,14 +200,14 @@ class _PartitionedHadamard(torch.autograd.Function):
         if needs_x:
             sorted_dx = torch.empty_like(rows)
             torch.mm(du[:not_open], weight, out=sorted_dx[:not_open])
-            torch.mm(du[not_open:], weight + delta, out=sorted_dx[not_open:])
+            torch.mm(du[not_open:], merged_weight(weight, delta, ctx.draw), out=sorted_dx[not_open:])
             sorted_dx[between].addcmul_(t, factor)
             dx = x.new_empty(x.shape, dtype=dtype)  # not a view, so that autograd can add to it in place
             torch.index_select(sorted_dx, 0, inverse, out=dx.view(rows.shape))
         if needs_a or needs_b:
             du[between] *= factor
             da, db = factor_gradients(du[closed:], rows[closed:], weight, a, b)
-        return _cast(dx, x.dtype), None, None, da, db, dg, None, None
+        return _cast(dx, x.dtype), None, None, da, db, dg, None, None, None
 
 
 def _column(g: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -228,10 +238,12 @@ def partitioned_hadamard(
     b: Tensor,
     g: Tensor,
     graded: Tensor | None = None,
+    draw: RoundingDraw | None = None,
 ) -> Tensor:
-    """Compute ``W0 x + b + γ · (W0 ⊙ BA) x`` with a large matmul less for every γ that is 0 or 1.
+    """Compute ``W0 x + b + γ · (W0 ⊙ BA) x`` with fewer large matmuls for every γ that is 0 or 1.
 
-    Equal to the dense form up to the rounding of ``W0 + W0 ⊙ BA`` to W0's dtype. The gradient of γ is
+    Equal to the dense form up to the rounding of ``W0 + W0 ⊙ BA`` to W0's dtype, which is right on average
+    with a draw. In 16 bits and without a draw, the merged weight is not used. The gradient of γ is
     ``dγ = dy·u(x)`` where γ is neither 0 nor 1 and for the tokens in ``graded``, and 0 elsewhere.
 
     Args:
@@ -242,16 +254,18 @@ def partitioned_hadamard(
         b: Factor B, (out, r).
         g: Gate values γ, (...), many of which are exactly 0 or 1.
         graded: Indices into the flattened tokens of those whose γ needs its gradient, (n,).
+        draw: Rounds the merged weight, which must then be bfloat16.
 
     Returns:
         The output, (..., out), in the dtype that the frozen layer's output has, whatever the gates are.
     """
-    tokens = tokens_by_gate(g.detach().flatten())
+    tokens = tokens_by_gate(g.detach().flatten(), merges=merges_accurately(weight, draw))
     if tokens is None:
         return add_gated_hadamard(F.linear(x, weight, bias), x, weight, a, b, g)
     if tokens.not_open == len(tokens.order):
         between = tokens.order[tokens.closed :]
         y = _SkippingHadamard.apply(x, weight, bias, a, b, g, between, graded)  # type: ignore[no-untyped-call]
     else:
-        y = _PartitionedHadamard.apply(x, weight, bias, a, b, g, tokens, graded)  # type: ignore[no-untyped-call]
+        weights = weight, bias, a, b
+        y = _PartitionedHadamard.apply(x, *weights, g, tokens, graded, draw)  # type: ignore[no-untyped-call]
     return cast(Tensor, y).to(matmul_dtype(x, weight))

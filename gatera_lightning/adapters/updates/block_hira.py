@@ -1,6 +1,6 @@
 """Block-wise HiRA: an independent low-rank factor for every block of the weight (BoHA, arXiv 2509.21637)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,10 @@ class BlockHiRA(HiRA):
 
     name = "block_hira"
     formula = "(W0 ⊙ P) x, P of blocks x blocks low-rank blocks of rank/blocks each"
-    extra_settings = ("blocks",)
+    extra_settings: ClassVar[tuple[str, ...]] = (*HiRA.extra_settings, "blocks")
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        *,
-        rank: int,
-        scale: float,
-        dtype: torch.dtype,
-        generator: torch.Generator | None = None,
-        blocks: int,
-    ) -> None:
-        super().__init__(base, rank=rank, scale=scale, dtype=dtype, generator=generator)
+    def __init__(self, base: nn.Linear, *, blocks: int, **settings: Any) -> None:
+        super().__init__(base, **settings)
         self.blocks = blocks
 
     @classmethod

@@ -1,5 +1,7 @@
 """HiRA: a high-rank update from low-rank factors by the Hadamard product (Huang et al., ICLR 2025)."""
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,17 +15,33 @@ from gatera_lightning.adapters.kernels.hadamard import (
     merged_hadamard,
 )
 from gatera_lightning.adapters.kernels.saturated_gates import partitioned_hadamard
+from gatera_lightning.adapters.kernels.stochastic_rounding import (
+    RoundingDraw,
+    draw_rounding,
+    merges_accurately,
+)
 from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.updates.base import Update
 
 
 class HiRA(Update):
-    """``u(x) = (W0 ⊙ BA) x``, of rank up to ``r · rank(W0)`` (Huang et al., OpenReview TwJrTz9cRS)."""
+    """``u(x) = (W0 ⊙ BA) x``, of rank up to ``r · rank(W0)`` (Huang et al., OpenReview TwJrTz9cRS).
+
+    Args:
+        base: The frozen layer.
+        stochastic_rounding: Whether a training step in bfloat16 may use ``W0 + W0 ⊙ BA``, rounded by a draw.
+        settings: Those of every update.
+    """
 
     name = "hira"
     formula = "(W0 ⊙ B A) x"
     has_scale = False
     uses_gate_thresholds = True
+    extra_settings: ClassVar[tuple[str, ...]] = ("stochastic_rounding",)
+
+    def __init__(self, base: nn.Linear, *, stochastic_rounding: bool = False, **settings: Any) -> None:
+        super().__init__(base, **settings)
+        self.stochastic_rounding = stochastic_rounding
 
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
         """Compute ``(W0 ⊙ BA) x``: (..., in) -> (..., out)."""
@@ -42,12 +60,19 @@ class HiRA(Update):
             return add_gated_product(base(x), dropout(x), cached, g)
         fused = self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity)
         if fused and has_plain_forward(base) and not transforms_are_active():
-            if gate is None and _merging_is_accurate(x, base.weight):
-                return merged_hadamard(x, base.weight, base.bias, *self.factors())
+            weights = base.weight, base.bias, *self.factors()
+            if gate is None and not _autocast_is_enabled(x):
+                draw = self._rounding(base.weight)
+                if merges_accurately(base.weight, draw):
+                    return merged_hadamard(x, *weights, draw)
             if gate is not None and gate.rounded is not None and not x.is_meta:
-                weights = base.weight, base.bias, *self.factors()
-                return partitioned_hadamard(x, *weights, gate.rounded, gate.graded)
+                draw = self._rounding(base.weight)
+                return partitioned_hadamard(x, *weights, gate.rounded, gate.graded, draw)
         return add_gated_hadamard(base(x), dropout(x), base.weight, *self.factors(), g)
+
+    def _rounding(self, weight: Tensor) -> RoundingDraw | None:
+        """Draw how the merged weight is rounded; None to leave open tokens their two terms."""
+        return draw_rounding(weight) if self.stochastic_rounding and weight.dtype == torch.bfloat16 else None
 
     def inference_constant(self, weight: Tensor) -> Tensor:
         """Return ``W0 ⊙ BA`` in W0's dtype, (out, in), as the forward computes it."""
@@ -64,7 +89,5 @@ class HiRA(Update):
         return weight.to(a.dtype) * (b @ a)
 
 
-def _merging_is_accurate(x: Tensor, weight: Tensor) -> bool:
-    """Return whether ``W0 + W0 ⊙ BA`` can replace its two terms: 16-bit dtypes would lose small updates."""
-    autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
-    return weight.dtype.itemsize >= 4 and not autocast
+def _autocast_is_enabled(x: Tensor) -> bool:
+    return torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
