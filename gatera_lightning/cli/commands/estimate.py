@@ -15,6 +15,7 @@ from gatera_lightning.cli.dry_run import RecipeCLI
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.cli.validation import validate_config
 from gatera_lightning.cost_model.device_memory import GIB, Layout, Memory, communication, predict_memory
+from gatera_lightning.cost_model.saturated_gates import half_open, saved_flops
 from gatera_lightning.cost_model.step_costs import (
     MicroBatch,
     ModelSizes,
@@ -70,7 +71,7 @@ def estimate(argv: Sequence[str]) -> None:
         f"  micro-batch    {batch.sequences} rows of {batch.length} tokens, "
         f"{batch.supervised_tokens:,} supervised ({source})",
         *_describe_memory(sizes, costs, layout, limit),
-        *_describe_compute(recipe, batch, costs),
+        *_describe_compute(recipe, model, batch, costs),
         *_describe_generation(recipe, model, layout),
         *_describe_communication(sizes, layout, recipe.accumulate),
     ]:
@@ -154,7 +155,9 @@ def describe_fit(memory: Memory, limit: float | None) -> str:
     return f"    of {limit / GIB:.1f}: DOES NOT FIT, by {over:.1f} GiB; most of it is {largest}: {advice}"
 
 
-def _describe_compute(recipe: RecipeCLI, batch: MicroBatch, costs: StepCosts) -> list[str]:
+def _describe_compute(
+    recipe: RecipeCLI, model: torch.nn.Module, batch: MicroBatch, costs: StepCosts
+) -> list[str]:
     flops = costs.forward_flops + costs.backward_flops
     lines = [
         f"  compute        {flops / batch.tokens / 1e9:.2f} GFLOP per token "
@@ -166,10 +169,12 @@ def _describe_compute(recipe: RecipeCLI, batch: MicroBatch, costs: StepCosts) ->
             "                 if no gate is saturated; "
             "what skip_below and merge_above save depends on the gates"
         )
-    elif recipe.model.adapter.gate.saturates:
+    elif shares := half_open(model):
+        recomputed = recipe.model.backbone.gradient_checkpointing
+        saved = saved_flops(model, batch.tokens, shares, recomputed=recomputed)
         lines.append(
-            "                 if every token had the matmuls of a soft gate; a closed token needs 2 and an "
-            "open one 3 of its 5 large ones"
+            "                 if every token had the matmuls of a soft gate; "
+            f"{recipe.accumulate * (flops - saved) / 1e12:.2f} TFLOP with half of the gates open"
         )
     return lines
 
