@@ -47,7 +47,7 @@ def merged_weight(weight: Tensor, delta: Tensor, draw: RoundingDraw | None) -> T
 
 
 def stochastically_rounded_sum(weight: Tensor, delta: Tensor, draw: RoundingDraw) -> Tensor:
-    """Round ``W + Δ`` to one of its two neighbours in bfloat16, with the probability that makes it unbiased.
+    """Round ``W + Δ`` to one of its two neighbors in bfloat16, with the probability that makes it unbiased.
 
     ``E[result] = W + Δ``: a number is rounded up with the probability ``(value − lower) / (upper − lower)``.
 

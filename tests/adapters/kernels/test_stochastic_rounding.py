@@ -1,4 +1,4 @@
-"""Stochastic rounding of the merged weight: its mean, its neighbours, and a layer that trains with it."""
+"""Stochastic rounding of the merged weight: its mean, its neighbors, and a layer that trains with it."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_product_has_variance_of_independent_draws(matrices):
     torch.testing.assert_close(found, independent, rtol=0.15, atol=0)
 
 
-def test_result_is_a_neighbour_and_exact_sums_stay(matrices):
+def test_result_is_a_neighbor_and_exact_sums_stay(matrices):
     weight, delta = matrices
     torch.manual_seed(1)
     draws = torch.stack([stochastically_rounded_sum(*matrices, draw_rounding(weight)) for _ in range(200)])
