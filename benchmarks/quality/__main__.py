@@ -2,7 +2,7 @@
 
     GATERA_DATA=… python -m benchmarks.quality --plan          # runs to do, and their CPU hours
     GATERA_DATA=… python -m benchmarks.quality --workers 2     # run them; can be killed and started again
-    python -m benchmarks.quality --tables                      # draw tables and pictures; reads no model
+    python -m benchmarks.quality --tables                      # draw docs/results/comparison.md
 
 Methods × learning rates × seeds × families, SmolLM2-135M in float32. Every finished run is one line of the
 ledger, and is never repeated. Workers are processes with one thread each.
@@ -11,7 +11,7 @@ ledger, and is never repeated. Workers are processes with one thread each.
 from pathlib import Path
 
 from benchmarks.harness.arguments import build_parser, require_data
-from benchmarks.quality import ledger
+from benchmarks.quality import ledger, page
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.methods import METHODS
@@ -22,6 +22,9 @@ from benchmarks.quality.workers import run_missing
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--plan", action="store_true", help="print the runs to do, and do none")
+    parser.add_argument(
+        "--tables", action="store_true", help="draw docs/results/comparison.md, and do no run"
+    )
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--stage", nargs="+", choices=("rates", "seeds"), default=["rates", "seeds"])
@@ -36,6 +39,10 @@ def main() -> None:
     selection = Selection(args.family, args.only, args.stage, args.seeds)
     if args.plan:
         print_plan(ledger.read(args.ledger), selection)
+        return
+    if args.tables:
+        for path in page.write(ledger.read(args.ledger)):
+            print(f"wrote {path.relative_to(page.DOCS.parent)}")
         return
     require_data()
     run_missing(args.ledger, selection, args.workers)

@@ -12,6 +12,7 @@ from benchmarks.quality.families import Rows
 from gatera_lightning import prepared_for_inference, record_gates
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.datamodules import Batch
+from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.evaluation.candidate_scoring import candidate_log_likelihoods
 from gatera_lightning.evaluation.likelihood_ranking import ranked_questions
 from gatera_lightning.objectives.next_token import supervised_logits
@@ -27,7 +28,7 @@ class RowLosses:
     """The cross-entropy of the correct answer of each row."""
 
     sums: list[float]
-    """Nats, summed over the answer's tokens and its end; rounded to four decimals."""
+    """Nats, summed over the answer's tokens; rounded to four decimals."""
 
     tokens: list[int]
     """Number of these tokens."""
@@ -52,13 +53,17 @@ def on_device(batch: Batch) -> Batch:
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel, rows: Rows, *, candidates: bool = False) -> RowLosses:
+def row_losses(
+    model: PreTrainedModel, rows: Rows, *, candidates: bool = False, with_end: bool = True
+) -> RowLosses:
     """Measure the loss of every row.
 
     Args:
         model: The model, in evaluation mode.
         rows: The rows.
         candidates: Whether to compare the correct answer with the others as well.
+        with_end: Whether the token that ends an answer counts; it always does with candidates. Training on
+            any family lowers its loss in all of them, which would hide what is forgotten.
     """
     sums = [0.0] * len(rows.indices)
     tokens = [0] * len(rows.indices)
@@ -66,15 +71,17 @@ def row_losses(model: PreTrainedModel, rows: Rows, *, candidates: bool = False) 
     torch.manual_seed(0)  # for gates that draw
     with prepared_for_inference(model):
         for positions in rows.by_length(ROWS_AT_ONCE):
+            batch = on_device(rows.padded(positions, candidates=candidates))
             if not candidates:
-                batch = on_device(rows.packed(positions))
+                if not with_end:
+                    ends = batch["attention_mask"].sum(1, keepdim=True) - 1  # (rows, 1)
+                    batch["labels"].scatter_(1, ends, IGNORE_INDEX)
                 found = supervised_logits(model, batch)
                 losses = F.cross_entropy(found.logits[0].float(), found.labels, reduction="none")  # (n,)
-                sequence = (batch["position_ids"] == 0).cumsum(1)[found.positions] - 1  # (n,)
-                total = losses.new_zeros(len(positions)).index_add_(0, sequence, losses).tolist()
-                counts = sequence.bincount(minlength=len(positions)).tolist()
+                row = found.positions.nonzero()[:, 0]  # (n,)
+                total = losses.new_zeros(len(positions)).index_add_(0, row, losses).tolist()
+                counts = row.bincount(minlength=len(positions)).tolist()
             else:
-                batch = on_device(rows.candidates(positions))
                 questions = ranked_questions(batch, *candidate_log_likelihoods(model, batch))
                 total = [-question.log_likelihoods[question.gold] for question in questions]
                 counts = [question.tokens[question.gold] for question in questions]

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.fitting import CONVAI2, arc_data
+from benchmarks.quality.prose import ProseDataModule
 from gatera_lightning.datamodules import Batch, DialogueDataModule, MathDataModule, SupervisedDataModule
 from gatera_lightning.datamodules.batching.datasets import TokenTable
 
@@ -26,7 +27,7 @@ class Family:
     """Only rows with at most this many tokens, prompt and answer, are used: they make a run short."""
 
     batch_size: int
-    """Rows of an optimizer step."""
+    """Rows of an optimizer step; 0 for text that is not trained on."""
 
     validation_rows: int
     """Rows that choose the learning rate."""
@@ -75,7 +76,16 @@ def _dialogue() -> SupervisedDataModule:
     )
 
 
-FAMILIES = {
+def _prose() -> SupervisedDataModule:
+    return ProseDataModule(
+        template="plain",
+        train_on="response",
+        data_dir="$GATERA_DATA/commonsense",
+        test=["hellaswag"],
+    )
+
+
+MEASURED = {
     family.name: family
     for family in (
         Family(
@@ -112,9 +122,23 @@ FAMILIES = {
             retention_rows=20,
             probe_rows=10,
         ),
+        Family(
+            "prose",
+            "prose",
+            _prose,
+            max_length=56,
+            batch_size=0,
+            validation_rows=0,
+            test_rows=16,
+            retention_rows=16,
+            probe_rows=8,
+        ),
     )
 }
-"""Name -> family, in the order in which they are run."""
+"""Name -> family; losses are measured on all of them."""
+
+FAMILIES = {name: family for name, family in MEASURED.items() if family.batch_size}
+"""The families that are trained on, in the order in which they are run."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +158,7 @@ class Rows:
         return [self.table.examples[index]["key"] for index in self.indices]
 
     def packed(self, positions: list[int]) -> Batch:
-        """Return rows with their correct answer, one after the other in one sequence without padding.
+        """Return rows with their correct answer in packed sequences without padding, not in their order.
 
         Args:
             positions: Which of these rows.
@@ -143,9 +167,15 @@ class Rows:
         total = sum(self.length(position) for position in positions)
         return self.table.batch(indices, "response", all_candidates=False, pack_length=total)
 
-    def candidates(self, positions: list[int]) -> Batch:
-        """Return rows with all of their candidate answers, padded."""
-        return self.table.batch([self.indices[p] for p in positions], "response", all_candidates=True)
+    def padded(self, positions: list[int], *, candidates: bool) -> Batch:
+        """Return rows in their order, with their correct answer or with all candidates.
+
+        Args:
+            positions: Which of these rows.
+            candidates: Whether to include all candidates.
+        """
+        indices = [self.indices[position] for position in positions]
+        return self.table.batch(indices, "response", all_candidates=candidates)
 
     def length(self, position: int) -> int:
         """Return the tokens of a row with its correct answer."""
@@ -194,14 +224,17 @@ def load_rows(family: Family, tokenizer: PreTrainedTokenizerBase) -> FamilyRows:
     """
     data = family.data()
     data.connect(tokenizer)
-    data.setup("fit")
+    if family.batch_size:
+        data.setup("fit")
     data.setup("test")
-    tables = {split: data.token_table(split) for split in ("train", "validation", "test")}
     wanted = {"test": family.test_rows, "validation": family.validation_rows, "train": None}
     taken: set[str] = set()  # questions that later splits must not repeat
     found = {}
     for split, count in wanted.items():
-        table = tables[split]
+        if not family.batch_size and split != "test":
+            found[split] = found["test"].first(0)
+            continue
+        table = data.token_table(split)
         order = np.random.default_rng(0).permutation(len(table.examples)).tolist()
         chosen: list[int] = []
         keys: set[str] = set()

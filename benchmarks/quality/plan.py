@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.quality.families import FAMILIES
+from benchmarks.quality.families import FAMILIES, MEASURED
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.methods import METHODS, RATE_FACTOR, Method
 
@@ -78,7 +78,7 @@ def forecast(lines: Sequence[Line], selection: Selection) -> list[Run]:
 def _wanted(lines: Sequence[Line], selection: Selection) -> Iterator[Run]:
     """Yield all wanted runs in order; the rate is infinite where it is not chosen yet."""
     methods = [METHODS[name] for name in METHODS if name in selection.methods]
-    for family in FAMILIES:  # retention is measured on families that are not trained on
+    for family in MEASURED:  # what is forgotten is measured on all that is not trained on
         yield Run(family, "untrained", "untrained", None, RATE_SEED)
     for family in (name for name in FAMILIES if name in selection.families):
         if "rates" in selection.stages:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness.fitting import SMOLLM2
 from benchmarks.harness.machine import DEVICE, describe_machine, peak_memory, reset_peak_memory, synchronize
 from benchmarks.quality.evaluation import RowLosses, gate_statistics, on_device, row_losses
-from benchmarks.quality.families import FAMILIES, Family, FamilyRows, load_rows
+from benchmarks.quality.families import MEASURED, Family, FamilyRows, Rows, load_rows
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plan import Run
@@ -43,7 +43,7 @@ CHECKPOINTS = (0.25, 0.5, 1.0)
 def execute(run: Run) -> Line:
     """Train and measure; the same run gives the same line up to rounding and costs."""
     started = time.process_time()
-    family = FAMILIES[run.family]
+    family = MEASURED[run.family]
     measured: Line = _untrained(family) if run.stage == "untrained" else _trained(run, family)
     measured["cost"] = {"cpu_seconds": round(time.process_time() - started, 1)} | measured.pop("cost", {})
     identity = {
@@ -58,11 +58,14 @@ def execute(run: Run) -> Line:
 
 def _untrained(family: Family) -> Line:
     model, rows = _backbone().eval(), _rows(family.name)
-    test = row_losses(model, rows.test, candidates=family.has_candidates)
-    return {
-        "validation": round(row_losses(model, rows.validation).per_token, 5),
-        "test": _to_plain(test, with_tokens=True),
+    line: Line = {
+        "retention": _to_plain(_remembered(model, rows.test.first(family.retention_rows)), with_tokens=True)
     }
+    if family.batch_size:
+        test = row_losses(model, rows.test, candidates=family.has_candidates)
+        line["test"] = _to_plain(test, with_tokens=True)
+        line["validation"] = round(row_losses(model, rows.validation).per_token, 5)
+    return line
 
 
 def _trained(run: Run, family: Family) -> Line:
@@ -119,15 +122,15 @@ def _trained(run: Run, family: Family) -> Line:
 
 
 def _tested(model: PreTrainedModel, family: Family, trajectory: list[Line], steps: int) -> Line:
-    """Measure the test rows, the rows of the other families, and the gates."""
+    """Measure the test rows, rows that are not trained on, and the gates."""
     rows = _rows(family.name).test
     test = row_losses(model, rows, candidates=family.has_candidates)
     retention = {
-        other.name: row_losses(model, _rows(other.name).test.first(other.retention_rows))
-        for other in FAMILIES.values()
+        other.name: _remembered(model, _rows(other.name).test.first(other.retention_rows))
+        for other in MEASURED.values()
         if other != family
     }
-    probes = {other: found.first(FAMILIES[other].probe_rows) for other, found in retention.items()}
+    probes = {other: found.first(MEASURED[other].probe_rows) for other, found in retention.items()}
     end = _trajectory_point(steps, test.first(family.probe_rows), probes)
     return {
         "test": _to_plain(test),
@@ -138,13 +141,20 @@ def _tested(model: PreTrainedModel, family: Family, trajectory: list[Line], step
 
 
 def _probed(model: PreTrainedModel, family: Family, step: int) -> Line:
-    """Measure the first test rows of all families."""
+    """Measure the first test rows of the family, and of what is not trained on."""
     model.eval()
-    found = {
-        other.name: row_losses(model, _rows(other.name).test.first(other.probe_rows))
-        for other in FAMILIES.values()
+    heldout = row_losses(model, _rows(family.name).test.first(family.probe_rows))
+    others = {
+        other.name: _remembered(model, _rows(other.name).test.first(other.probe_rows))
+        for other in MEASURED.values()
+        if other != family
     }
-    return _trajectory_point(step, found.pop(family.name), found)
+    return _trajectory_point(step, heldout, others)
+
+
+def _remembered(model: PreTrainedModel, rows: Rows) -> RowLosses:
+    """Measure the loss on rows that are not trained on, without the end of the answer."""
+    return row_losses(model, rows, with_end=False)
 
 
 def _trajectory_point(step: int, heldout: RowLosses, others: dict[str, RowLosses]) -> Line:
@@ -175,7 +185,7 @@ def _fresh_backbone() -> PreTrainedModel:
 
 @cache
 def _rows(family: str) -> FamilyRows:
-    return load_rows(FAMILIES[family], load_tokenizer(BACKBONE))
+    return load_rows(MEASURED[family], load_tokenizer(BACKBONE))
 
 
 @cache

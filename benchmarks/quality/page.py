@@ -1,0 +1,59 @@
+"""The page of docs/results that is drawn from the ledger: blocks between markers, and pictures beside it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.quality.families import FAMILIES
+from benchmarks.quality.ledger import Line
+from benchmarks.quality.pictures import pictures
+from benchmarks.quality.tables import family_section, runs
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+PAGE = DOCS / "results" / "comparison.md"
+
+IMAGES = DOCS / "images"
+
+_BLOCK = re.compile(r"(<!-- ledger: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""``<!-- ledger: NAME -->``, what is drawn, and ``<!-- end -->``."""
+
+
+def blocks(lines: Sequence[Line]) -> dict[str, str]:
+    """Return what each block of the page holds: the runs, and the pictures and tables of each family."""
+    images = pictures(lines)
+    drawn = {"runs": runs(lines)}
+    for family in FAMILIES:
+        shown = [f"![{name}](../images/{name})" for name in images if name.endswith(f"_{family}.svg")]
+        drawn[family] = "\n\n".join([*shown, family_section(lines, family)])
+    return drawn
+
+
+def redraw(text: str, lines: Sequence[Line]) -> str:
+    """Return a page's text with every block drawn from the ledger.
+
+    Raises:
+        ValueError: If the page lacks a block, or has one that nothing draws.
+    """
+    drawn = blocks(lines)
+    found = [name for _, name, _ in _BLOCK.findall(text)]
+    if sorted(found) != sorted(drawn):
+        missing, unknown = sorted(set(drawn) - set(found)), sorted(set(found) - set(drawn))
+        raise ValueError(f"{PAGE.name}: missing blocks {missing}; unknown or repeated blocks {unknown}")
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{drawn[block[2]]}\n\n{block[3]}", text)
+
+
+def files(lines: Sequence[Line]) -> Mapping[Path, str]:
+    """Return the page and its pictures as the ledger says they are."""
+    page = {PAGE: redraw(PAGE.read_text(), lines)}
+    return page | {IMAGES / name: text for name, text in pictures(lines).items()}
+
+
+def write(lines: Sequence[Line]) -> list[Path]:
+    """Write the page and its pictures, and return those that changed."""
+    changed = []
+    for path, text in files(lines).items():
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+            changed.append(path)
+    return changed

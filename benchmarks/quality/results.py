@@ -1,0 +1,146 @@
+"""What the ledger says about the methods in one family: their means, trajectories and differences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.quality.families import FAMILIES, MEASURED
+from benchmarks.quality.ledger import Line
+from benchmarks.quality.statistics import Comparison, Part, compare
+
+Measure = Literal["heldout", "accuracy", "retention"]
+
+
+@dataclass(frozen=True)
+class TrajectoryPoint:
+    """The mean over seeds of what a method had reached after some steps, on the first test rows."""
+
+    step: int
+
+    heldout: float
+    """Loss on the family that is trained on, nats per token."""
+
+    forgotten: float
+    """Increase of the loss on what is not trained on, averaged over its kinds, nats per token."""
+
+
+@dataclass(frozen=True)
+class FamilyResults:
+    """The lines of one family's tested runs, and of the untrained model in all families."""
+
+    family: str
+
+    lines: Sequence[Line]
+    """All lines of the ledger."""
+
+    @cached_property
+    def untrained(self) -> dict[str, Line]:
+        """The line of the untrained model by family."""
+        return {line["family"]: line for line in self.lines if line["stage"] == "untrained"}
+
+    @cached_property
+    def runs(self) -> dict[str, dict[int, Line]]:
+        """The tested runs by method and seed."""
+        found: dict[str, dict[int, Line]] = {}
+        for line in self.lines:
+            if line["family"] == self.family and line["stage"] == "seeds":
+                found.setdefault(line["method"], {})[line["seed"]] = line
+        return found
+
+    @property
+    def others(self) -> list[str]:
+        """What is not trained on: the other families, and general text."""
+        return [name for name in MEASURED if name != self.family]
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is compared in this family."""
+        return ("heldout", "accuracy", "retention") if self.has_accuracy else ("heldout", "retention")
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether rows have wrong candidates."""
+        return FAMILIES[self.family].has_candidates
+
+    def seeds(self, *methods: str) -> list[int]:
+        """Return the seeds that all of these methods have, in order."""
+        return sorted(set.intersection(*(set(self.runs.get(method, {})) for method in methods)))
+
+    def values(self, method: str, measure: Measure) -> list[Part]:
+        """Return a method's values of each row and seed: one part, or for retention one by other family.
+
+        Retention is the loss minus the untrained model's.
+        """
+        return self._parts(method, self.seeds(method), measure)
+
+    def compare(self, method: str, reference: str, measure: Measure) -> Comparison | None:
+        """Compare two methods on the seeds that both have (method − reference); None without any."""
+        seeds = self.seeds(method, reference)
+        if not seeds:
+            return None
+        pairs = zip(self._parts(method, seeds, measure), self._parts(reference, seeds, measure), strict=True)
+        return compare([Part(one.values - other.values, one.weights) for one, other in pairs])
+
+    def _parts(self, method: str, seeds: Sequence[int], measure: Measure) -> list[Part]:
+        lines = [self.runs[method][seed] for seed in seeds]
+        own = self.untrained[self.family]["test"]
+        if measure == "heldout":
+            return [Part(_matrix([line["test"]["sums"] for line in lines]), _vector(own["tokens"]))]
+        if measure == "accuracy":
+            correct = [[float(bit) for bit in line["test"]["correct"]] for line in lines]
+            return [Part(_matrix(correct), np.ones(len(own["tokens"])))]
+        parts = []
+        for other in self.others:
+            sums = _matrix([line["retention"][other]["sums"] for line in lines])  # (seeds, rows)
+            before = self.untrained[other]["retention"]
+            parts.append(Part(sums - _vector(before["sums"]), _vector(before["tokens"])))
+        return parts
+
+    def trajectory(self, method: str) -> list[TrajectoryPoint]:
+        """Return the points of a method's training, from the untrained model on."""
+        start = self._start()
+        by_step: dict[int, list[Line]] = {}
+        for line in self.runs[method].values():
+            for point in line["trajectory"]:
+                by_step.setdefault(point["step"], []).append(point)
+        points = [TrajectoryPoint(0, start["heldout"], 0.0)]
+        for step, found in sorted(by_step.items()):
+            forgotten = [point["retention"][other] - start[other] for point in found for other in self.others]
+            heldout = sum(point["heldout"] for point in found) / len(found)
+            points.append(TrajectoryPoint(step, heldout, sum(forgotten) / len(forgotten)))
+        return points
+
+    def _start(self) -> dict[str, float]:
+        """The untrained model's loss on the trajectory's rows: under ``heldout``, and by other family."""
+
+        def loss(family: str, measure: str) -> float:
+            found, rows = self.untrained[family][measure], MEASURED[family].probe_rows
+            return float(sum(found["sums"][:rows]) / sum(found["tokens"][:rows]))
+
+        others = {other: loss(other, "retention") for other in self.others}
+        return {"heldout": loss(self.family, "test")} | others
+
+
+def forgotten_at(points: Sequence[TrajectoryPoint], heldout: float) -> float | None:
+    """Return the increase of the loss elsewhere when training first reached a held-out loss; None if never.
+
+    Interpolates linearly between the points of the trajectory.
+    """
+    for before, after in pairwise(points):
+        if after.heldout <= heldout <= before.heldout:
+            share = (before.heldout - heldout) / (before.heldout - after.heldout or 1.0)
+            return before.forgotten + share * (after.forgotten - before.forgotten)
+    return None
+
+
+def _matrix(rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    return np.array(rows, dtype=np.float64)
+
+
+def _vector(values: Sequence[float]) -> NDArray[np.float64]:
+    return np.array(values, dtype=np.float64)

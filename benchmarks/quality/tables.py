@@ -1,0 +1,227 @@
+"""Tables of docs/results, in Markdown, drawn from the ledger alone."""
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+
+from benchmarks.quality.comparisons import QUESTIONS
+from benchmarks.quality.families import FAMILIES, MEASURED
+from benchmarks.quality.ledger import Line
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.plan import Selection, chosen_rate, cpu_seconds, forecast, rate_curve, rates_to_try
+from benchmarks.quality.results import FamilyResults, Measure, forgotten_at
+from benchmarks.quality.statistics import Comparison, correct_for_number, detectable_difference
+
+MEASURES: dict[Measure, str] = {
+    "heldout": "held-out loss",
+    "accuracy": "accuracy",
+    "retention": "loss elsewhere",
+}
+
+
+def runs(lines: Sequence[Line]) -> str:
+    """Draw how many runs there are by family and stage, their CPU hours, and what is missing."""
+    missing = forecast(lines, Selection())
+    rows = []
+    for family in MEASURED:
+        for stage in ("untrained", "rates", "seeds") if family in FAMILIES else ("untrained",):
+            done = [line for line in lines if (line["family"], line["stage"]) == (family, stage)]
+            open_runs = [run for run in missing if (run.family, run.stage) == (family, stage)]
+            hours = sum(line["cost"]["cpu_seconds"] for line in done) / 3600
+            expected = sum(cpu_seconds(lines, run) for run in open_runs) / 3600
+            rows.append(
+                [family, stage, f"{len(done)}", f"{hours:.2f}", f"{len(open_runs)}", f"{expected:.1f}"]
+            )
+    table = _table(["family", "stage", "runs", "CPU hours", "missing runs", "their CPU hours"], rows)
+    machines = sorted({line["environment"]["machine"] for line in lines})
+    commits = sorted({line["environment"]["commit"] for line in lines})
+    return f"{table}\n\nMachine: {'; '.join(machines) or 'none'}. Commit: {', '.join(commits) or 'none'}."
+
+
+def rates(lines: Sequence[Line], family: str) -> str:
+    """Draw the loss on validation rows by method and learning rate; empty without runs."""
+    curves = {name: rate_curve(lines, family, name) for name in METHODS if METHODS[name].rates}
+    tried = sorted({rate for curve in curves.values() for rate in curve})
+    if not tried:
+        return ""
+    rows = []
+    for name, curve in curves.items():
+        if not curve:
+            continue
+        best = chosen_rate(lines, family, METHODS[name])
+        cells = [_rate_cell(curve.get(rate), rate == best) for rate in tried]
+        left = set(rates_to_try(lines, family, METHODS[name])) - set(curve)
+        rows.append([METHODS[name].title, *cells, "not finished" if left else ""])
+    return _table(["method", *(f"{rate:g}" for rate in tried), "search"], rows)
+
+
+def _rate_cell(loss: float | None, is_best: bool) -> str:
+    if loss is None:
+        return ""
+    text = "diverged" if math.isinf(loss) else f"{loss:.3f}"
+    return f"**{text}**" if is_best else text
+
+
+def methods(lines: Sequence[Line], family: str) -> str:
+    """Draw what each method reaches on average over its seeds, beside its cost; empty without runs."""
+    results = FamilyResults(family, lines)
+    if not results.runs:
+        return ""
+    accuracy = ["accuracy"] if results.has_accuracy else []
+    others = [f"{MEASURED[other].title}, change" for other in results.others]
+    header = ["method", "lr", "seeds", "held-out loss", *accuracy, *others, "MB", "CPU s/step", "peak MB"]
+    rows = [["untrained", "", "", *_untrained_cells(results), *["0"] * len(others), "", "", ""]]
+    for name in (name for name in METHODS if name in results.runs):
+        found = list(results.runs[name].values())
+        (heldout,) = results.values(name, "heldout")
+        by_seed = heldout.values.sum(1) / heldout.weights.sum()
+        cells = [f"{heldout.mean:.3f} ({by_seed.min():.3f}–{by_seed.max():.3f})"]
+        if results.has_accuracy:
+            cells.append(f"{results.values(name, 'accuracy')[0].mean:.3f}")
+        cells += [_minus(f"{part.mean:+.3f}") for part in results.values(name, "retention")]
+        cost = [line["cost"] for line in found]
+        rows.append(
+            [
+                METHODS[name].title,
+                f"{found[0]['lr']:g}",
+                f"{len(found)}",
+                *cells,
+                f"{cost[0]['adapter_bytes'] / 1e6:.1f}",
+                f"{sum(entry['cpu_seconds_per_step'] for entry in cost) / len(cost):.2f}",
+                f"{max(entry['peak_bytes'] for entry in cost) / 1e6:.0f}",
+            ]
+        )
+    return _table(header, rows)
+
+
+def _untrained_cells(results: FamilyResults) -> list[str]:
+    test = results.untrained[results.family]["test"]
+    cells = [f"{sum(test['sums']) / sum(test['tokens']):.3f}"]
+    if results.has_accuracy:
+        cells.append(f"{test['correct'].count('1') / len(test['correct']):.3f}")
+    return cells
+
+
+def answers(lines: Sequence[Line], family: str) -> str:
+    """Draw the difference that answers each question, and what could have been found; empty without runs."""
+    results = FamilyResults(family, lines)
+    asked = [question for question in QUESTIONS if results.seeds(question.method, question.reference)]
+    if not asked:
+        return ""
+    columns: list[list[Comparison]] = []
+    for measure in results.measures:
+        found = [results.compare(question.method, question.reference, measure) for question in asked]
+        columns.append(correct_for_number([comparison for comparison in found if comparison is not None]))
+    rows = []
+    for number, question in enumerate(asked):
+        pair = f"{METHODS[question.method].title} − {METHODS[question.reference].title}"
+        cells = [
+            _difference_cell(column[number], higher_is_better=measure == "accuracy")
+            for column, measure in zip(columns, results.measures, strict=True)
+        ]
+        rows.append([question.text, pair, f"{columns[0][number].seeds}", *cells])
+    header = ["question", "difference", "seeds", *(MEASURES[measure] for measure in results.measures)]
+    return f"{_table(header, rows)}\n\n{_power(results.measures, columns)}"
+
+
+def _difference_cell(comparison: Comparison, *, higher_is_better: bool) -> str:
+    found = comparison.difference
+    if math.isnan(found.p):
+        return _minus(f"{found.value:+.3f}, one seed")
+    verdict = found.verdict(higher_is_better=higher_is_better)
+    shown = "" if verdict == "no difference shown" else f" **{verdict}**"
+    return _minus(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{shown}")
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _power(measures: Sequence[Measure], columns: Sequence[Sequence[Comparison]]) -> str:
+    """Say what difference this number of seeds and rows could have found."""
+    texts = []
+    for measure, column in zip(measures, columns, strict=True):
+        errors = sorted(
+            comparison.standard_error for comparison in column if not math.isnan(comparison.standard_error)
+        )
+        if errors:
+            found = detectable_difference(errors[len(errors) // 2], len(errors))
+            texts.append(f"{found:.3f} in {MEASURES[measure]}")
+    if not texts:
+        return "With one seed there is no interval."
+    return f"Found in 80 of 100 cases, at the median standard error: a difference of {', '.join(texts)}."
+
+
+def equal_loss(lines: Sequence[Line], family: str) -> str:
+    """Draw what each method has forgotten at the held-out loss that all reached; empty without runs."""
+    results = FamilyResults(family, lines)
+    trajectories = {name: results.trajectory(name) for name in METHODS if name in results.runs}
+    if not trajectories:
+        return ""
+    reached = max(min(point.heldout for point in points) for points in trajectories.values())
+    rows = []
+    for name, points in trajectories.items():
+        at_equal = forgotten_at(points, reached)
+        assert at_equal is not None  # every method reaches the loss
+        rows.append(
+            [
+                METHODS[name].title,
+                f"{len(results.runs[name])}",
+                _minus(f"{at_equal:+.3f}"),
+                f"{points[-1].heldout:.3f}",
+                _minus(f"{points[-1].forgotten:+.3f}"),
+            ]
+        )
+    header = ["method", "seeds", f"change elsewhere at {reached:.3f}", "loss at the end", "change at the end"]
+    return _table(header, rows)
+
+
+def gates(lines: Sequence[Line], family: str) -> str:
+    """Draw how open the gates are at the end of training; empty without gates."""
+    results = FamilyResults(family, lines)
+    rows = []
+    for name in (name for name in METHODS if name in results.runs):
+        found = [line["gates"] for line in results.runs[name].values() if line["gates"] is not None]
+        if found:
+            names = ("mean", "closed", "open", "tokens_std", "layers_std")
+            means = (sum(gate[key] for gate in found) / len(found) for key in names)
+            rows.append([METHODS[name].title, *(f"{value:.3f}" for value in means)])
+    header = ["method", "mean", "closed", "open", "deviation over tokens", "deviation over layers"]
+    return _table(header, rows) if rows else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
+
+
+SECTIONS: tuple[tuple[str, Callable[[Sequence[Line], str], str]], ...] = (
+    (
+        "What the methods reach; in parentheses the lowest and the highest seed. A change is that of the "
+        "loss on text that was not trained on.",
+        methods,
+    ),
+    (
+        "Answers; brackets are 95 % intervals over rows and seeds. Where neither better nor worse stands, no "
+        "difference is shown.",
+        answers,
+    ),
+    (
+        "Forgetting at equal held-out loss: interpolated where training first reached the loss that every "
+        "method reached, on the first test rows, mean over seeds.",
+        equal_loss,
+    ),
+    (
+        "Gates on test rows at the end: mean value, shares below 0.1 and above 0.9, standard deviations.",
+        gates,
+    ),
+    ("Loss on the validation rows by learning rate, seed 0; the chosen rate in bold.", rates),
+)
+"""A caption, and the table of a family under it."""
+
+
+def family_section(lines: Sequence[Line], family: str) -> str:
+    """Return all tables of a family that have data, each under its caption."""
+    drawn = ((caption, draw(lines, family)) for caption, draw in SECTIONS)
+    measured = [f"{textwrap.fill(caption, 108)}\n\n{table}" for caption, table in drawn if table]
+    return "\n\n".join(measured) or "Not measured yet."
