@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatera_lightning.adapters.gates import GateValues
+from gatera_lightning.adapters.kernels.differentiation import transforms_are_active
+from gatera_lightning.adapters.kernels.khatri_rao import khatri_rao_factors, khatri_rao_update
 from gatera_lightning.adapters.updates.lora import LoRA
 from gatera_lightning.errors import ConfigError
 
@@ -49,9 +52,30 @@ class ABBA(LoRA):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A′ (r₁r₂, in) and B′ (out, r₁r₂) of the Khatri–Rao form."""
-        a = self.weight_a.unsqueeze(1) * self.a  # (r1, r2, in)
-        b = self.weight_b.unsqueeze(2) * self.b.unsqueeze(1)  # (out, r1, r2)
-        return a.flatten(0, 1), b.flatten(1, 2)
+        return khatri_rao_factors(self.weight_a, self.weight_b, self.a, self.b)
+
+    def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
+        """Compute ``u(x)``: (..., in) -> (..., out)."""
+        if _uses_plain_operations(x):
+            return super().delta(x, base)
+        return self._update(x, None)
+
+    def forward(self, x: Tensor, base: nn.Linear, gate: GateValues | None, dropout: nn.Module) -> Tensor:
+        """Compute the output of the adapted layer; the gate multiplies ``A′ x``."""
+        if _uses_plain_operations(x):
+            return super().forward(x, base, gate, dropout)
+        y: Tensor = base(x)
+        return y + self._update(dropout(x), None if gate is None else gate.values).to(y.dtype)
+
+    def _update(self, x: Tensor, g: Tensor | None) -> Tensor:
+        factors = self.weight_a, self.weight_b, self.a, self.b
+        return khatri_rao_update(x, *factors, scale=self.scale, g=g)
+
+
+def _uses_plain_operations(x: Tensor) -> bool:
+    """Return whether to leave differentiation to autograd: without gradients, for torch.func and autocast."""
+    device = "cpu" if x.is_meta else x.device.type
+    return not torch.is_grad_enabled() or transforms_are_active() or torch.is_autocast_enabled(device)
 
 
 @torch.no_grad()
