@@ -44,6 +44,11 @@ class Family:
     has_candidates: bool = False
     """Whether a row has wrong candidates, so that an accuracy is measured."""
 
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether runs train on it; else it only shows what they forget."""
+        return self.batch_size > 0
+
 
 def _commonsense() -> SupervisedDataModule:
     tests = ["ARC-Easy[:300]", "ARC-Challenge[:300]", "openbookqa"]
@@ -124,7 +129,7 @@ MEASURED = {
         ),
         Family(
             "prose",
-            "prose",
+            "HellaSwag as prose",
             _prose,
             max_length=56,
             batch_size=0,
@@ -137,7 +142,7 @@ MEASURED = {
 }
 """Name -> family; losses are measured on all of them."""
 
-FAMILIES = {name: family for name, family in MEASURED.items() if family.batch_size}
+FAMILIES = {name: family for name, family in MEASURED.items() if family.is_trained_on}
 """The families that are trained on, in the order in which they are run."""
 
 
@@ -224,14 +229,14 @@ def load_rows(family: Family, tokenizer: PreTrainedTokenizerBase) -> FamilyRows:
     """
     data = family.data()
     data.connect(tokenizer)
-    if family.batch_size:
+    if family.is_trained_on:
         data.setup("fit")
     data.setup("test")
     wanted = {"test": family.test_rows, "validation": family.validation_rows, "train": None}
     taken: set[str] = set()  # questions that later splits must not repeat
-    found = {}
+    found: dict[str, Rows] = {}
     for split, count in wanted.items():
-        if not family.batch_size and split != "test":
+        if not family.is_trained_on and split != "test":
             found[split] = found["test"].first(0)
             continue
         table = data.token_table(split)

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.pictures import pictures
-from benchmarks.quality.tables import family_section, runs
+from benchmarks.quality.tables import families, family_section, runs
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,9 +20,9 @@ _BLOCK = re.compile(r"(<!-- ledger: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def blocks(lines: Sequence[Line]) -> dict[str, str]:
-    """Return what each block of the page holds: the runs, and the pictures and tables of each family."""
+    """Return what each block of the page holds: runs, rows, and the pictures and tables of each family."""
     images = pictures(lines)
-    drawn = {"runs": runs(lines)}
+    drawn = {"runs": runs(lines), "families": families()}
     for family in FAMILIES:
         shown = [f"![{name}](../images/{name})" for name in images if name.endswith(f"_{family}.svg")]
         drawn[family] = "\n\n".join([*shown, family_section(lines, family)])

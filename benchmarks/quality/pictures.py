@@ -17,7 +17,7 @@ COLORS = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb",
     "#332288", "#44aa99", "#999933", "#cc6677", "#882255", "#117733", "#dd9900",
 )  # fmt: skip
-"""One for each method: Paul Tol's schemes bright and muted, which most color-blind readers can tell apart."""
+"""One for each method: Paul Tol's schemes bright and muted, for color-blind readers."""
 
 Points = Sequence[tuple[float, float]]
 

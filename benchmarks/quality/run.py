@@ -61,7 +61,7 @@ def _untrained(family: Family) -> Line:
     line: Line = {
         "retention": _to_plain(_remembered(model, rows.test.first(family.retention_rows)), with_tokens=True)
     }
-    if family.batch_size:
+    if family.is_trained_on:
         test = row_losses(model, rows.test, candidates=family.has_candidates)
         line["test"] = _to_plain(test, with_tokens=True)
         line["validation"] = round(row_losses(model, rows.validation).per_token, 5)

@@ -38,6 +38,20 @@ def runs(lines: Sequence[Line]) -> str:
     return f"{table}\n\nMachine: {'; '.join(machines) or 'none'}. Commit: {', '.join(commits) or 'none'}."
 
 
+def families() -> str:
+    """Draw which rows of each family a run reads."""
+    header = ["family", "from", "rows of a step", "longest row, tokens", "validation rows"]
+    header += ["test rows", "of these, for retention", "of these, during training"]
+    rows = []
+    for family in MEASURED.values():
+        read = [str(family.batch_size), str(family.max_length), str(family.validation_rows)]
+        counts = [str(family.test_rows), str(family.retention_rows), str(family.probe_rows)]
+        rows.append(
+            [family.name, family.title, *(read if family.is_trained_on else ["", read[1], ""]), *counts]
+        )
+    return _table(header, rows)
+
+
 def rates(lines: Sequence[Line], family: str) -> str:
     """Draw the loss on validation rows by method and learning rate; empty without runs."""
     curves = {name: rate_curve(lines, family, name) for name in METHODS if METHODS[name].rates}
@@ -68,7 +82,7 @@ def methods(lines: Sequence[Line], family: str) -> str:
     if not results.runs:
         return ""
     accuracy = ["accuracy"] if results.has_accuracy else []
-    others = [f"{MEASURED[other].title}, change" for other in results.others]
+    others = [f"{other}, change" for other in results.others]
     header = ["method", "lr", "seeds", "held-out loss", *accuracy, *others, "MB", "CPU s/step", "peak MB"]
     rows = [["untrained", "", "", *_untrained_cells(results), *["0"] * len(others), "", "", ""]]
     for name in (name for name in METHODS if name in results.runs):

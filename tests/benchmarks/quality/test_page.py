@@ -26,7 +26,7 @@ def test_redraw_changes_blocks_only_and_needs_all_of_them():
     with pytest.raises(
         ValueError, match=r"missing blocks \['math'\]; unknown or repeated blocks \['maths'\]"
     ):
-        page.redraw(text.replace("ledger: math", "ledger: maths"), ledger.read())
+        page.redraw(text.replace("ledger: math", "ledger: algebra"), ledger.read())
 
 
 def test_forgetting_is_interpolated_where_the_loss_is_first_reached():
