@@ -24,7 +24,7 @@ def test_redraw_changes_blocks_only_and_needs_all_of_them():
     spoiled = spoiled.replace("<!-- ledger: runs --> old ", "<!-- ledger: runs -->\nold\n")
     assert page.redraw(spoiled, ledger.read()) == text
     with pytest.raises(
-        ValueError, match=r"missing blocks \['math'\]; unknown or repeated blocks \['maths'\]"
+        ValueError, match=r"missing blocks \['math'\]; unknown or repeated blocks \['algebra'\]"
     ):
         page.redraw(text.replace("ledger: math", "ledger: algebra"), ledger.read())
 
