@@ -7,7 +7,7 @@ tests/compatibility checks all of them against the installed versions.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from subprocess import Popen
 from typing import Any
 
@@ -113,6 +113,30 @@ def resume_only_if_asked(trainer: L.Trainer) -> None:
         return select(state_fn, ckpt_path, *args, **options)
 
     connector._select_ckpt_path = select_given  # type: ignore[method-assign]
+
+
+def read_checkpoints_by(
+    trainer: L.Trainer, read_by: Callable[[str | None, Callable[[], Mapping[str, Any] | None]], None]
+) -> None:
+    """Let a function decide how a Trainer reads the checkpoint of each run; later calls replace it.
+
+    Lightning calls no hook before it reads, and none at all on a rank without a checkpoint.
+
+    Args:
+        trainer: The Trainer.
+        read_by: Called on every rank with the path, or None, and a function that reads it and returns the
+            entries.
+    """
+    connector = trainer._checkpoint_connector
+
+    def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        def read() -> Mapping[str, Any] | None:
+            type(connector).resume_start(connector, checkpoint_path, weights_only)
+            return connector._loaded_checkpoint or None
+
+        read_by(str(checkpoint_path) if checkpoint_path else None, read)
+
+    connector.resume_start = resume_start  # type: ignore[method-assign]
 
 
 # --- strategies and launchers ---

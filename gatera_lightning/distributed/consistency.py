@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 
-from gatera_lightning.checkpointing.sharded_format import map_tensors
 from gatera_lightning.distributed.gather import gather_objects
 from gatera_lightning.errors import ConfigError, as_yaml
 
@@ -74,45 +73,6 @@ def check_ranks_agree(
             found = ", ".join(f"{_ranks(ranks, 'has', 'have')} {value}" for value, ranks in ranks_of.items())
             problems.append(f"{name}: {found}; accepted: the same on every rank")
     raise ConfigError(problems, on_every_rank=True)
-
-
-def check_ranks_resume_alike(trainer: L.Trainer | None, digest: str | None) -> None:
-    """Refuse ranks that restored different checkpoints. Collective, before the first step.
-
-    Paths may differ, as with a copy of the checkpoint on each node.
-
-    Args:
-        trainer: The trainer, which only knows the path after its set-up.
-        digest: The :func:`state_digest` of what this rank restored; None if it restored nothing.
-
-    Raises:
-        ConfigError: On every rank, with the path that each rank has.
-    """
-    if not torch.distributed.is_initialized():
-        return
-    path = (
-        "null"
-        if digest is None
-        else f"{as_yaml(str(getattr(trainer, 'ckpt_path', None)))} (SHA-256 {digest[:16]})"
-    )
-    found = gather_objects((digest, path))
-    if len({digest for digest, _ in found}) > 1:
-        ranks = ", ".join(f"rank {rank} has {path}" for rank, (_, path) in enumerate(found))
-        raise ConfigError(
-            f"ckpt_path: {ranks}; accepted: the same checkpoint on every rank", on_every_rank=True
-        )
-
-
-def state_digest(state: Any) -> str:
-    """Return the SHA-256 of nested dictionaries and lists of plain values and tensors."""
-    digest = hashlib.sha256()
-
-    def add(name: str, tensor: torch.Tensor) -> str:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return f"{tensor.dtype} {tuple(tensor.shape)}"
-
-    digest.update(repr(map_tensors(state, add)).encode())
-    return digest.hexdigest()
 
 
 def _flatten(name: str, value: Any) -> dict[str, str]:

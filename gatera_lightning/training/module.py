@@ -16,9 +16,10 @@ from gatera_lightning.backbone.loading import load_tokenizer
 from gatera_lightning.callbacks.checkpoint_paths import keep_own_paths
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
-from gatera_lightning.compatibility.lightning_internals import attached_trainer
+from gatera_lightning.compatibility.lightning_internals import attached_trainer, read_checkpoints_by
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
-from gatera_lightning.distributed.consistency import check_ranks_agree, check_ranks_resume_alike, state_digest
+from gatera_lightning.distributed.checkpoint_reading import read_alike
+from gatera_lightning.distributed.consistency import check_ranks_agree
 from gatera_lightning.distributed.packed_weights import exclude_packed_weights
 from gatera_lightning.errors import ConfigError, check_arguments
 from gatera_lightning.generation.decoding import DecodingConfig
@@ -48,9 +49,6 @@ from gatera_lightning.training.schedule_checks import check_against_data, check_
 from gatera_lightning.training.step_totals import StepTotals
 
 AnyBatch = Batch | PromptBatch
-
-_RESTORED = ("global_step", "state_dict", "optimizer_states", "lr_schedulers")
-"""Entries of a checkpoint that have to be equal on all ranks."""
 
 
 class GateRAModule(AdapterModule):
@@ -96,7 +94,6 @@ class GateRAModule(AdapterModule):
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
         self._resumes: Mapping[str, Any] | None = None
-        self._restored: str | None = None  # digest of the states that fit restored
         self._described_objectives: dict[str, Any] = {}  # as fit starts: training may change their state
         self.validation_metrics = ValidationMetrics()
         self._reset_step()
@@ -119,8 +116,8 @@ class GateRAModule(AdapterModule):
         trainer_checks.check_trainer(self.trainer, stage, self.decoding, self.backbone)
         check_context(self.trainer, stage, self.backbone, self.decoding)
         trainer_checks.prepare_trainer(self.trainer)
+        read_checkpoints_by(self.trainer, read_alike)
         self._reset_step()
-        self._restored = None
         check_shares(self.trainer, stage)
         if stage == "fit":
             check_given_loader(self.trainer)
@@ -177,7 +174,6 @@ class GateRAModule(AdapterModule):
 
     def on_train_start(self) -> None:
         """Probe before the first step: probing later would make a resumed run differ by rounding."""
-        check_ranks_resume_alike(attached_trainer(self), self._restored)
         for objective in self.objectives:
             objective.prepare(self.model)
         report_new_length(attached_trainer(self))
@@ -279,7 +275,6 @@ class GateRAModule(AdapterModule):
         checkpoint_contents.check_checkpoint_fits(checkpoint, self.model, source)
         if checkpoint_contents.resumes_fit(attached_trainer(self)):
             check_moments(checkpoint, self, source)
-            self._restored = state_digest([checkpoint[name] for name in _RESTORED])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -26,6 +26,7 @@ from gatera_lightning.compatibility.lightning_internals import (
     OVERRIDDEN_METHODS,
     attached_trainer,
     disable_hp_metric,
+    read_checkpoints_by,
     release_started_processes,
     resume_only_if_asked,
     uses_distributed_sampler,
@@ -193,6 +194,22 @@ def test_only_ckpt_path_resumes(tmp_path, monkeypatch):
     resume_only_if_asked(trainer)
     assert selected(None) is None
     assert selected(str(given)) == str(given)
+
+
+def test_checkpoints_are_read_by_a_function_of_ours(tmp_path):
+    """Also if there is none; a second function replaces the first."""
+    trainer, seen = tiny_trainer(tmp_path), []
+    (tmp_path / "some.ckpt").write_bytes(b"")
+    version = {"pytorch-lightning_version": L.__version__}
+    trainer.strategy.load_checkpoint = lambda path, **_: version | {"read": path}
+    for number in (1, 2):
+        read_checkpoints_by(trainer, lambda path, read, number=number: seen.append((number, path, read())))
+    connector = trainer._checkpoint_connector
+    connector.resume_start(None)
+    connector.resume_start(tmp_path / "some.ckpt")
+    assert [(number, path) for number, path, _ in seen] == [(2, None), (2, str(tmp_path / "some.ckpt"))]
+    assert seen[0][2] is None
+    assert seen[1][2]["read"] == tmp_path / "some.ckpt"
 
 
 def test_disable_hp_metric(tmp_path):
