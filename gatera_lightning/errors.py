@@ -207,17 +207,19 @@ class Preempted(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal ended the program before its work was done; nothing but exiting may follow.
+    """A signal ended the program; nothing but exiting may follow.
 
     Args:
         number: The signal.
         activity: What was being done, such as ``test``; empty if unknown.
+        unfinished: Whether work is left; false for what only a signal ends.
     """
 
-    def __init__(self, number: int, activity: str = "") -> None:
+    def __init__(self, number: int, activity: str = "", *, unfinished: bool = True) -> None:
         self.number, self.activity = number, activity
         during = f" during {activity}" if activity else ""
-        super().__init__(f"ended by {signal.Signals(number).name}{during}; its work is not complete")
+        rest = "; its work is not complete" if unfinished else ""
+        super().__init__(f"ended by {signal.Signals(number).name}{during}{rest}")
 
 
 class AdapterFileError(ValueError):

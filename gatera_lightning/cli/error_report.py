@@ -18,6 +18,9 @@ from gatera_lightning.errors import Interrupted, Preempted, printable
 TRACEBACK_FLAG = "--traceback"
 TRACEBACK_VARIABLE = "GATERA_TRACEBACK"
 
+_ENDED_BY_SIGNALS = ("serve",)
+"""Subcommands that have no other end."""
+
 
 def take_traceback_flag(args: Sequence[str]) -> tuple[list[str], bool]:
     """Split a command line into the flags of its subcommand and whether errors show their traceback."""
@@ -48,7 +51,9 @@ def report(error: BaseException, command: str, received: int | None, *, show_tra
         _print(*"".join(traceback.format_exception(error)).rstrip().splitlines())
     if ended is not None:
         if global_rank() == 0:
-            _print(f"{PROGRAM}: {Interrupted(ended.number, ended.activity or command)}")
+            activity = ended.activity or command
+            ended = Interrupted(ended.number, activity, unfinished=activity not in _ENDED_BY_SIGNALS)
+            _print(f"{PROGRAM}: {ended}")
         return 128 + ended.number
     translation = translate(error, command)
     if translation.on_every_rank and global_rank():

@@ -70,6 +70,11 @@ def test_import_that_a_signal_broke_ends_by_the_signal(number, capsys):
     assert report(error, "harness", None, show_traceback=False) == 1
 
 
+def test_signal_that_ends_a_server_leaves_no_work(capsys):
+    assert report(Interrupted(signal.SIGTERM), "serve", None, show_traceback=False) == 143
+    assert capsys.readouterr().err == "python -m gatera_lightning: ended by SIGTERM during serve\n"
+
+
 def test_rendezvous_failure_names_address_and_port(raises, capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "node7")
     monkeypatch.setenv("MASTER_PORT", "29500")
