@@ -21,6 +21,7 @@ from gatera_lightning.adapters.kernels.saturated_gates import hard_gates, tokens
 from gatera_lightning.adapters.layer import AdaptedLinear, GateListener
 from gatera_lightning.adapters.linear_layers import has_plain_forward
 from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.rank_space import RankSpacePath
 from gatera_lightning.adapters.unchanged_parameters import UnchangedParameters
 from gatera_lightning.adapters.updates.base import require_no_grad
 from gatera_lightning.errors import checks_arguments
@@ -38,7 +39,8 @@ def prepared_for_inference(
 
     Without thresholds the output is bit-identical. With thresholds, a token with ``g < skip_below`` reads
     only ``W0``, one with ``g > merge_above`` reads only the merged weight ``W1``, and others interpolate
-    between both outputs by g. A layer whose gate does not depend on the token reads only the merged weight.
+    between both outputs by g. A layer whose gate does not depend on the token reads only the merged weight,
+    and LoRA behind a threshold gate multiplies by B only for the tokens that keep their update.
     The output is then off by at most ``max(skip_below, 1 − merge_above) · |u(x)|`` plus the rounding of the
     merged weight.
 
@@ -69,10 +71,12 @@ def prepared_for_inference(
     try:
         for layer in layers:
             has_values_between = layer.gate is None or not layer.gate.selects_tokens
-            if has_values_between and (skip_below > 0 or merge_above < 1):
-                layer.set_inference_path(TwoWeightPath(layer, skip_below, merge_above))
-            else:
+            if not (has_values_between and (skip_below > 0 or merge_above < 1)):
                 layer.update.prepare(layer.base)
+            elif RankSpacePath.fits(layer):
+                layer.set_inference_path(RankSpacePath(layer))
+            else:
+                layer.set_inference_path(TwoWeightPath(layer, skip_below, merge_above))
         yield
     finally:
         for layer in layers:
@@ -88,7 +92,7 @@ def prepared_bytes(model: nn.Module, *, with_thresholds: bool) -> int:
         with_thresholds: Whether the gate has thresholds.
     """
     return sum(
-        layer.base.weight.nbytes
+        (0 if RankSpacePath.fits(layer) else layer.base.weight.nbytes)
         if with_thresholds
         else layer.update.inference_constant_bytes(layer.base.weight)
         for layer in adapted_linears(model).values()

@@ -37,6 +37,9 @@ class Gate(nn.Module, ABC):
     needs_update: ClassVar[bool] = False
     """Whether :meth:`forward` reads ``base_out`` and ``update_out``, which rules out fused forms."""
 
+    reads_norms: ClassVar[bool] = False
+    """Whether a gate that ``needs_update`` reads only the norms of both outputs, by :meth:`norm_logit`."""
+
     decides: ClassVar[bool] = False
     """Whether the values are 0 or 1 in evaluation: 1 where the logit is above 0."""
 
@@ -71,6 +74,10 @@ class Gate(nn.Module, ABC):
         Required of a gate that ``selects_tokens``.
         """
         raise NotImplementedError(f"{type(self).__name__}: implement selected_tokens")
+
+    def norm_logit(self, base_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """Return the logit (...) from ``‖W0 x‖`` and ``‖u(x)‖``, each (...); required of ``reads_norms``."""
+        raise NotImplementedError(f"{type(self).__name__}: implement norm_logit, or set reads_norms = False")
 
     def constant_value(self) -> Tensor:
         """Return the value of every token, (1,); required of a gate that does not depend on the token."""

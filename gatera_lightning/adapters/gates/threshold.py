@@ -65,6 +65,7 @@ class ThresholdGate(Gate):
 
     depends_on_token = True
     needs_update = True
+    reads_norms = True
     decides = True
 
     def __init__(self, *, threshold: float, dtype: torch.dtype, device: torch.device) -> None:
@@ -76,11 +77,16 @@ class ThresholdGate(Gate):
         assert base_out is not None  # because of needs_update
         assert update_out is not None
         dtype = self.threshold.dtype
-        size = torch.linalg.vector_norm(base_out.detach(), dim=-1, dtype=dtype)
-        update_size = torch.linalg.vector_norm(update_out.detach(), dim=-1, dtype=dtype)
-        limits = torch.finfo(dtype)
+        base_norm, update_norm = (
+            torch.linalg.vector_norm(out.detach(), dim=-1, dtype=dtype) for out in (base_out, update_out)
+        )
+        return self.norm_logit(base_norm, update_norm)
+
+    def norm_logit(self, base_norm: Tensor, update_norm: Tensor) -> Tensor:
+        """Return ``ln r − ln τ`` of every token from ``‖W0 x‖`` and ``‖u(x)‖``, each (...)."""
+        limits = torch.finfo(base_norm.dtype)
         # W0 x may be 0, in a pruned layer for instance: any update is then large.
-        ratio = (update_size / size.clamp_min(limits.tiny)).clamp_max(1 / limits.eps)
+        ratio = (update_norm / base_norm.clamp_min(limits.tiny)).clamp_max(1 / limits.eps)
         return threshold_logit(ratio, self.threshold)
 
     def values(self, logit: Tensor) -> GateValues:

@@ -76,6 +76,10 @@ class Update(nn.Module, ABC):
         """Return A (r, in) and B (out, r) of the product BA."""
         return self.a, self.b
 
+    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return A (r, in) and B (out, r) with ``u(x) = B A x``; None if u is not of this form."""
+        return None
+
     @abstractmethod
     def delta(self, x: Tensor, base: nn.Linear) -> Tensor:
         """Compute ``u(x)`` as defined, without the savings of :meth:`forward`: (..., in) -> (..., out)."""

@@ -28,6 +28,11 @@ class LoRA(Update):
         factor = self.scale if gate is None else (self.scale * gate.values).unsqueeze(-1).to(down.dtype)
         return y + F.linear(down * factor, b.to(x.dtype)).to(y.dtype)
 
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and ``(α/r) · B`` (out, r)."""
+        a, b = self.factors()
+        return a, b * self.scale
+
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return ``(α/r) · BA``, (out, in)."""
