@@ -11,6 +11,9 @@ backbone      what a merged adapter costs, too
 gatera        exact
 gatera_fast   reads one of two weights where a gate is saturated
 gatera_plain  the layer as it is in training, which computes ``B A`` for every token
+lora, abba    without a gate; hira likewise
+hard          HiRA behind hard gates, open for half of the tokens; hard_fast reads one of two weights
+ts_peft       LoRA behind threshold gates, which keep half of the tokens; ts_peft_fast skips B for the others
 
 ``saturated`` is the share of the gates of decoded tokens below 0.1 or above 0.9. The time to the first
 token is that of a ``generate`` of one token. ``prepare`` is the time that an adapter needs before decoding:
@@ -31,20 +34,33 @@ from benchmarks.harness.arguments import add_dtype, build_parser
 from benchmarks.harness.interleaving import Round, format_ratio, run_interleaved, write_results
 from benchmarks.harness.machine import DEVICE, describe_machine, synchronize
 from benchmarks.harness.steps import (
-    ADAPTERS,
     PEFT,
     TARGET_MODULES,
     StepSettings,
     random_backbone,
     random_batch,
     set_gates,
+    set_threshold_gates,
 )
-from gatera_lightning import inject_adapters
+from gatera_lightning import AdapterConfig, inject_adapters
 from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.adapters.lookup import adapted_linears
 
 PROMPT = 64
-CONTENDERS = ("backbone", "peft_lora", "peft_hira", "gatera_plain", "gatera", "gatera_fast")
+FAST = {"skip_below": 0.1, "merge_above": 0.9}
+OWN = {
+    "gatera_plain": AdapterConfig(),
+    "gatera": AdapterConfig(),
+    "gatera_fast": AdapterConfig(),
+    "lora": AdapterConfig(update="lora", gate="none"),
+    "abba": AdapterConfig(update="abba", gate="none"),
+    "hira": AdapterConfig(gate="none"),
+    "hard": AdapterConfig(gate="hard"),
+    "hard_fast": AdapterConfig(gate="hard"),
+    "ts_peft": AdapterConfig(update="lora", gate="threshold"),
+    "ts_peft_fast": AdapterConfig(update="lora", gate="threshold"),
+}
+CONTENDERS = ("backbone", "peft_lora", "peft_hira", *OWN)
 
 
 def timed_decoding(method: str, settings: StepSettings, batch: int, new_tokens: int) -> Round:
@@ -57,10 +73,10 @@ def timed_decoding(method: str, settings: StepSettings, batch: int, new_tokens: 
         config_class = {"peft_lora": LoraConfig, "peft_hira": HiraConfig}[method]
         model = get_peft_model(model, config_class(r=settings.rank, target_modules=TARGET_MODULES)).eval()
     elif method != "backbone":
-        inject_adapters(model, ADAPTERS["gatera"])
-        set_gates(model, ids, sharpness=1e3)
+        inject_adapters(model, OWN[method])
+        set_gates_of(OWN[method].gate.kind, model, ids)
 
-    thresholds = {"skip_below": 0.1, "merge_above": 0.9} if method == "gatera_fast" else {}
+    thresholds = FAST if method.endswith("_fast") else {}
 
     def seconds_to_generate(count: int) -> float:
         started = _now()
@@ -87,6 +103,16 @@ def timed_decoding(method: str, settings: StepSettings, batch: int, new_tokens: 
         return {"prepare_s": prepare, "first_token_s": first, "token_s": token, "saturated": saturated}
 
     return run_once
+
+
+def set_gates_of(kind: str, model: nn.Module, ids: Tensor) -> None:
+    """Close 70 % of the tokens of soft gates, and half of those of gates that decide."""
+    if kind == "token":
+        set_gates(model, ids, sharpness=1e3)
+    elif kind == "hard":
+        set_gates(model, ids, closed=0.5, sharpness=1e3, threshold=0.5)
+    elif kind == "threshold":
+        set_threshold_gates(model, ids, closed=0.5)
 
 
 def _now() -> float:

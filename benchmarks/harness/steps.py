@@ -4,7 +4,7 @@ All train random weights of SmolLM2-135M's shape, or of a smaller or wider one, 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -240,23 +240,46 @@ def random_batch(examples: int, tokens: int, supervised: int) -> Batch:
 
 
 @torch.no_grad()
-def set_gates(model: nn.Module, ids: Tensor, closed: float = 0.7, *, sharpness: float) -> None:
-    """Set the gates so that a share of the tokens is below the threshold 0.1, layer by layer in one forward.
+def set_gates(
+    model: nn.Module, ids: Tensor, closed: float = 0.7, *, sharpness: float, threshold: float = 0.1
+) -> None:
+    """Set the gates so that a share of the tokens is below the threshold, layer by layer in one forward.
 
     Args:
         model: A model with token gates.
         ids: The tokens (batch, tokens).
-        closed: The share of tokens with a gate below 0.1.
+        closed: The share of tokens with a gate below the threshold.
         sharpness: Norm of the gates' weights; if it is large, nearly all other gates are above 0.9.
+        threshold: A gate value.
     """
 
     def set_bias(layer: AdaptedLinear, args: tuple[Tensor]) -> None:
         layer.gate.weight.normal_().mul_(sharpness / layer.gate.weight.norm())
         layer.gate.bias.zero_()
         z = layer.gate(args[0])
-        layer.gate.bias.sub_(z.quantile(closed)).add_(math.log(0.1 / 0.9))
+        layer.gate.bias.sub_(z.quantile(closed)).add_(math.log(threshold / (1 - threshold)))
 
-    handles = [layer.register_forward_pre_hook(set_bias) for layer in adapted_linears(model).values()]
+    _in_one_forward(model, ids, set_bias)
+
+
+@torch.no_grad()
+def set_threshold_gates(model: nn.Module, ids: Tensor, closed: float) -> None:
+    """Give every layer an update, and the threshold τ below which a share of the tokens is."""
+
+    def set_threshold(layer: AdaptedLinear, args: tuple[Tensor]) -> None:
+        layer.update.b.normal_().mul_(0.01)
+        sizes = (layer.update.delta(args[0], layer.base), layer.base(args[0]))
+        update_norm, base_norm = (y.norm(dim=-1, dtype=torch.float32) for y in sizes)
+        layer.gate.threshold.copy_((update_norm / base_norm).quantile(closed))
+
+    _in_one_forward(model, ids, set_threshold)
+
+
+def _in_one_forward(
+    model: nn.Module, ids: Tensor, hook: Callable[[AdaptedLinear, tuple[Tensor]], None]
+) -> None:
+    """Call ``hook`` with every adapted layer and its input, one after the other in one forward pass."""
+    handles = [layer.register_forward_pre_hook(hook) for layer in adapted_linears(model).values()]
     model(input_ids=ids)
     for handle in handles:
         handle.remove()
