@@ -12,12 +12,13 @@ the micro-batch that it happens to be in.
 """
 
 import functools
+import inspect
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, Self, TypedDict
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -51,10 +52,42 @@ class Objective(ABC):
 
     Subclasses implement :meth:`terms`. The objectives of a step are evaluated in order; the first one that
     runs the model decides which gates the others receive.
+
+    A resumed run must have the settings of the run that it continues. Settings are the arguments of the
+    constructor; other attributes, such as counters, are free.
     """
 
     gives_position_mask: ClassVar[bool] = False
     """Whether it runs the model inside :func:`~gatera_lightning.position_mask`, as position gates need."""
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    """The arguments of the constructor, by position and by name."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Keep the arguments, which a constructor may store under any name."""
+        created = super().__new__(cls)
+        object.__setattr__(created, "_given", (args, options))  # a frozen dataclass refuses others
+        return created
+
+    @property
+    def given_arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor by the names of its parameters, defaults included.
+
+        Those in ``**options`` have names of their own.
+        """
+        signature = inspect.signature(type(self).__init__)
+        try:
+            bound = signature.bind(self, *self._given[0], **self._given[1])
+        except TypeError:  # an object that another way than the constructor has made
+            return {}
+        bound.apply_defaults()
+        _, *parameters = signature.parameters.values()
+        found: dict[str, Any] = {}
+        for parameter in parameters:
+            value = bound.arguments[parameter.name]
+            is_options = parameter.kind is inspect.Parameter.VAR_KEYWORD
+            found |= value if is_options else {parameter.name: value}
+        return found
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Find out what the model supports; called before the first step, and possibly again later.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from os import PathLike, fspath
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ _DEEPEST = 4  # settings are not nested deeper, and an object may contain itself
 def describe_objectives(objectives: Sequence[Objective]) -> dict[str, Any]:
     """Return the classes and the settings of objectives under their dotted names, as plain values.
 
-    Settings are an objective's own attributes without a leading underscore. Numbers, text and containers of
-    them are described by their values, a tensor by its shape, dtype and digest, and any other object by its
-    class and, for a dataclass, its fields.
+    Settings are the arguments of an objective's constructor: the value of the attribute of the same name, if
+    there is one, and else what was given. Other attributes may change in training. Numbers, text and
+    containers of them are described by their values, a tensor by its shape, dtype and digest, and any other
+    object by its class and, for a dataclass, its fields.
 
     >>> describe_objectives([GateEntropy(0.01)])
     {'model.objectives': ['GateEntropy'], 'model.objectives[0].weight': 0.01}
@@ -33,17 +35,22 @@ def describe_objectives(objectives: Sequence[Objective]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"model.objectives": [type(objective).__qualname__ for objective in objectives]}
     for index, objective in enumerate(objectives):
-        for name, value in _settings(objective, 0).items():
-            found[f"model.objectives[{index}].{name}"] = value
+        for name, given in sorted(objective.given_arguments.items()):
+            found[f"model.objectives[{index}].{name}"] = _plain(_attribute(objective, name, given), 1)
     return found
 
 
+def _attribute(owner: Any, name: str, otherwise: Any) -> Any:
+    """The value that an object itself holds under a name; its class may have a method of that name."""
+    if isinstance(getattr(type(owner), name, None), MemberDescriptorType):  # one of its __slots__
+        return getattr(owner, name, otherwise)
+    return vars(owner).get(name, otherwise) if hasattr(owner, "__dict__") else otherwise
+
+
 def _settings(owner: Any, depth: int) -> dict[str, Any]:
-    values = vars(owner) if hasattr(owner, "__dict__") else {}
-    if is_dataclass(owner):  # with slots, too
-        values = {field.name: getattr(owner, field.name) for field in fields(owner)} | values
-    public = {name: value for name, value in values.items() if not name.startswith("_")}
-    return {name: _plain(value, depth + 1) for name, value in sorted(public.items())}
+    """The fields of a dataclass that its constructor takes."""
+    values = {field.name: _attribute(owner, field.name, None) for field in fields(owner) if field.init}
+    return {name: _plain(value, depth + 1) for name, value in sorted(values.items())}
 
 
 def _plain(value: Any, depth: int) -> Any:

@@ -1,5 +1,7 @@
 """Objectives are described by plain values: equal ones alike, and different ones not."""
 
+import copy
+import pickle
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -123,3 +125,54 @@ def test_devices_do_not_differ_between_ranks():
 def test_large_containers_are_described_by_their_length():
     assert settings_of(values=dict.fromkeys(range(101), 0.0)) == {"values": "dict of 101 entries"}
     assert settings_of(values=list(range(100))) == {"values": list(range(100))}
+
+
+class Counting(NextToken):
+    """Stores its arguments under other names, and counts in public."""
+
+    def __init__(self, scale, *, shift=1, **options):
+        self._scale, self.moved = scale, shift
+        self.options = options
+        self.calls, self.seen = 0, []
+
+
+@dataclass(slots=True)
+class Slotted(Objective):
+    weight: float
+    calls: int = field(default=0, init=False)
+
+    def terms(self, model, batch, gates):
+        self.calls += 1
+        return {}
+
+
+def test_settings_are_what_the_constructor_was_given():
+    """And neither counters, nor whatever else an objective remembers."""
+    one = Counting(0.5, temperature=2)
+    before = describe_objectives([one])
+    assert before == {
+        "model.objectives": ["Counting"],
+        **{"model.objectives[0].scale": 0.5, "model.objectives[0].shift": 1},
+        "model.objectives[0].temperature": 2,
+    }
+    one.calls += 3
+    one.seen.append(1)
+    assert describe_objectives([one]) == before
+    assert describe_objectives([copy.deepcopy(one), pickle.loads(pickle.dumps(one))]) == describe_objectives(
+        [Counting(0.5, temperature=2)] * 2
+    )
+    for other in (Counting(0.6, temperature=2), Counting(0.5, shift=2, temperature=2), Counting(0.5, heat=2)):
+        assert describe_objectives([other]) != before
+
+
+def test_attribute_of_an_argument_that_was_changed_counts():
+    own = Own(1)
+    own.value = 2
+    assert describe_objectives([own]) == describe_objectives([Own(2)])
+
+
+def test_dataclass_with_slots_is_described_by_its_arguments():
+    one = Slotted(0.5)
+    one.terms(None, None, None)
+    assert describe_objectives([one])["model.objectives[0].weight"] == 0.5
+    assert describe_objectives([one]) == describe_objectives([Slotted(0.5)])
