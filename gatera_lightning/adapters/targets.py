@@ -25,8 +25,9 @@ def find_targets(
     Args:
         model: The backbone.
         config: The adapter's settings.
-        stored: Accept patterns without effect, because the settings are those of an adapter folder, whose
-            tensors are compared with the layers by name. PEFT accepts such patterns, and writes some itself.
+        stored: Accept patterns without effect and ranks that exceed a layer's size, because the settings are
+            those of an adapter folder, whose tensors are compared with the layers by name. PEFT accepts both,
+            and writes some of such patterns itself.
 
     Returns:
         The layers by name, in model order, and the number of matches of each pattern.
@@ -67,6 +68,7 @@ def find_targets(
     problems += _shared_layer_problems(targets, linears)
     if targets:
         without_effect += _pattern_problems(config, targets)
+        without_effect += _rank_problems(targets, config)
         problems += _layer_problems(model, targets, config)
     if not (stored and targets):
         problems += without_effect
@@ -194,19 +196,23 @@ def _shared_layer_problems(targets: dict[str, nn.Linear], linears: dict[str, nn.
     return []
 
 
-def _layer_problems(model: nn.Module, targets: dict[str, nn.Linear], config: AdapterConfig) -> list[str]:
-    """Describe the first layer that is too small for its rank, and the first with an unsuitable weight."""
-    problems = []
+def _rank_problems(targets: dict[str, nn.Linear], config: AdapterConfig) -> list[str]:
+    """Describe the first layer that is smaller than its rank, which a rank of this size would not need."""
     for name, linear in targets.items():
         smaller, rank = min(linear.in_features, linear.out_features), config.rank_of(name)
         if rank > smaller:
             key = first_match(config.rank_pattern, name)
             setting = "rank" if key is None else f"rank_pattern.{key}"
-            problems.append(
+            return [
                 f"adapter.{setting}: {rank} exceeds {name} ({linear.in_features} -> {linear.out_features}); "
                 f"accepted here: 1 to {smaller}"
-            )
-            break
+            ]
+    return []
+
+
+def _layer_problems(model: nn.Module, targets: dict[str, nn.Linear], config: AdapterConfig) -> list[str]:
+    """Describe the first layer of an unsuitable size, and the first with an unsuitable weight."""
+    problems = []
     for name, linear in targets.items():
         update = UPDATES[config.update]
         sizes = linear.in_features, linear.out_features

@@ -174,15 +174,21 @@ def _loss(logits: Sequence[Tensor], rows: Sequence[Tensor]) -> float:
 
 
 def _make_gates_constant(model: PreTrainedModel, rows: Sequence[Tensor]) -> None:
-    """Replace every token gate by its mean over the tokens of the rows."""
+    """Replace every token gate by its mean over the tokens of the rows, as evaluation applies it.
+
+    A gate that decides is 0 or 1 there, so its mean is the share of tokens that keep their update.
+    """
     sums: dict[str, float] = defaultdict(float)
+    layers = adapted_linears(model)
     for ids in rows:
         with record_gates(model) as gates:
             model(input_ids=ids, use_cache=False)
         for name, logit in zip(gates.names, gates.logits, strict=True):
-            sums[name] += float(torch.sigmoid(logit).sum())
+            gate = layers[name].gate
+            assert gate is not None  # it was recorded
+            sums[name] += float(gate.values(logit).values.sum())
     tokens = sum(ids.numel() for ids in rows)
-    for name, layer in adapted_linears(model).items():
+    for name, layer in layers.items():
         if layer.gate is not None and layer.gate.depends_on_token:
             mean = min(max(sums[name] / tokens, 1e-9), 1 - 1e-9)
             parameter = next(layer.gate.parameters())

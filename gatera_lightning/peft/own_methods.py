@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import is_gate_parameter
+from gatera_lightning.adapters.kernels.khatri_rao import khatri_rao_factors
 from gatera_lightning.adapters.peft_methods import to_tensor_name_of_peft_method
 from gatera_lightning.adapters.peft_schema import RECORD, to_peft, to_text
 from gatera_lightning.adapters.serialization import WEIGHTS_FILE, check_folder
@@ -29,38 +31,42 @@ def peft_method_problem(config: AdapterConfig, *, lora_only: bool) -> str | None
     """
     if config.update == "hira" and config.rank_pattern:
         return f"rank_pattern: {config.rank_pattern!r}, which PEFT's own HiRA does not apply"
-    if config.gate.kind == "static" and config.update in ("lora", "hira"):
+    if config.gate.kind == "static" and config.update in ("lora", "hira", "abba"):
         return _lora_problem(config) if lora_only else None
     if config.gate.kind not in ("none", "position"):
         return (
             f"it has a {config.gate.kind!r} gate, and PEFT's own methods have none; accepted: gate none or "
-            "position, or static with update lora or hira, whose value becomes a factor of B"
+            "position, or static with update lora, hira or abba, whose value becomes a factor of B"
         )
     if config.update == "hira" and not hasattr(peft, "HiraConfig"):
         return f"PEFT {peft.__version__} has no HiRA; accepted: peft 0.21 or newer"
-    if config.update not in ("lora", "dora", "hira"):
-        return f"PEFT has no method for update {config.update!r}; accepted: lora, dora, hira"
+    if config.update not in ("lora", "dora", "hira", "abba"):
+        return f"PEFT has no method for update {config.update!r}; accepted: lora, dora, hira, abba"
     return _lora_problem(config) if lora_only else None
 
 
 def _lora_problem(config: AdapterConfig) -> str | None:
-    if config.update == "lora":
+    if config.update in ("lora", "abba"):
         return None
     rank = (
         "its rank is that of the frozen weight"
         if config.update == "hira"
         else "it rescales the frozen weight"
     )
-    return f"update {config.update!r} is no LoRA: {rank}; accepted: update lora, or --format peft or merged"
+    return (
+        f"update {config.update!r} is no LoRA: {rank}; accepted: update lora or abba, or --format peft or "
+        "merged"
+    )
 
 
 def write_peft_method(
     folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, origin: Mapping[str, Any]
 ) -> Path:
-    """Write an adapter without a token gate as a folder of PEFT's LoRA, DoRA or HiRA.
+    """Write an adapter as a folder of PEFT's LoRA, DoRA or HiRA.
 
-    A static gate becomes a factor of B. A position gate has no parameters: its kind is stored under a key
-    that PEFT ignores with a warning, and PEFT applies the update to every token.
+    ABBA becomes a LoRA of rank (r/2)². A static gate becomes a factor of B. A position gate has no
+    parameters: its kind is stored under a key that PEFT ignores with a warning, and PEFT applies the update
+    to every token.
 
     Args:
         folder: The folder to write.
@@ -75,8 +81,10 @@ def write_peft_method(
         AdapterFileError: If a value is NaN or infinite, or the folder is a file or holds a model; nothing is
             written.
     """
-    method = "HIRA" if config.update == "hira" else "LORA"
     layers = sorted({name.rpartition("update.")[0].rstrip(".") for name in tensors if "update." in name})
+    if config.update == "abba":
+        config, tensors = abba_as_lora(config, tensors, layers)
+    method = "HIRA" if config.update == "hira" else "LORA"
     ours = to_peft(config, layers, origin=origin, task_type="CAUSAL_LM")
     names = ("target_modules", "layers_to_transform", "task_type", "revision", "inference_mode", "r")
     modules = ("exclude_modules", "rank_pattern")
@@ -109,6 +117,41 @@ def write_peft_method(
         weights_file.write_bytes(save(stored, metadata={"format": "pt"}))
         config_file.write_text(to_text(json.loads(json.dumps(description))), encoding="utf-8")
     return folder
+
+
+def abba_as_lora(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], layers: list[str]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Return the LoRA of rank (r/2)² that an ABBA adapter of rank r is, by its Khatri–Rao form.
+
+    The product of its factors is exact; LoRA's alpha grows with the rank, so that the scale is the same.
+
+    Args:
+        config: The settings of the ABBA adapter.
+        tensors: Its tensors by parameter name; those of its gates are kept.
+        layers: Names of the adapted layers.
+    """
+    alphas = {
+        f"^{re.escape(name)}": _product_rank(config.rank_of(name)) * config.scale_of(name) for name in layers
+    }
+    lora = replace(
+        config,
+        update="lora",
+        rank=_product_rank(config.rank),
+        alpha=None if config.alpha is None else config.scale * _product_rank(config.rank),
+        rank_pattern={key: _product_rank(rank) for key, rank in config.rank_pattern.items()},
+        alpha_pattern=alphas if config.has_patterns else {},
+    )
+    found = {name: tensor for name, tensor in tensors.items() if is_gate_parameter(name)}
+    for layer in layers:
+        update = f"{layer}.update." if layer else "update."
+        factors = (tensors[f"{update}{name}"] for name in ("weight_a", "weight_b", "a", "b"))
+        found[f"{update}a"], found[f"{update}b"] = khatri_rao_factors(*factors)
+    return lora, found
+
+
+def _product_rank(rank: int) -> int:
+    return (rank // 2) ** 2
 
 
 def _alpha_pattern(config: AdapterConfig, layers: list[str], alpha: float) -> dict[str, float]:

@@ -141,7 +141,8 @@ def _write_merged(args: argparse.Namespace, adapter: _Adapter) -> None:
         raise ConfigError(
             f"--format merged: {args.checkpoint} has a {adapter.config.gate.kind!r} gate, whose value "
             "differs between tokens, so no single matrix equals it; accepted: --constant_gate --rows FILE, "
-            "which replaces each gate by its mean over these texts and reports what that changes"
+            "which replaces each gate by its mean over these texts (of its decisions 0 or 1, if it is a hard or "
+            "threshold gate) and reports what that changes"
         )
     if adapter.origin["id"] is None:
         raise ConfigError(f"CHECKPOINT: {args.checkpoint} does not store the id of its backbone")
@@ -191,7 +192,8 @@ def _parser() -> SubcommandParser:
         "--constant_gate",
         "--constant-gate",
         action="store_true",
-        help="merge a token gate as a constant, its mean over the texts of --rows",
+        help="merge a token gate as a constant, its mean over the texts of --rows; for a hard or threshold "
+        "gate, the share of tokens that keep their update",
     )
     parser.add_argument(
         "--rows",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gatera_lightning import (
     AdapterConfig,
@@ -19,6 +19,7 @@ from gatera_lightning import (
     inject_adapters,
     load_adapter,
     position_mask,
+    record_gates,
     save_adapter,
 )
 from gatera_lightning.adapters.lookup import adapted_linears
@@ -43,12 +44,11 @@ def load(tiny_backbone):
 def saved(load, randomize, tmp_path):
     """Return a function that saves an adapter and returns its logits and folder."""
 
-    def save(update, gate, size=0.3):
+    def save(update, gate, size=0.3, **settings):
         model = load()
         alpha = None if update == "hira" else 6.0
-        config = AdapterConfig(
-            update=update, gate=gate, rank=3, alpha=alpha, target_modules=["q_proj", "up_proj"]
-        )
+        settings = {"rank": 3, "alpha": alpha, "target_modules": ["q_proj", "up_proj"]} | settings
+        config = AdapterConfig(update=update, gate=gate, **settings)
         inject_adapters(model, config, torch.Generator().manual_seed(0))
         folder = save_adapter(randomize(model, size=size), tmp_path / f"{update}-{gate}", template="plain")
         every_token = torch.ones(6, dtype=torch.bool)
@@ -84,6 +84,24 @@ def test_own_method_of_peft(load, saved, tmp_path, capsys, update, gate, form):
     model = PeftModel.from_pretrained(load(), tmp_path / "out")
     assert model.peft_config["default"].peft_type == ("HIRA" if update == "hira" else "LORA")
     assert (_logits(model) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("form", ["peft", "lora"])
+@pytest.mark.parametrize("gate", ["none", "static"])
+def test_abba_is_a_plain_lora(load, saved, tmp_path, gate, form):
+    """Of rank (r/2)²; with a rank pattern, that of q_proj is larger than its sides of 32."""
+    settings = {"rank": 4, "alpha": 6.0, "rank_pattern": {"q_proj": 12}}
+    expected, folder = saved("abba", gate, **settings)
+    assert main(["export", str(folder), "--out", str(tmp_path / "out"), "--format", form]) == 0
+    model = PeftModel.from_pretrained(load(), tmp_path / "out")
+    assert (_logits(model) - expected).abs().max() < 1e-5
+    layer = model.base_model.model.model.layers[0]
+    assert (layer.self_attn.q_proj.r["default"], layer.mlp.up_proj.r["default"]) == (36, 4)
+    assert layer.mlp.up_proj.scaling["default"] == 1.5
+    ours = load()
+    config = load_adapter(ours, tmp_path / "out")
+    assert (config.update, config.gate.kind, config.rank) == ("lora", "none", 4)
+    assert (_logits(ours) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("update", ["lora", "hira"])
@@ -165,6 +183,28 @@ def test_token_gate_is_merged_only_as_a_constant(load, saved, rows, tmp_path, ca
     divergence = float(report.split("KL divergence ")[1].split(" nats")[0])
     assert 1e-8 < divergence < 1
     assert float(before) == pytest.approx(float(after), abs=0.5)
+
+
+def test_constant_of_a_hard_gate_is_its_share_of_open_tokens(load, saved, rows, tmp_path):
+    """And not the mean of σ(z), which is the probability of a draw in training."""
+    _, folder = saved("lora", "hard")
+    out = tmp_path / "merged"
+    flags = ["--format", "merged", "--constant_gate", "--rows", str(rows)]
+    assert main(["export", str(folder), "--out", str(out), *flags]) == 0
+    model, merged, base = load(), AutoModelForCausalLM.from_pretrained(out), load()
+    load_adapter(model, folder)
+    tokenizer, logits = AutoTokenizer.from_pretrained(out), {}
+    for text in read_texts(str(rows)):
+        with torch.no_grad(), record_gates(model.eval()) as gates:
+            model(**tokenizer(text, return_tensors="pt"))
+        for name, logit in zip(gates.names, gates.logits, strict=True):
+            logits[name] = torch.cat([logits.get(name, torch.empty(0)), logit.flatten()])
+    for name, layer in adapted_linears(model).items():
+        delta = merged.get_submodule(name).weight - base.get_submodule(name).weight
+        whole = layer.update.delta_weight(layer.weight)
+        share = float((logits[name] > 0).double().mean())
+        torch.testing.assert_close(delta, share * whole, rtol=1e-3, atol=1e-5)
+        assert abs(share - float(logits[name].sigmoid().mean())) > 1e-3
 
 
 def test_constant_gates_change_nothing_where_gates_are_constant(load, saved, rows, tmp_path, capsys):
