@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gatera_lightning.adapters.gates import Gate
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.errors import type_problems
 
@@ -116,27 +117,35 @@ def build_optimizer(
     Args:
         config: Learning rate, weight decay and schedule.
         model: A model with an adapter. Its gates form a parameter group of their own, whose learning rate is
-            multiplied by ``adapter.gate.lr_multiplier``.
+            multiplied by ``adapter.gate.lr_multiplier``; after every step, they are constrained.
         total_steps: As for :func:`lr_factor`.
 
     Returns:
         The optimizer, and a scheduler to step after every optimizer step.
     """
     groups = []
+    gates = [layer.gate for layer in adapted_linears(model).values() if layer.gate is not None]
     for name, parameters in parameter_groups(model).items():
-        lr = config.lr
+        lr, decay = config.lr, config.weight_decay
         if name == "gate":
             multiplier = config.gate_lr_multiplier
             if multiplier is None:
                 multiplier = next(iter(adapted_linears(model).values())).config.gate.lr_multiplier
             lr *= multiplier
-        groups.append({"params": list(parameters.values()), "lr": lr, "name": name})
-    optimizer = AdamW(groups, weight_decay=config.weight_decay)
+            decay *= all(gate.decays for gate in gates)
+        groups.append({"params": list(parameters.values()), "lr": lr, "weight_decay": decay, "name": name})
+    optimizer = AdamW(groups)
     # foreach is off by default for DTensors, which is ten times slower; results are equal. The flag is set
     # only during a step, so that every strategy writes the same checkpoint.
     optimizer.register_step_pre_hook(lambda optimizer, *_: _set_foreach(optimizer, True))
     optimizer.register_step_post_hook(lambda optimizer, *_: _set_foreach(optimizer, None))
+    optimizer.register_step_post_hook(lambda *_: _constrain(gates))
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
+
+
+def _constrain(gates: Iterable[Gate]) -> None:
+    for gate in gates:
+        gate.constrain()
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

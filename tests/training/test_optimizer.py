@@ -220,3 +220,32 @@ def test_sharded_parameters_use_foreach_outside_checkpoints(tiny_llama, mesh, mo
     groups = [optimizer.state_dict()["param_groups"] for optimizer in optimizers]
     assert groups[0] == groups[1]
     assert together == [len(group["params"]) for group in groups[1]] * 2
+
+
+def test_thresholds_stay_at_least_0_and_do_not_decay(tiny_llama):
+    """A step against the gradient is larger than τ, and rises from 0 at once when the gradient turns."""
+    model = tiny_llama()
+    inject_adapters(model, AdapterConfig(update="lora", gate="threshold", rank=2))
+    optimizer, _ = build_optimizer(
+        OptimizerConfig(lr=1e-2, weight_decay=0.5, warmup_steps=0, schedule="constant"), model, lambda: 10
+    )
+    thresholds = [p for name, p in adapter_parameters(model).items() if name.endswith("gate.threshold")]
+    with torch.no_grad():
+        for threshold in thresholds:
+            threshold.fill_(5e-4)  # half of a step of lr · lr_multiplier
+    for slope, expected in ((0.0, 5e-4), (1.0, 0.0), (1.0, 0.0)):
+        for threshold in thresholds:
+            threshold.grad = torch.full_like(threshold, slope)
+        optimizer.step()
+        assert [float(threshold.detach()) for threshold in thresholds] == pytest.approx([expected] * 10)
+    for threshold in thresholds:
+        threshold.grad = torch.full_like(threshold, -100.0)
+    optimizer.step()
+    assert all(threshold > 0 for threshold in thresholds)
+
+
+def test_other_gates_decay(tiny_llama):
+    model = tiny_llama()
+    inject_adapters(model, AdapterConfig(gate="token", rank=2))
+    optimizer, _ = build_optimizer(OptimizerConfig(weight_decay=0.5), model, lambda: 10)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5]

@@ -47,6 +47,9 @@ class Gate(nn.Module, ABC):
     """Whether it knows the tokens with gate 1 without their logits, so that a layer computes the update for
     them only; others have gate 0, and the frozen layer's own output."""
 
+    decays: ClassVar[bool] = True
+    """Whether the optimizer's weight decay applies to the parameters."""
+
     @abstractmethod
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
         """Compute the gate's logit.
@@ -78,6 +81,9 @@ class Gate(nn.Module, ABC):
     def norm_logit(self, base_norm: Tensor, update_norm: Tensor) -> Tensor:
         """Return the logit (...) from ``‖W0 x‖`` and ``‖u(x)‖``, each (...); required of ``reads_norms``."""
         raise NotImplementedError(f"{type(self).__name__}: implement norm_logit, or set reads_norms = False")
+
+    def constrain(self) -> None:
+        """Move the parameters back into their range, after a step of the optimizer; here, they have none."""
 
     def constant_value(self) -> Tensor:
         """Return the value of every token, (1,); required of a gate that does not depend on the token."""

@@ -67,6 +67,7 @@ class ThresholdGate(Gate):
     needs_update = True
     reads_norms = True
     decides = True
+    decays = False  # a step towards 0 keeps more tokens, whatever the loss says
 
     def __init__(self, *, threshold: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -88,6 +89,14 @@ class ThresholdGate(Gate):
         # W0 x may be 0, in a pruned layer for instance: any update is then large.
         ratio = (update_norm / base_norm.clamp_min(limits.tiny)).clamp_max(1 / limits.eps)
         return threshold_logit(ratio, self.threshold)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Move a negative τ to 0, which has the same values: a step may be larger than τ.
+
+        Below 0, τ would take as many steps to rise again as it took to fall.
+        """
+        self.threshold.clamp_(min=0)
 
     def values(self, logit: Tensor) -> GateValues:
         """Return 1 for tokens that keep their update and 0 for others, with the gradient of ``σ(z)``."""

@@ -141,8 +141,8 @@ def _write_merged(args: argparse.Namespace, adapter: _Adapter) -> None:
         raise ConfigError(
             f"--format merged: {args.checkpoint} has a {adapter.config.gate.kind!r} gate, whose value "
             "differs between tokens, so no single matrix equals it; accepted: --constant_gate --rows FILE, "
-            "which replaces each gate by its mean over these texts (of its decisions 0 or 1, if it is a hard or "
-            "threshold gate) and reports what that changes"
+            "which replaces each gate by its mean over these texts (of its decisions 0 or 1, if it is a hard "
+            "or threshold gate) and reports what that changes"
         )
     if adapter.origin["id"] is None:
         raise ConfigError(f"CHECKPOINT: {args.checkpoint} does not store the id of its backbone")
