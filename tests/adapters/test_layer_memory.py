@@ -44,7 +44,7 @@ def dense_tensors_made_by(run):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("update", "gate"), METHODS)
+@pytest.mark.parametrize(("update", "gate"), [*METHODS, ("hira", "threshold"), ("dora", "threshold")])
 def test_autograd_saves_only_frozen_weight(randomize, update, gate, dtype, dropout):
     layer, x = layer_and_input(update, gate, dtype, dropout)
     randomize(layer)
