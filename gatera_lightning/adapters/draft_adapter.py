@@ -1,0 +1,162 @@
+"""A second adapter that drafts tokens for a model, and that is no part of this model.
+
+The model may have a trained adapter of its own. What trains, saves, identifies or records adapters sees only
+that one, because a draft adapter acts through hooks, and only inside :meth:`DraftAdapter.on_last`.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.fingerprint import (
+    WeightFingerprint,
+    backbone_fingerprint,
+    weight_fingerprint,
+)
+from gatera_lightning.adapters.identity import backbone_problem, non_finite_problem
+from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.lookup import own_name, unwrapped
+from gatera_lightning.adapters.serialization import read_adapter
+from gatera_lightning.errors import AdapterFileError, checks_arguments
+
+Layer = nn.Linear | AdaptedLinear
+
+
+class LowRankFactors(NamedTuple):
+    """The update ``u(x) = B A x`` of one layer, in the dtype of its frozen weight."""
+
+    a: Tensor
+    """A, (r, in)."""
+
+    b: Tensor
+    """``(α/r) · B``, (out, r)."""
+
+
+class DraftAdapter:
+    """A LoRA that adds ``u(x)`` to the output of a model's layers, for the last tokens of a forward pass.
+
+    Other tokens get the bits of the model without it. A layer may be adapted itself: a drafted token then
+    gets ``W0 x + b + g(x) · u'(x) + u(x)``.
+
+    Args:
+        layers: The layers by name.
+        factors: The update of each.
+        config: The stored settings.
+
+    Attributes:
+        config: The stored settings.
+        layer_names: Names of the layers.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Layer], factors: Mapping[str, LowRankFactors], config: AdapterConfig
+    ) -> None:
+        self.config = config
+        self.layer_names = tuple(layers)
+        self._pairs = [(layers[name], factors[name]) for name in layers]
+        self._is_active = False
+
+    @contextmanager
+    def on_last(self, count: int, tokens: tuple[int, int]) -> Iterator[None]:
+        """Inside the ``with`` block, add the update to the last tokens of every sequence.
+
+        Args:
+            count: How many tokens of each sequence; with 0, the model runs as it is.
+            tokens: The shape (batch, tokens) of the forward pass.
+
+        Raises:
+            RuntimeError: If blocks are nested.
+        """
+        if self._is_active:
+            raise RuntimeError("a draft adapter is active on this model already; blocks cannot be nested")
+        with ExitStack() as hooks:
+            self._is_active = True
+            hooks.callback(self._end)
+            for layer, factors in self._pairs if count else ():
+                handle = layer.register_forward_hook(partial(_add_update, factors, count, tokens))
+                hooks.callback(handle.remove)
+            yield
+
+    def _end(self) -> None:
+        self._is_active = False
+
+
+def _add_update(
+    factors: LowRankFactors,
+    count: int,
+    tokens: tuple[int, int],
+    _: nn.Module,
+    args: tuple[Any, ...],
+    y: Tensor,
+) -> Tensor:
+    """Return a layer's output y (..., out) with the update added to the last tokens of every sequence."""
+    x: Tensor = args[0]
+    if tuple(x.shape[:-1]) not in (tokens, (tokens[0] * tokens[1],)):
+        raise ValueError(
+            f"a draft adapter: a layer sees tokens {tuple(x.shape[:-1])} of a forward pass of {tokens}; "
+            "accepted: layers that see every token, which an expert does not"
+        )
+    drafted = x.reshape(*tokens, -1)[:, -count:]  # (batch, count, in)
+    rows = y if y.ndim == 3 else y.unflatten(0, tokens)  # (batch, tokens, out), in the memory of y
+    rows[:, -count:] += F.linear(F.linear(drafted, factors.a), factors.b)  # a layer's output is a new tensor
+    return y
+
+
+@checks_arguments
+@torch.no_grad()
+def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
+    """Load a draft adapter for a model, which stays as it is.
+
+    Args:
+        model: The model to draft for: a backbone, with or without a trained adapter.
+        folder: An adapter folder with update lora and gate position, or a folder of PEFT's own LoRA.
+
+    Raises:
+        AdapterFileError: If a file is missing or corrupt, the adapter is no LoRA, or it belongs to another
+            model.
+    """
+    model = unwrapped(model)
+    stored, tensors = read_adapter(folder)
+    config = stored.config
+    if config.update != "lora" or config.gate.kind not in ("position", "none"):
+        raise AdapterFileError(
+            f"{folder}: update {config.update!r} with gate {config.gate.kind!r} cannot draft; accepted: update "
+            "'lora' with gate 'position' or 'none'"
+        )
+    modules = {own_name(name): module for name, module in model.named_modules()}
+    layers: dict[str, Layer] = {}
+    factors: dict[str, LowRankFactors] = {}
+    for name in sorted({name.rpartition(".update.")[0] for name in tensors}):
+        layer, a, b = modules.get(name), tensors.get(f"{name}.update.a"), tensors.get(f"{name}.update.b")
+        if not isinstance(layer, Layer):
+            raise AdapterFileError(f"{folder}: does not fit this model, which has no linear layer {name}")
+        if a is None or b is None:
+            raise AdapterFileError(f"{folder}: {name} has only one of the factors A and B")
+        stored_size, size = (a.shape[1], b.shape[0]), (layer.in_features, layer.out_features)
+        if stored_size != size:
+            raise AdapterFileError(
+                f"{folder}: does not fit this model: {name} has (inputs, outputs) {size}, and the draft "
+                f"adapter was trained for {stored_size}"
+            )
+        to = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        layers[name] = layer
+        factors[name] = LowRankFactors(a.to(**to), (b * config.scale_of(name)).to(**to))
+    if problem := non_finite_problem(tensors):
+        raise AdapterFileError(f"{folder}: {problem}; accepted: finite values")
+    if stored.origin["fingerprint"] is not None:  # PEFT's own folders may have none
+        prints = {name: _fingerprint(layer) for name, layer in layers.items()}
+        own = {version: backbone_fingerprint(prints, version) for version in (1, 2, 3)}
+        if problem := backbone_problem(own, stored.origin):
+            raise AdapterFileError(f"{folder}: {problem}")
+    return DraftAdapter(layers, factors, config)
+
+
+def _fingerprint(layer: Layer) -> WeightFingerprint:
+    return layer.base_fingerprint if isinstance(layer, AdaptedLinear) else weight_fingerprint(layer.weight)
