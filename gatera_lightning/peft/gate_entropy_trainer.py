@@ -1,14 +1,17 @@
-"""The entropy term of GateRA's loss in Hugging Face's ``Trainer``, and in trainers that extend it."""
+"""The terms of the gates' loss in Hugging Face's ``Trainer``, and in trainers that extend it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from gatera_lightning.adapters.gate_constraints import constrain_gates_after_steps
 from gatera_lightning.adapters.gate_recording import GateRecord, record_gates
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.objectives.gate_entropy import summed_gate_entropy
+from gatera_lightning.objectives.gate_sparsity import summed_gate_openness
 
 
 class GateEntropyMixin:
@@ -16,7 +19,10 @@ class GateEntropyMixin:
 
     λ is the gate's ``entropy_weight``. The sum runs over gated layers and non-padding tokens, and the count
     over the whole optimizer step, with all its micro-batches and ranks, as in ``GateRAModule``. The mean
-    entropy and the mean gate are logged as ``gate_entropy`` and ``gate_mean``. Evaluation is unchanged.
+    entropy and the mean gate are logged as ``gate_entropy`` and ``gate_mean``. Gates that decide also get
+    ``sparsity_weight`` times their mean openness, logged as ``gate_openness``. The optimizer gives gates
+    ``lr_multiplier`` times the learning rate, and constrains them after every step: a threshold stays at
+    least 0. Evaluation is unchanged.
 
     Example:
         >>> class GatedSFTTrainer(GateEntropyMixin, SFTTrainer):
@@ -37,10 +43,19 @@ class GateEntropyMixin:
         self._logged_steps = getattr(self, "_logged_steps", 0) + 1
         return batches, items
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the trainer's own optimizer, with the gates' own learning rate and range."""
+        base: Any = super()
+        trainer: Any = self
+        optimizer = base.create_optimizer(*args, **kwargs)
+        _separate_gates(optimizer, trainer.model)
+        constrain_gates_after_steps(optimizer, trainer.model)
+        return optimizer
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the trainer's own loss, and add the entropy term in training."""
+        """Compute the trainer's own loss, and add the terms of the gates in training."""
         base: Any = super()
         settings = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if not model.training:
@@ -48,24 +63,31 @@ class GateEntropyMixin:
         mask = _mask(inputs)
         with record_gates(model) as gates:
             result = base.compute_loss(model, inputs, **settings)
-        term = self._entropy_term(model, gates, mask)
+        term = self._gate_term(model, gates, mask)
         if term is None:
             return result
         term = term * self._later_divisor(num_items_in_batch)
         return (result[0] + term, *result[1:]) if return_outputs else result + term
 
-    def _entropy_term(self, model: nn.Module, gates: GateRecord, mask: Tensor) -> Tensor | None:
-        """Return ``λ · Σ H / count`` of a micro-batch, a scalar; None without gates."""
+    def _gate_term(self, model: nn.Module, gates: GateRecord, mask: Tensor) -> Tensor | None:
+        """Return ``(λ · Σ H + μ · Σ σ(z)) / count`` of a micro-batch, a scalar; None without gates."""
         z = _first_pass(gates).stacked(mask)  # (layers, batch, tokens)
         if z is None:
             return None
         gate = next(layer.config.gate for layer in adapted_linears(model).values() if layer.gate)
         count = self._step_tokens * len(z)
         entropy = summed_gate_entropy(z if gate.entropy_weight else z.detach(), mask) / count
-        logged = self.__dict__.setdefault("_gate_values", {"gate_entropy": 0.0, "gate_mean": 0.0})
-        logged["gate_entropy"] += entropy.detach()
-        logged["gate_mean"] += (torch.sigmoid(z.detach()) * mask).sum() / count
-        return entropy * gate.entropy_weight
+        term = entropy * gate.entropy_weight
+        values = {"gate_entropy": entropy, "gate_mean": summed_gate_openness(z.detach(), mask) / count}
+        sparsity_weight = getattr(gate, "sparsity_weight", None)
+        if sparsity_weight is not None:
+            openness = summed_gate_openness(z if sparsity_weight else z.detach(), mask) / count
+            term = term + openness * sparsity_weight
+            values["gate_openness"] = openness
+        logged = self.__dict__.setdefault("_gate_values", dict.fromkeys(values, 0.0))
+        for name, value in values.items():
+            logged[name] += value.detach()
+        return term
 
     def _later_divisor(self, num_items_in_batch: Any) -> int:
         """Return what the loss will be divided by: ranks, and micro-batches if the loss is a mean of each."""
@@ -78,7 +100,7 @@ class GateEntropyMixin:
         return int(trainer.accelerator.num_processes * steps)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the mean entropy and the mean gate of the steps since the last log beside the loss."""
+        """Log the means of the gates' terms over the steps since the last log beside the loss."""
         values = self.__dict__.get("_gate_values")
         if values and "loss" in logs:
             trainer: Any = self
@@ -89,6 +111,23 @@ class GateEntropyMixin:
             self._logged_steps = 0
         base: Any = super()
         base.log(logs, *args, **kwargs)
+
+
+def _separate_gates(optimizer: Optimizer, model: nn.Module) -> None:
+    """Give the gates' parameters groups of their own, if their rate or weight decay differs."""
+    layers = [layer for layer in adapted_linears(model).values() if layer.gate is not None]
+    multiplier = next((layer.config.gate.lr_multiplier for layer in layers), 1.0)
+    decay = all(layer.gate is None or layer.gate.decays for layer in layers)
+    if multiplier == 1 and decay:
+        return
+    gates = {id(p) for layer in layers if layer.gate is not None for p in layer.gate.parameters()}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in gates]
+        if own:
+            group["params"] = [p for p in group["params"] if id(p) not in gates]
+            settings = {"params": own, "lr": group["lr"] * multiplier}
+            settings["weight_decay"] = group["weight_decay"] * decay
+            optimizer.add_param_group(group | settings)
 
 
 def _first_pass(gates: GateRecord) -> GateRecord:

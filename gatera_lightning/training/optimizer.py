@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from gatera_lightning.adapters.gates import Gate
+from gatera_lightning.adapters.gate_constraints import constrain_gates_after_steps
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.errors import type_problems
 
@@ -139,13 +139,8 @@ def build_optimizer(
     # only during a step, so that every strategy writes the same checkpoint.
     optimizer.register_step_pre_hook(lambda optimizer, *_: _set_foreach(optimizer, True))
     optimizer.register_step_post_hook(lambda optimizer, *_: _set_foreach(optimizer, None))
-    optimizer.register_step_post_hook(lambda *_: _constrain(gates))
+    constrain_gates_after_steps(optimizer, model)
     return optimizer, LambdaLR(optimizer, lr_factor(config.schedule, config.warmup_steps, total_steps))
-
-
-def _constrain(gates: Iterable[Gate]) -> None:
-    for gate in gates:
-        gate.constrain()
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -57,7 +57,7 @@ def ours(tiny_backbone, tmp_path_factory):
 
 
 def _config(gate, update="hira"):
-    settings = {"kind": gate} | ({} if gate == "none" else {"entropy_weight": 0.5})
+    settings = {"kind": gate} | ({"entropy_weight": 0.5} if gate in ("static", "token") else {})
     return GateRAConfig(update=update, gate=settings, r=4, task_type="CAUSAL_LM")
 
 
@@ -168,6 +168,27 @@ def test_sft_trainer_runs_with_defaults_and_saves_our_folder(tiny_backbone, ours
     load_adapter(model, tmp_path / "adapter")
     values = [p.detach() for p in adapter_parameters(trainer.model).values()]
     assert all(torch.equal(p, v) for p, v in zip(adapter_parameters(model).values(), values, strict=True))
+
+
+def test_threshold_gates_have_sparsity_rate_and_range(tiny_backbone, ours, tmp_path):
+    """The gates' learning rate is a tenth, and the mean openness is a part of the loss."""
+    recorder = ours("threshold", "lora")
+    trainer = _gated_trainer(tiny_backbone, recorder, tmp_path, "threshold", "lora")
+    trainer.train()
+    _assert_equal(_logged(trainer, "loss"), recorder.losses)
+    assert len(_logged(trainer, "gate_openness")) == STEPS
+    updates, gates = (group for group in trainer.optimizer.param_groups if group["params"])
+    assert gates["initial_lr"] == updates["initial_lr"] / 10
+    ends = zip(adapter_parameters(trainer.model).items(), recorder.end, strict=True)
+    found = {name: (value.detach(), end) for (name, value), end in ends if "threshold" in name}
+    assert found
+    assert any(bool(value > 0) for value, _ in found.values())
+    for value, end in found.values():
+        torch.testing.assert_close(value, end, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        next(iter(found.values()))[0].fill_(-1.0)
+    trainer.optimizer.step()
+    assert all(bool(value >= 0) for value, _ in found.values())
 
 
 def test_entropy_is_left_out_of_evaluation(tiny_backbone, ours, tmp_path):
