@@ -127,8 +127,8 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
     config = stored.config
     if config.update != "lora" or config.gate.kind not in ("position", "none"):
         raise AdapterFileError(
-            f"{folder}: update {config.update!r} with gate {config.gate.kind!r} cannot draft; accepted: update "
-            "'lora' with gate 'position' or 'none'"
+            f"{folder}: update {config.update!r} with gate {config.gate.kind!r} cannot draft; accepted: "
+            "update 'lora' with gate 'position' or 'none'"
         )
     modules = {own_name(name): module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}
@@ -145,9 +145,11 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
                 f"{folder}: does not fit this model: {name} has (inputs, outputs) {size}, and the draft "
                 f"adapter was trained for {stored_size}"
             )
-        to = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         layers[name] = layer
-        factors[name] = LowRankFactors(a.to(**to), (b * config.scale_of(name)).to(**to))
+        scaled = b * config.scale_of(name)
+        factors[name] = LowRankFactors(
+            *(t.to(device=layer.weight.device, dtype=layer.weight.dtype) for t in (a, scaled))
+        )
     if problem := non_finite_problem(tensors):
         raise AdapterFileError(f"{folder}: {problem}; accepted: finite values")
     if stored.origin["fingerprint"] is not None:  # PEFT's own folders may have none
