@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from gatera_lightning.adapters.inference import prepared_for_inference as prepared_for_inference
     from gatera_lightning.adapters.injection import InjectionReport as InjectionReport
     from gatera_lightning.adapters.injection import inject_adapters as inject_adapters
+    from gatera_lightning.adapters.loading import load_adapter as load_adapter
     from gatera_lightning.adapters.lookup import adapter_parameters as adapter_parameters
     from gatera_lightning.adapters.merging import merge_adapter as merge_adapter
     from gatera_lightning.adapters.position_mask import position_mask as position_mask
-    from gatera_lightning.adapters.serialization import load_adapter as load_adapter
     from gatera_lightning.adapters.serialization import save_adapter as save_adapter
     from gatera_lightning.adapters.updates import Update as Update
     from gatera_lightning.adapters.updates import register_update as register_update
@@ -76,7 +76,7 @@ _MODULES = {
     "adapter_parameters": "adapters.lookup",
     "capture_gates": "gate_analysis.capture",
     "inject_adapters": "adapters.injection",
-    "load_adapter": "adapters.serialization",
+    "load_adapter": "adapters.loading",
     "merge_adapter": "adapters.merging",
     "position_mask": "adapters.position_mask",
     "prepared_for_inference": "adapters.inference",

@@ -16,8 +16,9 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.gates import StaticGate
+from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.adapters.lookup import adapted_linears, has_token_gates
-from gatera_lightning.adapters.serialization import load_adapter, trained_template
+from gatera_lightning.adapters.serialization import trained_template
 from gatera_lightning.backbone.loading import (
     context_length,
     default_device,

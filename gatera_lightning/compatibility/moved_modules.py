@@ -41,7 +41,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sharded_loading": ("distributed.sharded_loading",),
     "streaming": ("generation.streaming",),
     "adapters.dora": ("adapters.updates.dora",),
-    "adapters.files": ("adapters.serialization", "adapters.identity"),
+    "adapters.files": ("adapters.serialization", "adapters.loading", "adapters.identity"),
     "adapters.hira": ("adapters.updates.hira",),
     "adapters.inject": ("adapters.injection", "adapters.lookup"),
     "adapters.linear": ("adapters.layer", "adapters.updates"),

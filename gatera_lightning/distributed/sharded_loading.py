@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import WeightFingerprint
 from gatera_lightning.adapters.injection import InjectionReport, inject_adapters
+from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.adapters.lookup import adapted_linears
-from gatera_lightning.adapters.serialization import load_adapter
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import load_backbone, load_config, prepare_for_training
 from gatera_lightning.backbone.quantization import stored_quantization

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import InjectionReport, inject_adapters
-from gatera_lightning.adapters.serialization import load_adapter
+from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.backbone.compilation import compile_layers
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import load_backbone

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.serialization import load_adapter, read_adapter, write_adapter
+from gatera_lightning.adapters.loading import load_adapter
+from gatera_lightning.adapters.serialization import read_adapter, write_adapter
 from gatera_lightning.adapters.stored_config import CONFIG_FILE
 from gatera_lightning.backbone.config import stored_backbone
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.injection import remove_adapters
+from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.position_mask import missing_mask_problem
-from gatera_lightning.adapters.serialization import load_adapter, read_adapter_config
+from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import (
     context_length,

@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gatera_lightning.adapters.inference import prepared_for_inference
+from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.adapters.position_mask import missing_mask_problem
-from gatera_lightning.adapters.serialization import load_adapter, read_adapter, trained_template
+from gatera_lightning.adapters.serialization import read_adapter, trained_template
 from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import default_device, load_backbone, load_config, load_tokenizer
 from gatera_lightning.backbone.source import gguf_file

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from gatera_lightning.adapters.inference import prepared_for_inference
-from gatera_lightning.adapters.serialization import load_adapter
+from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.backbone.loading import default_device, load_backbone
 from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
 from gatera_lightning.datamodules.prompts.conversations import Instruction
