@@ -106,6 +106,16 @@ def returns_head_output(model: PreTrainedModel) -> bool:
     return len(returned_by_head) == 1 and output is returned_by_head[0] and output._version == 0
 
 
+@torch.no_grad()
+def reads_only_earlier_tokens(model: PreTrainedModel) -> bool:
+    """Return whether a token's logits stay the same when a later token changes, as in a causal model."""
+    ids = torch.tensor([[1, 2, 1, 2], [1, 2, 1, 1]], device=next(model.parameters()).device)
+    with eval_mode(model):
+        first, second = _double(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    influence = (first[:3] - second[:3]).abs().max() / first.std()
+    return float(influence) <= _packing_tolerances(model, ids.device)[0]
+
+
 def caches_only_keys_and_values(model: PreTrainedModel) -> bool:
     """Return whether the cache of a prompt holds keys and values only, which several answers can share.
 

@@ -1,0 +1,53 @@
+"""What drafting needs of a model and of the decoding."""
+
+from transformers import DynamicCache, PreTrainedModel
+
+from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.position_mask import missing_mask_problem
+from gatera_lightning.backbone.probes import caches_only_keys_and_values, reads_only_earlier_tokens
+from gatera_lightning.generation.decoding import DecodingConfig
+
+_PLAIN = "decoding without a draft adapter"
+
+
+def model_problem(model: PreTrainedModel, block: int) -> str | None:
+    """Describe why no drafts can be verified with a model; None if they can.
+
+    Args:
+        model: The model, with its weights.
+        block: Tokens per block.
+    """
+    name = type(model).__name__
+    for layer in adapted_linears(model).values():
+        if problem := missing_mask_problem(layer.config):
+            return f"draft: the model's own adapter: {problem}"
+    if model.config.is_encoder_decoder or not hasattr(model, "generate"):
+        return f"draft: {name} is no causal language model; accepted: one, or {_PLAIN}"
+    if not caches_only_keys_and_values(model):
+        return (
+            f"draft: {name} has a state that cannot forget rejected drafts (a convolution's or a recurrent "
+            f"layer's); accepted: a model that caches keys and values only, or {_PLAIN}"
+        )
+    windows = [
+        window
+        for layer in DynamicCache(config=model.config).layers
+        if (window := getattr(layer, "sliding_window", None)) is not None
+    ]
+    if windows and min(windows) < block:
+        return (
+            f"draft.block: {block}, with a sliding window of {min(windows)} tokens; accepted: at most "
+            f"{min(windows)}, or {_PLAIN}"
+        )
+    if not reads_only_earlier_tokens(model):
+        return f"draft: the tokens of {name} attend to later ones; accepted: a causal model, or {_PLAIN}"
+    return None
+
+
+def decoding_problems(config: DecodingConfig) -> list[str]:
+    """Describe every setting of the decoding that drafts do not support; empty if there is none."""
+    accepted = {"beams": 1, "no_repeat_ngram_size": 0, "use_cache": True}
+    return [
+        f"decoding.{name}: {value}, with drafts; accepted: {accepted[name]}, or {_PLAIN}"
+        for name in accepted
+        if (value := getattr(config, name)) != accepted[name]
+    ]

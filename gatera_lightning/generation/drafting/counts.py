@@ -1,0 +1,44 @@
+"""Count what drafting saves."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DraftCounts:
+    """Forward passes, tokens and accepted drafts of all answers so far."""
+
+    forwards: int = 0
+    """Forward passes of the model, with those that read prompts."""
+
+    tokens: int = 0
+    """Generated tokens."""
+
+    verified: Counter[int] = field(default_factory=Counter)
+    """Drafts that a forward pass verified, by their depth: 1 for the first draft of a block."""
+
+    accepted: Counter[int] = field(default_factory=Counter)
+    """Drafts that were accepted, by depth; a draft after a rejected one is not."""
+
+    def add(self, *, drafts: int, accepted: int) -> None:
+        """Add a forward pass that verified some drafts, of which the first ``accepted`` were accepted."""
+        self.forwards += 1
+        self.verified.update(range(1, drafts + 1))
+        self.accepted.update(range(1, accepted + 1))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Generated tokens per forward pass; plain decoding has 1."""
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+    def acceptance(self) -> dict[int, float]:
+        """Return the share of accepted drafts by depth."""
+        return {depth: self.accepted[depth] / count for depth, count in sorted(self.verified.items())}
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.tokens} tokens in {self.forwards} forward passes "
+            f"({self.tokens_per_forward:.2f} tokens a forward pass)"
+        )
+        shares = ", ".join(f"{share:.0%}" for share in self.acceptance().values())
+        return f"{text}; accepted drafts by depth: {shares}" if shares else text

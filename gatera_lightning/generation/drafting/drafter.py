@@ -1,0 +1,181 @@
+"""Generate with drafts: one loop for both cycles, greedy decoding and sampling."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from gatera_lightning.adapters.draft_adapter import DraftAdapter
+from gatera_lightning.adapters.inference import prepared_for_inference
+from gatera_lightning.datamodules.batch import PromptBatch
+from gatera_lightning.errors import ConfigError
+from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens
+from gatera_lightning.generation.drafting.checks import decoding_problems, model_problem
+from gatera_lightning.generation.drafting.config import DraftConfig
+from gatera_lightning.generation.drafting.counts import DraftCounts
+from gatera_lightning.generation.drafting.payoff import Payoff
+from gatera_lightning.generation.drafting.verification import (
+    Draft,
+    GreedyVerifier,
+    SamplingVerifier,
+    Verifier,
+)
+
+
+class Drafter:
+    """Generates with a model and its draft adapter, several tokens per forward pass.
+
+    A forward pass reads the newest token, then drafts, then random tokens (noise). The draft adapter acts on
+    the noise only, so all other rows have the model's own logits. These verify the drafts; the logits of the
+    noise propose the next ones (UNO, arXiv 2609.04010; I-DLM, arXiv 2604.11035).
+
+    Args:
+        model: The model, in eval mode.
+        adapter: Its draft adapter.
+        config: How to draft.
+        payoff: Decides whether drafts pay, if ``config`` asks for it.
+
+    Attributes:
+        counts: What all answers so far took.
+
+    Raises:
+        ConfigError: If a setting is not valid, or the drafts of this model cannot be verified.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: DraftAdapter,
+        config: DraftConfig | None = None,
+        payoff: Payoff | None = None,
+    ) -> None:
+        config = config or DraftConfig()
+        problems = config.problems()
+        if not problems and (problem := model_problem(model, config.block)):
+            problems = [problem]
+        if problems:
+            raise ConfigError(problems)
+        self.config = config
+        self.counts = DraftCounts()
+        self._model, self._adapter = model, adapter
+        self._payoff = (payoff or Payoff()) if config.only_if_faster else None
+        self._noise = torch.Generator().manual_seed(0)  # not the generator that samples tokens
+
+    @property
+    def turned_off(self) -> str | None:
+        """Why drafts are turned off; None if they are not."""
+        return None if self._payoff is None else self._payoff.verdict
+
+    def generate(
+        self,
+        batch: PromptBatch,
+        decoding: DecodingConfig,
+        *,
+        sampling: Sampling | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> Tensor:
+        """Generate a completion of each prompt, as :func:`~gatera_lightning.generation.generate` does.
+
+        Prompts are read one after another.
+
+        Args:
+            batch: Left-padded prompts.
+            decoding: How to decode.
+            sampling: Sample instead of taking the most likely tokens.
+            streamer: Receives the tokens of a single prompt as they are chosen.
+
+        Returns:
+            The generated token ids, (batch, new tokens), padded after the token that ends an answer.
+
+        Raises:
+            ConfigError: If drafts do not support a setting of the decoding.
+        """
+        if problems := decoding_problems(decoding):
+            raise ConfigError(problems)
+        ends = end_tokens(self._model, batch["eos_id"])
+        verifier = GreedyVerifier() if sampling is None else SamplingVerifier(sampling)
+        thresholds = {"skip_below": decoding.skip_below, "merge_above": decoding.merge_above}
+        prepared = prepared_for_inference(self._model, **thresholds) if decoding.prepared else nullcontext()
+        answers = []
+        with torch.no_grad(), prepared:
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                prompt = ids[mask.bool()].tolist()
+                answers.append(self._answer(prompt, decoding.max_new_tokens, ends, verifier, streamer))
+        found = torch.full((len(answers), max(map(len, answers))), batch["pad_id"])
+        for row, answer in zip(found, answers, strict=True):
+            row[: len(answer)] = torch.tensor(answer)
+        return found.to(batch["input_ids"].device)
+
+    def _answer(
+        self,
+        prompt: list[int],
+        limit: int,
+        ends: Sequence[int],
+        verifier: Verifier,
+        streamer: BaseStreamer | None,
+    ) -> list[int]:
+        """Return the completion of one prompt, at most ``limit`` tokens."""
+        cache = DynamicCache()  # without the config: a layer with a sliding window would forget tokens
+        answer: list[int] = []
+        unread, drafts = prompt, list[Draft]()  # tokens of the text that the cache does not hold
+        if streamer is not None:
+            streamer.put(torch.tensor([prompt]))
+        while True:
+            room = limit - len(answer) - len(drafts) - 1  # for tokens after those of this forward pass
+            noise = self._noise_rows(drafts, room - 1)
+            is_prompt = unread is prompt
+            if self._payoff is not None:
+                self._payoff.start()
+            logits = self._forward(unread, drafts, noise, cache)
+            verdict = verifier.verify(logits[: len(drafts) + 1], drafts)
+            is_complete = verdict.accepted == len(drafts)
+            chosen = [*(draft.token for draft in drafts[: verdict.accepted]), verdict.token]
+            self._forget(cache, noise + len(drafts) - verdict.accepted)
+            self.counts.add(drafts=len(drafts), accepted=verdict.accepted)
+            proposed = verifier.propose(logits[len(drafts) + 1 :]) if is_complete else []
+            if self._payoff is not None and not is_prompt:
+                self._payoff.stop(len(chosen), drafted=bool(drafts or noise))
+            for token in chosen:
+                answer.append(token)
+                self.counts.tokens += 1
+                if streamer is not None:
+                    streamer.put(torch.tensor([token]))
+                if token in ends or len(answer) == limit:
+                    if streamer is not None:
+                        streamer.end()
+                    return answer
+            unread, drafts = [verdict.token], proposed
+
+    def _noise_rows(self, drafts: Sequence[Draft], useful: int) -> int:
+        """Return how many drafts the next forward pass makes, at most as many as are ``useful``."""
+        is_off = self._payoff is not None and not self._payoff.allows_drafts
+        if is_off or (drafts and self.config.cycle == "two_forwards"):
+            return 0
+        return max(0, min(self.config.block - 1, useful))
+
+    def _forward(self, unread: list[int], drafts: Sequence[Draft], noise: int, cache: DynamicCache) -> Tensor:
+        """Return the logits of the last unread token, the drafts and the noise, (rows, vocabulary)."""
+        tokens = [*unread, *(draft.token for draft in drafts), *self._noise_tokens(noise)]
+        ids = torch.tensor([tokens], device=self._model.device)
+        rows = 1 + len(drafts) + noise
+        keeps: Any = self._model._supports_logits_to_keep
+        keep = {"logits_to_keep": rows} if keeps() else {}
+        with self._adapter.on_last(noise, (1, ids.shape[1])):
+            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+        return output.logits[0, -rows:]
+
+    def _noise_tokens(self, count: int) -> list[int]:
+        """Return random token ids, which stand where drafts are made."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        found: list[int] = torch.randint(vocabulary, (count,), generator=self._noise).tolist()
+        return found
+
+    @staticmethod
+    def _forget(cache: DynamicCache, rows: int) -> None:
+        """Drop the keys and values of the last rows."""
+        if rows:
+            cache.crop(-rows)

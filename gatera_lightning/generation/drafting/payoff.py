@@ -1,0 +1,63 @@
+"""Decide whether drafts pay: a forward pass with more rows takes longer than one with a single row."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+_PLAIN = 4
+"""Forward passes without drafts that are measured first; the median ignores a slow one."""
+
+_DRAFTED = 24
+"""Forward passes with drafts that are measured before each decision."""
+
+
+class Payoff:
+    """Compares the seconds per token with and without drafts, and turns drafts off for good if they lose.
+
+    Args:
+        clock: Returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started = 0.0
+        self._plain: list[float] = []
+        self._seconds: list[float] = []
+        self._tokens = 0
+        self.verdict: str | None = None
+
+    @property
+    def allows_drafts(self) -> bool:
+        """Whether the next forward pass may draft."""
+        return len(self._plain) >= _PLAIN and self.verdict is None
+
+    def start(self) -> None:
+        """Note that a forward pass starts."""
+        self._started = self._clock()
+
+    def stop(self, tokens: int, *, drafted: bool) -> None:
+        """Note that a forward pass has ended, and its tokens are chosen.
+
+        Args:
+            tokens: How many tokens it gave.
+            drafted: Whether it had drafts to verify, or made some.
+        """
+        seconds = self._clock() - self._started
+        if not drafted:
+            self._plain = [*self._plain, seconds][-_PLAIN:]
+            return
+        self._seconds.append(seconds)
+        self._tokens += tokens
+        if len(self._seconds) == _DRAFTED:
+            self._decide()
+
+    def _decide(self) -> None:
+        """Keep drafts if their tokens take less time; else say why not."""
+        per_forward = self._tokens / _DRAFTED
+        relative = statistics.median(self._seconds) / statistics.median(self._plain)
+        if per_forward < relative:
+            self.verdict = (
+                f"drafts turned off: a forward pass with drafts gave {per_forward:.2f} tokens, and took "
+                f"{relative:.2f} times as long as one without"
+            )
+        self._seconds, self._tokens = [], 0

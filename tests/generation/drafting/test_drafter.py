@@ -1,0 +1,169 @@
+"""Drafting gives the text of plain decoding, whatever the draft adapter does."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from draft_folders import draft_folder
+from model_families import SIZES
+from perturbed_adapter import perturb_adapter
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation import BaseStreamer
+
+from gatera_lightning import AdapterConfig, inject_adapters
+from gatera_lightning.adapters.draft_adapter import load_draft_adapter
+from gatera_lightning.datamodules.batching.collate import collate_prompts
+from gatera_lightning.generation.decoding import DecodingConfig, generate
+from gatera_lightning.generation.drafting import DraftConfig, Drafter
+from gatera_lightning.generation.drafting.payoff import Payoff
+
+PAD, EOS = 0, 2
+PROMPTS = [
+    torch.randint(3, 96, (1 + n % 17,), generator=torch.Generator().manual_seed(n)).tolist()
+    for n in range(30)
+]
+CYCLES = ["one_forward", "two_forwards"]
+DECODING = DecodingConfig(max_new_tokens=24)
+BATCH = collate_prompts(PROMPTS, range(len(PROMPTS)), pad_id=PAD, eos_id=EOS)
+
+
+SETTINGS = {"llama": {}, "gemma2": {"head_dim": 8, "sliding_window": 8, "tie_word_embeddings": False}}
+
+
+def build(family, dtype=torch.float32):
+    """A tiny model whose answers vary, and often end early."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **SIZES, initializer_range=0.3, **SETTINGS[family])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        with torch.no_grad():
+            model.get_output_embeddings().weight[EOS] *= 2
+            model.get_output_embeddings().weight[PAD] = 0
+    return model
+
+
+class InformedDrafter(Drafter):
+    """Its noise is often the text itself, for which an adapter without effect drafts the right tokens."""
+
+    def __init__(self, *args, answers, share):
+        super().__init__(*args)
+        self.answers, self.share = answers, share
+        self.random = torch.Generator().manual_seed(1)
+
+    def _answer(self, prompt, *args):
+        self.start = self.counts.tokens
+        self.text = [token for token in self.answers[PROMPTS.index(prompt)].tolist() if token != PAD]
+        return super()._answer(prompt, *args)
+
+    def _noise_rows(self, drafts, useful):
+        self.position = self.counts.tokens - self.start + len(drafts)
+        return super()._noise_rows(drafts, useful)
+
+    def _noise_tokens(self, count):
+        known = self.text[self.position : self.position + count]
+        right = torch.rand(count, generator=self.random) < self.share
+        pairs = zip(super()._noise_tokens(count), known + [EOS] * count, right, strict=False)
+        return [token if is_right else noise for noise, token, is_right in pairs]
+
+
+@pytest.fixture
+def gated():
+    """A backbone with a trained GateRA adapter."""
+    model = build("llama")
+    inject_adapters(model, AdapterConfig(rank=4), torch.Generator().manual_seed(0))
+    return perturb_adapter(model, 0.5).eval()
+
+
+@pytest.fixture
+def adapter_for(tmp_path):
+    """``adapter_for(model, "llama", size=0.3)``: a random draft adapter."""
+
+    def load(model, family="llama", size=0.3):
+        return load_draft_adapter(
+            model, draft_folder(build(family, model.dtype), tmp_path / f"draft-{size}", size=size)
+        )
+
+    return load
+
+
+def config(cycle="one_forward", **settings):
+    return DraftConfig(cycle=cycle, only_if_faster=False, **settings)
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("llama", torch.float64), ("gemma2", torch.float32)]
+)
+def test_greedy_text_is_that_of_plain_decoding(adapter_for, family, dtype, cycle):
+    check_text(build(family, dtype), partial(adapter_for, family=family), cycle)
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+def test_greedy_text_of_an_adapted_model_is_that_of_plain_decoding(adapter_for, gated, cycle):
+    check_text(gated, adapter_for, cycle)
+
+
+def check_text(model, adapter_for, cycle):
+    """Compare the answers of a random draft adapter and of an informed one with plain decoding's."""
+    expected = generate(model, BATCH, DECODING)
+    lengths = (expected != PAD).sum(1)
+    assert len(lengths.unique()) > 5  # some end early
+    drafter = Drafter(model, adapter_for(model), config(cycle))
+    assert torch.equal(drafter.generate(BATCH, DECODING), expected)
+    assert drafter.counts.tokens == lengths.sum()
+    drafter = InformedDrafter(
+        model, adapter_for(model, size=1e-9), config(cycle), answers=expected, share=0.7
+    )
+    assert torch.equal(drafter.generate(BATCH, DECODING), expected)
+    counts = drafter.counts
+    assert counts.verified.keys() == {1, 2, 3}
+    assert all(0 < counts.accepted[depth] < counts.verified[depth] for depth in (1, 2, 3))
+    assert counts.tokens_per_forward > 1
+
+
+@pytest.mark.parametrize(
+    ("cycle", "tokens"), [("one_forward", 1 + 4 + 4 + 4), ("two_forwards", 1 + 4 + 1 + 4)]
+)
+def test_tokens_of_four_forward_passes_if_all_drafts_are_right(adapter_for, gated, cycle, tokens):
+    decoding = DecodingConfig(max_new_tokens=tokens)
+    expected = generate(gated, BATCH, decoding)
+    longest = int((expected != PAD).sum(1).argmax())
+    assert (expected[longest] != PAD).all()
+    batch = collate_prompts([PROMPTS[longest]], [0], pad_id=PAD, eos_id=EOS)
+    drafter = InformedDrafter(
+        gated, adapter_for(gated, size=1e-9), config(cycle), answers=expected, share=1.0
+    )
+    assert torch.equal(drafter.generate(batch, decoding)[0], expected[longest])
+    assert drafter.counts.forwards == 4
+    assert set(drafter.counts.acceptance().values()) == {1.0}
+
+
+def test_drafts_are_turned_off_if_they_do_not_pay(adapter_for, gated):
+    seconds = (number**2 for number in itertools.count())  # every pass takes longer than the ones before
+    drafter = Drafter(gated, adapter_for(gated), DraftConfig(), Payoff(lambda: next(seconds)))
+    expected = generate(gated, BATCH, DECODING)
+    assert drafter.turned_off is None
+    assert torch.equal(drafter.generate(BATCH, DECODING), expected)
+    assert "drafts turned off: a forward pass with drafts gave 1" in drafter.turned_off
+    before = drafter.counts.forwards
+    assert torch.equal(drafter.generate(BATCH, DECODING), expected)
+    assert drafter.counts.forwards - before == (expected != PAD).sum()
+
+
+def test_streamer_receives_what_plain_decoding_sends(adapter_for, gated):
+    class Recorder(BaseStreamer):
+        def __init__(self):
+            self.received = []
+
+        def put(self, value):
+            self.received += value.flatten().tolist()
+
+        def end(self):
+            self.received.append("end")
+
+    batch = collate_prompts([PROMPTS[3]], [0], pad_id=PAD, eos_id=EOS)
+    plain, drafted = Recorder(), Recorder()
+    generate(gated, batch, DECODING, streamer=plain)
+    Drafter(gated, adapter_for(gated), config()).generate(batch, DECODING, streamer=drafted)
+    assert drafted.received == plain.received
