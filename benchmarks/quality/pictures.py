@@ -19,6 +19,9 @@ COLORS = (
 )  # fmt: skip
 """One for each method: Paul Tol's schemes bright and muted, for color-blind readers."""
 
+MOST_LOSS_ABOVE_BEST = 0.5
+"""Learning rates whose loss is further above the best are drawn at this distance, nats per token."""
+
 Points = Sequence[tuple[float, float]]
 
 
@@ -118,10 +121,12 @@ def learning_rates(lines: Sequence[Line], family: str) -> str | None:
     rates = [rate for points in curves.values() for rate, _ in points]
     losses = [loss for points in curves.values() for _, loss in points]
     # Rates that fail would leave no room for the differences between those that work.
-    ceiling = min(losses) + 3 * (sorted(losses)[len(losses) // 2] - min(losses))
+    ceiling = min(losses) + MOST_LOSS_ABOVE_BEST
     shown = {name: [(rate, min(loss, ceiling)) for rate, loss in points] for name, points in curves.items()}
     y = linear_axis("validation loss (nats per token)", [min(loss, ceiling) for loss in losses])
     title = f"{FAMILIES[family].title}: loss by learning rate, seed 0"
+    if max(losses) > ceiling:
+        title += f"; losses above {ceiling:.2f} are drawn there"
     return draw(title, rate_axis(rates), y, shown, mark_last=False)
 
 
