@@ -10,7 +10,6 @@ from gate_reports import TEXTS, run_gates, save_random_adapter
 from transformers import AutoTokenizer
 
 from gatera_lightning import record_gates
-from gatera_lightning.cli.commands import gates as gates_command
 from gatera_lightning.cli.main import main
 
 
@@ -116,7 +115,7 @@ def test_gates_rejects_invalid_arguments_before_loading_weights(
 
 def test_gates_rejects_text_without_tokens(tuned, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        gates_command, "tokenize_prompt", lambda tokenizer, text: [5] if text == TEXTS[0] else []
+        probe_texts, "tokenize_prompt", lambda tokenizer, text: [5] if text == TEXTS[0] else []
     )
     assert run_gates(tmp_path) == 2
     assert "--text: 'We ride $5 bikes.' has no tokens; accepted: a text with" in capsys.readouterr().err
