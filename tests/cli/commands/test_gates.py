@@ -10,6 +10,8 @@ from gate_reports import TEXTS, run_gates, save_random_adapter
 from transformers import AutoTokenizer
 
 from gatera_lightning import record_gates
+from gatera_lightning.cli import probe_texts
+from gatera_lightning.cli.commands import gates as gates_command
 from gatera_lightning.cli.main import main
 
 
