@@ -109,6 +109,16 @@ def _add_update(
     return y
 
 
+def draft_problem(config: AdapterConfig) -> str | None:
+    """Describe why an adapter with these settings cannot draft; None if it can."""
+    if config.update == "lora" and config.gate.kind in ("position", "none"):
+        return None
+    return (
+        f"update {config.update!r} with gate {config.gate.kind!r} cannot draft; accepted: update 'lora' with "
+        "gate 'position' or 'none'"
+    )
+
+
 @checks_arguments
 @torch.no_grad()
 def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
@@ -125,11 +135,8 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
     model = unwrapped(model)
     stored, tensors = read_adapter(folder)
     config = stored.config
-    if config.update != "lora" or config.gate.kind not in ("position", "none"):
-        raise AdapterFileError(
-            f"{folder}: update {config.update!r} with gate {config.gate.kind!r} cannot draft; accepted: "
-            "update 'lora' with gate 'position' or 'none'"
-        )
+    if problem := draft_problem(config):
+        raise AdapterFileError(f"{folder}: {problem}")
     modules = {own_name(name): module for name, module in model.named_modules()}
     layers: dict[str, Layer] = {}
     factors: dict[str, LowRankFactors] = {}

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from gatera_lightning.adapters.draft_adapter import load_draft_adapter
 from gatera_lightning.adapters.gates import StaticGate
 from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.adapters.lookup import adapted_linears, has_token_gates
@@ -36,6 +37,7 @@ from gatera_lightning.errors import ConfigError, printable
 from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.colored_text import color_by_gate, color_scale
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
+from gatera_lightning.generation.drafting import DraftConfig, Drafter
 from gatera_lightning.generation.streaming import TextStream
 from gatera_lightning.terminal.printing import SafeConsole
 
@@ -64,7 +66,7 @@ class TerminalModel:
             ConfigError: With everything that cannot work.
         """
         self.args = args
-        self.backbone, self.adapter, self.folder = check_arguments(args, problems)
+        self.backbone, self.adapter, self.folder, self.draft = check_arguments(args, problems)
         self.tokenizer = load_tokenizer(self.backbone)
         self.trained_template = None if self.folder is None else trained_template(self.folder)
         self.template = self._choose_template()
@@ -134,6 +136,14 @@ class TerminalModel:
         torch.manual_seed(self.args.seed or 0)
         return model.to(device).eval()  # type: ignore[arg-type]
 
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """What decodes with the draft adapter, if one is given."""
+        if self.draft is None:
+            return None
+        config = DraftConfig() if self.args.draft_block is None else DraftConfig(block=self.args.draft_block)
+        return Drafter(self.model, load_draft_adapter(self.model, self.draft), config)
+
     def describe(self) -> None:
         """Print notes about the model, the template and the decoding; loads the weights."""
         args, model = self.args, self.model
@@ -156,6 +166,8 @@ class TerminalModel:
                 f"fast: gates below {args.fast:g} count as 0 and above {1 - args.fast:g} as 1; "
                 "the answer may differ from the exact one"
             )
+        if self.drafter is not None:
+            self.note(f"drafts: {self.draft}, in blocks of {self.drafter.config.block} tokens")
         if args.gates:
             self._describe_gates()
 
@@ -201,8 +213,10 @@ class TerminalModel:
         with ExitStack() as stack:
             captured = stack.enter_context(capture_gates(self.model)) if self._has_token_gates else None
             stream = TextStream(self.tokenizer, self._print_piece, captured)
+            decode = partial(generate, self.model) if self.drafter is None else self.drafter.generate
+            was_turned_off = self._drafts_turned_off
             try:
-                ids = generate(self.model, prompts, decoding, sampling=sampling, streamer=stream)[0].tolist()
+                ids = decode(prompts, decoding, sampling=sampling, streamer=stream)[0].tolist()
             except KeyboardInterrupt:
                 stopped = True
                 stream.end()
@@ -211,7 +225,15 @@ class TerminalModel:
             self.note("stopped")
         elif len(ids) > args.max_new_tokens and ids[-1] not in end_tokens(self.model, prompts["eos_id"]):
             self.note(f"truncated at --max_new_tokens {args.max_new_tokens}")
+        if self.drafter is not None and was_turned_off is None:
+            self.note(f"so far {self.drafter.counts}")
+            if self._drafts_turned_off is not None:
+                self.note(self._drafts_turned_off)
         return Answer(stream.text, stopped)
+
+    @property
+    def _drafts_turned_off(self) -> str | None:
+        return None if self.drafter is None else self.drafter.turned_off
 
     def _print_piece(self, piece: str, gate: float | None) -> None:
         if gate is None:

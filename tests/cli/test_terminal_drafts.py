@@ -1,0 +1,66 @@
+"""``chat`` and ``generate`` with ``--draft``: the same answers, and figures on standard error."""
+
+import pytest
+from draft_folders import draft_folder
+from gate_reports import save_random_adapter
+from terminal_models import GreedyReference, escape, talkative_backbone
+
+from gatera_lightning import BackboneConfig
+from gatera_lightning.backbone.loading import load_backbone
+from gatera_lightning.cli.main import main
+
+PROMPTS = ["What do bees make?", "Tom has 3 boxes.\nHow many"]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_backbone, tmp_path_factory):
+    """A backbone, an adapter with token gates, and a draft adapter."""
+    root = tmp_path_factory.mktemp("drafts")
+    backbone = talkative_backbone(tiny_backbone, root / "backbone")
+    save_random_adapter(root / "adapter", backbone)
+    model = load_backbone(BackboneConfig(id=str(backbone), dtype="float32"), "cpu")
+    draft_folder(model, root / "draft", size=1e-3)
+    return root
+
+
+def run(folders, *flags, prompts=PROMPTS, adapter="adapter"):
+    given = [arg for prompt in prompts for arg in ("--prompt", prompt)]
+    own = ["--template", "none", "--max_new_tokens", "30", "--dtype", "float32"]
+    return main(["generate", "--adapter", str(folders / adapter), *given, *own, *flags])
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_answers_are_those_of_greedy_decoding(folders, capsys, block):
+    flags = [] if block is None else ["--draft_block", str(block)]
+    assert run(folders, "--draft", str(folders / "draft"), *flags) == 0
+    out, err = capsys.readouterr()
+    reference = GreedyReference(folders / "backbone", str(folders / "adapter"))
+    assert out == "".join(escape(reference.text(prompt, 30)) + "\n" for prompt in PROMPTS)
+    assert f"draft, in blocks of {block or 4} tokens" in err
+    assert "so far 31 tokens in " in err
+    assert "accepted drafts by depth: " in err
+
+
+def test_sampling_takes_drafts(folders, capsys):
+    flags = ["--draft", str(folders / "draft"), "--temperature", "0.8", "--top_p", "0.9", "--seed", "3"]
+    assert run(folders, *flags) == 0
+    first = capsys.readouterr().out
+    assert run(folders, *flags, "--draft_block", "4") == 0
+    assert capsys.readouterr().out == first  # the seed decides
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft_block", "3"], "--draft_block: 3, without drafts; accepted with --draft"),
+        (["--draft", "draft", "--draft_block", "1"], "--draft_block: 1; accepted: an integer of at least 2"),
+        (["--draft", "draft", "--gates"], "--gates: gates of drafted tokens are not shown"),
+        (["--draft", "adapter"], "update 'hira' with gate 'token' cannot draft; accepted: update 'lora'"),
+        (["--draft", "backbone"], "--draft: "),
+    ],
+)
+def test_flags_are_refused_before_weights_load(folders, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("gatera_lightning.cli.terminal_model.load_backbone", None)
+    monkeypatch.chdir(folders)
+    assert run(folders, *flags, prompts=PROMPTS[:1]) != 0
+    assert message in " ".join(capsys.readouterr().err.split())
