@@ -35,10 +35,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def has_token_gates(model: nn.Module) -> bool:
-    """Return whether any adapted layer has a gate that depends on the token."""
-    return any(
-        layer.gate is not None and layer.gate.depends_on_token for layer in adapted_linears(model).values()
-    )
+    """Return whether any adapted layer has a gate that depends on the token, other than by a given mask."""
+    gates = (layer.gate for layer in adapted_linears(model).values())
+    return any(gate is not None and gate.depends_on_token and not gate.selects_tokens for gate in gates)
+
+
+def needs_masks(model: nn.Module) -> bool:
+    """Return whether any adapted layer has a gate that takes a mask with every forward pass."""
+    return any(layer.config.gate.needs_mask for layer in adapted_linears(model).values())
 
 
 @checks_arguments

@@ -48,12 +48,12 @@ def isolates_packed_sequences(model: PreTrainedModel) -> bool:
         after_another = logits_after([(5 * i + 3) % 7 + 1 for i in range(length)])
         alone = _double(model(input_ids=torch.tensor([second], device=device)).logits[0])
     influence, difference = ((packed - other).abs().max() / alone.std() for other in (after_another, alone))
-    most_influence, most_difference = _packing_tolerances(model, device)
+    most_influence, most_difference = packing_tolerances(model, device)
     isolated = float(influence) <= most_influence and float(difference) <= most_difference
     return isolated and caches_only_keys_and_values(model)
 
 
-def _packing_tolerances(model: nn.Module, device: torch.device) -> tuple[float, float]:
+def packing_tolerances(model: nn.Module, device: torch.device) -> tuple[float, float]:
     """Return how far logits may differ by rounding, relative to their standard deviation.
 
     A 16-bit kernel with a mask differs from one without by a tenth of the standard deviation, attention to

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from gatera_lightning.adapters.lookup import has_token_gates
+from gatera_lightning.adapters.lookup import has_token_gates, needs_masks
 from gatera_lightning.backbone.loading import context_length
 from gatera_lightning.callbacks.run_logs import has_run_log, run_logs
 from gatera_lightning.datamodules.batch import PromptBatch
@@ -96,6 +96,13 @@ class GeneratedSamples(L.Callback):
         if not self.prompts or tokenizer is None:
             return
         if not has_run_log(trainer, "generated samples", missing="no samples are generated"):
+            return
+        if needs_masks(module.model):
+            if trainer.is_global_zero:
+                log.warning(
+                    "generated samples: none, because the adapter's gates need a mask with every forward "
+                    "pass; set generated_samples.prompts to 0"
+                )
             return
         if not isinstance(self.prompts, int):
             prompts = [tokenize_prompt(tokenizer, text) for text in self.prompts]

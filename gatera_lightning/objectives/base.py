@@ -23,7 +23,9 @@ from typing import Any, ClassVar, Self, TypedDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gate_recording import GateRecord, record_gates
+from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.datamodules.batch import Batch
 
 
@@ -47,6 +49,17 @@ class Term:
             raise ValueError(f"Term: count is {self.count}; accepted: a number above 0")
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A part of a mean over the validation split: a sum over some elements, and their number."""
+
+    total: Tensor
+    """Scalar."""
+
+    count: int
+    """Number of elements; may be 0."""
+
+
 class Objective(ABC):
     """A part of the training loss.
 
@@ -59,6 +72,9 @@ class Objective(ABC):
 
     gives_position_mask: ClassVar[bool] = False
     """Whether it runs the model inside :func:`~gatera_lightning.position_mask`, as position gates need."""
+
+    supports_packing: ClassVar[bool] = True
+    """Whether a row of a batch may hold several sequences."""
 
     _given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     """The arguments of the constructor, by position and by name."""
@@ -96,6 +112,40 @@ class Objective(ABC):
             model: The adapted model. If it is sharded, every rank calls this.
         """
         return
+
+    def problems(self, adapter: AdapterConfig, backbone: BackboneConfig) -> list[str]:
+        """Return one message for every setting of the model that this objective cannot train.
+
+        Args:
+            adapter: The adapter's settings, perhaps with an unknown gate.
+            backbone: The backbone's settings.
+        """
+        return []
+
+    def begin_step(self, step: int) -> None:  # noqa: B027  # most objectives do not depend on it
+        """Called before each micro-batch of training.
+
+        Args:
+            step: Optimizer steps that were taken before; a resumed run continues to count.
+        """
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """Names of what :meth:`validate` measures; empty: validation measures the next-token loss."""
+        return ()
+
+    def validate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Mean]:
+        """Measure a validation batch, instead of the next-token loss.
+
+        Args:
+            model: The adapted model, in evaluation mode.
+            batch: The batch.
+
+        Returns:
+            Parts of means by name, logged as ``val/<name>`` over the whole split. One of the names should be
+            ``loss``, which chooses the best checkpoint.
+        """
+        return {}
 
     @abstractmethod
     def terms(self, model: PreTrainedModel, batch: Batch, gates: GateRecord) -> dict[str, Term]:
@@ -156,7 +206,9 @@ def evaluate_objectives(
     terms: dict[str, Term] = {}
     for objective in objectives:
         # Only the first forward pass is recorded: further ones, of a teacher say, have gates of their own.
-        with nullcontext(gates) if gates.logits else record_gates(model) as recorded:
+        # Gates of a given mask say nothing new, and the mask may be of other rows than the batch.
+        records = not gates.logits and not objective.gives_position_mask
+        with record_gates(model) if records else nullcontext(gates) as recorded:
             found = objective.terms(model, batch, gates)
         gates = recorded
         if duplicates := terms.keys() & found.keys():

@@ -37,6 +37,7 @@ from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
 from gatera_lightning.training.non_finite_guard import NonFiniteGuard
+from gatera_lightning.training.objective_means import ObjectiveMeans
 from gatera_lightning.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -96,6 +97,7 @@ class GateRAModule(AdapterModule):
         self._resumes: Mapping[str, Any] | None = None
         self._described_objectives: dict[str, Any] = {}  # as fit starts: training may change their state
         self.validation_metrics = ValidationMetrics()
+        self.objective_means = ObjectiveMeans(self.objectives)
         self._reset_step()
 
     def problems(self) -> list[str]:
@@ -121,6 +123,7 @@ class GateRAModule(AdapterModule):
         check_shares(self.trainer, stage)
         if stage == "fit":
             check_given_loader(self.trainer)
+            setting_checks.check_unpacked(getattr(self.trainer, "datamodule", None), self.objectives)
             is_ours = type(self) is GateRAModule
             if problems := effect_problems(self.trainer, objectives=self.objectives, is_ours=is_ours):
                 raise ConfigError(problems, on_every_rank=True)
@@ -155,8 +158,8 @@ class GateRAModule(AdapterModule):
     def configure_model(self) -> None:
         """Load the backbone and its adapter; the second call does nothing."""
         if self.model is None:
-            if problem := setting_checks.mask_problem(self.adapter, self.objectives):
-                raise ConfigError(f"model.{problem}", on_every_rank=True)
+            if problems := setting_checks.objective_problems(self.objectives, self.adapter, self.backbone):
+                raise ConfigError([f"model.{problem}" for problem in problems], on_every_rank=True)
             strategy = getattr(attached_trainer(self), "strategy", None)
             device = self.device if strategy is None else strategy.root_device
             self.model, self.report = load_adapted_model(
@@ -197,6 +200,8 @@ class GateRAModule(AdapterModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return this micro-batch's part of the loss of its optimizer step, and its gates for callbacks."""
+        for objective in self.objectives:
+            objective.begin_step(self.trainer.global_step)
         found = evaluate_objectives(self.objectives, self.model, batch)
         self._totals.add(found)
         self._guard.add(found.loss.detach(), batch["example_ids"])
@@ -235,10 +240,17 @@ class GateRAModule(AdapterModule):
     def on_validation_start(self) -> None:
         """Forget the batches of an earlier validation."""
         self.validation_metrics.reset()
+        self.objective_means.reset()
+        for objective in self.objectives if self.objective_means.are_measured else ():
+            objective.prepare(self.model)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure the loss of the correct answers, and accuracies if all candidates are present."""
-        for name, metric in self.validation_metrics.update(batch, self(batch)).items():
+        """Measure what the objectives do, or the loss of the correct answers and accuracies of ranking."""
+        if self.objective_means.are_measured:
+            metrics = self.objective_means.update(self.model, batch)
+        else:
+            metrics = self.validation_metrics.update(batch, self(batch))
+        for name, metric in metrics.items():
             self.log(name, metric, prog_bar=name == "val/loss")
 
     def on_validation_epoch_end(self) -> None:

@@ -14,6 +14,7 @@ from gatera_lightning.backbone.probes import isolates_packed_sequences
 from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.objectives.base import Objective
+from gatera_lightning.objectives.next_token import NextToken
 from gatera_lightning.objectives.training_loss import objectives_problems
 from gatera_lightning.training.optimizer import OptimizerConfig
 
@@ -41,24 +42,50 @@ def module_problems(
             f"backbone.compile: true, with a {adapter.gate.kind!r} gate: closed and open tokens give matmuls "
             "of varying size, which cannot be compiled; accepted: false, or another gate"
         )
-    if problem := mask_problem(adapter, objectives):
-        problems.append(problem)
+    problems += objective_problems(objectives, adapter, backbone)
     if warm_start is not None:
         problems += _warm_start_problems(warm_start, adapter)
     return [f"model.{problem}" for problem in problems]
 
 
-def mask_problem(adapter: AdapterConfig, objectives: Sequence[Objective]) -> str | None:
+def objective_problems(
+    objectives: Sequence[Objective], adapter: AdapterConfig, backbone: BackboneConfig
+) -> list[str]:
+    """Return one message for every setting that contradicts the objectives; empty if all are valid."""
+    found = [problem for objective in objectives for problem in objective.problems(adapter, backbone)]
+    mask = _mask_problem(adapter, objectives)
+    return found if mask is None else [*found, mask]
+
+
+def check_unpacked(data: Any, objectives: Sequence[Objective]) -> None:
+    """Raise ConfigError if the data is packed and an objective does not support it.
+
+    Args:
+        data: The data module, or None.
+        objectives: What is trained.
+    """
+    refusing = [type(objective).__name__ for objective in objectives if not objective.supports_packing]
+    if refusing and getattr(data, "packing", False) is True:
+        raise ConfigError(
+            f"data.packing: true, but {refusing[0]} needs one sequence per row; accepted: false",
+            on_every_rank=True,
+        )
+
+
+def _mask_problem(adapter: AdapterConfig, objectives: Sequence[Objective]) -> str | None:
     """Describe that no objective gives the masks that the gate needs; None if it needs none, or gets one."""
     if not getattr(adapter.gate, "needs_mask", False):  # the gate may be an unknown name
         return None
-    if any(objective.gives_position_mask for objective in objectives):
-        return None
     names = ", ".join(type(objective).__name__ for objective in objectives)
-    return (
-        f"adapter.gate: a {adapter.gate.kind!r} gate takes a mask of the tokens with every forward pass, and "
-        f"no objective gives one ({names}); accepted: an objective with gives_position_mask, or another gate"
-    )
+    takes = f"adapter.gate: a {adapter.gate.kind!r} gate takes a mask of the tokens with every forward pass"
+    if not any(objective.gives_position_mask for objective in objectives):
+        return (
+            f"{takes}, and no objective gives one ({names}); accepted: an objective with "
+            "gives_position_mask, such as gatera_lightning.objectives.SelfDraft, or another gate"
+        )
+    if any(isinstance(each, NextToken) and not each.gives_position_mask for each in objectives):
+        return f"{takes}, and NextToken gives none ({names}); accepted: objectives without NextToken"
+    return None
 
 
 def _warm_start_problems(folder: str, adapter: AdapterConfig) -> list[str]:

@@ -33,7 +33,7 @@ from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import Preempted
-from gatera_lightning.objectives import Objective, Term
+from gatera_lightning.objectives import Objective, SelfDraft, Term, self_draft
 from gatera_lightning.objectives.training_loss import objectives_for
 from gatera_lightning.training.optimizer import OptimizerConfig
 
@@ -156,7 +156,7 @@ class Recorder(L.Callback):
             [
                 float(trainer.callback_metrics[f"grad_norm/{group}"])
                 for group in ("update", "gate")
-                if self.job.gate != "none" or group != "gate"
+                if self.job.gate not in ("none", "position") or group != "gate"
             ]
         )
         if self.job.keep:  # one line per step, on the disk before the checkpoint of that step
@@ -193,11 +193,21 @@ _GATE_SETTINGS = {
     "token": {"bias": 0.3, "entropy_weight": 0.1},
     "hard": {"bias": 0.3, "sparsity_weight": 0.1, "gradient_share": 0.5},
     "threshold": {"sparsity_weight": 0.1},
+    "position": {},
 }
 
 
+def draw_alike():
+    """Let the draft rows of an example not depend on its micro-batch and its rank."""
+    self_draft._random_offsets = lambda labels, size: (labels == -100).sum(1) * 0 + 1
+    self_draft._random_ids = lambda model, layout, generator=None: layout.columns * 7 % 50
+
+
 def build_module(job):
-    gate = GATES[job.gate](lr_multiplier=0.5, **_GATE_SETTINGS[job.gate])
+    drafts = job.gate == "position"
+    if drafts:
+        draw_alike()
+    gate = GATES[job.gate](**({} if drafts else {"lr_multiplier": 0.5}), **_GATE_SETTINGS[job.gate])
     dtype = "float64" if job.dtype == "float64" else "float32"
     poison = [] if job.poison is None else [Poison(job.poison)]
     adapter = AdapterConfig(
@@ -214,7 +224,7 @@ def build_module(job):
         ),
         adapter=adapter,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_skipped_steps=job.skip),
-        objectives=[*objectives_for(adapter), *poison],
+        objectives=[*([SelfDraft([2])] if drafts else objectives_for(adapter)), *poison],
     )
 
 

@@ -52,6 +52,11 @@ FLAGS = {  # what makes a recipe for other machines run here
         "3",
         *sample("arithmetic"),
     ],
+    "smollm2_draft.yaml": [
+        *("--data.init_args.data_dir", "samples", "--trainer.val_check_interval", "3"),
+        *sample("arithmetic"),
+    ],
+    "llama_draft.yaml": [*ONE_RANK, "--data.init_args.template", "plain", *sample("arithmetic")],
     "llama_dialogue.yaml": [*ONE_RANK, *sample("smalltalk")],
     "smollm2_dialogue.yaml": ["--trainer.val_check_interval", "3", *sample("smalltalk")],
     "own_data.yaml": [

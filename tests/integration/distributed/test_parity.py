@@ -64,6 +64,14 @@ def test_fsdp2_with_checkpointing_and_clipping_equals_large_batch(
 
 
 @pytest.mark.slow
+def test_draft_rows_on_two_ranks_equal_large_batch(tiny_backbone, tmp_path):
+    job = {"update": "lora", "gate": "position", "adapter": {"alpha": 8.0}, "epochs": 2}
+    fit(tiny_backbone, tmp_path / "one", **job)
+    fit(tiny_backbone, tmp_path / "two", strategy="fsdp", accumulate=2, **job)
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
 @pytest.mark.stress
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_layers_on_two_ranks_equal_large_batch(tiny_backbone, tmp_path, large_batch, strategy):

@@ -1,0 +1,182 @@
+"""Train an adapter to draft tokens that the frozen model verifies (UNO, arXiv 2609.04010)."""
+
+from collections.abc import Sequence
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.gate_recording import GateRecord
+from gatera_lightning.adapters.position_mask import position_mask
+from gatera_lightning.backbone.config import BackboneConfig
+from gatera_lightning.backbone.probes import has_plain_frozen_head, returns_head_output
+from gatera_lightning.datamodules.batch import Batch
+from gatera_lightning.errors import ConfigError
+from gatera_lightning.objectives.base import Mean, Objective, Term
+from gatera_lightning.objectives.draft_acceptance import acceptance
+from gatera_lightning.objectives.draft_forward import compared_predictions, summed_total_variation
+from gatera_lightning.objectives.draft_layout import DraftLayout
+from gatera_lightning.objectives.draft_probe import check_draft_rows
+
+_VALIDATION_SEED = 0
+_NO_CHECKPOINTING = (
+    "backbone.gradient_checkpointing: true, but draft rows attend to cached keys, which Transformers drops "
+    "then; accepted with SelfDraft: false, and smaller micro-batches"
+)
+
+
+class SelfDraft(Objective):
+    """Total variation between what draft rows and the frozen model predict at the same positions.
+
+    ::
+
+        L = 1/N Σ_rows Σ_v |p_draft(v) − p_model(v)|
+
+    Every supervised token gets a draft row with a random token id, on which a LoRA behind a position gate
+    acts (:class:`~gatera_lightning.objectives.draft_layout.DraftLayout`). Nothing acts on the clean rows, so
+    the model's own predictions are the target, and no labels are needed: ``data.train_on`` says where draft
+    rows stand. Clean rows need no gradient. Their keys and values are computed first, without a graph, and
+    the draft rows attend to them; the result is that of one sequence [draft rows | clean rows].
+
+    Logged as ``train/total_variation``, ``½ Σ |p_draft − p_model|`` from 0 to 1: the share of drafts that
+    decoding by sampling rejects. Random ids and borders of blocks come from torch's generator. Validation
+    measures the loss and greedy acceptance by depth, with the same random ids every time.
+    """
+
+    gives_position_mask = True
+    supports_packing = False
+
+    def __init__(
+        self, block_sizes: Sequence[int] = (2, 4, 8), steps_per_size: int = 500, weight: float = 1.0
+    ) -> None:
+        """Store the settings.
+
+        Args:
+            block_sizes: Rows of a block, that is the longest draft, one size after the other. Short blocks
+                first are easier to learn. Validation uses the last one.
+            steps_per_size: Optimizer steps with each size but the last, which stays.
+            weight: Factor of the loss.
+
+        Raises:
+            ValueError: If a setting cannot work.
+        """
+        if not block_sizes or any(not isinstance(size, int) or size < 1 for size in block_sizes):
+            raise ValueError(
+                f"SelfDraft: block_sizes is {list(block_sizes)}; accepted: integers of at least 1"
+            )
+        if steps_per_size < 1:
+            raise ValueError(
+                f"SelfDraft: steps_per_size is {steps_per_size}; accepted: an integer of at least 1"
+            )
+        self.block_sizes = block_sizes
+        self.steps_per_size = steps_per_size
+        self.weight = weight
+        self._step = 0
+
+    def problems(self, adapter: AdapterConfig, backbone: BackboneConfig) -> list[str]:
+        """Refuse gates without a position mask, and gradient checkpointing."""
+        problems = []
+        kind = getattr(adapter.gate, "kind", None)  # the gate may be an unknown name
+        if kind not in (None, "position"):
+            problems.append(
+                f"adapter.gate: {kind!r}, but SelfDraft trains an adapter that acts on draft rows only; "
+                "accepted: position"
+            )
+        if backbone.gradient_checkpointing:
+            problems.append(_NO_CHECKPOINTING)
+        return problems
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Try once whether draft rows see what they should; a collective if the model is sharded.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        if model in _RETURNS_HEAD_OUTPUT:
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ConfigError(f"model.{_NO_CHECKPOINTING}")
+        with position_mask(model, torch.zeros(2, dtype=torch.bool)):
+            returns = returns_head_output(model)
+        check_draft_rows(model)
+        _RETURNS_HEAD_OUTPUT[model] = returns
+
+    def begin_step(self, step: int) -> None:
+        """Choose the size of the blocks."""
+        self._step = step
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a block at the present step."""
+        return self.block_sizes[min(self._step // self.steps_per_size, len(self.block_sizes) - 1)]
+
+    def terms(self, model: PreTrainedModel, batch: Batch, gates: GateRecord) -> dict[str, Term]:
+        """Run the model on the clean rows and on the draft rows, and compare their predictions.
+
+        Raises:
+            ValueError: If the batch is packed.
+        """
+        if "position_ids" in batch:
+            raise ValueError("SelfDraft: the batch is packed; accepted: data.packing false")
+        labels, size = batch["labels"], self.block_size
+        layout = DraftLayout.of(labels, size, _random_offsets(labels, size))
+        ids = _random_ids(model, layout)
+        total = summed_total_variation(model, batch, layout, ids, in_head=_head_compares(model))
+        return {"total_variation": Term(total, max(1, batch["step_supervised_tokens"]), 2 * self.weight)}
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """The loss, the total variation, the acceptance by depth, and the tokens of a two-forward cycle."""
+        depths = range(1, self.block_sizes[-1] + 1)
+        return (
+            "loss",
+            "total_variation",
+            *(f"acceptance_{depth}" for depth in depths),
+            "tokens_per_cycle",
+        )
+
+    @torch.no_grad()
+    def validate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Mean]:
+        """Measure what :attr:`validation_names` says, on blocks of the last size.
+
+        Acceptance at depth d is the share of blocks whose first d drafts equal the most likely tokens of the
+        clean rows. A cycle of two forward passes yields one token from the seed, the accepted drafts, and
+        one token from the verification.
+        """
+        labels, size = batch["labels"], self.block_sizes[-1]
+        layout = DraftLayout.of(
+            labels, size, torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+        )
+        ids = _random_ids(model, layout, torch.Generator().manual_seed(_VALIDATION_SEED))
+        compared = compared_predictions(model, batch, layout, ids, in_head=_head_compares(model))
+        distance = compared[:, 0].sum()
+        rows = len(compared)
+        return {
+            "loss": Mean(2 * distance, rows),
+            "total_variation": Mean(distance, rows),
+            **acceptance(layout, compared[:, 1].bool(), size),
+        }
+
+
+_RETURNS_HEAD_OUTPUT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""Whether the models that :meth:`SelfDraft.prepare` has tried return just what their head computes."""
+
+
+def _head_compares(model: PreTrainedModel) -> bool:
+    return _RETURNS_HEAD_OUTPUT.get(model, False) and has_plain_frozen_head(model)
+
+
+def _random_offsets(labels: Tensor, size: int) -> Tensor:
+    """Draw how many rows are missing in each sequence's first block, (batch,)."""
+    return torch.randint(size, (len(labels),)).to(labels.device)
+
+
+def _random_ids(
+    model: PreTrainedModel, layout: DraftLayout, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw a token id for each draft row, (batch, rows), on the CPU: the same on every device."""
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    return torch.randint(vocabulary, layout.columns.shape, generator=generator)

@@ -1,0 +1,83 @@
+"""A run that trains a draft adapter: validation, exact resume, and what is refused."""
+
+import lightning as L
+import pytest
+import torch
+from tiny_backbone import tiny_data, tiny_trainer
+
+from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig, adapter_parameters
+from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.errors import ConfigError
+from gatera_lightning.objectives import GateEntropy, NextToken, SelfDraft
+
+
+def draft_module(folder, objectives=None, **adapter):
+    return GateRAModule(
+        backbone=BackboneConfig(id=str(folder), dtype="float32"),
+        adapter=AdapterConfig(**({"update": "lora", "gate": "position", "rank": 4} | adapter)),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0, schedule="constant"),
+        objectives=[SelfDraft([1, 2], steps_per_size=2)] if objectives is None else objectives,
+    )
+
+
+class Sizes(L.Callback):
+    """The block size and the loss of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seen.append((module.objectives[0].block_size, outputs["loss"].item()))
+
+
+def fit(folder, root, *callbacks, ckpt_path=None, **settings):
+    L.seed_everything(3)
+    sizes, module, data = Sizes(), draft_module(folder), tiny_data(folder, train_on="all")
+    trainer = tiny_trainer(
+        root, sizes, *callbacks, **({"limit_val_batches": 2, "val_check_interval": 2} | settings)
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, trainer, sizes.seen
+
+
+def test_run_validates_acceptance_and_resumes_bit_for_bit(tiny_backbone, tmp_path):
+    whole, trainer, steps = fit(tiny_backbone, tmp_path / "whole")
+    names = {"loss", "total_variation", "acceptance_1", "acceptance_2", "tokens_per_cycle"}
+    assert {name for name in trainer.callback_metrics if name.startswith("val/")} == {
+        f"val/{n}" for n in names
+    }
+    found = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in names}
+    assert found["loss"] == pytest.approx(2 * found["total_variation"])
+    assert 0 <= found["acceptance_2"] <= found["acceptance_1"] <= 1
+    assert [size for size, _ in steps] == [1, 1, 2, 2]
+    fit(tiny_backbone, tmp_path / "half", AdapterCheckpoint(every_n_steps=1), max_steps=3)
+    (checkpoint,) = (tmp_path / "half").rglob("last.ckpt")
+    resumed, _, rest = fit(tiny_backbone, tmp_path / "resumed", ckpt_path=str(checkpoint))
+    assert rest == steps[3:]
+    for (name, ours), theirs in zip(
+        adapter_parameters(resumed.model).items(), adapter_parameters(whole.model).values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_loss_does_not_depend_on_micro_batches_without_noise(tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.zeros(size, dtype=torch.long))
+    losses = []
+    for accumulate in (1, 2):
+        _, trainer, _ = fit(
+            tiny_backbone, tmp_path, accumulate_grad_batches=accumulate, max_steps=2, limit_val_batches=0
+        )
+        losses.append(float(trainer.callback_metrics["train/total_variation"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_contradicting_settings_are_refused_before_weights_load(tiny_backbone, tmp_path):
+    (problem,) = draft_module(tiny_backbone, objectives=[NextToken(), SelfDraft()]).problems()
+    assert "NextToken gives none (NextToken, SelfDraft); accepted: objectives without NextToken" in problem
+    (problem,) = draft_module(tiny_backbone, gate="none").problems()
+    assert problem.startswith("model.adapter.gate: 'none', but SelfDraft trains")
+    assert draft_module(tiny_backbone, objectives=[SelfDraft(), GateEntropy(0.0)]).problems() == []
+    module, data = draft_module(tiny_backbone), tiny_data(tiny_backbone, packing=True, max_length=128)
+    with pytest.raises(ConfigError, match=r"data\.packing: true, but SelfDraft needs one sequence per row"):
+        tiny_trainer(tmp_path).fit(module, datamodule=data)
+    assert module.model is None
