@@ -93,7 +93,7 @@ def fit_and_evaluate(
     return result | {
         "nats": nats,
         "losses": losses,
-        "weight_megabytes": megabytes,
+        "weight_megabytes": None if method == "peft_lora" else megabytes,
         "cpu_seconds": time.process_time() - cpu,
     }
 
@@ -135,9 +135,10 @@ def main() -> None:
         remark = (
             _compare_with_own(result, _find(results, ("lora", *key[1:]))) if method == "peft_lora" else ""
         )
+        megabytes = "–" if result["weight_megabytes"] is None else f"{result['weight_megabytes']:.0f}"
         print(
             f"{method:<10} {storage:<13} {steps:<6} {seed:<5} {result['nats']:<11.4f} "
-            f"{result['cpu_seconds']:<7.0f} {result['weight_megabytes']:.0f}{remark}",
+            f"{result['cpu_seconds']:<7.0f} {megabytes}{remark}",
             flush=True,
         )
 

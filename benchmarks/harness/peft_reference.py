@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gatera_lightning import AdapterConfig, BackboneConfig
-from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears
-from gatera_lightning.adapters.packed_weight import dense
+from gatera_lightning.adapters.packed_weight import PackedWeight, dense
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.datamodules import CommonsenseDataModule
 from gatera_lightning.datamodules.batch import IGNORE_INDEX, Batch
@@ -52,7 +51,8 @@ def copy_start(adapted: nn.Module, reference: nn.Module) -> float:
     """Start the reference's LoRA with the values of an adapted model's LoRA.
 
     Returns:
-        The largest difference between the frozen weights of the two, dequantized.
+        The largest difference between the frozen weights of the two, dequantized, over the layers that both
+        store alike.
     """
     largest = 0.0
     for name, layer in adapted_linears(adapted).items():
@@ -61,13 +61,10 @@ def copy_start(adapted: nn.Module, reference: nn.Module) -> float:
         with torch.no_grad():
             other.lora_A["default"].weight.copy_(a)
             other.lora_B["default"].weight.copy_(b)
-        largest = max(largest, float((_weight(other.base_layer) - _frozen(layer)).abs().max()))
+        own = layer.base.weight.detach()
+        if isinstance(own, PackedWeight) == hasattr(other.base_layer.weight, "quant_state"):
+            largest = max(largest, float((_weight(other.base_layer) - dense(own)).abs().max()))
     return largest
-
-
-def _frozen(layer: AdaptedLinear) -> Tensor:
-    weight: Tensor = dense(layer.base.weight.detach())
-    return weight
 
 
 def _weight(layer: Any) -> Tensor:
