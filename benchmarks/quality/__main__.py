@@ -4,8 +4,8 @@
     GATERA_DATA=… python -m benchmarks.quality --workers 2     # run them; can be killed and started again
     python -m benchmarks.quality --tables                      # draw docs/results/comparison.md
 
-Methods × learning rates × seeds × families, SmolLM2-135M in float32. Every finished run is one line of the
-ledger, and is never repeated. Workers are processes with one thread each.
+Methods × learning rates × seeds × families, SmolLM2-135M in float32 unless a method says otherwise. Every
+finished run is one line of the ledger, and is never repeated. Workers are processes with one thread each.
 """
 
 from pathlib import Path

@@ -31,5 +31,7 @@ QUESTIONS = (
     Question("Does ABBA beat HiRA?", "abba", "hira"),
     Question("Does HiRA need W0 itself?", "hira", "hira_random_matrix"),
     Question("Does GateRA beat LoRA of equal time?", "gatera", "lora_equal_time"),
+    Question("Do thresholds in training lose to exact steps?", "gatera_thresholds", "gatera_saturating"),
+    Question("Does stochastic rounding in bfloat16 lose to two terms?", "hira_bf16_rounded", "hira_bf16"),
 )
 """All of them are one family of tests in each measure, whose p-values are adjusted together."""

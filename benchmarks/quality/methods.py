@@ -13,6 +13,7 @@ from gatera_lightning import (
     ThresholdGateConfig,
     TokenGateConfig,
 )
+from gatera_lightning.backbone.config import Dtype
 
 RANK = 16
 
@@ -53,16 +54,27 @@ class Method:
 
     is_control: bool = False
 
+    dtype: Dtype = "float32"
+    """Of the backbone."""
+
+    stochastic_rounding: bool = False
+
     def adapter(self) -> AdapterConfig:
         """Return the settings of its adapter."""
-        return AdapterConfig(update=self.update, gate=self.gate, rank=RANK)
+        rounding = self.stochastic_rounding
+        return AdapterConfig(update=self.update, gate=self.gate, rank=RANK, stochastic_rounding=rounding)
 
     def config(self) -> dict[str, Any]:
         """Return what a ledger's line says about the method."""
         settings = self.adapter().to_dict()
         chosen = {name: settings[name] for name in ("update", "rank", "gate", "target_modules")}
+        if self.dtype != "float32":
+            chosen |= {"dtype": self.dtype, "stochastic_rounding": self.stochastic_rounding}
         return chosen | {"steps": self.steps}
 
+
+SATURATING = {"lr_multiplier": 10.0, "entropy_weight": 0.1}
+"""Settings that saturate gates within a run, as in the overlay fast_saturated.yaml."""
 
 LORA_STEPS_OF_EQUAL_TIME = 56
 """A dense GateRA step takes 1.75 times the CPU seconds of LoRA's (2.9 and 1.65 s for 288 tokens)."""
@@ -108,6 +120,29 @@ METHODS = {
         ),
         Method("dora", "DoRA", "dora", rates=LOW_RATE_GRID),
         Method("gated_lora", "gated LoRA", "lora", TokenGateConfig(), rates=LOW_RATE_GRID),
+        Method(
+            "gatera_saturating",
+            "GateRA, saturating gate",
+            "hira",
+            TokenGateConfig(**SATURATING),
+            rate_of="gatera",
+        ),
+        Method(
+            "gatera_thresholds",
+            "GateRA, saturating gate with thresholds",
+            "hira",
+            TokenGateConfig(**SATURATING, skip_below=0.1, merge_above=0.9, gradient_share=0.125),
+            rate_of="gatera",
+        ),
+        Method("hira_bf16", "HiRA in bfloat16", "hira", rate_of="hira", dtype="bfloat16"),
+        Method(
+            "hira_bf16_rounded",
+            "HiRA in bfloat16, stochastic rounding",
+            "hira",
+            rate_of="hira",
+            dtype="bfloat16",
+            stochastic_rounding=True,
+        ),
         Method(
             "hira_random_matrix",
             "HiRA, random matrix for W0",

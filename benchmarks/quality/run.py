@@ -5,6 +5,7 @@ import hashlib
 import math
 import subprocess
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from gatera_lightning import (
     inject_adapters,
     training_loss,
 )
+from gatera_lightning.backbone.config import Dtype
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
 from gatera_lightning.training.optimizer import build_optimizer
 
 BACKBONE = BackboneConfig(id=SMOLLM2, dtype="float32")
+"""Of the untrained model, and of most methods."""
 
 CLIPPING = 1.0
 
@@ -57,7 +60,7 @@ def execute(run: Run) -> Line:
 
 
 def _untrained(family: Family) -> Line:
-    model, rows = _backbone().eval(), _rows(family.name)
+    model, rows = _backbone(BACKBONE.dtype).eval(), _rows(family.name)
     line: Line = {
         "retention": _to_plain(_remembered(model, rows.test.first(family.retention_rows)), with_tokens=True)
     }
@@ -72,7 +75,7 @@ def _trained(run: Run, family: Family) -> Line:
     assert run.lr is not None
     method, rows = METHODS[run.method], _rows(family.name)
     torch.manual_seed(run.seed)  # for gates that draw
-    model = _fresh_backbone()
+    model = _fresh_backbone(method.dtype)
     inject_adapters(model, method.adapter(), torch.Generator().manual_seed(run.seed))
     config = OptimizerConfig(lr=run.lr, warmup_steps=round(WARMUP_SHARE * method.steps))
     optimizer, scheduler = build_optimizer(config, model, lambda: method.steps)
@@ -173,13 +176,13 @@ def _to_plain(losses: RowLosses, *, with_tokens: bool = False) -> Line:
 
 
 @cache
-def _backbone() -> PreTrainedModel:
-    return load_backbone(BACKBONE, DEVICE)
+def _backbone(dtype: Dtype) -> PreTrainedModel:
+    return load_backbone(replace(BACKBONE, dtype=dtype), DEVICE)
 
 
-def _fresh_backbone() -> PreTrainedModel:
+def _fresh_backbone(dtype: Dtype) -> PreTrainedModel:
     """Return a copy of the backbone that shares its weights, which no run changes."""
-    backbone = _backbone()
+    backbone = _backbone(dtype)
     return copy.deepcopy(backbone, {id(weight): weight for weight in backbone.parameters()})
 
 

@@ -113,7 +113,7 @@ def reads_only_earlier_tokens(model: PreTrainedModel) -> bool:
     with eval_mode(model):
         first, second = _double(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
     influence = (first[:3] - second[:3]).abs().max() / first.std()
-    return float(influence) <= _packing_tolerances(model, ids.device)[0]
+    return float(influence) <= packing_tolerances(model, ids.device)[0]
 
 
 def caches_only_keys_and_values(model: PreTrainedModel) -> bool:

@@ -1,5 +1,6 @@
 """A run on a tiny model: every method trains, what is measured is right, and the same run repeats."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -51,16 +52,17 @@ def tiny_run(tiny_llama, monkeypatch):
         )
         for seed, (name, family) in enumerate(families.items())
     }
-    backbone = tiny_llama()
-    weights = {name: weight.clone() for name, weight in backbone.state_dict().items()}
+    backbones = {name: tiny_llama(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    weights = {dtype: copy.deepcopy(backbone.state_dict()) for dtype, backbone in backbones.items()}
     methods = {name: replace(method, steps=8) for name, method in METHODS.items()}
     monkeypatch.setattr(run_module, "MEASURED", families)
     monkeypatch.setattr(run_module, "METHODS", methods)
-    monkeypatch.setattr(run_module, "_backbone", lambda: backbone)
+    monkeypatch.setattr(run_module, "_backbone", backbones.__getitem__)
     monkeypatch.setattr(run_module, "_rows", rows.__getitem__)
     monkeypatch.setattr(run_module, "rows_digest", lambda family: "0")
     yield run_module.execute
-    assert all(torch.equal(weight, weights[name]) for name, weight in backbone.state_dict().items())
+    for dtype, backbone in backbones.items():
+        assert all(torch.equal(w, weights[dtype][name]) for name, w in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("method", METHODS)
