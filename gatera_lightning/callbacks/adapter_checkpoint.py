@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def default_mode(monitor: str | None) -> Literal["min", "max"]:
-    """Return in which direction a monitored value improves: ``max`` for accuracies, ``min`` for losses."""
-    return "max" if monitor is not None and "accuracy" in monitor else "min"
+    """Return in which direction a monitored value improves: ``min``, except for what should be large."""
+    large = ("accuracy", "acceptance", "tokens_per_cycle")
+    return "max" if monitor is not None and any(name in monitor for name in large) else "min"
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -54,7 +55,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         Args:
             monitor: Logged value that decides which checkpoint is best; null saves only the last ones.
             mode: min or max, the direction in which the monitored value improves; null means max for an
-                accuracy and min for everything else.
+                accuracy, acceptance and tokens_per_cycle, and min for everything else.
             save_top_k: How many of the best checkpoints to keep. More of them use more disk space.
             every_n_steps: Also save the last checkpoint every this many optimizer steps; null saves it only
                 after validations. A small number loses less work when a run is killed, but each save pauses

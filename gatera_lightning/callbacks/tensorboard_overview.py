@@ -15,6 +15,7 @@ from gatera_lightning.compatibility.lightning_internals import (
 )
 from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.gate_analysis.skipped_tokens import gates_decide
+from gatera_lightning.objectives.self_draft import SelfDraft
 
 # Section -> title of a chart -> the tags it shows, as regular expressions that match from the start of a tag.
 _CHARTS: dict[str, dict[str, list[str]]] = {
@@ -33,6 +34,14 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
     "skipped tokens": {
         "share of tokens that gates skip": ["train/gate_skipped$", "gates/(prompt|response)/share_skipped$"],
         "by layer, response": ["gate_layers/.*/response/share_skipped$"],
+    },
+    "drafts": {
+        "total variation, share of drafts that sampling rejects": [
+            "train/total_variation$",
+            "val/total_variation$",
+        ],
+        "greedy acceptance by depth": [r"val/acceptance_\d+$"],
+        "tokens per cycle of two forward passes": ["val/tokens_per_cycle$"],
     },
     "optimizer": {
         "learning rate": ["lr/update$", "lr/gate$"],
@@ -132,8 +141,11 @@ class TensorBoardOverview(L.Callback):
             return
         module: Any = pl_module
         settings = run_settings(trainer, pl_module)
-        absent = {"gates"} if settings["gate"] == "none" else set()
-        if not gates_decide(module.model):
+        drafts = any(isinstance(objective, SelfDraft) for objective in getattr(module, "objectives", ()))
+        absent = {"loss"} if drafts else {"drafts"}
+        if settings["gate"] == "none" or drafts:  # gates of draft rows are given
+            absent.add("gates")
+        if drafts or not gates_decide(module.model):
             absent.add("skipped tokens")
         for logger in tensorboard_loggers(trainer):
             folder = os.path.abspath(logger.log_dir)

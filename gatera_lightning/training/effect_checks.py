@@ -16,6 +16,7 @@ from gatera_lightning.objectives.base import Objective
 from gatera_lightning.objectives.gate_entropy import GateEntropy
 from gatera_lightning.objectives.gate_sparsity import GateSparsity
 from gatera_lightning.objectives.next_token import NextToken
+from gatera_lightning.objectives.self_draft import SelfDraft
 
 _LOGGED = ("train/loss", "train/task_loss", "train/gate_entropy", "train/gate_mean", "train/skipped_steps")
 _VALIDATED = ("val/loss", *(f"val/accuracy_{score}" for score in get_args(Score)))
@@ -99,14 +100,15 @@ def _monitor_problems(trainer: L.Trainer, callback: Any, objectives: Sequence[Ob
     section = {OptionalEarlyStopping: "early_stopping", AdapterCheckpoint: "checkpoint"}
     name = section.get(type(callback), f"trainer.callbacks: {type(callback).__name__}")
     monitor = callback.monitor
-    if monitor in _VALIDATED and _validates(trainer) is False:
+    validated = _validated(objectives)
+    if monitor in validated and _validates(trainer) is False:
         if isinstance(callback, AdapterCheckpoint):
             return []  # its default, which saves the last checkpoints alone
         return [
             f"{name}.monitor: {monitor!r} needs a validation, and this run has none; accepted: "
             "data.validation with trainer.limit_val_batches above 0, or no such callback"
         ]
-    logged = (*_LOGGED, *_terms(objectives), *_VALIDATED)
+    logged = (*_logged(objectives), *_terms(objectives), *validated)
     if monitor in (*logged, *_COUNTED) or monitor.startswith(("grad_norm/", "lr/")):
         return []
     if monitor.startswith("train/") and (_have_own_terms(objectives) or not near_miss(monitor, logged)):
@@ -117,6 +119,19 @@ def _monitor_problems(trainer: L.Trainer, callback: Any, objectives: Sequence[Ob
     ]
 
 
+def _validated(objectives: Iterable[Objective]) -> tuple[str, ...]:
+    """Return the names that validation logs, which objectives may measure themselves."""
+    own = tuple(f"val/{name}" for objective in objectives for name in objective.validation_names)
+    return own or _VALIDATED
+
+
+def _logged(objectives: Iterable[Objective]) -> tuple[str, ...]:
+    """Return the names that every step logs; draft rows have no task loss, and their gates are given."""
+    if any(isinstance(objective, SelfDraft) for objective in objectives):
+        return ("train/loss", "train/total_variation", "train/skipped_steps")
+    return _LOGGED
+
+
 def _terms(objectives: Iterable[Objective]) -> tuple[str, ...]:
     """Return the names of terms that are logged with some objectives only."""
     sparsity = any(isinstance(objective, GateSparsity) for objective in objectives)
@@ -125,7 +140,9 @@ def _terms(objectives: Iterable[Objective]) -> tuple[str, ...]:
 
 def _have_own_terms(objectives: Iterable[Objective]) -> bool:
     """Whether one of the objectives is a user's, whose terms have any names."""
-    return any(type(objective) not in (NextToken, GateEntropy, GateSparsity) for objective in objectives)
+    return any(
+        type(objective) not in (NextToken, GateEntropy, GateSparsity, SelfDraft) for objective in objectives
+    )
 
 
 def _validates(trainer: L.Trainer) -> bool | None:

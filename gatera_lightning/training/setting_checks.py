@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.probes import isolates_packed_sequences
@@ -55,6 +56,14 @@ def objective_problems(
     found = [problem for objective in objectives for problem in objective.problems(adapter, backbone)]
     mask = _mask_problem(adapter, objectives)
     return found if mask is None else [*found, mask]
+
+
+def check_stage(stage: str, adapter: AdapterConfig) -> None:
+    """Raise ConfigError if a stage gives the adapter's gates no mask, as only objectives do."""
+    if stage in ("test", "predict") and (problem := missing_mask_problem(adapter)):
+        raise ConfigError(
+            f"model.adapter.gate: {problem}, or the backbone without this adapter", on_every_rank=True
+        )
 
 
 def check_unpacked(data: Any, objectives: Sequence[Objective]) -> None:

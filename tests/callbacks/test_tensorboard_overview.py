@@ -19,6 +19,7 @@ from gatera_lightning.adapters.gates import TokenGateConfig
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 from gatera_lightning.cli.main import main
+from gatera_lightning.objectives import SelfDraft
 
 LAYOUT = "custom_scalars__config__"
 STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
@@ -89,14 +90,16 @@ def layout_of(folder):
         ("token", ["loss", "gates", "optimizer", "speed"]),
         ("hard", ["loss", "gates", "skipped tokens", "optimizer", "speed"]),
         ("none", ["loss", "optimizer", "speed"]),
+        ("position", ["drafts", "optimizer", "speed"]),
     ],
 )
 def test_charts_show_logged_tags(tiny_backbone, tmp_path, gate, parts):
     logger = TensorBoardLogger(tmp_path, name="run")
-    fit(tiny_backbone, tmp_path, logger, gate=gate)
+    drafts = {"objectives": [SelfDraft([2])]} if gate == "position" else {}
+    fit(tiny_backbone, tmp_path, logger, gate=gate, **drafts)
     layout, logged = layout_of(logger.log_dir), events(logger.log_dir).Tags()["scalars"]
     assert list(layout) == parts
-    for part in ("loss", "gates", "skipped tokens"):
+    for part in ("loss", "gates", "drafts", "skipped tokens"):
         for chart, tags in layout.get(part, {}).items():
             for tag in tags:
                 assert any(re.match(tag, name) for name in logged), f"{chart}: {tag}"

@@ -125,7 +125,7 @@ def run_program(*args, cwd, timeout=120):
     return output
 
 
-def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, **adapter):
+def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, objectives=None, **adapter):
     """A GateRAModule on the backbone in ``folder``, rank 4."""
     from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
 
@@ -136,6 +136,7 @@ def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, **adapter):
         backbone=BackboneConfig(id=str(folder), dtype="float32"),
         adapter=config,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=warmup_steps),
+        objectives=objectives,
     )
 
 

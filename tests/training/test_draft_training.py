@@ -81,3 +81,24 @@ def test_contradicting_settings_are_refused_before_weights_load(tiny_backbone, t
     with pytest.raises(ConfigError, match=r"data\.packing: true, but SelfDraft needs one sequence per row"):
         tiny_trainer(tmp_path).fit(module, datamodule=data)
     assert module.model is None
+
+
+def test_test_is_refused_because_nothing_gives_its_masks(tiny_backbone, tmp_path):
+    module = draft_module(tiny_backbone)
+    with pytest.raises(ConfigError, match=r"model\.adapter\.gate: a 'position' gate takes a mask"):
+        tiny_trainer(tmp_path).test(module, datamodule=tiny_data(tiny_backbone), verbose=False)
+    assert module.model is None
+
+
+def test_acceptance_is_monitored_and_best_if_large(tiny_backbone, tmp_path):
+    checkpoint = AdapterCheckpoint(monitor="val/acceptance_1")
+    assert checkpoint.mode == "max"
+    _, trainer, _ = fit(tiny_backbone, tmp_path, checkpoint, max_steps=2)
+    assert checkpoint.best_model_score == trainer.callback_metrics["val/acceptance_1"]
+    for monitor in ("val/acceptance_3", "val/accuracy_per_token", "train/task_loss"):
+        other = AdapterCheckpoint(monitor=monitor)
+        trainer = tiny_trainer(tmp_path / "other", other, limit_val_batches=1, val_check_interval=2)
+        with pytest.raises(
+            ConfigError, match=r"is never logged; accepted: train/loss, train/total_variation"
+        ):
+            trainer.fit(draft_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
