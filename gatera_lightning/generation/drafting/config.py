@@ -15,9 +15,9 @@ class DraftConfig:
     block: int = 4
     """Tokens per block: one that the model itself chooses, and ``block - 1`` drafts."""
 
-    cycle: DraftCycle = "one_forward"
-    """With one_forward, a pass that verifies drafts also drafts the next ones, which are lost unless it
-    accepts all. With two_forwards, passes draft and verify in turn, and a verifying pass has fewer rows."""
+    cycle: DraftCycle = "two_forwards"
+    """With two_forwards, passes draft and verify in turn. With one_forward, a pass that verifies drafts also
+    drafts the next ones, which are lost unless it accepts all: fewer passes of more rows."""
 
     only_if_faster: bool = True
     """Measure both, and decode without drafts from then on if they do not pay."""

@@ -55,7 +55,9 @@ def check_distribution(counts, probabilities):
     assert statistic < degrees * (1 - spread + 3.72 * spread**0.5) ** 3, (statistic, degrees)
 
 
-@pytest.mark.parametrize("draws", [500, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize(
+    "draws", [500, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 @pytest.mark.parametrize("cycle", ["one_forward", "two_forwards"])
 def test_sampled_texts_have_the_distribution_of_plain_sampling(tiny_llama, tmp_path, cycle, draws):
     """All texts of five tokens from a vocabulary of three: 243 cells, which cover every depth."""
