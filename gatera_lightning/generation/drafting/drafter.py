@@ -138,7 +138,7 @@ class Drafter:
             self.counts.add(drafts=len(drafts), accepted=verdict.accepted)
             proposed = verifier.propose(logits[len(drafts) + 1 :]) if is_complete else []
             if self._payoff is not None and not is_prompt:
-                self._payoff.stop(len(chosen), drafted=bool(drafts or noise))
+                self._payoff.stop(len(chosen), drafts=len(drafts), noise=noise)
             for token in chosen:
                 answer.append(token)
                 self.counts.tokens += 1

@@ -22,7 +22,7 @@ class Payoff:
         self._clock = clock
         self._started = 0.0
         self._plain: list[float] = []
-        self._seconds: list[float] = []
+        self._seconds: dict[tuple[int, int], list[float]] = {}
         self._tokens = 0
         self.verdict: str | None = None
 
@@ -35,29 +35,32 @@ class Payoff:
         """Note that a forward pass starts."""
         self._started = self._clock()
 
-    def stop(self, tokens: int, *, drafted: bool) -> None:
+    def stop(self, tokens: int, *, drafts: int, noise: int) -> None:
         """Note that a forward pass has ended, and its tokens are chosen.
 
         Args:
             tokens: How many tokens it gave.
-            drafted: Whether it had drafts to verify, or made some.
+            drafts: How many drafts it verified.
+            noise: How many drafts it made.
         """
         seconds = self._clock() - self._started
-        if not drafted:
+        if not (drafts or noise):
             self._plain = [*self._plain, seconds][-_PLAIN:]
             return
-        self._seconds.append(seconds)
+        self._seconds.setdefault((drafts, noise), []).append(seconds)
         self._tokens += tokens
-        if len(self._seconds) == _DRAFTED:
+        if sum(map(len, self._seconds.values())) == _DRAFTED:
             self._decide()
 
     def _decide(self) -> None:
         """Keep drafts if their tokens take less time; else say why not."""
         per_forward = self._tokens / _DRAFTED
-        relative = statistics.median(self._seconds) / statistics.median(self._plain)
+        # Passes with other rows take another time, so each kind has a median of its own.
+        seconds = sum(len(passes) * statistics.median(passes) for passes in self._seconds.values()) / _DRAFTED
+        relative = seconds / statistics.median(self._plain)
         if per_forward < relative:
             self.verdict = (
                 f"drafts turned off: a forward pass with drafts gave {per_forward:.2f} tokens, and took "
                 f"{relative:.2f} times as long as one without"
             )
-        self._seconds, self._tokens = [], 0
+        self._seconds, self._tokens = {}, 0

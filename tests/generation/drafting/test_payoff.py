@@ -14,16 +14,23 @@ class Clock:
         return self.now
 
 
-def run(passes, plain_seconds=1.0, drafted_seconds=1.8, tokens=2, slow_first=False):
-    """Return the payoff after passes of these lengths; drafts are made when it allows them."""
+def run(passes, seconds=(2.0, 1.6), slow=False):
+    """Return the payoff after passes of these lengths, and which of them had drafts.
+
+    A pass without drafts takes a second. With drafts, passes draft and verify in turn, and give four tokens.
+    """
     clock = Clock()
     payoff, drafted = Payoff(clock), []
     for number in range(passes):
         payoff.start()
         drafted.append(payoff.allows_drafts)
-        slow = 50 if slow_first and number in (0, 9) else 0
-        clock.now += slow + (drafted_seconds if drafted[-1] else plain_seconds)
-        payoff.stop(tokens if drafted[-1] else 1, drafted=drafted[-1])
+        verifies = number % 2
+        clock.now += seconds[verifies] if drafted[-1] else 1.0
+        clock.now += 50 if slow and number in (0, 9) else 0
+        if drafted[-1]:
+            payoff.stop((1, 3)[verifies], drafts=3 * verifies, noise=3 - 3 * verifies)
+        else:
+            payoff.stop(1, drafts=0, noise=0)
     return payoff, drafted
 
 
@@ -34,7 +41,7 @@ def test_drafts_that_pay_stay_on():
 
 
 def test_drafts_that_do_not_pay_are_turned_off_for_good():
-    payoff, drafted = run(200, drafted_seconds=2.1)
+    payoff, drafted = run(200, (2.6, 1.6))
     assert drafted == [False] * 4 + [True] * 24 + [False] * 172
     assert payoff.verdict == (
         "drafts turned off: a forward pass with drafts gave 2.00 tokens, and took 2.10 times as long as one "
@@ -42,7 +49,7 @@ def test_drafts_that_do_not_pay_are_turned_off_for_good():
     )
 
 
-@pytest.mark.parametrize(("seconds", "is_on"), [(1.8, True), (2.1, False)])
+@pytest.mark.parametrize(("seconds", "is_on"), [((2.0, 1.9), True), ((2.0, 2.1), False)])
 def test_a_slow_pass_does_not_decide(seconds, is_on):
-    payoff, _ = run(40, drafted_seconds=seconds, slow_first=True)
+    payoff, _ = run(40, seconds, slow=True)
     assert (payoff.verdict is None) == is_on
