@@ -51,6 +51,7 @@ def check_draft_rows(model: PreTrainedModel) -> None:
         with position_mask(model, mask):
             expected = _double(model(input_ids=plain, use_cache=False).logits[0, seed:])
     _, tolerance = packing_tolerances(model, device)
+    tolerance = max(tolerance, 1e-5)  # eager attention computes its softmax in float32
     if float((found - expected).abs().max() / expected.std()) > tolerance:
         raise ConfigError(
             f"backbone.id: draft rows of {type(model).__name__} do not see the same in training and in "
