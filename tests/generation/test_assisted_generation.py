@@ -12,9 +12,7 @@ from gatera_lightning import AdapterConfig, inject_adapters, prepared_for_infere
 def test_text_is_that_of_plain_decoding(tiny_llama, gate, fast):
     model, assistant = (tiny_llama(initializer_range=0.3, eos_token_id=None).eval() for _ in range(2))
     update = "lora" if gate == "threshold" else "hira"
-    inject_adapters(
-        model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0)
-    )
+    inject_adapters(model, AdapterConfig(update=update, gate=gate, rank=4), torch.Generator().manual_seed(0))
     perturb_adapter(model, 0.1).eval()
     thresholds = {"skip_below": 0.2, "merge_above": 0.8} if fast else {}
     for seed in range(3):
