@@ -1,5 +1,7 @@
 """Controls for the claim that the choice of tokens matters, built on the project's public contracts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from gatera_lightning import Gate, TokenGateConfig, Update, register_update
 from gatera_lightning.adapters.gates import GateValues, TokenGate
 from gatera_lightning.adapters.kernels.hadamard import add_gated_hadamard
+from gatera_lightning.adapters.updates import UPDATES
 
 
 class ShuffledTokenGate(TokenGate):
@@ -65,7 +68,6 @@ class RandomGateConfig(TokenGateConfig):
         return RandomGate(bias=self.bias, dtype=dtype, device=device)
 
 
-@register_update
 class RandomMatrixHiRA(Update):
     """``u(x) = (R ⊙ BA) x`` with a fixed random R of W0's standard deviation in place of W0."""
 
@@ -97,3 +99,13 @@ class RandomMatrixHiRA(Update):
         """Return ``R ⊙ BA``, (out, in)."""
         a, b = self.factors()
         return self.matrix.to(a.dtype) * (b @ a)
+
+
+@contextmanager
+def controls_registered() -> Iterator[None]:
+    """Inside the ``with`` block, updates of controls have names, as the library's own have."""
+    register_update(RandomMatrixHiRA)
+    try:
+        yield
+    finally:
+        del UPDATES[RandomMatrixHiRA.name]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness.fitting import SMOLLM2
 from benchmarks.harness.machine import DEVICE, describe_machine, peak_memory, reset_peak_memory, synchronize
+from benchmarks.quality.controls import controls_registered
 from benchmarks.quality.evaluation import RowLosses, gate_statistics, on_device, row_losses
 from benchmarks.quality.families import MEASURED, Family, FamilyRows, Rows, load_rows
 from benchmarks.quality.ledger import Line
@@ -47,7 +48,8 @@ def execute(run: Run) -> Line:
     """Train and measure; the same run gives the same line up to rounding and costs."""
     started = time.process_time()
     family = MEASURED[run.family]
-    measured: Line = _untrained(family) if run.stage == "untrained" else _trained(run, family)
+    with controls_registered():
+        measured: Line = _untrained(family) if run.stage == "untrained" else _trained(run, family)
     measured["cost"] = {"cpu_seconds": round(time.process_time() - started, 1)} | measured.pop("cost", {})
     identity = {
         "family": run.family,

@@ -151,12 +151,15 @@ class AdapterConfig:
     def _alpha_problems(self) -> list[str]:
         if self._update is not None and not self._update.has_scale:
             scaled = " or ".join(name for name, update in UPDATES.items() if update.has_scale)
-            given = {"alpha": (self.alpha, "null"), "alpha_pattern": (self.alpha_pattern, "an empty table")}
+            given = (
+                ("alpha", self.alpha, None, "null"),
+                ("alpha_pattern", self.alpha_pattern, {}, "an empty table"),
+            )
             return [
                 f"adapter.{name}: {value!r}, but update {self.update!r} has no scale; "
                 f"accepted: {without}, or update {scaled}"
-                for name, (value, without) in given.items()
-                if value is not None and value != {}
+                for name, value, neutral, without in given
+                if value != neutral
             ]
         if self.alpha is None:
             return []
@@ -175,8 +178,8 @@ class AdapterConfig:
         without = {"blocks": (None, "no blocks"), "stochastic_rounding": (False, "no merged weight to round")}
         for name, (neutral, lack) in without.items():
             value = getattr(self, name)
-            if value != neutral and name not in self._update.extra_settings:
-                able = " or ".join(key for key, update in UPDATES.items() if name in update.extra_settings)
+            if value != neutral and name not in _taken_settings(self._update):
+                able = " or ".join(key for key, update in UPDATES.items() if name in _taken_settings(update))
                 return [
                     f"adapter.{name}: {value!r}, but update {self.update!r} has {lack}; "
                     f"accepted: {json.dumps(neutral)}, or update {able}"
@@ -192,11 +195,17 @@ class AdapterConfig:
 
     @property
     def extra_settings(self) -> dict[str, Any]:
-        """The settings that the update takes besides rank and scale, by name."""
+        """The settings that the update takes and depends on besides rank and scale, by name."""
         defaults = {"blocks": 2}
         names = () if self._update is None else self._update.extra_settings
         given = {name: getattr(self, name) for name in names}
         return {name: defaults[name] if value is None else value for name, value in given.items()}
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        """The settings that the update takes for training steps only, by name."""
+        names = () if self._update is None else self._update.training_settings
+        return {name: getattr(self, name) for name in names}
 
     def _threshold_problems(self) -> list[str]:
         used = self._update is not None and self._update.uses_gate_thresholds and self.dropout == 0
@@ -276,6 +285,10 @@ class AdapterConfig:
         config = cls(**settings)
         config.gate = _with_flat_settings(config.gate, flat)
         return config
+
+
+def _taken_settings(update: type[Update]) -> tuple[str, ...]:
+    return update.extra_settings + update.training_settings
 
 
 def _with_flat_settings(gate: GateConfig, flat: Mapping[str, Any]) -> GateConfig:

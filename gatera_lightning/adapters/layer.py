@@ -53,6 +53,7 @@ def build_parts(
         dtype=dtype,
         generator=generator,
         **config.extra_settings,
+        **config.training_settings,
     )
     gate = config.gate.build_for(base, dtype)
     return LayerParts(update, gate, nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity())

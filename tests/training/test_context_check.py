@@ -50,7 +50,7 @@ def test_examples_beyond_the_context_are_refused(
     lengths = {split: longest(data, split) for split in splits}
     context = min(lengths.values()) - missing
     folder = backbone(context)
-    run = getattr(tiny_trainer(tmp_path), stage)
+    run = getattr(tiny_trainer(tmp_path, limit_val_batches=1.0), stage)
     with pytest.raises(ConfigError) as caught:
         run(tiny_module(folder), datamodule=tiny_data(folder))
     assert len(caught.value.problems) == len(splits)

@@ -36,7 +36,10 @@ class Update(nn.Module, ABC):
     """Whether ``alpha`` is a setting of this update."""
 
     extra_settings: ClassVar[tuple[str, ...]] = ()
-    """Settings of AdapterConfig that the constructor takes besides rank and scale."""
+    """Settings of AdapterConfig that the constructor takes besides rank and scale, and that u depends on."""
+
+    training_settings: ClassVar[tuple[str, ...]] = ()
+    """Further ones that change training steps only, and not what a trained adapter computes."""
 
     uses_gate_thresholds: ClassVar[bool] = False
     """Whether :meth:`forward` skips work for tokens whose gate values are beyond the gate's thresholds."""

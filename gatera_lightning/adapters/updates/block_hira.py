@@ -1,6 +1,6 @@
 """Block-wise HiRA: an independent low-rank factor for every block of the weight (BoHA, arXiv 2509.21637)."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class BlockHiRA(HiRA):
 
     name = "block_hira"
     formula = "(W0 ⊙ P) x, P of blocks x blocks low-rank blocks of rank/blocks each"
-    extra_settings: ClassVar[tuple[str, ...]] = (*HiRA.extra_settings, "blocks")
+    extra_settings = ("blocks",)
 
     def __init__(self, base: nn.Linear, *, blocks: int, **settings: Any) -> None:
         super().__init__(base, **settings)

@@ -1,6 +1,6 @@
 """HiRA: a high-rank update from low-rank factors by the Hadamard product (Huang et al., ICLR 2025)."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class HiRA(Update):
     formula = "(W0 ⊙ B A) x"
     has_scale = False
     uses_gate_thresholds = True
-    extra_settings: ClassVar[tuple[str, ...]] = ("stochastic_rounding",)
+    training_settings = ("stochastic_rounding",)
 
     def __init__(self, base: nn.Linear, *, stochastic_rounding: bool = False, **settings: Any) -> None:
         super().__init__(base, **settings)

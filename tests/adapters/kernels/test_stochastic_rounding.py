@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gatera_lightning import AdapterConfig
+from gatera_lightning import AdapterConfig, inject_adapters, load_adapter, save_adapter
 from gatera_lightning.adapters.gates import HardGateConfig, TokenGateConfig
 from gatera_lightning.adapters.kernels.hadamard import hadamard_weight
 from gatera_lightning.adapters.kernels.stochastic_rounding import draw_rounding, stochastically_rounded_sum
@@ -143,3 +143,13 @@ def test_updates_without_merged_weight_refuse_it():
     assert "adapter.stochastic_rounding: True, but update 'lora' has no merged weight" in problem
     assert "accepted: false, or update hira or block_hira" in problem
     assert AdapterConfig(stochastic_rounding=1).problems()
+
+
+def test_adapter_loads_whatever_its_steps_rounded(tiny_llama, tmp_path):
+    """The setting changes training steps, and not what a trained adapter computes."""
+    for rounding in (True, False):
+        model = tiny_llama()
+        inject_adapters(model, AdapterConfig(rank=RANK, gate="none", stochastic_rounding=rounding))
+        if rounding:
+            save_adapter(model, tmp_path)
+    assert load_adapter(model, tmp_path).stochastic_rounding
