@@ -151,7 +151,7 @@ class AdapterConfig:
     def _alpha_problems(self) -> list[str]:
         if self._update is not None and not self._update.has_scale:
             scaled = " or ".join(name for name, update in UPDATES.items() if update.has_scale)
-            given = (
+            given: tuple[tuple[str, Any, Any, str], ...] = (
                 ("alpha", self.alpha, None, "null"),
                 ("alpha_pattern", self.alpha_pattern, {}, "an empty table"),
             )

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from adapted_layers import METHODS
-from saved_tensors import saved_by, storage
+from saved_tensors import saved_by, storage, tensors_made_by
 from torch import nn
 
 from gatera_lightning import AdapterConfig
@@ -30,16 +30,17 @@ def is_dense(tensor):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def thaw():
+    """Let the collector see again what the tests have frozen."""
+    yield
+    gc.unfreeze()
+
+
 def dense_tensors_made_by(run):
     """Return the result of ``run()`` and the dense tensors it made that are still alive anywhere."""
-    gc.collect()
-    gc.freeze()  # leaves out what is alive now
-    try:
-        result = run()
-        alive = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
-    finally:
-        gc.unfreeze()
-    return result, [tensor for tensor in alive if is_dense(tensor)]
+    result, made = tensors_made_by(run)
+    return result, [tensor for tensor in made if is_dense(tensor)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

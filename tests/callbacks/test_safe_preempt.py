@@ -106,6 +106,7 @@ def test_callback_can_be_used_for_second_run(tiny_backbone, tmp_path):
         assert trainer.global_step == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", [{"batch": 1}, {"validation_after": 2}], ids=["during the step", "during the validation"]
 )

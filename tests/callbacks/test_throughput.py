@@ -101,6 +101,7 @@ def flops_of_real_steps(folder, data, **adapter):
     return flops / tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("update", "gate", "checkpointing"),
     [("hira", "token", False), ("hira", "token", True), ("lora", "none", False), ("dora", "static", False)],

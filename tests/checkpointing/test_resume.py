@@ -66,6 +66,7 @@ def test_resume_from_folder_takes_the_newest(args, uninterrupted, saved, caplog)
     assert adapter_bytes() == adapter_bytes(uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "corrupt", [["last.ckpt"], ["last.ckpt", "last-1.ckpt"]], ids=["newest", "newest two"]
 )
@@ -88,6 +89,7 @@ def test_resume_from_folder_skips_corrupt_checkpoints(args, uninterrupted, saved
     assert adapter_bytes() == adapter_bytes(uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [2, 5])
 @pytest.mark.parametrize("name", ["last.ckpt", "last-1.ckpt"], ids=["mid-epoch", "end of epoch"])
 def test_resume_counts_epochs_correctly_under_max_steps(args, uninterrupted, saved, name, epochs):
@@ -132,6 +134,7 @@ def test_resume_from_folder_without_checkpoints_is_a_config_error(args, tmp_path
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_ckpt_path_last_starts_and_resumes_in_the_same_folder(
     args, uninterrupted, tmp_path, monkeypatch, caplog
 ):

@@ -101,6 +101,7 @@ def test_last_is_the_checkpoint_of_the_run_before_with_any_first_logger(
     assert [path.name for path in Path().rglob("*.ckpt") if path.parent != Path(folder, "checkpoints")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
 def test_evaluation_in_the_folder_of_a_run_leaves_its_config(fit, recipe, subcommand):
     assert main([*fit, *VERSION]) == 0
@@ -177,6 +178,7 @@ class Claims:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folders", [("a", "b"), ("a", "a"), ("a", "b", "./b", "a")], ids="-".join)
 def test_folder_of_every_logger_is_claimed_once_and_released(fit, monkeypatch, folders):
     claims = Claims(monkeypatch)

@@ -90,6 +90,7 @@ def test_peak_matches_real_step(update, gate, dtype, checkpointing):
     assert predicted.peak == pytest.approx(allocated_peak(real_step(model.train(), BATCH)), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("storage", ALL_STORAGES)

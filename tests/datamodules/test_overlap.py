@@ -242,6 +242,7 @@ def test_samples_do_not_overlap(make_data):
 PUBLISHED_OVERLAPS = {"ARC-Easy": (242, 493), "ARC-Challenge": ()}  # as in the original data sets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", PUBLISHED_OVERLAPS)
 def test_overlap_of_published_data(task, real_data, make_data, tokenizers_by_kind):
     train, test = (

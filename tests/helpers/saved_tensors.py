@@ -1,4 +1,6 @@
-"""Tensors that autograd saves for the backward pass."""
+"""Tensors that autograd saves for the backward pass, and those that are alive after one."""
+
+import gc
 
 import torch
 
@@ -13,6 +15,18 @@ def saved_by(run):
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         return run(), saved
+
+
+def tensors_made_by(run):
+    """Return the result of ``run()`` and the tensors it made that are still alive anywhere.
+
+    What is alive before is frozen, so that a collection takes microseconds; the caller thaws it by
+    ``gc.unfreeze()`` after its last test.
+    """
+    gc.freeze()
+    result = run()
+    gc.collect()
+    return result, [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
 
 
 def storage(tensor):

@@ -53,6 +53,7 @@ def capitals(tmp_path, monkeypatch, tiny_backbone):
     sys.modules.pop("capitals", None)
 
 
+@pytest.mark.slow
 def test_task_trains_is_evaluated_and_compared(capitals, tmp_path, capsys):
     assert main(["fit", *capitals]) == 0
     for name in ("one", "other"):

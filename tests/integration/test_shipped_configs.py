@@ -129,12 +129,14 @@ def test_recipes_and_overlays_are_complete():
     assert len({Path(name).name for name in ALL}) == len(ALL)  # a short name means one file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs(name, tiny_backbone, tmp_path, monkeypatch):
     checkpoint = fit(tmp_path, monkeypatch, "--config", name, *tiny_args(tiny_backbone), *FLAGS.get(name, []))
     assert checkpoint["global_step"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name not in ELSEWHERE])
 def test_overlay_runs_on_quickstart(name, tiny_backbone, tmp_path, monkeypatch):
     checkpoint = fit(

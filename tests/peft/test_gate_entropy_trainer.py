@@ -133,6 +133,7 @@ def test_trainer_has_our_losses(tiny_backbone, ours, tmp_path, gate, accumulate)
         assert torch.allclose(parameter, expected, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gate", "update"), [("none", "lora"), ("token", "hira"), ("token", "dora")])
 def test_sft_trainer_has_our_losses(tiny_backbone, ours, tmp_path, gate, update):
     trl = pytest.importorskip("trl", reason="needs the package trl")
@@ -199,6 +200,7 @@ def test_entropy_is_left_out_of_evaluation(tiny_backbone, ours, tmp_path):
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(plain.evaluate(rows)["eval_loss"])
 
 
+@pytest.mark.slow
 def test_trainer_resumes(tiny_backbone, ours, tmp_path):
     recorder = ours("token")
     whole = _gated_trainer(tiny_backbone, recorder, tmp_path / "whole")

@@ -8,6 +8,7 @@ import pytest
 FOUND = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as found; print('GATERA' in found)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statements", "registered"),
     [

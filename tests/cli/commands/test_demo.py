@@ -14,6 +14,7 @@ def flags(tiny_backbone):
     return tiny_args(tiny_backbone)
 
 
+@pytest.mark.slow
 def test_demo_compares_before_and_after(flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     steps = ["--trainer.max_steps", "12", "--trainer.max_epochs", "4", "--model.optimizer.warmup_steps", "0"]
@@ -31,6 +32,7 @@ def test_demo_compares_before_and_after(flags, capsys, monkeypatch):
     assert list(folder.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_demo_works_without_a_best_checkpoint(flags, capsys):
     """One step ends before the first validation."""
     assert main(["demo", *flags, "--trainer.max_steps", "1"]) == 0

@@ -72,6 +72,7 @@ def assert_same_predictions(found, expected, tolerance):
     assert worst < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer_format", ["content", "label"])
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
 def test_scores_of_each_row_equal_those_of_test(
@@ -91,6 +92,7 @@ def test_scores_of_each_row_equal_those_of_test(
         assert results[metric] == pytest.approx(sum(correct) / len(correct))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
 def test_solutions_of_math_problems_equal_those_of_test(tiny_backbone, adapter, tmp_path, capsys, template):
     module = perturbed_module(tiny_backbone)

@@ -93,6 +93,7 @@ def generated(capsys, adapter, prompt, template, tokens=TOKENS):
     return capsys.readouterr().out.removesuffix("\n")
 
 
+@pytest.mark.slow
 def test_streamed_text_of_20_prompts_equals_generate(client, adapter, capsys):
     assert len(PROMPTS) == 20
     expected = [generated(capsys, adapter, prompt, "chat") for prompt in PROMPTS]

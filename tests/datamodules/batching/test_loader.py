@@ -383,6 +383,7 @@ def test_run_resumes_without_validation(saved, fit, tmp_path):
     _assert_run_resumes(fit, tmp_path, 0, SAVED[saved], validation=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", SAVED)
 def test_run_resumes_with_workers(saved, fit, tmp_path):
     _assert_run_resumes(fit, tmp_path, 2, SAVED[saved][:2])

@@ -13,6 +13,7 @@ def dialogues(published_data):
     return list(read_parlai(str(published_data / "dialogue/convai2/valid_self_original.shared.txt")))
 
 
+@pytest.mark.slow
 def test_personas_of_convai2_are_not_divided(dialogues, make_dialogue_data):
     """702 dialogues of 68 personas with 5 to 10 sentences each, of which a dialogue shows 4 or 5."""
     ids = persona_ids([dialogue.persona for dialogue in dialogues])
@@ -32,6 +33,7 @@ def test_personas_of_convai2_are_not_divided(dialogues, make_dialogue_data):
     assert [overlap.indices for overlap in data.overlaps()[2:]] == [(), ()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["plain", "chat"])
 def test_prompts_of_convai2_keep_their_personas(template, dialogues, make_dialogue_data, smollm2):
     settings = {"max_length": 144, "template": template, "tokenizer": smollm2}

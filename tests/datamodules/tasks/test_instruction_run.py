@@ -27,6 +27,7 @@ def chat_backbone(tiny_backbone, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_recipe_trains_and_tests(chat_backbone, tmp_path, monkeypatch, capsys):
     """With the chat template, every response and packing."""
     monkeypatch.chdir(tmp_path)

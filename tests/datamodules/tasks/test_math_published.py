@@ -59,6 +59,7 @@ def test_rationales_of_llm_adapters_as_generated_text(task, wrong, folder, make_
     assert wrong[0] <= incorrect <= wrong[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 660)])
 @pytest.mark.parametrize(("style", "marker"), [("gsm8k", "####"), ("metamath", "The answer is:")])
 def test_rows_of_gsm8k(split, count, style, marker, folder, make_math_data, caplog):

@@ -55,6 +55,7 @@ def test_ddp_with_checkpointing_and_clipping_equals_large_batch(tiny_backbone, t
     assert_same(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_fsdp2_with_checkpointing_and_clipping_equals_large_batch(
     tiny_backbone, tmp_path, large_batch_clipped
 ):

@@ -91,6 +91,7 @@ def test_run_resumes_with_another_strategy(saved, tiny_backbone, tmp_path, name,
     assert all((here[key] - there[key]).abs().max() < 1e-12 for key in there)
 
 
+@pytest.mark.slow
 def test_run_resumes_with_other_micro_batches(tiny_backbone, tmp_path):
     """On one process, which is fast."""
     uninterrupted = run(

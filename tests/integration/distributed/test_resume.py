@@ -35,6 +35,7 @@ def uninterrupted(request, tiny_backbone, tmp_path_factory):
     return out, run(job), request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_point", SAVE_POINTS)
 def test_resumed_run_is_bit_equal(uninterrupted, tiny_backbone, tmp_path, save_point):
     out, reference, workers = uninterrupted
