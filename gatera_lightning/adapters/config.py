@@ -88,7 +88,8 @@ class AdapterConfig:
     stochastic_rounding: bool = False
     """With hira in bfloat16: let training multiply by W0 + W0 ⊙ BA, rounded at random so that it is right on
     average. Tokens with open gates, or all without a gate, then take 3 large matmuls, as in float32, instead
-    of 5. false is exact. Other dtypes need no such rounding."""
+    of 5. It needs dropout 0 and no gate, a hard gate or one with thresholds. false is exact. Other dtypes
+    need no such rounding."""
 
     dropout: float = 0.0
     """Dropout probability on the update's input; the frozen layer and the gate see it undropped."""
@@ -142,7 +143,7 @@ class AdapterConfig:
                 f"adapter.dropout: {self.dropout!r}; accepted: a probability of at least 0 and below 1"
             )
         if isinstance(self.gate, GateConfig):
-            found += self.gate.problems() or self._threshold_problems()
+            found += self.gate.problems() or self._threshold_problems() + self._rounding_problems()
         else:
             found.append(unknown_value("adapter.gate", self.gate, GATES))
         found += module_problems(self.target_modules, self.exclude_modules, self.layers)
@@ -206,6 +207,18 @@ class AdapterConfig:
         """The settings that the update takes for training steps only, by name."""
         names = () if self._update is None else self._update.training_settings
         return {name: getattr(self, name) for name in names}
+
+    def _rounding_problems(self) -> list[str]:
+        """Describe that no training step would round a merged weight."""
+        merges = self.gate.kind == "none" or (self.gate.saturates and not self.gate.needs_mask)
+        rounds = self.stochastic_rounding and "stochastic_rounding" in self.training_settings
+        if not rounds or (merges and self.dropout == 0):
+            return []
+        return [
+            f"adapter.stochastic_rounding: true, with a {self.gate.kind!r} gate and dropout "
+            f"{self.dropout!r}: no token would use a merged weight; accepted: false, or dropout 0 with gate "
+            "none, a hard gate, or a gate with skip_below and merge_above"
+        ]
 
     def _threshold_problems(self) -> list[str]:
         used = self._update is not None and self._update.uses_gate_thresholds and self.dropout == 0

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.gate_recording import GateRecord
+from gatera_lightning.adapters.gates import is_finite_number
 from gatera_lightning.adapters.position_mask import position_mask
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.probes import has_plain_frozen_head, returns_head_output
@@ -63,15 +64,21 @@ class SelfDraft(Objective):
         Raises:
             ValueError: If a setting cannot work.
         """
-        if not block_sizes or any(not isinstance(size, int) or size < 1 for size in block_sizes):
+        if (
+            not isinstance(block_sizes, list | tuple)
+            or not block_sizes
+            or not all(map(_is_size, block_sizes))
+        ):
             raise ValueError(
-                f"SelfDraft: block_sizes is {list(block_sizes)}; accepted: integers of at least 1"
+                f"SelfDraft: block_sizes is {block_sizes!r}; accepted: a list of integers of at least 1"
             )
-        if steps_per_size < 1:
+        if not _is_size(steps_per_size):
             raise ValueError(
-                f"SelfDraft: steps_per_size is {steps_per_size}; accepted: an integer of at least 1"
+                f"SelfDraft: steps_per_size is {steps_per_size!r}; accepted: an integer of at least 1"
             )
-        self.block_sizes = block_sizes
+        if not (is_finite_number(weight) and weight > 0):
+            raise ValueError(f"SelfDraft: weight is {weight!r}; accepted: a number above 0")
+        self.block_sizes: Sequence[int] = block_sizes
         self.steps_per_size = steps_per_size
         self.weight = weight
         self._step = 0
@@ -163,6 +170,10 @@ class SelfDraft(Objective):
 
 _RETURNS_HEAD_OUTPUT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 """Whether the models that :meth:`SelfDraft.prepare` has tried return just what their head computes."""
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _head_compares(model: PreTrainedModel) -> bool:

@@ -21,8 +21,8 @@ class GateEntropyMixin:
     over the whole optimizer step, with all its micro-batches and ranks, as in ``GateRAModule``. The mean
     entropy and the mean gate are logged as ``gate_entropy`` and ``gate_mean``. Gates that decide also get
     ``sparsity_weight`` times their mean openness, logged as ``gate_openness``. The optimizer gives gates
-    ``lr_multiplier`` times the learning rate, and constrains them after every step: a threshold stays at
-    least 0. Evaluation is unchanged.
+    ``lr_multiplier`` times the learning rate, unless it was given to the trainer, and constrains them after
+    every step: a threshold stays at least 0. Evaluation is unchanged.
 
     Example:
         >>> class GatedSFTTrainer(GateEntropyMixin, SFTTrainer):
@@ -44,12 +44,20 @@ class GateEntropyMixin:
         return batches, items
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the trainer's own optimizer, with the gates' own learning rate and range."""
+        """Create the trainer's own optimizer, with the gates' own learning rate and range.
+
+        ``train`` calls this each time. An optimizer that exists already keeps its learning rates.
+        """
         base: Any = super()
         trainer: Any = self
+        is_new = trainer.optimizer is None
         optimizer = base.create_optimizer(*args, **kwargs)
-        _separate_gates(optimizer, trainer.model)
-        constrain_gates_after_steps(optimizer, trainer.model)
+        if is_new:
+            _separate_gates(optimizer, trainer.model)
+        wrapped = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it in the first `train`
+        if self.__dict__.get("_constrained") is not wrapped:
+            self._constrained = wrapped
+            constrain_gates_after_steps(wrapped, trainer.model)
         return optimizer
 
     def compute_loss(

@@ -179,9 +179,11 @@ def test_block_size_follows_the_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_sizes": []}, r"block_sizes is \[\]; accepted: integers of at least 1"),
+        ({"block_sizes": []}, r"block_sizes is \[\]; accepted: a list of integers of at least 1"),
+        ({"block_sizes": 4}, "block_sizes is 4; accepted: a list"),
         ({"block_sizes": [4, 0]}, r"block_sizes is \[4, 0\]"),
         ({"steps_per_size": 0}, "steps_per_size is 0; accepted: an integer of at least 1"),
+        ({"weight": float("nan")}, "weight is nan; accepted: a number above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_rejected(settings, message):

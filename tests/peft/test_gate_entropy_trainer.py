@@ -192,6 +192,15 @@ def test_threshold_gates_have_sparsity_rate_and_range(tiny_backbone, ours, tmp_p
     assert all(bool(value >= 0) for value, _ in found.values())
 
 
+def test_second_training_keeps_the_rates(tiny_backbone, ours, tmp_path):
+    trainer = _gated_trainer(tiny_backbone, ours("threshold", "lora"), tmp_path, "threshold", "lora")
+    trainer.args.max_steps = 1
+    trainer.train()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    trainer.train()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == rates
+
+
 def test_entropy_is_left_out_of_evaluation(tiny_backbone, ours, tmp_path):
     recorder = ours("token")
     trainer = _gated_trainer(tiny_backbone, recorder, tmp_path)

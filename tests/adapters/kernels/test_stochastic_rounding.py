@@ -145,6 +145,25 @@ def test_updates_without_merged_weight_refuse_it():
     assert AdapterConfig(stochastic_rounding=1).problems()
 
 
+@pytest.mark.parametrize(
+    ("gate", "settings", "accepted"),
+    [
+        ("none", {}, True),
+        ("hard", {}, True),
+        (TokenGateConfig(skip_below=0.1, merge_above=0.9), {}, True),
+        ("token", {}, False),
+        ("threshold", {}, False),
+        ("position", {}, False),
+        ("none", {"dropout": 0.1}, False),
+    ],
+)
+def test_rounding_without_effect_is_refused(gate, settings, accepted):
+    problems = AdapterConfig(gate=gate, stochastic_rounding=True, **settings).problems()
+    assert [problem.partition(":")[0] for problem in problems] == (
+        [] if accepted else ["adapter.stochastic_rounding"]
+    )
+
+
 def test_adapter_loads_whatever_its_steps_rounded(tiny_llama, tmp_path):
     """The setting changes training steps, and not what a trained adapter computes."""
     for rounding in (True, False):
