@@ -28,11 +28,7 @@ def model_problem(model: PreTrainedModel, block: int) -> str | None:
             f"draft: {name} has a state that cannot forget rejected drafts (a convolution's or a recurrent "
             f"layer's); accepted: a model that caches keys and values only, or {_PLAIN}"
         )
-    windows = [
-        window
-        for layer in DynamicCache(config=model.config).layers
-        if (window := getattr(layer, "sliding_window", None)) is not None
-    ]
+    windows = sliding_windows(model)
     if windows and min(windows) < block:
         return (
             f"draft.block: {block}, with a sliding window of {min(windows)} tokens; accepted: at most "
@@ -41,6 +37,13 @@ def model_problem(model: PreTrainedModel, block: int) -> str | None:
     if not reads_only_earlier_tokens(model):
         return f"draft: the tokens of {name} attend to later ones; accepted: a causal model, or {_PLAIN}"
     return None
+
+
+def sliding_windows(model: PreTrainedModel) -> list[int]:
+    """Return the sizes of the sliding windows of a model's attention layers, in tokens."""
+    layers = DynamicCache(config=model.config).layers
+    windows = (getattr(layer, "sliding_window", None) for layer in layers)
+    return [window for window in windows if window is not None]
 
 
 def decoding_problems(config: DecodingConfig) -> list[str]:

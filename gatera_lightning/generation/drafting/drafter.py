@@ -1,6 +1,6 @@
 """Generate with drafts: one loop for both cycles, greedy decoding and sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,9 +14,10 @@ from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.datamodules.batch import PromptBatch
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens
-from gatera_lightning.generation.drafting.checks import decoding_problems, model_problem
+from gatera_lightning.generation.drafting.checks import decoding_problems, model_problem, sliding_windows
 from gatera_lightning.generation.drafting.config import DraftConfig
 from gatera_lightning.generation.drafting.counts import DraftCounts
+from gatera_lightning.generation.drafting.joint import JointAnswers
 from gatera_lightning.generation.drafting.payoff import Payoff
 from gatera_lightning.generation.drafting.verification import (
     Draft,
@@ -37,7 +38,7 @@ class Drafter:
         model: The model, in eval mode.
         adapter: Its draft adapter.
         config: How to draft.
-        payoff: Decides whether drafts pay, if ``config`` asks for it.
+        new_payoff: Creates what decides whether drafts pay, for each number of prompts that share passes.
 
     Attributes:
         counts: What all answers so far took.
@@ -51,7 +52,7 @@ class Drafter:
         model: PreTrainedModel,
         adapter: DraftAdapter,
         config: DraftConfig | None = None,
-        payoff: Payoff | None = None,
+        new_payoff: Callable[[], Payoff] = Payoff,
     ) -> None:
         config = config or DraftConfig()
         problems = config.problems()
@@ -62,12 +63,15 @@ class Drafter:
         self.config = config
         self.counts = DraftCounts()
         self._model, self._adapter = model, adapter
-        self._payoff = (payoff or Payoff()) if config.only_if_faster else None
+        self._new_payoff, self._payoffs = new_payoff, dict[int, Payoff]()
+        self._payoff: Payoff | None = None  # of the present answers
         self._noise = torch.Generator().manual_seed(0)  # not the generator that samples tokens
+        # A window is counted in columns of the cache, some of which a sequence of several has rejected.
+        self._shares_passes = config.cycle == "two_forwards" and not sliding_windows(model)
 
     @property
     def turned_off(self) -> str | None:
-        """Why drafts are turned off; None if they are not."""
+        """Why drafts are turned off, for answers like the last ones; None if they are not."""
         return None if self._payoff is None else self._payoff.verdict
 
     def generate(
@@ -80,7 +84,8 @@ class Drafter:
     ) -> Tensor:
         """Generate a completion of each prompt, as :func:`~gatera_lightning.generation.generate` does.
 
-        Prompts are read one after another.
+        Several prompts share forward passes with the cycle ``two_forwards``, unless the model has sliding
+        windows; otherwise, they are answered one after another.
 
         Args:
             batch: Left-padded prompts.
@@ -100,11 +105,31 @@ class Drafter:
         verifier = GreedyVerifier() if sampling is None else SamplingVerifier(sampling)
         thresholds = {"skip_below": decoding.skip_below, "merge_above": decoding.merge_above}
         prepared = prepared_for_inference(self._model, **thresholds) if decoding.prepared else nullcontext()
-        answers = []
+        limit = decoding.max_new_tokens
+        is_joint = self._shares_passes and len(batch["input_ids"]) > 1
+        if self.config.only_if_faster:
+            width = len(batch["input_ids"]) if is_joint else 1
+            if width not in self._payoffs:
+                self._payoffs[width] = self._new_payoff()
+            self._payoff = self._payoffs[width]
         with torch.no_grad(), prepared:
-            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                prompt = ids[mask.bool()].tolist()
-                answers.append(self._answer(prompt, decoding.max_new_tokens, ends, verifier, streamer))
+            if is_joint:
+                joint = JointAnswers(
+                    batch["input_ids"],
+                    batch["attention_mask"],
+                    limit=limit,
+                    ends=ends,
+                    pad_id=batch["pad_id"],
+                )
+                answers = joint.run(
+                    *(self._forward, self._noise_rows, self._noise_tokens),
+                    *(verifier, self.counts, self._payoff),
+                )
+            else:
+                answers = [
+                    self._answer(ids[mask.bool()].tolist(), limit, ends, verifier, streamer)
+                    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+                ]
         found = torch.full((len(answers), max(map(len, answers))), batch["pad_id"])
         for row, answer in zip(found, answers, strict=True):
             row[: len(answer)] = torch.tensor(answer)
@@ -130,7 +155,9 @@ class Drafter:
             is_prompt = unread is prompt
             if self._payoff is not None:
                 self._payoff.start()
-            logits = self._forward(unread, drafts, noise, cache)
+            tokens = [*unread, *(draft.token for draft in drafts), *self._noise_tokens(noise)]
+            ids = torch.tensor([tokens], device=self._model.device)
+            logits = self._forward(ids, rows=1 + len(drafts) + noise, noise=noise, cache=cache)[0]
             verdict = verifier.verify(logits[: len(drafts) + 1], drafts)
             is_complete = verdict.accepted == len(drafts)
             chosen = [*(draft.token for draft in drafts[: verdict.accepted]), verdict.token]
@@ -157,16 +184,16 @@ class Drafter:
             return 0
         return max(0, min(self.config.block - 1, useful))
 
-    def _forward(self, unread: list[int], drafts: Sequence[Draft], noise: int, cache: DynamicCache) -> Tensor:
-        """Return the logits of the last unread token, the drafts and the noise, (rows, vocabulary)."""
-        tokens = [*unread, *(draft.token for draft in drafts), *self._noise_tokens(noise)]
-        ids = torch.tensor([tokens], device=self._model.device)
-        rows = 1 + len(drafts) + noise
+    def _forward(
+        self, ids: Tensor, *, rows: int, noise: int, cache: DynamicCache, **inputs: Tensor
+    ) -> Tensor:
+        """Return the logits of the last rows, of which the last ones are noise, (batch, rows, vocabulary)."""
         keeps: Any = self._model._supports_logits_to_keep
         keep = {"logits_to_keep": rows} if keeps() else {}
-        with self._adapter.on_last(noise, (1, ids.shape[1])):
-            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
-        return output.logits[0, -rows:]
+        with self._adapter.on_last(noise, (ids.shape[0], ids.shape[1])):
+            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, **keep)
+        logits: Tensor = output.logits[:, -rows:]
+        return logits
 
     def _noise_tokens(self, count: int) -> list[int]:
         """Return random token ids, which stand where drafts are made."""

@@ -23,7 +23,7 @@ class Payoff:
         self._started = 0.0
         self._plain: list[float] = []
         self._seconds: dict[tuple[int, int], list[float]] = {}
-        self._tokens = 0
+        self._tokens = 0.0
         self.verdict: str | None = None
 
     @property
@@ -35,11 +35,11 @@ class Payoff:
         """Note that a forward pass starts."""
         self._started = self._clock()
 
-    def stop(self, tokens: int, *, drafts: int, noise: int) -> None:
+    def stop(self, tokens: float, *, drafts: int, noise: int) -> None:
         """Note that a forward pass has ended, and its tokens are chosen.
 
         Args:
-            tokens: How many tokens it gave.
+            tokens: How many tokens it gave, per prompt.
             drafts: How many drafts it verified.
             noise: How many drafts it made.
         """
@@ -63,4 +63,4 @@ class Payoff:
                 f"drafts turned off: a forward pass with drafts gave {per_forward:.2f} tokens, and took "
                 f"{relative:.2f} times as long as one without"
             )
-        self._seconds, self._tokens = {}, 0
+        self._seconds, self._tokens = {}, 0.0

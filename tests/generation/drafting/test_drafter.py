@@ -16,6 +16,7 @@ from gatera_lightning.adapters.draft_adapter import load_draft_adapter
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
+from gatera_lightning.generation.drafting.joint import JointAnswers
 from gatera_lightning.generation.drafting.payoff import Payoff
 
 PAD, EOS = 0, 2
@@ -23,6 +24,7 @@ PROMPTS = [
     torch.randint(3, 96, (1 + n % 17,), generator=torch.Generator().manual_seed(n)).tolist()
     for n in range(30)
 ]
+pytestmark = pytest.mark.usefixtures("seen_answers")
 CYCLES = ["one_forward", "two_forwards"]
 DECODING = DecodingConfig(max_new_tokens=24)
 BATCH = collate_prompts(PROMPTS, range(len(PROMPTS)), pad_id=PAD, eos_id=EOS)
@@ -43,28 +45,47 @@ def build(family, dtype=torch.float32):
     return model
 
 
+class SeenAnswers(JointAnswers):
+    """Joint answers that a test sees while they grow."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        SeenAnswers.latest = self.answers
+
+
 class InformedDrafter(Drafter):
     """Its noise is often the text itself, for which an adapter without effect drafts the right tokens."""
 
     def __init__(self, *args, answers, share):
         super().__init__(*args)
-        self.answers, self.share = answers, share
-        self.random = torch.Generator().manual_seed(1)
+        self.texts = [[token for token in answer if token != PAD] for answer in answers.tolist()]
+        self.share, self.random, self.row = share, torch.Generator().manual_seed(1), 0
 
     def _answer(self, prompt, *args):
-        self.start = self.counts.tokens
-        self.text = [token for token in self.answers[PROMPTS.index(prompt)].tolist() if token != PAD]
+        self.start, SeenAnswers.latest = self.counts.tokens, None
+        self.text = self.texts[PROMPTS.index(prompt)]
         return super()._answer(prompt, *args)
 
     def _noise_rows(self, drafts, useful):
-        self.position = self.counts.tokens - self.start + len(drafts)
+        self.drafts = len(drafts)
         return super()._noise_rows(drafts, useful)
 
     def _noise_tokens(self, count):
-        known = self.text[self.position : self.position + count]
+        if SeenAnswers.latest is None:
+            text, position = self.text, self.counts.tokens - self.start + self.drafts
+        else:
+            text, position = self.texts[self.row], len(SeenAnswers.latest[self.row])
+            self.row = (self.row + 1) % len(self.texts)
+        known = text[position : position + count]
         right = torch.rand(count, generator=self.random) < self.share
         pairs = zip(super()._noise_tokens(count), known + [EOS] * count, right, strict=False)
         return [token if is_right else noise for noise, token, is_right in pairs]
+
+
+@pytest.fixture
+def seen_answers(monkeypatch):
+    """Let informed drafters see the answers of several prompts."""
+    monkeypatch.setattr("gatera_lightning.generation.drafting.drafter.JointAnswers", SeenAnswers)
 
 
 @pytest.fixture
@@ -112,14 +133,22 @@ def check_text(model, adapter_for, cycle):
     drafter = Drafter(model, adapter_for(model), config(cycle))
     assert torch.equal(drafter.generate(BATCH, DECODING), expected)
     assert drafter.counts.tokens == lengths.sum()
-    drafter = InformedDrafter(
-        model, adapter_for(model, size=1e-9), config(cycle), answers=expected, share=0.7
-    )
-    assert torch.equal(drafter.generate(BATCH, DECODING), expected)
-    counts = drafter.counts
-    assert counts.verified.keys() == {1, 2, 3}
-    assert all(0 < counts.accepted[depth] < counts.verified[depth] for depth in (1, 2, 3))
-    assert counts.tokens_per_forward > 1
+    for is_joint in (False, True):
+        drafter = InformedDrafter(
+            model, adapter_for(model, size=1e-9), config(cycle), answers=expected, share=0.7
+        )
+        found = drafter.generate(BATCH, DECODING).tolist() if is_joint else one_by_one(drafter)
+        assert [[token for token in answer if token != PAD] for answer in found] == drafter.texts
+        counts = drafter.counts
+        assert counts.tokens == lengths.sum()
+        assert counts.verified.keys() == {1, 2, 3}
+        assert all(0 < counts.accepted[depth] < counts.verified[depth] for depth in (1, 2, 3))
+        assert counts.tokens_per_forward > 1
+
+
+def one_by_one(drafter):
+    batches = [collate_prompts([prompt], [0], pad_id=PAD, eos_id=EOS) for prompt in PROMPTS]
+    return [drafter.generate(batch, DECODING)[0].tolist() for batch in batches]
 
 
 @pytest.mark.parametrize(
@@ -139,16 +168,23 @@ def test_tokens_of_four_forward_passes_if_all_drafts_are_right(adapter_for, gate
     assert set(drafter.counts.acceptance().values()) == {1.0}
 
 
-def test_drafts_are_turned_off_if_they_do_not_pay(adapter_for, gated):
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_drafts_are_turned_off_if_they_do_not_pay(adapter_for, gated, is_joint):
     seconds = (number**2 for number in itertools.count())  # every pass takes longer than the ones before
-    drafter = Drafter(gated, adapter_for(gated), DraftConfig(), Payoff(lambda: next(seconds)))
-    expected = generate(gated, BATCH, DECODING)
+    drafter = Drafter(gated, adapter_for(gated), DraftConfig(), lambda: Payoff(lambda: next(seconds)))
+    expected = [[t for t in answer if t != PAD] for answer in generate(gated, BATCH, DECODING).tolist()]
+
+    def answers():
+        found = drafter.generate(BATCH, DECODING).tolist() if is_joint else one_by_one(drafter)
+        return [[token for token in answer if token != PAD] for answer in found]
+
     assert drafter.turned_off is None
-    assert torch.equal(drafter.generate(BATCH, DECODING), expected)
+    assert answers() == expected
+    assert answers() == expected  # together, 30 prompts take few passes
     assert "drafts turned off: a forward pass with drafts gave 1" in drafter.turned_off
     before = drafter.counts.forwards
-    assert torch.equal(drafter.generate(BATCH, DECODING), expected)
-    assert drafter.counts.forwards - before == (expected != PAD).sum()
+    assert answers() == expected
+    assert drafter.counts.forwards - before == sum(map(len, expected))
 
 
 def test_streamer_receives_what_plain_decoding_sends(adapter_for, gated):

@@ -1,0 +1,143 @@
+"""Generate for several prompts in the same forward passes, which draft and verify in turn."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from gatera_lightning.generation.drafting.counts import DraftCounts
+from gatera_lightning.generation.drafting.payoff import Payoff
+from gatera_lightning.generation.drafting.verification import Draft, Verifier
+
+
+class Forward(Protocol):
+    """A forward pass whose last rows are noise."""
+
+    def __call__(
+        self, ids: Tensor, *, rows: int, noise: int, cache: DynamicCache, **inputs: Tensor
+    ) -> Tensor:
+        """Return the logits of the last rows, (batch, rows, vocabulary)."""
+
+
+class JointAnswers:
+    """The answers of several prompts, which share forward passes and a cache.
+
+    Every sequence drafts in the same pass, and verifies in the next one. They accept different numbers of
+    drafts: the cache keeps the columns that any of them needs, and the attention mask hides those that a
+    sequence has rejected.
+
+    Args:
+        prompts: Left-padded token ids, (batch, tokens).
+        mask: 1 for tokens, 0 for padding, (batch, tokens).
+        limit: Most tokens of an answer.
+        ends: Tokens that end an answer.
+        pad_id: What stands in the rows of a sequence that has ended.
+
+    Attributes:
+        answers: The tokens of each answer so far.
+    """
+
+    def __init__(
+        self, prompts: Tensor, mask: Tensor, *, limit: int, ends: Collection[int], pad_id: int
+    ) -> None:
+        self.answers: list[list[int]] = [[] for _ in prompts]
+        self._limit, self._ends, self._pad_id = limit, ends, pad_id
+        self._unread, self._visible = prompts, mask.long()  # (batch, new columns), (batch, all columns)
+        self._positions = (self._visible.cumsum(1) - 1).clamp_min(0)  # of the unread columns
+        self._drafts: list[list[Draft]] = [[] for _ in prompts]
+        self._cache = DynamicCache()  # without the config: see Drafter
+        self._running = list(range(len(prompts)))
+
+    def run(
+        self,
+        forward: Forward,
+        noise_rows: Callable[[Sequence[Draft], int], int],
+        noise_tokens: Callable[[int], list[int]],
+        verifier: Verifier,
+        counts: DraftCounts,
+        payoff: Payoff | None,
+    ) -> list[list[int]]:
+        """Generate until every answer has ended.
+
+        Args:
+            forward: Runs the model.
+            noise_rows: How many drafts a pass makes, from those that it verifies and those that are useful.
+            noise_tokens: Random token ids.
+            verifier: Chooses and verifies drafts.
+            counts: What is counted, for each prompt that a pass answers.
+            payoff: What is told about times, if anything.
+
+        Returns:
+            The answers.
+        """
+        is_prompt = True
+        while self._running:
+            drafts = self._drafts[self._running[0]]
+            room = self._limit - min(len(self.answers[b]) for b in self._running) - len(drafts) - 1
+            noise = noise_rows(drafts, room - 1)
+            if payoff is not None:
+                payoff.start()
+            ids, inputs = self._inputs(len(drafts), noise, noise_tokens)
+            rows = 1 + len(drafts) + noise
+            logits = forward(ids, rows=rows, noise=noise, cache=self._cache, **inputs)
+            running = len(self._running)
+            chosen = self._advance(logits, len(drafts), noise, verifier, counts)
+            if payoff is not None and not is_prompt:
+                payoff.stop(chosen / running, drafts=len(drafts), noise=noise)
+            is_prompt = False
+        return self.answers
+
+    def _inputs(
+        self, count: int, noise: int, noise_tokens: Callable[[int], list[int]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the token ids of the next forward pass, (batch, columns), its mask and its positions."""
+        device, batch = self._unread.device, len(self.answers)
+        drafted = [[draft.token for draft in drafts] or [self._pad_id] * count for drafts in self._drafts]
+        added = torch.tensor(
+            [[*row, *noise_tokens(noise)] for row in drafted], dtype=torch.long, device=device
+        ).view(batch, count + noise)
+        after = self._positions[:, -1:] + torch.arange(1, count + noise + 1, device=device)
+        self._visible = torch.cat([self._visible, torch.ones_like(added)], 1)
+        positions = torch.cat([self._positions, after], 1)
+        inputs = {"attention_mask": self._visible, "position_ids": positions}
+        return torch.cat([self._unread, added], 1), inputs
+
+    def _advance(
+        self, logits: Tensor, count: int, noise: int, verifier: Verifier, counts: DraftCounts
+    ) -> int:
+        """Verify the drafts of every sequence, and return how many tokens were chosen."""
+        first = self._visible.shape[1] - noise - count  # column of the first draft
+        unread, steps = [self._pad_id] * len(self.answers), [0] * len(self.answers)
+        accepted_by_all, chosen = 0, 0
+        for b in list(self._running):
+            verdict = verifier.verify(logits[b, : count + 1], self._drafts[b])
+            counts.add(drafts=count, accepted=verdict.accepted)
+            tokens = [*(draft.token for draft in self._drafts[b][: verdict.accepted]), verdict.token]
+            self._visible[b, first + verdict.accepted :] = 0
+            self._drafts[b] = verifier.propose(logits[b, count + 1 :])
+            unread[b], steps[b] = verdict.token, verdict.accepted + 1
+            chosen += len(tokens)
+            if self._add(b, tokens, counts):
+                self._running.remove(b)
+                self._drafts[b], steps[b] = [], 0
+            else:
+                accepted_by_all = max(accepted_by_all, verdict.accepted)
+        if forgotten := noise + count - accepted_by_all:
+            self._cache.crop(-forgotten)
+            self._visible = self._visible[:, :-forgotten]
+        device = self._unread.device
+        self._visible = torch.cat([self._visible, torch.ones_like(self._visible[:, :1])], 1)
+        self._positions = self._positions[:, -1:] + torch.tensor(steps, device=device).unsqueeze(1)
+        self._unread = torch.tensor(unread, device=device).unsqueeze(1)
+        return chosen
+
+    def _add(self, b: int, tokens: Sequence[int], counts: DraftCounts) -> bool:
+        """Add tokens to an answer, up to its end, and return whether it has ended."""
+        for token in tokens:
+            self.answers[b].append(token)
+            counts.tokens += 1
+            if token in self._ends or len(self.answers[b]) == self._limit:
+                return True
+        return False
