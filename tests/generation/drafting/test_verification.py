@@ -66,12 +66,14 @@ def test_sampled_texts_have_the_distribution_of_plain_sampling(tiny_llama, tmp_p
     model.generation_config.eos_token_id = None
     adapter = load_draft_adapter(model, draft_folder(tiny_llama(**sizes), tmp_path / "draft"))
     drafter = Drafter(model, adapter, DraftConfig(cycle=cycle, only_if_faster=False))
-    batch = collate_prompts([[1, 2]], [0], pad_id=0, eos_id=99)
+    width = 50 if cycle == "two_forwards" else 1  # only this cycle shares passes
+    batch = collate_prompts([[1, 2]] * width, range(width), pad_id=0, eos_id=99)
     decoding, sampling = DecodingConfig(max_new_tokens=5), Sampling(temperature=1.5)
     torch.manual_seed(0)
     counts = torch.zeros(3, 3, 3, 3, 3)
-    for _ in range(draws):
-        counts[tuple(drafter.generate(batch, decoding, sampling=sampling)[0].tolist())] += 1
+    for _ in range(draws // width):
+        for text in drafter.generate(batch, decoding, sampling=sampling).tolist():
+            counts[tuple(text)] += 1
     assert drafter.counts.accepted.keys() == {1, 2, 3}
 
     texts = torch.cartesian_prod(*[torch.arange(3)] * 5)
