@@ -16,7 +16,7 @@ SHAPES: dict[Shape, str] = {
 
 _UNSUPPORTED = {
     **dict.fromkeys(("images", "image", "videos", "audios"), "images, videos and sound"),
-    **dict.fromkeys(("functions", "function_call"), "functions; give them as 'tools'"),
+    **dict.fromkeys(("functions", "function_call"), "functions (give them as 'tools')"),
     **dict.fromkeys(("documents", "chat_template_kwargs"), "other inputs of a chat template"),
     **dict.fromkeys(("completion_mask", "assistant_masks", "loss_mask"), "masks of tokens"),
     **dict.fromkeys(("reasoning_content", "tool_calls"), "keys of a message beside messages"),
@@ -101,7 +101,7 @@ def check_supported(row: Mapping[str, Any], accepted: Sequence[str]) -> None:
         ValueError: With the column and the accepted ones.
     """
     for name, meaning in _UNSUPPORTED.items():
-        if row.get(name):
+        if row.get(name) and _holds(row[name]):
             raise ValueError(
                 f"column {name!r}: {meaning} are not supported; accepted columns: {', '.join(accepted)}"
                 f"{near_miss(name, accepted)}"
@@ -139,5 +139,5 @@ def _holds(value: Any) -> bool:
 def _unread(column: str, value: Any, shape: Shape, accepted: str) -> ValueError:
     return ValueError(
         f"column {column!r}: {value!r:.60}, but the row is {SHAPES[shape]}, which does not read it; "
-        f"accepted: {accepted}"
+        f"accepted: {accepted}, or rows without it"
     )

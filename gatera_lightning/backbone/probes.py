@@ -101,7 +101,9 @@ def returns_head_output(model: PreTrainedModel) -> bool:
 
     token = int(getattr(model.config, "pad_token_id", None) == 0)  # models warn about padding without a mask
     ids = torch.full((1, 2), token, device=next(model.parameters()).device)
-    with eval_mode(model), replaced_forward(head, substitute):
+    # Tensors of inference mode, in which Lightning validates and tests, have no version.
+    normal = torch.inference_mode(False)
+    with normal, torch.no_grad(), eval_mode(model), replaced_forward(head, substitute):
         output = model(input_ids=ids).logits
     return len(returned_by_head) == 1 and output is returned_by_head[0] and output._version == 0
 

@@ -37,8 +37,8 @@ class ObjectiveMeans(nn.Module):
         """
         for objective in self._objectives:
             for name, part in objective.validate(model, batch).items():
-                if part.count:
-                    self._mean(f"val/{name}").update(part.total / part.count, weight=part.count)
+                # Without elements too: a metric that is never updated warns when it is logged.
+                self._mean(f"val/{name}").update(part.total / max(1, part.count), weight=part.count)
         return {name: self._mean(name) for name in self.means}
 
     def reset(self) -> None:

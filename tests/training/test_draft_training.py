@@ -1,5 +1,7 @@
 """A run that trains a draft adapter: validation, exact resume, and what is refused."""
 
+import math
+
 import lightning as L
 import pytest
 import torch
@@ -102,3 +104,15 @@ def test_acceptance_is_monitored_and_best_if_large(tiny_backbone, tmp_path):
             ConfigError, match=r"is never logged; accepted: train/loss, train/total_variation"
         ):
             trainer.fit(draft_module(tiny_backbone), datamodule=tiny_data(tiny_backbone))
+
+
+@pytest.mark.filterwarnings("error:The ``compute`` method")
+def test_validation_runs_before_any_training(tiny_backbone, tmp_path):
+    """Lightning validates in inference mode; no block of the data has 40 rows."""
+    module = draft_module(tiny_backbone, [SelfDraft([40])])
+    trainer = tiny_trainer(tmp_path, limit_val_batches=1)
+    (found,) = trainer.validate(module, datamodule=tiny_data(tiny_backbone), verbose=False)
+    assert 0 < found["val/total_variation"] < 1
+    assert math.isnan(found["val/acceptance_40"])
+    settings = {"num_sanity_val_steps": 1, "limit_val_batches": 1, "val_check_interval": 2}
+    fit(tiny_backbone, tmp_path / "sanity", max_steps=2, **settings)

@@ -216,7 +216,7 @@ def test_renamed_column_has_no_other_meaning():
             {"messages": HI, "images": ["x.png"]},
             "column 'images': images, videos and sound are not supported",
         ),
-        ({"messages": HI, "functions": [{}]}, "column 'functions': functions; give them as 'tools' are not"),
+        ({"messages": HI, "functions": [{}]}, "column 'functions': functions (give them as 'tools') are not"),
         (
             {"prompt": "hi", "chosen": "a", "rejected": "b"},
             "columns 'chosen' and 'rejected': pairs of responses",

@@ -48,6 +48,8 @@ def test_columns_that_say_nothing_are_accepted(row):
     empty = {"weight": 1, "loss_weight": "1.0", "sample_weight": None, "example_weight": float("nan")}
     empty |= {
         "rejected": "",
+        "image": float("nan"),
+        "documents": " ",
         "history": [],
         "input": " ",
         "kto_tag": None,
