@@ -10,13 +10,17 @@ from gatera_lightning.errors import Interrupted
 
 def run() -> int:
     """Import the command line and run it; a signal during the import ends the program as any later one."""
+    signals = EndingSignals()
     try:
-        with EndingSignals().raised():
+        with signals.raised():
             from gatera_lightning.cli.main import main
-    except (KeyboardInterrupt, Interrupted) as error:
-        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        print(f"{PROGRAM}: {Interrupted(number)}", file=sys.stderr)
-        return 128 + number
+
+            signals.raise_swallowed()
+    except BaseException:
+        if signals.received is None:
+            raise
+        print(f"{PROGRAM}: {Interrupted(signals.received)}", file=sys.stderr)
+        return 128 + signals.received
     try:
         return main()
     finally:

@@ -86,10 +86,11 @@ def _ending_signal(error: BaseException, received: int | None) -> Interrupted | 
             return Interrupted(signal.SIGINT)
         if type(one).__name__ == "SIGTERMException":  # Lightning's; its exit code would be 0
             return Interrupted(signal.SIGTERM)
-    # A data worker was faster than this process, or a library turned the signal into a failed import.
-    if received is not None and (isinstance(error, ImportError) or "killed by signal" in str(error)):
-        return Interrupted(received)
-    return None
+    # Whatever else follows a signal is its consequence: a data worker that died first, or a library that
+    # caught the exception inside of an import, whose modules are then incomplete.
+    if received is None or isinstance(error, SystemExit | Preempted):
+        return None
+    return Interrupted(received)
 
 
 def _output_is_closed(error: BaseException) -> bool:

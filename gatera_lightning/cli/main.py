@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 set_up_process(show_traceback=show_traceback)
             check_environment()
             run = _subcommand(args)
+            signals.raise_swallowed()
             set_up_console()
             try:
                 run()

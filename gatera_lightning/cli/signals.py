@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from gatera_lightning.errors import Interrupted
 
@@ -45,6 +45,14 @@ class EndingSignals:
             while self._previous:
                 signal.signal(*self._previous.popitem())
 
+    def raise_swallowed(self) -> None:
+        """Raise again for a signal whose exception a library has caught, as some do around their imports.
+
+        Its modules may then be incomplete, so nothing may use them.
+        """
+        if self.received is not None:
+            self._raise_for(self.received)
+
     def ignore(self) -> None:
         """Let further signals do nothing until the context ends: SLURM and torchrun send several."""
         for number in self._previous:
@@ -56,6 +64,10 @@ class EndingSignals:
             os.kill(os.getpid(), number)
             return
         self.received = number
+        self._raise_for(number)
+
+    @staticmethod
+    def _raise_for(number: int) -> NoReturn:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Interrupted(number)

@@ -4,6 +4,7 @@ import importlib
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from tiny_backbone import run_program
@@ -81,8 +82,41 @@ def test_signal_during_the_import_ends_the_program_with_one_line(number, monkeyp
             if name == "gatera_lightning.cli.main":
                 signal.raise_signal(number)
 
-    monkeypatch.delitem(sys.modules, "gatera_lightning.cli.main")
-    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    assert program.run() == 128 + number
-    expected = f"python -m gatera_lightning: ended by {number.name}; its work is not complete\n"
-    assert capsys.readouterr().err == expected
+    class CatchingFinder:
+        """Catches the exception, as libraries do that try their imports."""
+
+        def find_spec(self, name, path=None, target=None):
+            with suppress(BaseException):
+                Finder().find_spec(name)
+
+    for finder in (Finder, CatchingFinder):
+        monkeypatch.delitem(sys.modules, "gatera_lightning.cli.main", raising=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "meta_path", [finder(), *sys.meta_path])
+            assert program.run() == 128 + number
+        expected = f"python -m gatera_lightning: ended by {number.name}; its work is not complete\n"
+        assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("caught_in", ["import", "run"])
+def test_signal_that_a_library_caught_ends_the_subcommand(caught_in, number, monkeypatch, capsys):
+    """Modules whose import a signal has cut are incomplete, and fail later for another reason."""
+
+    def caught(*_):
+        with suppress(BaseException):
+            signal.raise_signal(number)
+
+    def fails(*_):
+        caught()
+        raise RecursionError
+
+    def load(name):
+        if caught_in == "import":
+            caught()
+        return fails
+
+    monkeypatch.setitem(main.__globals__, "load_subcommand", load)
+    assert main(["compare"]) == 128 + number
+    ended = f"ended by {number.name} during compare; its work is not complete"
+    assert capsys.readouterr().err == f"python -m gatera_lightning: {ended}\n"
