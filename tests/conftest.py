@@ -8,6 +8,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_CONSOLE"] = "off"  # its capture of standard error outlives a run
 torch.set_num_threads(1)
 
 

@@ -30,7 +30,8 @@ def test_savings_equal_counted_matmuls(tiny_llama, monkeypatch, dtype, rounding,
     models = {}
     for name, gate in (("soft", "token"), ("hard", HardGateConfig(bias=0.0, gradient_share=1 / 8))):
         model = tiny_llama(dtype).train()
-        inject_adapters(model, AdapterConfig(rank=4, gate=gate, stochastic_rounding=rounding))
+        rounds = rounding and name == "hard"
+        inject_adapters(model, AdapterConfig(rank=4, gate=gate, stochastic_rounding=rounds))
         if recomputed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

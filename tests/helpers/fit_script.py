@@ -101,8 +101,12 @@ class RandomWords(SupervisedDataModule):
 class Poison(Objective):
     """Adds a constant to the loss that is NaN for one example, and 0 otherwise."""
 
-    def __init__(self, example):
-        self._example = example  # not a setting, which a resumed run must share
+    @classmethod
+    def of(cls, example):
+        """Poison an example, which is no argument of the constructor: a resumed run must share those."""
+        poison = cls()
+        poison._example = example
+        return poison
 
     def terms(self, model, batch, gates):
         value = float("nan") if self._example in batch["example_ids"] else 0.0
@@ -209,7 +213,7 @@ def build_module(job):
         draw_alike()
     gate = GATES[job.gate](**({} if drafts else {"lr_multiplier": 0.5}), **_GATE_SETTINGS[job.gate])
     dtype = "float64" if job.dtype == "float64" else "float32"
-    poison = [] if job.poison is None else [Poison(job.poison)]
+    poison = [] if job.poison is None else [Poison.of(job.poison)]
     adapter = AdapterConfig(
         update=job.update, rank=4, dropout=job.dropout, gate=gate, adapter_dtype=dtype, **job.adapter
     )
