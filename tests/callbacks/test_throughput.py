@@ -87,7 +87,7 @@ def flops_of_real_steps(folder, data, **adapter):
     module = tiny_module(folder, **adapter)
     module.configure_model()
     module.model.set_attn_implementation("eager")
-    module._trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)
+    module._trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0, world_size=1)
     config, flops, tokens = module.model.config, 0, 0
     data.setup("fit")
     for batch in data.train_dataloader():
