@@ -1,5 +1,6 @@
 """What the ledger says about the methods in one family: their means, trajectories and differences."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,12 +46,21 @@ class FamilyResults:
 
     @cached_property
     def runs(self) -> dict[str, dict[int, Line]]:
-        """The tested runs by method and seed."""
+        """The tested runs by method and seed, without those that diverged."""
         found: dict[str, dict[int, Line]] = {}
-        for line in self.lines:
-            if line["family"] == self.family and line["stage"] == "seeds":
+        for line in self._tested_lines:
+            if line["test"] is not None:
                 found.setdefault(line["method"], {})[line["seed"]] = line
         return found
+
+    @cached_property
+    def diverged(self) -> Counter[str]:
+        """How many tested runs of a method diverged."""
+        return Counter(line["method"] for line in self._tested_lines if line["test"] is None)
+
+    @property
+    def _tested_lines(self) -> list[Line]:
+        return [line for line in self.lines if (line["family"], line["stage"]) == (self.family, "seeds")]
 
     @property
     def others(self) -> list[str]:

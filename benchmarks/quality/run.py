@@ -43,6 +43,9 @@ WARMUP_SHARE = 0.1
 CHECKPOINTS = (0.25, 0.5, 1.0)
 """Shares of the steps after which losses are measured for the trajectory."""
 
+_DIVERGED: Line = {"test": None, "retention": None, "trajectory": [], "gates": None}
+"""What a tested run measures whose training diverged."""
+
 
 def execute(run: Run) -> Line:
     """Train and measure; the same run gives the same line up to rounding and costs."""
@@ -123,13 +126,16 @@ def _trained(run: Run, family: Family) -> Line:
     if run.stage == "rates":
         validation = math.inf if diverged else row_losses(model, rows.validation).per_token
         return line | {"validation": round(validation, 5) if math.isfinite(validation) else None}
-    return line | _tested(model, family, trajectory, method.steps)
+    tested = None if diverged else _tested(model, family, trajectory, method.steps)
+    return line | (_DIVERGED if tested is None else tested)
 
 
-def _tested(model: PreTrainedModel, family: Family, trajectory: list[Line], steps: int) -> Line:
-    """Measure the test rows, rows that are not trained on, and the gates."""
+def _tested(model: PreTrainedModel, family: Family, trajectory: list[Line], steps: int) -> Line | None:
+    """Measure test rows, rows not trained on, and gates; None if a test loss is not finite."""
     rows = _rows(family.name).test
     test = row_losses(model, rows, candidates=family.has_candidates)
+    if not math.isfinite(sum(test.sums)):
+        return None
     retention = {
         other.name: _remembered(model, _rows(other.name).test.first(other.retention_rows))
         for other in MEASURED.values()

@@ -79,13 +79,17 @@ def _rate_cell(loss: float | None, is_best: bool) -> str:
 def methods(lines: Sequence[Line], family: str) -> str:
     """Draw what each method reaches on average over its seeds, beside its cost; empty without runs."""
     results = FamilyResults(family, lines)
-    if not results.runs:
+    if not results.runs and not results.diverged:
         return ""
     accuracy = ["accuracy"] if results.has_accuracy else []
     others = [f"{other}, change" for other in results.others]
     header = ["method", "lr", "seeds", "held-out loss", *accuracy, *others, "MB", "CPU s/step", "peak MB"]
     rows = [["untrained", "", "", *_untrained_cells(results), *["0"] * len(others), "", "", ""]]
-    for name in (name for name in METHODS if name in results.runs):
+    for name in (name for name in METHODS if name in results.runs or results.diverged[name]):
+        lost = f"{results.diverged[name]} diverged" if results.diverged[name] else ""
+        if name not in results.runs:
+            rows.append([METHODS[name].title, "", lost, *[""] * (len(header) - 3)])
+            continue
         found = list(results.runs[name].values())
         (heldout,) = results.values(name, "heldout")
         by_seed = heldout.values.sum(1) / heldout.weights.sum()
@@ -98,7 +102,7 @@ def methods(lines: Sequence[Line], family: str) -> str:
             [
                 METHODS[name].title,
                 f"{found[0]['lr']:g}",
-                f"{len(found)}",
+                ", ".join(filter(None, (f"{len(found)}", lost))),
                 *cells,
                 f"{cost[0]['adapter_bytes'] / 1e6:.1f}",
                 f"{sum(entry['cpu_seconds_per_step'] for entry in cost) / len(cost):.2f}",

@@ -1,6 +1,7 @@
 """A run on a tiny model: every method trains, what is measured is right, and the same run repeats."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -84,6 +85,12 @@ def test_rates_stage_measures_validation_rows_only(tiny_run):
     assert math.isfinite(line["validation"])
     assert not {"test", "retention", "trajectory"} & line.keys()
     assert tiny_run(Run("math", "rates", "lora", 1e30, 0))["validation"] is None  # diverged
+
+
+def test_diverged_runs_can_be_kept(tiny_run):
+    line = tiny_run(Run("commonsense", "seeds", "lora", 1e30, 1))
+    assert (line["test"], line["retention"], line["trajectory"], line["gates"]) == (None, None, [], None)
+    json.dumps(line, allow_nan=False)
 
 
 @pytest.mark.parametrize(("candidates", "with_end"), [(False, True), (False, False), (True, True)])

@@ -28,6 +28,22 @@ def test_methods_and_differences():
     assert tables.answers(synthetic_ledger(seeds=(1,)), "commonsense").count("one seed") == 4 * 3 + 1
 
 
+def test_diverged_runs_are_counted_and_not_compared():
+    lines = synthetic_ledger()
+    diverged = [("lora", 1), ("lora", 2), ("lora", 3), ("hira", 1)]
+    for line in lines:
+        if line["stage"] == "seeds" and (line["method"], line["seed"]) in diverged:
+            line |= {"test": None, "retention": None, "trajectory": [], "gates": None}
+    rows = _rows(tables.methods(lines, "commonsense"))
+    assert rows["LoRA"][1:4] == ["", "3 diverged", ""]
+    assert rows["HiRA"][2] == "2, 1 diverged"
+    answers = _rows(tables.answers(lines, "commonsense"))
+    assert "Does HiRA beat LoRA?" not in answers
+    assert answers["Does GateRA beat HiRA?"][2] == "2"
+    assert tables.family_section(lines, "commonsense")
+    assert pictures(lines)
+
+
 def test_forgetting_at_equal_loss():
     rows = _rows(tables.equal_loss(synthetic_ledger(), "commonsense"))
     # LoRA ends at the loss that all reach. HiRA's is lower by 0.2 of the 0.6 nats of its second part, in
