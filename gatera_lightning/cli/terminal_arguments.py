@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 from gatera_lightning.adapters.config import AdapterConfig
-from gatera_lightning.adapters.draft_adapter import draft_problem
 from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.config import BackboneConfig, Dtype, Quantization, stored_backbone
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
+from gatera_lightning.cli.draft_arguments import add_draft_arguments, check_draft
 from gatera_lightning.errors import AdapterFileError, ConfigError
-from gatera_lightning.generation.drafting.config import DraftConfig
 
 
 class ModelChoice(NamedTuple):
@@ -86,18 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, templates: Sequence[str]) -> 
         choices=get_args(Quantization),
         help="how the backbone's weights are stored; default: as when the adapter was trained, else none",
     )
-    parser.add_argument(
-        "--draft",
-        metavar="FOLDER",
-        help=f"an adapter that drafts tokens, which the model verifies: the same answer in fewer forward "
-        f"passes; it turns itself off if that takes longer ({ACCEPTED})",
-    )
-    parser.add_argument(
-        "--draft_block",
-        metavar="N",
-        type=int,
-        help=f"tokens per block with --draft; default: {DraftConfig.block}",
-    )
+    add_draft_arguments(parser)
     parser.add_argument(
         "--gates",
         action="store_true",
@@ -121,7 +109,9 @@ def check_arguments(args: argparse.Namespace, more_problems: Sequence[str] = ())
     choice = check(args, problems)
     problems += more_problems
     problems += _decoding_problems(args)
-    draft = _check_draft(args, problems)
+    draft = check_draft(args, problems)
+    if draft is not None and args.gates:
+        problems.append("--gates: gates of drafted tokens are not shown; accepted without --draft")
     if problems:
         raise ConfigError(problems)
     return choice._replace(draft=draft)
@@ -170,27 +160,6 @@ def _check_adapter(args: argparse.Namespace, problems: list[str]) -> ModelChoice
         problems.append(f"--adapter: {folder}: {problem}")
     backbone = stored_backbone(origin, args.dtype, args.quantization)
     return ModelChoice(backbone, adapter, folder)
-
-
-def _check_draft(args: argparse.Namespace, problems: list[str]) -> str | None:
-    """Return the folder of the draft adapter, if any, and add what is wrong with its flags."""
-    if args.draft is None:
-        if args.draft_block is not None:
-            problems.append(f"--draft_block: {args.draft_block}, without drafts; accepted with --draft")
-        return None
-    if args.draft_block is not None and args.draft_block < 2:
-        problems.append(f"--draft_block: {args.draft_block}; accepted: an integer of at least 2")
-    if args.gates:
-        problems.append("--gates: gates of drafted tokens are not shown; accepted without --draft")
-    try:
-        folder = adapter_folder(args.draft, "--draft")
-        config, _ = read_adapter_config(folder)
-    except (AdapterFileError, ConfigError) as error:
-        problems.append(str(error) if isinstance(error, ConfigError) else f"--draft: {error}")
-        return None
-    if problem := draft_problem(config):
-        problems.append(f"--draft: {folder}: {problem}")
-    return folder
 
 
 def _decoding_problems(args: argparse.Namespace) -> list[str]:

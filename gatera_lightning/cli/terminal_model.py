@@ -27,6 +27,7 @@ from gatera_lightning.backbone.loading import (
     load_config,
     load_tokenizer,
 )
+from gatera_lightning.cli.draft_arguments import draft_config
 from gatera_lightning.cli.terminal_arguments import check_arguments
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
@@ -37,7 +38,7 @@ from gatera_lightning.errors import ConfigError, printable
 from gatera_lightning.gate_analysis.capture import capture_gates
 from gatera_lightning.gate_analysis.plots.colored_text import color_by_gate, color_scale
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
-from gatera_lightning.generation.drafting import DraftConfig, Drafter
+from gatera_lightning.generation.drafting import Drafter
 from gatera_lightning.generation.streaming import TextStream
 from gatera_lightning.terminal.printing import SafeConsole
 
@@ -141,8 +142,7 @@ class TerminalModel:
         """What decodes with the draft adapter, if one is given."""
         if self.draft is None:
             return None
-        config = DraftConfig() if self.args.draft_block is None else DraftConfig(block=self.args.draft_block)
-        return Drafter(self.model, load_draft_adapter(self.model, self.draft), config)
+        return Drafter(self.model, load_draft_adapter(self.model, self.draft), draft_config(self.args))
 
     def describe(self) -> None:
         """Print notes about the model, the template and the decoding; loads the weights."""

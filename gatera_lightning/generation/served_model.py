@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +33,8 @@ from gatera_lightning.datamodules.prompts.conversations import Chat, Instruction
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.generation.decoding import end_tokens
+from gatera_lightning.generation.drafting import Drafter
+from gatera_lightning.generation.served_drafts import DraftingModel
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def _encoded(ids: list[int]) -> BatchEncoding:
 class ServedModel(ModelManager):
     """Transformers' table of models, with one entry that is never unloaded; it loads no others."""
 
-    def __init__(self, name: str, model: PreTrainedModel, prompts: PromptFormat) -> None:
+    def __init__(
+        self, name: str, model: PreTrainedModel, prompts: PromptFormat, drafter: Drafter | None = None
+    ) -> None:
         """Take a model that is loaded.
 
         Args:
@@ -89,6 +92,7 @@ class ServedModel(ModelManager):
             model: The adapted model, in eval mode. Its published generation settings are replaced by greedy
                 decoding, which ``generate`` uses too.
             prompts: How its prompts are formatted.
+            drafter: What answers requests with drafts, if anything.
         """
         super().__init__(model_timeout=-1)
         self.force_model = name
@@ -100,6 +104,8 @@ class ServedModel(ModelManager):
             eos_token_id=end_tokens(model, int(tokenizer.eos_token_id)),
             pad_token_id=tokenizer.pad_token_id,
         )
+        self.generator = model if drafter is None else DraftingModel(model, drafter)
+        """What generates answers."""
 
     @override
     def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
@@ -131,7 +137,15 @@ class Abandoned(StoppingCriteria):
 
 
 class SequentialGeneration(GenerateManager):
-    """Generates for one request after another, within the model's context."""
+    """Generates for one request after another, within the model's context.
+
+    Args:
+        generator: What generates in place of the model that requests name.
+    """
+
+    def __init__(self, generator: PreTrainedModel | DraftingModel) -> None:
+        super().__init__()
+        self._generator: Any = generator
 
     def _fit(self, model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> None:
         """Limit the answer to what the prompt leaves of the context; refuse a prompt that fills it."""
@@ -151,7 +165,9 @@ class SequentialGeneration(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         self._fit(model, inputs, gen_config)
-        return super().generate_streaming(model, _tokenizer(processor), inputs, gen_config, *args, **kwargs)
+        return super().generate_streaming(
+            self._generator, _tokenizer(processor), inputs, gen_config, *args, **kwargs
+        )
 
     @override
     async def generate_non_streaming(
@@ -161,7 +177,9 @@ class SequentialGeneration(GenerateManager):
         abandoned = Abandoned()
         inputs = {**inputs, "stopping_criteria": StoppingCriteriaList([abandoned])}
         generation = asyncio.ensure_future(
-            super().generate_non_streaming(model, _tokenizer(processor), inputs, gen_config, *args, **kwargs)
+            super().generate_non_streaming(
+                self._generator, _tokenizer(processor), inputs, gen_config, *args, **kwargs
+            )
         )
         try:
             # Cancelled itself, it would leave its thread with a result that nobody takes.
@@ -178,9 +196,9 @@ def _tokenizer(processor: Any) -> Any:
 class OneModelGeneration(GenerationState):
     """The generation of the one model."""
 
-    @cached_property
-    def _sequential(self) -> SequentialGeneration:
-        return SequentialGeneration()
+    def __init__(self, generator: PreTrainedModel | DraftingModel) -> None:
+        super().__init__()
+        self._sequential = SequentialGeneration(generator)
 
     @override
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
@@ -207,6 +225,8 @@ class CompletionRequests(CompletionHandler):
 def _sampling(body: dict[str, Any], config: GenerationConfig) -> GenerationConfig:
     if body.get("temperature"):
         config.do_sample, config.top_k = True, 0
+        # A setting of ours: Transformers keeps those that it does not know.
+        config.seed = body.get("seed")  # type: ignore[attr-defined]
     else:  # settings that only sampling reads
         config.do_sample, config.temperature, config.top_p = False, None, None
     return config

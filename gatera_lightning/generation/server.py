@@ -96,7 +96,7 @@ def build_app(model: ServedModel) -> FastAPI:
     Args:
         model: The model.
     """
-    generation = OneModelGeneration()
+    generation = OneModelGeneration(model.generator)
     chat, completion = ChatRequests(model, generation), CompletionRequests(model, generation)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 

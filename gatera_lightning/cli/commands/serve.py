@@ -7,6 +7,7 @@ from typing import cast, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gatera_lightning.adapters.draft_adapter import load_draft_adapter
 from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.adapters.position_mask import missing_mask_problem
@@ -15,9 +16,11 @@ from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import default_device, load_backbone, load_config, load_tokenizer
 from gatera_lightning.backbone.source import gguf_file
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
+from gatera_lightning.cli.draft_arguments import add_draft_arguments, check_draft, draft_config
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.errors import AdapterFileError, ConfigError
+from gatera_lightning.generation.drafting import Drafter
 from gatera_lightning.terminal.printing import print_text
 
 _PACKAGES = ("fastapi", "uvicorn", "openai")
@@ -44,6 +47,7 @@ def serve(argv: Sequence[str]) -> None:
         problems.append(f"--port: {args.port}; accepted: a port from 1 to 65535, or 0 for any free one")
     if not args.name.strip() or "@" in args.name:
         problems.append(f"--name: {args.name!r}; accepted: a name without @")
+    draft = check_draft(args, problems)
     if problems:
         raise ConfigError(problems)
     folder = adapter_folder(args.adapter, "RUN_OR_FOLDER")
@@ -67,12 +71,17 @@ def serve(argv: Sequence[str]) -> None:
             model = load_backbone(backbone, device.type)
         load_adapter(model, folder)
         model = model.to(device).eval()  # type: ignore[arg-type]
+        drafter = None
+        if draft is not None:
+            drafter = Drafter(model, load_draft_adapter(model, draft), draft_config(args))
         from gatera_lightning.generation.served_model import PromptFormat, ServedModel
 
-        served = ServedModel(args.name, model, PromptFormat(template, tokenizer))
+        served = ServedModel(args.name, model, PromptFormat(template, tokenizer), drafter)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print_text(f"serving {folder} as {args.name!r} (template {template}): http://{shown}:{port}/v1")
+        if drafter is not None:
+            print_text(f"drafts: {draft}, in blocks of {drafter.config.block} tokens")
         if args.host not in _LOOPBACK:
             print_text("other machines can reach it, and it asks nobody for a key")
         with torch.no_grad(), prepared_for_inference(model):
@@ -121,4 +130,5 @@ def _parser() -> SubcommandParser:
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), default="auto", help="dtype of the backbone; default: auto"
     )
+    add_draft_arguments(parser)
     return parser

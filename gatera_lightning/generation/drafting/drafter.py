@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from gatera_lightning.adapters.draft_adapter import DraftAdapter
@@ -81,6 +81,7 @@ class Drafter:
         *,
         sampling: Sampling | None = None,
         streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
     ) -> Tensor:
         """Generate a completion of each prompt, as :func:`~gatera_lightning.generation.generate` does.
 
@@ -92,6 +93,7 @@ class Drafter:
             decoding: How to decode.
             sampling: Sample instead of taking the most likely tokens.
             streamer: Receives the tokens of a single prompt as they are chosen.
+            stopping: Ends the answer to a single prompt; reads its tokens, but no scores.
 
         Returns:
             The generated token ids, (batch, new tokens), padded after the token that ends an answer.
@@ -127,7 +129,7 @@ class Drafter:
                 )
             else:
                 answers = [
-                    self._answer(ids[mask.bool()].tolist(), limit, ends, verifier, streamer)
+                    self._answer(ids[mask.bool()].tolist(), limit, ends, verifier, streamer, stopping)
                     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
                 ]
         found = torch.full((len(answers), max(map(len, answers))), batch["pad_id"])
@@ -142,6 +144,7 @@ class Drafter:
         ends: Sequence[int],
         verifier: Verifier,
         streamer: BaseStreamer | None,
+        stopping: StoppingCriteriaList | None,
     ) -> list[int]:
         """Return the completion of one prompt, at most ``limit`` tokens."""
         cache = DynamicCache()  # without the config: a layer with a sliding window would forget tokens
@@ -171,7 +174,7 @@ class Drafter:
                 self.counts.tokens += 1
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))
-                if token in ends or len(answer) == limit:
+                if token in ends or len(answer) == limit or _stops(stopping, prompt, answer):
                     if streamer is not None:
                         streamer.end()
                     return answer
@@ -206,3 +209,10 @@ class Drafter:
         """Drop the keys and values of the last rows."""
         if rows:
             cache.crop(-rows)
+
+
+def _stops(stopping: StoppingCriteriaList | None, prompt: list[int], answer: list[int]) -> bool:
+    if stopping is None:
+        return False
+    scores: Any = None
+    return bool(stopping(torch.tensor([[*prompt, *answer]]), scores).any())

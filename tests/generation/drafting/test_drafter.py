@@ -8,7 +8,7 @@ import torch
 from draft_folders import draft_folder
 from model_families import SIZES
 from perturbed_adapter import perturb_adapter
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from gatera_lightning import AdapterConfig, inject_adapters
@@ -146,9 +146,9 @@ def check_text(model, adapter_for, cycle):
         assert counts.tokens_per_forward > 1
 
 
-def one_by_one(drafter):
+def one_by_one(drafter, **settings):
     batches = [collate_prompts([prompt], [0], pad_id=PAD, eos_id=EOS) for prompt in PROMPTS]
-    return [drafter.generate(batch, DECODING)[0].tolist() for batch in batches]
+    return [drafter.generate(batch, DECODING, **settings)[0].tolist() for batch in batches]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,25 @@ def test_tokens_of_four_forward_passes_if_all_drafts_are_right(adapter_for, gate
     assert torch.equal(drafter.generate(batch, decoding)[0], expected[longest])
     assert drafter.counts.forwards == 4
     assert set(drafter.counts.acceptance().values()) == {1.0}
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+def test_stopping_criteria_end_an_answer_among_accepted_drafts(adapter_for, gated, cycle):
+    def divides(ids, scores):
+        return ids[:, -1] % 5 == 0
+
+    expected = generate(gated, BATCH, DECODING)
+    drafter = InformedDrafter(
+        gated, adapter_for(gated, size=1e-9), config(cycle), answers=expected, share=0.9
+    )
+    found = one_by_one(drafter, stopping=StoppingCriteriaList([divides]))
+    ends = [
+        next((end for end, token in enumerate(text, 1) if token % 5 == 0), len(text))
+        for text in drafter.texts
+    ]
+    assert found == [text[:end] for text, end in zip(drafter.texts, ends, strict=True)]
+    assert sum(ends) < sum(map(len, drafter.texts))
+    assert drafter.counts.tokens == sum(ends)
 
 
 @pytest.mark.parametrize("is_joint", [False, True])
