@@ -32,7 +32,7 @@ def adapted(tiny_llama, update, gate="token", dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("gate", ["none", "static", "token"])
+@pytest.mark.parametrize("gate", ["none", "static", "token", "hard"])
 @pytest.mark.parametrize("update", ["lora", "dora", "hira"])
 def test_exact_mode_is_bit_identical(tiny_llama, update, gate, dtype):
     model = adapted(tiny_llama, update, gate, dtype)
@@ -51,6 +51,24 @@ def test_hadamard_weight_is_computed_once(tiny_llama):
         model(IDS)
     matmul = sum(2 * 4 * layer.base.weight.numel() for layer in adapted_linears(model).values())
     assert plain.get_total_flops() - prepared.get_total_flops() == matmul
+
+
+def test_closed_hard_gates_do_not_read_the_update():
+    torch.manual_seed(0)
+    layer = AdaptedLinear(nn.Linear(6, 5, bias=False), AdapterConfig(gate="hard", rank=2)).eval()
+    x = torch.eye(6)
+    with torch.no_grad():
+        nn.init.normal_(layer.update.b)
+        layer.gate.weight[0] = 2.0  # open for the first token
+        layer.gate.bias.fill_(-1.0)
+        with prepared_for_inference(nn.ModuleDict({"one": layer})):
+            with FlopCounterMode(display=False) as closed:
+                assert torch.equal(layer(x[1:]), layer.base(x[1:]))
+            with FlopCounterMode(display=False) as one_open:
+                assert not torch.equal(layer(x), layer.base(x))
+    matmul = 2 * 6 * 5
+    assert closed.get_total_flops() == 2 * 5 * matmul  # the layer's own, and that of the frozen one
+    assert one_open.get_total_flops() == 3 * 6 * matmul
 
 
 def test_changed_factors_apply_after_block(tiny_llama):

@@ -51,7 +51,8 @@ class HardGate(Gate):
     def values(self, logit: Tensor) -> GateValues:
         """Draw 0 or 1 in training, decide in evaluation."""
         if not self.training:
-            return GateValues(_decided(logit, logit > 0))
+            decided = _decided(logit, logit > 0)
+            return GateValues(decided, rounded=decided)
         g = torch.sigmoid(logit)
         drawn = _decided(logit.detach(), torch.rand_like(g) < g)
         values, graded = straight_through(drawn, g, self.gradient_share)

@@ -57,7 +57,10 @@ class HiRA(Update):
         g = None if gate is None else gate.values
         cached = self.cached()
         if cached is not None:
-            return add_gated_product(base(x), dropout(x), cached, g)
+            y = base(x)  # (..., out)
+            if gate is not None and gate.rounded is not None and _all_are_closed(gate.rounded):
+                return y
+            return add_gated_product(y, dropout(x), cached, g)
         fused = self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity)
         if fused and has_plain_forward(base) and not transforms_are_active():
             weights = base.weight, base.bias, *self.factors()
@@ -87,6 +90,11 @@ class HiRA(Update):
         """Return ``W0 ⊙ BA`` in the adapter's dtype, (out, in)."""
         a, b = self.factors()
         return weight.to(a.dtype) * (b @ a)
+
+
+def _all_are_closed(gates: Tensor) -> bool:
+    """Whether every gate is 0, so that the update need not be read; only on a CPU, which need not wait."""
+    return gates.device.type == "cpu" and not gates.any()
 
 
 def _autocast_is_enabled(x: Tensor) -> bool:
