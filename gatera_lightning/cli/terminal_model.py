@@ -208,7 +208,8 @@ class TerminalModel:
         prompts["attention_mask"] = prompts["attention_mask"].to(self.model.device)
         sampling = Sampling(args.temperature, args.top_p or 1.0) if args.temperature else None
         thresholds = {} if args.fast is None else {"skip_below": args.fast, "merge_above": 1 - args.fast}
-        # TextStream never prints the last generated token, so one more is generated.
+        # TextStream never prints the last generated token, so one more is generated. It also tells whether
+        # the answer is complete.
         decoding = DecodingConfig(max_new_tokens=args.max_new_tokens + 1, **thresholds)
         with ExitStack() as stack:
             captured = stack.enter_context(capture_gates(self.model)) if self._has_token_gates else None
@@ -226,6 +227,8 @@ class TerminalModel:
         elif len(ids) > args.max_new_tokens and ids[-1] not in end_tokens(self.model, prompts["eos_id"]):
             self.note(f"truncated at --max_new_tokens {args.max_new_tokens}")
         if self.drafter is not None and was_turned_off is None:
+            if not stopped:
+                self.drafter.counts.tokens -= len(ids) > args.max_new_tokens  # it is not part of the answer
             self.note(f"so far {self.drafter.counts}")
             if self._drafts_turned_off is not None:
                 self.note(self._drafts_turned_off)
