@@ -18,7 +18,8 @@ ts_peft       LoRA behind threshold gates, which keep half of the tokens; ts_pef
 ``saturated`` is the share of the gates of decoded tokens below 0.1 or above 0.9. The time to the first
 token is that of a ``generate`` of one token. ``prepare`` is the time that an adapter needs before decoding:
 once for all prompts of a ``with`` block, and once in every call of
-``gatera_lightning.generation.decoding.generate``.
+``gatera_lightning.generation.decoding.generate``. ``prompt_flops``, in the JSON file only, counts a forward
+pass of the prompts without thresholds.
 """
 
 import statistics
@@ -28,6 +29,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from benchmarks.harness.arguments import add_dtype, build_parser
@@ -93,6 +95,9 @@ def timed_decoding(method: str, settings: StepSettings, batch: int, new_tokens: 
         return _now() - started
 
     saturated = share_of_saturated_gates(model, lambda: seconds_to_generate(8))
+    with torch.no_grad(), prepared_for_inference(model), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, logits_to_keep=1)
+    prompt_flops = float(counter.get_total_flops())
 
     def run_once() -> dict[str, float]:
         started = _now()
@@ -100,7 +105,8 @@ def timed_decoding(method: str, settings: StepSettings, batch: int, new_tokens: 
             prepare = _now() - started
             first = seconds_to_generate(1)
             token = (seconds_to_generate(new_tokens + 1) - first) / new_tokens
-        return {"prepare_s": prepare, "first_token_s": first, "token_s": token, "saturated": saturated}
+        times = {"prepare_s": prepare, "first_token_s": first, "token_s": token}
+        return times | {"saturated": saturated, "prompt_flops": prompt_flops}
 
     return run_once
 

@@ -50,7 +50,9 @@ ADAPTERS = {
     "gatera_70_closed": AdapterConfig(gate=TokenGateConfig(skip_below=0.1)),
     "gatera_saturated": AdapterConfig(gate=TokenGateConfig(skip_below=0.1, merge_above=0.9)),
     "hard_half_open": AdapterConfig(gate=HardGateConfig(bias=0.0, gradient_share=1 / 8)),
+    "ts_peft": AdapterConfig(update="lora", gate="threshold"),
     "hira": AdapterConfig(gate="none"),
+    "abba": AdapterConfig(update="abba", gate="none"),
     "lora": AdapterConfig(update="lora", gate="none"),
     "dora": AdapterConfig(update="dora", gate="none"),
 }
@@ -185,6 +187,8 @@ def build_contender(method: str, settings: StepSettings) -> Contender:
         model = adapted_backbone(settings, config)
         if config.gate.has_thresholds:
             set_gates(model, batch["input_ids"], sharpness=1.0 if method == "gatera_70_closed" else 1e3)
+        if config.gate.kind == "threshold":
+            set_threshold_gates(model, batch["input_ids"], closed=0.5)
         loss = _training_loss(model, batch, method)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR) if parameters else None

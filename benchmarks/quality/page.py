@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.quality.costs import Timings, cost_table
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.pictures import pictures
@@ -20,9 +21,9 @@ _BLOCK = re.compile(r"(<!-- ledger: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def blocks(lines: Sequence[Line]) -> dict[str, str]:
-    """Return what each block of the page holds: runs, rows, and the pictures and tables of each family."""
+    """Return what each block of the page holds: runs, rows, costs, and what is drawn of each family."""
     images = pictures(lines)
-    drawn = {"runs": runs(lines), "families": families()}
+    drawn = {"runs": runs(lines), "families": families(), "costs": cost_table(lines, Timings.read())}
     for family in FAMILIES:
         shown = [f"![{name}](../images/{name})" for name in images if name.endswith(f"_{family}.svg")]
         drawn[family] = "\n\n".join([*shown, family_section(lines, family)])

@@ -32,7 +32,7 @@ def runs(lines: Sequence[Line]) -> str:
             rows.append(
                 [family, stage, f"{len(done)}", f"{hours:.2f}", f"{len(open_runs)}", f"{expected:.1f}"]
             )
-    table = _table(["family", "stage", "runs", "CPU hours", "missing runs", "their CPU hours"], rows)
+    table = markdown_table(["family", "stage", "runs", "CPU hours", "missing runs", "their CPU hours"], rows)
     machines = sorted({line["environment"]["machine"] for line in lines})
     commits = sorted({line["environment"]["commit"] for line in lines})
     return f"{table}\n\nMachine: {'; '.join(machines) or 'none'}. Commit: {', '.join(commits) or 'none'}."
@@ -49,7 +49,7 @@ def families() -> str:
         rows.append(
             [family.name, family.title, *(read if family.is_trained_on else ["", read[1], ""]), *counts]
         )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def rates(lines: Sequence[Line], family: str) -> str:
@@ -66,7 +66,7 @@ def rates(lines: Sequence[Line], family: str) -> str:
         cells = [_rate_cell(curve.get(rate), rate == best) for rate in tried]
         left = set(rates_to_try(lines, family, METHODS[name])) - set(curve)
         rows.append([METHODS[name].title, *cells, "not finished" if left else ""])
-    return _table(["method", *(f"{rate:g}" for rate in tried), "search"], rows)
+    return markdown_table(["method", *(f"{rate:g}" for rate in tried), "search"], rows)
 
 
 def _rate_cell(loss: float | None, is_best: bool) -> str:
@@ -109,7 +109,7 @@ def methods(lines: Sequence[Line], family: str) -> str:
                 f"{max(entry['peak_bytes'] for entry in cost) / 1e6:.0f}",
             ]
         )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _untrained_cells(results: FamilyResults) -> list[str]:
@@ -139,7 +139,7 @@ def answers(lines: Sequence[Line], family: str) -> str:
         ]
         rows.append([question.text, pair, f"{columns[0][number].seeds}", *cells])
     header = ["question", "difference", "seeds", *(MEASURES[measure] for measure in results.measures)]
-    return f"{_table(header, rows)}\n\n{_power(results.measures, columns)}"
+    return f"{markdown_table(header, rows)}\n\n{_power(results.measures, columns)}"
 
 
 def _difference_cell(comparison: Comparison, *, higher_is_better: bool) -> str:
@@ -191,7 +191,7 @@ def equal_loss(lines: Sequence[Line], family: str) -> str:
             ]
         )
     header = ["method", "seeds", f"change elsewhere at {reached:.3f}", "loss at the end", "change at the end"]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def gates(lines: Sequence[Line], family: str) -> str:
@@ -205,10 +205,11 @@ def gates(lines: Sequence[Line], family: str) -> str:
             means = (sum(gate[key] for gate in found) / len(found) for key in names)
             rows.append([METHODS[name].title, *(f"{value:.3f}" for value in means)])
     header = ["method", "mean", "closed", "open", "deviation over tokens", "deviation over layers"]
-    return _table(header, rows) if rows else ""
+    return markdown_table(header, rows) if rows else ""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
 
