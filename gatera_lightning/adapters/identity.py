@@ -12,7 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import backbone_fingerprint, fingerprint_version
-from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name
+from gatera_lightning.adapters.lookup import (
+    adapted_linears,
+    adapter_parameters,
+    frozen_adapter,
+    own_name,
+)
 from gatera_lightning.adapters.packed_weight import PackedWeight
 from gatera_lightning.errors import AdapterFileError
 
@@ -28,9 +33,12 @@ def backbone_identity(model: nn.Module, version: int = 2) -> str:
 def backbone_fingerprints(model: nn.Module) -> dict[str, str]:
     """Return the fingerprints of the frozen weights as they are stored beside an adapter.
 
-    If the weights were quantized while they were loaded, ``quantization`` says how.
+    If the weights were quantized while they were loaded, ``quantization`` says how. If the frozen model has
+    a trained adapter, ``adapter_sha256`` is its digest.
     """
     found = {"fingerprint": backbone_identity(model), "fingerprint_float16": backbone_identity(model, 3)}
+    if (frozen := frozen_adapter(model)) is not None:
+        found["adapter_sha256"] = frozen[1]
     storage = quantization_while_loading(_frozen_weights(model))
     return found if storage == "none" else found | {"quantization": storage}
 

@@ -1,7 +1,7 @@
 """An adapted layer: a frozen linear layer, an update and a gate."""
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class AdaptedLinear(nn.Module):
     """Computes ``y = W0 x + b + g(x) · u(x)`` with ``W0`` and ``b`` frozen.
 
     Args:
-        base: The layer to adapt; its parameters are frozen.
+        base: The layer to adapt; its parameters are frozen. It may be an adapted layer that is frozen itself.
         config: The adapter's settings.
         generator: CPU generator that draws the update's initial values.
         name: Name of the layer in the model, which its rank and alpha may depend on.
@@ -93,6 +93,8 @@ class AdaptedLinear(nn.Module):
         update: The update ``u``.
         gate: The gate; None for ``g = 1``.
     """
+
+    _frozen_digest: str | None = None
 
     def __init__(
         self,
@@ -158,6 +160,24 @@ class AdaptedLinear(nn.Module):
     def is_active(self) -> bool:
         """Whether the layer applies an adapter; a layer of PEFT can have several, or none that is active."""
         return True
+
+    @property
+    def frozen_digest(self) -> str | None:
+        """Digest of the adapter that :meth:`freeze` has made a part of the frozen model; else None."""
+        return self._frozen_digest
+
+    def freeze(self, digest: str) -> None:
+        """Make the adapter a part of the frozen model, which computes what it does in decoding.
+
+        Args:
+            digest: Identifies the adapter that this layer belongs to.
+        """
+        self._frozen_digest = digest
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen adapter stays in evaluation mode, without dropout and draws of gates."""
+        return super().train(mode and self._frozen_digest is None)
 
     def adapter_params(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters by their names in this layer: all but the base's."""

@@ -4,17 +4,25 @@ from typing import Any, cast
 
 from torch import nn
 
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.errors import checks_arguments
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Return the layers with an active adapter by name, in model order."""
+    """Return the layers with an active adapter by name, in model order; not those frozen with the model."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, AdaptedLinear) and module.is_active
+        if isinstance(module, AdaptedLinear) and module.is_active and module.frozen_digest is None
     }
+
+
+def frozen_adapter(model: nn.Module) -> tuple[AdapterConfig, str] | None:
+    """Return the settings and the digest of the adapter that is part of the frozen model, if there is one."""
+    layers = (module for module in model.modules() if isinstance(module, AdaptedLinear))
+    found = ((layer.config, layer.frozen_digest) for layer in layers)
+    return next(((config, digest) for config, digest in found if digest is not None), None)
 
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")

@@ -43,7 +43,8 @@ def model_card(
     Args:
         folder: Name of the folder, for the example.
         config: The adapter's settings.
-        origin: The ``id`` and ``revision`` of the backbone.
+        origin: The ``id`` and ``revision`` of the backbone, and ``adapter_sha256`` if a trained adapter is a
+            part of it.
         template: The prompt template, if it is known.
         details: Further tables by their title, such as data, settings and metrics of the training run.
     """
@@ -63,6 +64,7 @@ def model_card(
     method = {
         "base model": backbone,
         "revision": origin["revision"],
+        "SHA-256 of the adapter below it": origin.get("adapter_sha256"),
         "update u(x)": f"{config.update}: {UPDATES[config.update].formula}",
         "gate g(x)": f"{config.gate.kind}: {config.gate.formula}",
         **{f"gate {name}": value for name, value in config.gate.to_dict().items() if name != "kind"},

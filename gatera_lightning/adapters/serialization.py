@@ -156,7 +156,7 @@ def write_adapter(
     description[RECORD] = {
         "format_version": FORMAT_VERSION,
         **{name: origin.get(name) for name in _RECORDED_ORIGIN},
-        **({"quantization": origin["quantization"]} if origin.get("quantization") else {}),
+        **{name: origin[name] for name in ("quantization", "adapter_sha256") if origin.get(name)},
         "settings_sha256": settings_digest(description),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }

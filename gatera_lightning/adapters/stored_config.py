@@ -53,6 +53,7 @@ _RECORD_KEYS: dict[str, tuple[type, ...]] = {
     "fingerprint_float16": _TEXT_OR_NULL,
     "attn_implementation": _TEXT_OR_NULL,
     "quantization": _TEXT,
+    "adapter_sha256": _TEXT,
     "settings_sha256": _TEXT,
     "weights_sha256": _TEXT,
     "template": _TEXT,
@@ -68,7 +69,8 @@ class StoredAdapter:
     """The adapter's settings."""
 
     origin: dict[str, Any]
-    """The backbone: ``id``, ``revision``, ``fingerprint``, ``attn_implementation``, ``quantization``."""
+    """The backbone: ``id``, ``revision``, ``fingerprint``, ``attn_implementation``, ``quantization``, and the
+    ``adapter_sha256`` of a trained adapter that was a part of it."""
 
     weights_sha256: str | None
     """Digest of the weights file; None in formats without one."""
@@ -174,7 +176,10 @@ def _checked(config: AdapterConfig) -> AdapterConfig:
 
 def _origin(description: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     origin = {"id": description.get("base_model_name_or_path"), "revision": description.get("revision")}
-    names = ("fingerprint", "fingerprint_float16", "attn_implementation", "quantization")
+    names = (
+        *("fingerprint", "fingerprint_float16", "attn_implementation", "quantization"),
+        "adapter_sha256",
+    )
     for key in ("base_model_name_or_path", "revision"):
         _check("", {key: description.get(key)}, {key: _TEXT_OR_NULL}, required=set())
     return origin | {name: record.get(name) for name in names}

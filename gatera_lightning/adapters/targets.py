@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.linear_layers import weight_problem
 from gatera_lightning.adapters.name_patterns import ended_name, ending, first_match, layer_index, matches
 from gatera_lightning.adapters.target_problems import ALL_LINEAR
@@ -175,9 +177,15 @@ def _pattern_problems(config: AdapterConfig, targets: Mapping[str, nn.Linear]) -
 
 
 def _linears(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield every linear layer inside a module, a layer with several names once for each of them."""
+    """Yield every linear layer inside a module, a layer with several names once for each of them.
+
+    A frozen adapted layer stands for the linear layer inside of it, and has its attributes.
+    """
     for child_name, child in module._modules.items():
         path = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, AdaptedLinear) and child.frozen_digest is not None:
+            yield path, cast(nn.Linear, child)
+            continue
         if isinstance(child, nn.Linear):
             yield path, child
         if child is not None and child not in parents:
@@ -222,7 +230,9 @@ def _layer_problems(model: nn.Module, targets: dict[str, nn.Linear], config: Ada
             break
     in_memory = any(not parameter.is_meta for parameter in model.parameters())
     unsuitable = (
-        weight_problem(name, linear, others_have_memory=in_memory) for name, linear in targets.items()
+        weight_problem(name, linear, others_have_memory=in_memory)
+        for name, linear in targets.items()
+        if not isinstance(linear, AdaptedLinear)  # checked when it was adapted
     )
     problems += [problem for problem in unsuitable if problem is not None][:1]
     return problems

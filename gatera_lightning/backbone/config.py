@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gatera_lightning.adapters.position_mask import missing_mask_problem
+from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.quantization import quantization_problem
 from gatera_lightning.backbone.source import source_problems
-from gatera_lightning.errors import type_problems
+from gatera_lightning.errors import AdapterFileError, type_problems
 
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -48,6 +50,9 @@ class BackboneConfig:
     trust_remote_code: bool = False
     """Run model code that comes with the weights. Only for publishers you trust."""
 
+    adapter: str | None = None
+    """Folder of a trained adapter that is part of the frozen model, for training a draft adapter over it."""
+
     def problems(self) -> list[str]:
         """Return every problem with these settings; reads no weights and does not ask the hub.
 
@@ -56,6 +61,8 @@ class BackboneConfig:
         """
         found = type_problems("backbone", self)
         problems = [*found.values(), *([] if "id" in found else source_problems(self.id))]
+        if "adapter" not in found and self.adapter is not None:
+            problems += _adapter_problems(self.adapter)
         if "quantization" in found or self.quantization == "none":
             return problems
         if problem := quantization_problem(self.quantization):
@@ -67,6 +74,15 @@ class BackboneConfig:
                 "quantization none"
             )
         return problems
+
+
+def _adapter_problems(folder: str) -> list[str]:
+    try:
+        config, _ = read_adapter_config(folder)
+    except AdapterFileError as error:
+        return [f"backbone.adapter: {error}; accepted: the folder of a trained adapter, or null"]
+    problem = missing_mask_problem(config)
+    return [] if problem is None else [f"backbone.adapter: {folder}: {problem}, or null"]
 
 
 def stored_backbone(

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gatera_lightning.adapters.frozen_adapter import load_frozen_adapter
 from gatera_lightning.adapters.storages import STORAGES
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.gguf import parse_once, restore_digit_split
@@ -34,12 +35,15 @@ log = logging.getLogger(__name__)
 def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTrainedModel:
     """Load the model into CPU memory, ready for training; its parameters are not frozen yet.
 
+    An adapter that ``config`` makes a part of it is loaded and frozen.
+
     Args:
         config: The backbone's settings.
         device_type: Where the model will run (cpu, cuda, …), which decides what the dtype ``auto`` is.
 
     Raises:
         ConfigError: The settings have problems, or the model cannot be found or loaded.
+        AdapterFileError: The adapter that is part of it does not fit.
     """
     if gguf_file(config.id) is None:
         load_config(config)  # which refuses architectures before weights are read
@@ -61,6 +65,8 @@ def load_backbone(config: BackboneConfig, device_type: str = "cpu") -> PreTraine
         )
     if not read_quantized_layers(model) and config.quantization != "none":
         quantize_linear_layers(model, config.quantization)
+    if config.adapter is not None:
+        load_frozen_adapter(model, config.adapter)
     prepare_for_training(model, config)
     return model
 

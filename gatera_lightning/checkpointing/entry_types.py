@@ -64,7 +64,7 @@ _ADAPTER = {
 _GATES = ("none", "static", "token")  # those of this project; a gate of a user has settings of its own
 _GATE = dict.fromkeys(("bias", "entropy_weight", "lr_multiplier", "skip_below", "merge_above"), NUMBER)
 _BACKBONE = dict.fromkeys(
-    ("id", "revision", "fingerprint_float16", "quantization", "attn_implementation"), TEXT
+    ("id", "revision", "fingerprint_float16", "quantization", "attn_implementation", "adapter_sha256"), TEXT
 )
 _OPTIMIZER = {"state": MAPPING, "param_groups": MAPPINGS}
 _MOMENTS = {"exp_avg": FLOATS, "exp_avg_sq": FLOATS, "step": SCORE}

@@ -11,10 +11,12 @@ from typing_extensions import override
 
 from gatera_lightning.errors import printable
 
-# Warnings of our dependencies about each other, which a user of this package cannot act on.
+# Warnings that a user of this package cannot act on: of our dependencies about each other, and of Lightning
+# about a trained adapter that is part of the frozen model.
 _IGNORED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     ".*does not have many workers",
+    r".*module\(s\) in eval mode at the start of training",
     ".*recommended to use `self.log.*sync_dist=True",
     ".*The `srun` command is available on your system but is not used",
 )

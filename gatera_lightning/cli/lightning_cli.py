@@ -184,7 +184,7 @@ class GateRACLI(LightningCLI):
 
 
 def find_adapter(settings: Namespace) -> None:
-    """Replace a `model.warm_start` that is a run's folder or an id on the hub by the adapter's folder.
+    """Replace run folders and ids on the hub by adapter folders, in `warm_start` and `backbone.adapter`.
 
     Args:
         settings: The parsed settings of a subcommand; changed in place.
@@ -192,8 +192,11 @@ def find_adapter(settings: Namespace) -> None:
     Raises:
         ConfigError: It is empty, there are several adapters, or the hub's cannot be fetched.
     """
-    if settings.model.warm_start is not None:
-        settings.model.warm_start = adapter_folder(settings.model.warm_start, "model.warm_start")
+    model = settings.model
+    if model.warm_start is not None:
+        model.warm_start = adapter_folder(model.warm_start, "model.warm_start")
+    if model.backbone.adapter is not None:
+        model.backbone.adapter = adapter_folder(model.backbone.adapter, "model.backbone.adapter")
 
 
 def end_started_ranks(trainer: Trainer, seconds: float = 10) -> None:

@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
+from gatera_lightning.adapters.frozen_adapter import inject_frozen_adapter
 from gatera_lightning.adapters.injection import inject_adapters
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.adapters.packed_weight import stored_bytes
+from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.decoder_layers import decoder_layers
 from gatera_lightning.backbone.loading import prepare_for_training
@@ -112,6 +114,8 @@ def build_on_meta(
     storage = stored_quantization(config) or backbone.quantization
     if storage != "none":
         quantize_linear_layers(model, storage)
+    if backbone.adapter is not None:
+        inject_frozen_adapter(model, read_adapter_config(backbone.adapter)[0], digest="")
     inject_adapters(model, adapter)
     prepare_for_training(model, backbone)
     return cast(PreTrainedModel, model.train())

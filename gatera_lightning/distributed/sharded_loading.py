@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import WeightFingerprint
+from gatera_lightning.adapters.frozen_adapter import inject_frozen_adapter
 from gatera_lightning.adapters.injection import InjectionReport, inject_adapters
 from gatera_lightning.adapters.loading import load_adapter
-from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears, frozen_adapter
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.backbone.loading import load_backbone, load_config, prepare_for_training
 from gatera_lightning.backbone.quantization import stored_quantization
@@ -28,6 +29,7 @@ class _ModelDescription:
     config: Any
     generation_config: Any  # it may name more tokens that end a text
     report: InjectionReport
+    frozen_adapter: tuple[AdapterConfig, str] | None  # settings and digest; ranks may not have its folder
     fingerprints: dict[str, WeightFingerprint]
     dtypes: dict[str, torch.dtype]  # some models keep layers in fp32
     buffers: dict[str, torch.Tensor]  # also those that no state dict holds, such as rotary frequencies
@@ -38,6 +40,7 @@ class _ModelDescription:
             config=model.config,
             generation_config=model.generation_config,
             report=report,
+            frozen_adapter=frozen_adapter(model),
             fingerprints={name: layer.base_fingerprint for name, layer in adapted_linears(model).items()},
             dtypes={name: parameter.dtype for name, parameter in model.named_parameters()},
             buffers=dict(model.named_buffers()),
@@ -124,6 +127,8 @@ def _build_without_weights(
             trust_remote_code=backbone.trust_remote_code,
         )
     model.generation_config = description.generation_config
+    if description.frozen_adapter is not None:
+        inject_frozen_adapter(model, *description.frozen_adapter)
     inject_adapters(model, adapter)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(description.dtypes[name])

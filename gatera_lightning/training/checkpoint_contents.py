@@ -10,7 +10,7 @@ from torch import nn
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.identity import backbone_fingerprints, check_fit
-from gatera_lightning.adapters.lookup import adapter_parameters
+from gatera_lightning.adapters.lookup import adapter_parameters, frozen_adapter
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.checkpointing.contents import check_entries
 from gatera_lightning.checkpointing.data_position import begin_next_epoch, recount_batches
@@ -145,7 +145,8 @@ def check_checkpoint_fits(
         source: Where the checkpoint is stored, for the error message.
 
     Raises:
-        CheckpointError: If the method, the names, shapes or dtypes of the tensors, or the backbone differ.
+        CheckpointError: If the method, the names, shapes or dtypes of the tensors, the backbone, or the
+            trained adapter that is part of it differ.
     """
     tensors = {name.removeprefix(_MODEL): tensor for name, tensor in checkpoint["state_dict"].items()}
     adapter = _stored_adapter(checkpoint, source)
@@ -153,3 +154,14 @@ def check_checkpoint_fits(
         check_fit(model, adapter, checkpoint["backbone"], tensors, source)
     except AdapterFileError as error:
         raise CheckpointError(str(error)) from error
+    frozen = frozen_adapter(model)
+    stored, here = checkpoint["backbone"].get("adapter_sha256"), None if frozen is None else frozen[1]
+    if stored != here:
+        raise CheckpointError(
+            f"{source}: model.backbone.adapter is another one here ({_in_words(here)}) than in the run that "
+            f"wrote it ({_in_words(stored)}); accepted: the same adapter, in any folder"
+        )
+
+
+def _in_words(digest: str | None) -> str:
+    return "none" if digest is None else f"SHA-256 {digest[:16]}"

@@ -25,6 +25,7 @@ from gatera_lightning.training.resumed_optimizer import OPTIMIZER_SETTINGS, opti
 
 FREE = {
     "model.backbone.id": "the fingerprint of the weights is compared",
+    "model.backbone.adapter": "the digest of its settings and values is compared",
     "model.backbone.revision": "the fingerprint of the weights is compared",
     "model.backbone.trust_remote_code": "it says what may run, not what is computed",
     "model.backbone.attn_implementation": "equal up to rounding",

@@ -54,8 +54,21 @@ def objective_problems(
 ) -> list[str]:
     """Return one message for every setting that contradicts the objectives; empty if all are valid."""
     found = [problem for objective in objectives for problem in objective.problems(adapter, backbone)]
+    found += _frozen_adapter_problems(adapter, backbone)
     mask = _mask_problem(adapter, objectives)
     return found if mask is None else [*found, mask]
+
+
+def _frozen_adapter_problems(adapter: AdapterConfig, backbone: BackboneConfig) -> list[str]:
+    """Refuse adapters over a trained one that could not decode with it: a draft adapter is no part of it."""
+    gate = getattr(adapter.gate, "kind", adapter.gate)
+    if backbone.adapter is None or (adapter.update, gate) == ("lora", "position"):
+        return []
+    return [
+        f"backbone.adapter: {backbone.adapter!r}, with adapter.update {adapter.update!r} and adapter.gate "
+        f"{gate!r}; accepted over a trained adapter: update lora and gate position, a draft adapter, or "
+        "backbone.adapter null"
+    ]
 
 
 def check_stage(stage: str, adapter: AdapterConfig) -> None:
