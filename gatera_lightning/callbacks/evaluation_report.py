@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gatera_lightning.backbone.source import expand_path
+from gatera_lightning.callbacks.drafted_answers import report_drafts
 from gatera_lightning.callbacks.evaluation_record import evaluation_identity, evaluation_record
 from gatera_lightning.callbacks.text_scoring import score_texts
 from gatera_lightning.checkpointing.atomic_files import write_text
@@ -153,10 +154,11 @@ class EvaluationReport(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count which tokens the gates skip, if they decide."""
+        """Count which tokens the gates skip, if they decide; not with drafts."""
         module: Any = pl_module
-        if self._decides:
-            generates = "labels" not in batch
+        generates = "labels" not in batch
+        # With drafts, the first forward pass may also read random tokens.
+        if self._decides and not (generates and module.drafter is not None):
             self._counting.enter_context(
                 counting_skipped_tokens(module.model, self._skipped, first_pass_only=generates)
             )
@@ -214,19 +216,24 @@ class EvaluationReport(L.Callback):
         for metric, value in result.text_metrics().items():
             pl_module.log(f"test/{metric}", value, rank_zero_only=True)
         skipped = self._skipped.shares()
+        module: Any = pl_module
+        drafts = report_drafts(module.drafter, is_first_rank=trainer.is_global_zero)
         if trainer.is_global_zero:
             print_results(result, ranking=trainer.datamodule.ranking)  # type: ignore[attr-defined]
             if skipped:
                 SafeConsole(soft_wrap=True).print(
                     Text(f"tokens skipped by gates: {describe_shares(skipped)}")
                 )
-            self._write_summary(trainer, pl_module, result, seconds, skipped)
+            measured = {"skipped_tokens": skipped, "drafts": drafts}
+            self._write_summary(trainer, pl_module, result, seconds, measured)
             SafeConsole(soft_wrap=True).print(Text(f"every prediction: {self._path / PREDICTIONS_FILE}"))
 
     @override
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the predictions of all ranks."""
         result = self._merge(trainer)
+        module: Any = pl_module
+        report_drafts(module.drafter, is_first_rank=trainer.is_global_zero)
         if trainer.is_global_zero:
             message = f"{len(result.examples)} predictions: {self._path / PREDICTIONS_FILE}"
             SafeConsole(soft_wrap=True).print(Text(message))
@@ -296,7 +303,7 @@ class EvaluationReport(L.Callback):
         pl_module: L.LightningModule,
         result: EvaluationResult,
         seconds: float,
-        skipped: dict[str, Any],
+        measured: dict[str, dict[str, Any]],
     ) -> None:
         path = self._path / SUMMARY_FILE
         computed = len(self._records) - len(self._resumed)
@@ -309,7 +316,7 @@ class EvaluationReport(L.Callback):
                 "wall_seconds": seconds,
                 "resumed_predictions": len(self._resumed),
                 "computed_predictions": computed,
-                **({"skipped_tokens": skipped} if skipped else {}),
+                **{name: figures for name, figures in measured.items() if figures},
             }
         write_text(path, json.dumps(record | result.summary(), indent=2, default=str) + "\n")
 

@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback
 
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.callbacks.drafted_answers import DraftedAnswers
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.gate_heatmap import GateHeatmap
@@ -26,6 +27,13 @@ RUN_CALLBACKS: dict[str, type[Callback]] = {
     "watchdog": StepWatchdog,
 }
 """Section of the config -> the callback that it configures."""
+
+
+def drafted_answers(draft: str | None, block: int | None) -> DraftedAnswers | None:
+    """Return the callback that the settings `draft` and `draft_block` describe; None without drafts."""
+    if draft is None:
+        return None
+    return DraftedAnswers(draft) if block is None else DraftedAnswers(draft, block)
 
 
 def default_trainer_callbacks() -> list[Callback]:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from gatera_lightning.checkpointing.integrity import CHECKPOINT_FOLDER
 from gatera_lightning.cli.class_building import build_classes
-from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS
+from gatera_lightning.cli.run_callbacks import RUN_CALLBACKS, drafted_answers
 from gatera_lightning.datamodules.base import SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import ConfigError
@@ -62,6 +62,7 @@ def validate_config(parser: LightningArgumentParser, config: Namespace) -> None:
     problems += seed_problems(settings.get("seed_everything"))
     problems += _trainer_problems(settings.trainer, settings.model, config.subcommand)
     problems += _checkpoint_problems(settings.get("ckpt_path"))
+    problems += _draft_problems(settings, config.subcommand)
     if problems:
         raise ConfigError(problems)
 
@@ -109,6 +110,15 @@ def _checkpoint_problems(path: str | None) -> list[str]:
         return [
             f"ckpt_path: the folder {path!r} holds no checkpoint (*.ckpt); accepted: {_CHECKPOINTS}{hint}"
         ]
+    return []
+
+
+def _draft_problems(settings: Namespace, stage: str) -> list[str]:
+    drafts = drafted_answers(settings.draft, settings.draft_block)
+    if drafts is not None:
+        return drafts.problems(stage, settings.model, settings.data, settings.trainer.strategy)
+    if settings.draft_block is not None:
+        return [f"draft_block: {settings.draft_block}, without drafts; accepted: null, or with draft"]
     return []
 
 

@@ -11,6 +11,7 @@ from gatera_lightning.datamodules.batch import Batch, PromptBatch
 from gatera_lightning.evaluation.candidate_scoring import candidate_log_likelihoods
 from gatera_lightning.evaluation.likelihood_ranking import Score, answer_log_likelihoods, ranked_questions
 from gatera_lightning.generation.decoding import DecodingConfig, generate
+from gatera_lightning.generation.drafting import Drafter
 from gatera_lightning.objectives.next_token import (
     SupervisedLogits,
     shift_mask,
@@ -65,7 +66,12 @@ class ValidationMetrics(nn.Module):
 
 
 def answer_batch(
-    model: PreTrainedModel, batch: Batch | PromptBatch, decoding: DecodingConfig, *, sharded: bool
+    model: PreTrainedModel,
+    batch: Batch | PromptBatch,
+    decoding: DecodingConfig,
+    *,
+    sharded: bool,
+    drafter: Drafter | None = None,
 ) -> dict[str, Tensor]:
     """Score the candidate answers of a batch, or generate an answer to each of its prompts.
 
@@ -76,12 +82,15 @@ def answer_batch(
             values.
         sharded: Whether the weights are sharded, so that all ranks must run the same number of forward
             passes.
+        drafter: What generates answers with drafts; not with sharded weights.
 
     Returns:
         ``log_likelihoods`` and ``tokens`` of each candidate (batch,), or ``generated`` token ids (batch, new
         tokens).
     """
     if "labels" not in batch:
+        if drafter is not None:
+            return {"generated": drafter.generate(batch, decoding)}
         return {"generated": generate(model, batch, decoding, in_step=sharded)}
     batch = cast(Batch, batch)
     if batch["all_candidates_present"] and decoding.use_cache and caches_only_keys_and_values(model):

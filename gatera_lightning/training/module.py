@@ -23,6 +23,7 @@ from gatera_lightning.distributed.consistency import check_ranks_agree
 from gatera_lightning.distributed.packed_weights import exclude_packed_weights
 from gatera_lightning.errors import ConfigError, check_arguments
 from gatera_lightning.generation.decoding import DecodingConfig
+from gatera_lightning.generation.drafting import Drafter
 from gatera_lightning.objectives.base import Objective, StepOutput, evaluate_objectives
 from gatera_lightning.objectives.description import describe_objectives
 from gatera_lightning.objectives.next_token import SupervisedLogits, supervised_logits
@@ -94,6 +95,7 @@ class GateRAModule(AdapterModule):
         self.strict_loading = False  # checkpoints hold the adapter only; load_state_dict checks its tensors
         self.model: PreTrainedModel = None  # type: ignore[assignment]  # until configure_model
         self.report: InjectionReport | None = None
+        self.drafter: Drafter | None = None  # set by DraftedAnswers, for test and predict
         self._resumes: Mapping[str, Any] | None = None
         self._described_objectives: dict[str, Any] = {}  # as fit starts: training may change their state
         self.validation_metrics = ValidationMetrics()
@@ -261,7 +263,8 @@ class GateRAModule(AdapterModule):
 
     def test_step(self, batch: AnyBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return the log-likelihood of each candidate answer, or what is generated after each prompt."""
-        return answer_batch(self.model, batch, self.decoding, sharded=self.device_mesh is not None)
+        is_sharded = self.device_mesh is not None
+        return answer_batch(self.model, batch, self.decoding, sharded=is_sharded, drafter=self.drafter)
 
     def predict_step(self, batch: AnyBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return the same as :meth:`test_step`."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Self
 
 
 @dataclass
@@ -25,6 +26,14 @@ class DraftCounts:
         self.forwards += 1
         self.verified.update(range(1, drafts + 1))
         self.accepted.update(range(1, accepted + 1))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.forwards + other.forwards,
+            self.tokens + other.tokens,
+            self.verified + other.verified,
+            self.accepted + other.accepted,
+        )
 
     @property
     def tokens_per_forward(self) -> float:
