@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.fingerprint import (
@@ -141,19 +142,23 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
     if problem := draft_problem(config):
         raise AdapterFileError(f"{folder}: {problem}")
     modules = {own_name(name): module for name, module in model.named_modules()}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     layers: dict[str, Layer] = {}
     factors: dict[str, LowRankFactors] = {}
     for name in sorted({name.rpartition(".update.")[0] for name in tensors}):
         layer, a, b = modules.get(name), tensors.get(f"{name}.update.a"), tensors.get(f"{name}.update.b")
         if not isinstance(layer, Layer):
-            raise AdapterFileError(f"{folder}: does not fit this model, which has no linear layer {name}")
+            raise _misfit(folder, f"does not fit this model, which has no linear layer {name}")
+        if layer is head:
+            raise _misfit(folder, f"adapts the head {name}, which does not see every token")
         if a is None or b is None:
             raise AdapterFileError(f"{folder}: {name} has only one of the factors A and B")
         stored_size, size = (a.shape[1], b.shape[0]), (layer.in_features, layer.out_features)
         if stored_size != size:
-            raise AdapterFileError(
-                f"{folder}: does not fit this model: {name} has (inputs, outputs) {size}, and the draft "
-                f"adapter was trained for {stored_size}"
+            raise _misfit(
+                folder,
+                f"does not fit this model: {name} has (inputs, outputs) {size}, and the draft adapter was "
+                f"trained for {stored_size}",
             )
         layers[name] = layer
         dtype, device = torch.promote_types(a.dtype, layer.weight.dtype), layer.weight.device
@@ -166,8 +171,14 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
         prints = {name: _fingerprint(layer) for name, layer in layers.items()}
         own = {version: backbone_fingerprint(prints, version) for version in (1, 2, 3)}
         if problem := backbone_problem(own, stored.origin):
-            raise AdapterFileError(f"{folder}: {problem}")
+            raise _misfit(folder, problem.rstrip("."))
     return DraftAdapter(layers, factors, config)
+
+
+def _misfit(folder: str | Path, problem: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{folder}: {problem}; accepted: a draft adapter of this model, or decoding without drafts"
+    )
 
 
 def _fingerprint(layer: Layer) -> WeightFingerprint:

@@ -1,8 +1,10 @@
 """A draft adapter changes the last tokens of a forward pass, and is no part of the model it drafts for."""
 
+import peft
 import pytest
 import torch
 from draft_folders import ALL_SEVEN, draft_folder
+from safetensors.torch import load_file, save_file
 
 from gatera_lightning import (
     AdapterConfig,
@@ -90,15 +92,39 @@ def test_the_models_own_adapter_is_all_that_others_see(tiny_llama, gated, tmp_pa
         ({"seed": 1}, {}, "was trained on another backbone"),
         ({"intermediate_size": 64}, {}, r"mlp.down_proj has .* \(48, 32\).* \(64, 32\)"),
         ({"layers": 3}, {}, "has no linear layer model.layers.2"),
+        ({"vocab_size": 96}, {}, "was trained on another backbone"),
         ({}, {"update": "hira", "alpha": None}, "update 'hira' with gate 'position' cannot draft"),
         ({}, {"gate": "token"}, "update 'lora' with gate 'token' cannot draft"),
-        ({}, {"size": float("nan")}, "NaN"),
     ],
-    ids=["fingerprint", "sizes", "layers", "update", "gate", "values"],
+    ids=["fingerprint", "sizes", "layers", "vocabulary", "update", "gate"],
 )
 def test_adapter_of_another_model_is_refused(tiny_llama, gated, tmp_path, other, settings, message):
-    with pytest.raises(AdapterFileError, match=message):
-        load_draft_adapter(gated, draft_folder(tiny_llama(**other), tmp_path / "draft", **settings))
+    folder = draft_folder(tiny_llama(**other), tmp_path / "draft", **settings)
+    with pytest.raises(AdapterFileError, match=message) as error:
+        load_draft_adapter(gated, folder)
+    if other:
+        offered = "accepted: a draft adapter of this model, or decoding without drafts"
+        assert str(error.value).endswith(offered)
+
+
+def test_values_that_are_not_finite_are_refused(tiny_llama, gated, tmp_path):
+    folder = draft_folder(tiny_llama(), tmp_path / "draft", peft=True)  # PEFT writes no hash
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(AdapterFileError, match="holds NaN or infinite values; accepted: finite values"):
+        load_draft_adapter(gated, folder)
+
+
+def test_adapted_head_is_refused(tiny_llama, gated, tmp_path):
+    """It reads only the tokens whose logits are asked for; folders of PEFT may adapt it."""
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(AdapterFileError, match="adapts the head lm_head, which does not see every token"):
+        load_draft_adapter(gated, tmp_path)
 
 
 def test_layers_that_see_some_tokens_are_refused(tiny_llama, tmp_path):

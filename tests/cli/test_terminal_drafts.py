@@ -20,6 +20,7 @@ def folders(tiny_backbone, tmp_path_factory):
     save_random_adapter(root / "adapter", backbone)
     model = load_backbone(BackboneConfig(id=str(backbone), dtype="float32"), "cpu")
     draft_folder(model, root / "draft", size=1e-3)
+    draft_folder(load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"), "cpu"), root / "other")
     return root
 
 
@@ -49,6 +50,14 @@ def test_sampling_takes_drafts(folders, capsys):
         assert run(folders, *flags, *more) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != "\n\n"  # the seed decides
+
+
+def test_draft_adapter_of_another_model_is_refused(folders, capsys):
+    assert run(folders, "--draft", str(folders / "other")) != 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "other: was trained on another backbone" in " ".join(err.split())
+    assert "or decoding without drafts" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from model_families import SIZES
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gatera_lightning import AdapterConfig, ConfigError, inject_adapters
 from gatera_lightning.adapters.draft_adapter import DraftAdapter
@@ -31,6 +31,14 @@ def build(family, **settings):
 def test_model_is_refused(family, settings, message):
     with pytest.raises(ConfigError, match=f"{message}.*, or decoding without a draft adapter"):
         Drafter(build(family, **settings), NO_LAYERS)
+
+
+def test_encoder_decoder_is_refused():
+    config = AutoConfig.for_model("t5", vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    expected = "T5ForConditionalGeneration is no causal language model; accepted: one, or decoding without a"
+    with pytest.raises(ConfigError, match=expected):
+        Drafter(model, NO_LAYERS)
 
 
 def test_model_with_position_gates_is_refused(tiny_llama):

@@ -168,6 +168,19 @@ def test_tokens_of_four_forward_passes_if_all_drafts_are_right(adapter_for, gate
     assert set(drafter.counts.acceptance().values()) == {1.0}
 
 
+def test_greedy_text_of_a_model_with_a_larger_vocabulary_is_that_of_plain_decoding(adapter_for):
+    """A draft adapter has no vocabulary: the model's own head chooses the drafts."""
+    model = build("llama", torch.float64)  # in float32, one of the answers has two equally likely tokens
+    adapter = adapter_for(model)
+    model.resize_token_embeddings(SIZES["vocab_size"] + 24, mean_resizing=False)
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[-24:] = 2 * weight[10:34]  # the new tokens are chosen, too
+    expected = generate(model, BATCH, DECODING)
+    assert int(expected.max()) >= SIZES["vocab_size"]
+    assert torch.equal(Drafter(model, adapter, config()).generate(BATCH, DECODING), expected)
+
+
 @pytest.mark.parametrize("cycle", CYCLES)
 def test_stopping_criteria_end_an_answer_among_accepted_drafts(adapter_for, gated, cycle):
     def divides(ids, scores):
