@@ -4,6 +4,7 @@ The model may have a trained adapter of its own. What trains, saves, identifies 
 that one, because a draft adapter acts through hooks, and only inside :meth:`DraftAdapter.on_last`.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,11 +21,14 @@ from gatera_lightning.adapters.fingerprint import (
     backbone_fingerprint,
     weight_fingerprint,
 )
+from gatera_lightning.adapters.frozen_adapter import adapter_digest
 from gatera_lightning.adapters.identity import backbone_problem, non_finite_problem
 from gatera_lightning.adapters.layer import AdaptedLinear
-from gatera_lightning.adapters.lookup import own_name, unwrapped
+from gatera_lightning.adapters.lookup import adapted_linears, own_name, unwrapped
 from gatera_lightning.adapters.serialization import read_adapter
 from gatera_lightning.errors import AdapterFileError, checks_arguments
+
+log = logging.getLogger(__name__)
 
 Layer = nn.Linear | AdaptedLinear
 
@@ -172,12 +176,27 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
         own = {version: backbone_fingerprint(prints, version) for version in (1, 2, 3)}
         if problem := backbone_problem(own, stored.origin):
             raise _misfit(folder, problem.rstrip("."))
+        if note := _other_adapter(model, stored.origin):
+            log.info("%s: %s", folder, note)
     return DraftAdapter(layers, factors, config)
 
 
 def _misfit(folder: str | Path, problem: str) -> AdapterFileError:
     return AdapterFileError(
         f"{folder}: {problem}; accepted: a draft adapter of this model, or decoding without drafts"
+    )
+
+
+def _other_adapter(model: nn.Module, origin: Mapping[str, Any]) -> str | None:
+    """Describe that a draft adapter was trained for this backbone with another adapter, or without one."""
+    layers, trained = adapted_linears(model), origin.get("adapter_sha256")
+    here = adapter_digest(model, next(iter(layers.values())).config) if layers else None
+    if trained == here:
+        return None
+    kind = "without a trained adapter" if trained is None else f"with adapter SHA-256 {trained[:16]}"
+    return (
+        f"it was trained to draft for this backbone {kind}, and not for this model: the text stays the "
+        "same, but fewer drafts may be accepted"
     )
 
 

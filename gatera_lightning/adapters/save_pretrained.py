@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters, own_name
+from gatera_lightning.adapters.lookup import (
+    adapted_linears,
+    adapter_parameters,
+    frozen_adapter,
+    own_name,
+)
 from gatera_lightning.errors import ConfigError
 
 _MARK = "_saves_its_adapter"
@@ -73,6 +78,11 @@ def _replace_method(kind: type[PreTrainedModel]) -> None:
         *args: Any,
         **options: Any,
     ) -> Any:
+        if vars(self).get(_MARK) and not adapted_linears(self) and frozen_adapter(self) is not None:
+            raise ConfigError(
+                "save_pretrained: a trained adapter is part of this frozen model, and has a folder of its "
+                f"own; accepted: the model without backbone.adapter. {_MERGE}"
+            )
         if not vars(self).get(_MARK) or not adapted_linears(self):
             return save_whole(self, save_directory, is_main_process, state_dict, *args, **options)
         if args:

@@ -8,6 +8,7 @@ import torch
 from gatera_lightning import (
     AdapterConfig,
     AdapterFileError,
+    ConfigError,
     adapter_parameters,
     inject_adapters,
     load_adapter,
@@ -60,6 +61,8 @@ def test_frozen_model_computes_what_decoding_computes(frozen, tuned):
 
 def test_only_the_adapter_over_it_is_seen(frozen, tuned, tiny_llama, tmp_path):
     assert not adapted_linears(frozen)
+    with pytest.raises(ConfigError, match="a trained adapter is part of this frozen model"):
+        frozen.save_pretrained(tmp_path / "draft")
     config, digest = frozen_adapter(frozen)
     assert config == TUNED
     assert digest == adapter_digest(tuned, TUNED)
@@ -110,6 +113,25 @@ def test_draft_rows_in_training_are_those_of_decoding(frozen, tuned, randomize, 
     assert torch.equal(trained[:, :5], decoded[:, :5])
     torch.testing.assert_close(trained, decoded, atol=1e-4, rtol=1e-4)
     assert (decoded - tuned(IDS).logits)[:, 5:].abs().max() > 1e-2
+
+
+def test_draft_adapter_for_another_model_is_loaded_with_a_note(
+    tiny_llama, frozen, tuned, randomize, tmp_path, caplog
+):
+    caplog.set_level("INFO", "gatera_lightning")
+    inject_adapters(frozen, DRAFT)
+    save_adapter(frozen, tmp_path / "draft")
+    load_draft_adapter(tuned, tmp_path / "draft")
+    assert not caplog.messages
+    plain = tiny_llama()
+    load_draft_adapter(plain, tmp_path / "draft")
+    load_draft_adapter(randomize(tuned), tmp_path / "draft")
+    inject_adapters(plain, DRAFT)
+    save_adapter(plain, tmp_path / "of_plain")
+    load_draft_adapter(tuned, tmp_path / "of_plain")
+    notes = [text.partition("for this backbone ")[2].partition(", and not")[0] for text in caplog.messages]
+    kind = f"with adapter SHA-256 {frozen_adapter(frozen)[1][:16]}"
+    assert notes == [kind, kind, "without a trained adapter"]
 
 
 def test_adapter_of_another_backbone_is_refused(tiny_llama, folder):

@@ -79,6 +79,8 @@ class Job:
     """Exit with status 75 on SIGUSR1 and SIGTERM."""
     step_seconds: float = 0.0
     """Seconds that every micro-batch takes longer."""
+    tuned: str | None = None
+    """Folder of a trained adapter that is part of the frozen model."""
     tensorboard: bool = False
     """Write event files to ``out``."""
 
@@ -225,6 +227,7 @@ def build_module(job):
             job.attention,
             gradient_checkpointing=job.checkpointing,
             compile=job.backend is not None,
+            adapter=job.tuned,
         ),
         adapter=adapter,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, max_skipped_steps=job.skip),

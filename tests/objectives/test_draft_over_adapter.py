@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters, save_adapter
+from gatera_lightning.adapters.draft_adapter import load_draft_adapter
 from gatera_lightning.adapters.frozen_adapter import load_frozen_adapter
 from gatera_lightning.adapters.loading import load_adapter
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
+from gatera_lightning.datamodules.batching.collate import collate_prompts
+from gatera_lightning.generation.decoding import DecodingConfig, generate
+from gatera_lightning.generation.drafting import DraftConfig, Drafter
 from gatera_lightning.objectives import SelfDraft, training_loss
 
 SIZE, VOCABULARY = 3, 128
@@ -52,12 +56,12 @@ def tuned(tiny_llama, randomize, tmp_path):
     return build
 
 
-def with_draft(tiny_llama, randomize, folder):
+def with_draft(tiny_llama, randomize, folder, size=0.3):
     """A model of which the adapter in a folder is part, with a draft adapter whose values matter."""
     model = tiny_llama(torch.float64, head_dim=8)
     load_frozen_adapter(model, folder)
     inject_adapters(model, DRAFT)
-    return randomize(model, size=0.3).train()
+    return randomize(model, size=size).train()
 
 
 def blocks_of(labels, offset):
@@ -146,3 +150,58 @@ def test_loss_and_gradients_equal_the_reference(tiny_llama, randomize, tuned, me
         for gradient, wanted in zip(found, gradients, strict=True):
             assert float(wanted.abs().max()) > 1e-5
             torch.testing.assert_close(gradient, wanted, atol=1e-10, rtol=0)
+
+
+class RecordingDrafter(Drafter):
+    """Its noise depends on the position in the text only; records where blocks of drafts begin."""
+
+    def _noise_tokens(self, count):
+        start = self.prompt + self.counts.tokens
+        if count:
+            self.blocks.append((start, count))
+        return self.noise[start : start + count]
+
+
+def test_acceptance_in_validation_is_that_of_greedy_decoding(
+    tiny_llama, randomize, tuned, tmp_path, monkeypatch
+):
+    folder, model = tuned("gatera")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30)
+    prompt, size = list(range(3, 12)), 4
+    batch = collate_prompts([prompt], [0], pad_id=0, eos_id=VOCABULARY + 1)
+    decoding = DecodingConfig(max_new_tokens=60)
+    answer = generate(model, batch, decoding)[0].tolist()
+    assert len(set(answer)) > 8
+    text = torch.tensor(prompt + answer)
+    # Drafts are accepted if the noise is the text itself, and the draft adapter does little.
+    generator = torch.Generator().manual_seed(0)
+    is_right = torch.rand(len(text), generator=generator) < 0.7
+    noise = torch.where(is_right, text, torch.randint(VOCABULARY, text.shape, generator=generator))
+
+    trained = with_draft(tiny_llama, randomize, folder, size=0.03).eval()
+    with torch.no_grad():
+        trained.get_output_embeddings().weight.mul_(30)
+    save_adapter(trained, tmp_path / "draft")
+    settings = DraftConfig(block=size + 1, only_if_faster=False)
+    drafter = RecordingDrafter(model, load_draft_adapter(model, tmp_path / "draft"), settings)
+    drafter.prompt, drafter.noise, drafter.blocks = len(prompt), noise.tolist(), []
+    assert drafter.generate(batch, decoding)[0].tolist() == answer
+
+    labels = torch.full((len(drafter.blocks), len(text)), IGNORE_INDEX)
+    drawn = torch.zeros(len(drafter.blocks), size, dtype=torch.long)
+    for row, ids, (start, count) in zip(labels, drawn, drafter.blocks, strict=True):
+        row[start : start + count] = text[start : start + count]
+        ids[:count] = noise[start : start + count]
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn)
+    ids = text.expand(labels.shape)
+    found = SelfDraft([size]).validate(
+        trained, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    )
+    for depth in range(1, size + 1):
+        mean = found[f"acceptance_{depth}"]
+        assert (int(mean.total), mean.count) == (
+            drafter.counts.accepted[depth],
+            drafter.counts.verified[depth],
+        )
+    assert 0 < drafter.counts.accepted[2] < drafter.counts.accepted[1] < drafter.counts.verified[1]
