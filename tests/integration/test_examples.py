@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gatera_lightning.datamodules import InstructionDataModule
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -20,6 +22,7 @@ def test_all_examples_have_a_test():
         "plain_loop.py",
         "lightning_trainer.py",
         "look_at_gates.py",
+        "own_answers.py",
     }
 
 
@@ -43,6 +46,20 @@ def test_look_at_gates_captures_every_token(tiny_backbone, tmp_path, monkeypatch
         len(found["tokens"]),
     )  # two decoder layers with five adapted layers each
     assert ((found["values"] > 0) & (found["values"] < 1)).all()
+
+
+def test_own_answers_are_rows_that_train(tiny_backbone, tmp_path, monkeypatch):
+    found = run_example("own_answers.py", tiny_backbone, tmp_path, monkeypatch)
+    data = InstructionDataModule(
+        template="plain", train_on="response", train=[str(found["path"])], validation=1
+    )
+    data.connect(found["tokenizer"])
+    data.setup("fit")
+    examples = list(data.examples("train"))
+    assert [(one.prompt, one.answers[0]) for one in examples] == [
+        (row["prompt"], row["completion"]) for row in found["rows"]
+    ]
+    assert len(examples) > 1
 
 
 @pytest.mark.slow
