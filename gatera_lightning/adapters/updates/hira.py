@@ -57,7 +57,7 @@ class HiRA(Update):
         g = None if gate is None else gate.values
         cached = self.cached()
         if cached is not None:
-            y = base(x)  # (..., out)
+            y: Tensor = base(x)  # (..., out)
             if gate is not None and gate.rounded is not None and _all_are_closed(gate.rounded):
                 return y
             return add_gated_product(y, dropout(x), cached, g)
