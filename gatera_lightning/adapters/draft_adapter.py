@@ -25,6 +25,7 @@ from gatera_lightning.adapters.frozen_adapter import adapter_digest
 from gatera_lightning.adapters.identity import backbone_problem, non_finite_problem
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears, own_name, unwrapped
+from gatera_lightning.adapters.mask_drafts import MASK_DRAFTS, MaskDrafts, stored_mask_drafts
 from gatera_lightning.adapters.serialization import read_adapter
 from gatera_lightning.errors import AdapterFileError, checks_arguments
 
@@ -53,19 +54,29 @@ class DraftAdapter:
     gets ``W0 x + b + g(x) · u'(x) + u(x)``.
 
     Args:
-        layers: The layers by name.
+        model: The model.
+        layers: Its layers by name.
         factors: The update of each.
         config: The stored settings.
+        mask_drafts: The mask embeddings, which the last tokens read instead of their ids, if there are any.
 
     Attributes:
         config: The stored settings.
+        mask_drafts: The mask embeddings and the sampler head, if there are any.
         layer_names: Names of the layers.
     """
 
     def __init__(
-        self, layers: Mapping[str, Layer], factors: Mapping[str, LowRankFactors], config: AdapterConfig
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        factors: Mapping[str, LowRankFactors],
+        config: AdapterConfig,
+        mask_drafts: MaskDrafts | None = None,
     ) -> None:
         self.config = config
+        self.mask_drafts = mask_drafts
+        self._model = model
         self.layer_names = tuple(layers)
         self._pairs = [(layers[name], factors[name]) for name in layers]
         self._is_active = False
@@ -89,6 +100,9 @@ class DraftAdapter:
             for layer, factors in self._pairs if count else ():
                 handle = layer.register_forward_hook(partial(_add_update, factors, count, tokens))
                 hooks.callback(handle.remove)
+            if count and self.mask_drafts is not None:
+                depths = torch.arange(1, count + 1).unsqueeze(0)  # (1, count)
+                hooks.enter_context(self.mask_drafts.on_last_rows(self._model, depths))
             yield
 
     def _end(self) -> None:
@@ -147,9 +161,15 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
         raise AdapterFileError(f"{folder}: {problem}")
     modules = {own_name(name): module for name, module in model.named_modules()}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    prefix = f"{MASK_DRAFTS}."
+    of_masks = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    mask_drafts, problem = stored_mask_drafts(model, config.gate.mask_embeddings, of_masks)
+    if problem:
+        raise _misfit(folder, f"does not fit this model: {problem}")
+    of_layers = tensors.keys() - {f"{prefix}{name}" for name in of_masks}
     layers: dict[str, Layer] = {}
     factors: dict[str, LowRankFactors] = {}
-    for name in sorted({name.rpartition(".update.")[0] for name in tensors}):
+    for name in sorted({name.rpartition(".update.")[0] for name in of_layers}):
         layer, a, b = modules.get(name), tensors.get(f"{name}.update.a"), tensors.get(f"{name}.update.b")
         if not isinstance(layer, Layer):
             raise _misfit(folder, f"does not fit this model, which has no linear layer {name}")
@@ -178,7 +198,7 @@ def load_draft_adapter(model: nn.Module, folder: str | Path) -> DraftAdapter:
             raise _misfit(folder, problem.rstrip("."))
         if note := _other_adapter(model, stored.origin):
             log.info("%s: %s", folder, note)
-    return DraftAdapter(layers, factors, config)
+    return DraftAdapter(model, layers, factors, config, mask_drafts)
 
 
 def _misfit(folder: str | Path, problem: str) -> AdapterFileError:

@@ -9,6 +9,7 @@ from torch import nn
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
 from gatera_lightning.adapters.lookup import adapted_linears, adapter_parameters
+from gatera_lightning.adapters.mask_drafts import MASK_DRAFTS, build_mask_drafts
 from gatera_lightning.adapters.save_pretrained import save_adapter_instead, save_whole_model_again
 from gatera_lightning.adapters.targets import expert_weights, find_targets
 from gatera_lightning.errors import ConfigError, checks_arguments
@@ -54,6 +55,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 def remove_adapters(model: nn.Module) -> None:
     """Put the frozen layers back in place of the adapted ones."""
     replace_modules(model, {layer: layer.base for layer in adapted_linears(model).values()})
+    if hasattr(model, MASK_DRAFTS):
+        delattr(model, MASK_DRAFTS)
     save_whole_model_again(model)
 
 
@@ -102,11 +105,16 @@ def inject(
             linear: AdaptedLinear(linear, config, generator, name=name).train(linear.training)
             for name, linear in targets.items()
         }
+        masks = config.gate.mask_embeddings
+        dtype = getattr(torch, config.adapter_dtype)
+        mask_drafts = build_mask_drafts(model, masks, dtype, generator) if masks else None
     except Exception:  # an update or a gate of somebody else's may raise anything
         for parameter, trainable in was_trainable:
             parameter.requires_grad_(trainable)
         raise
     replace_modules(model, adapted)
+    if mask_drafts is not None:
+        model.add_module(MASK_DRAFTS, mask_drafts)
     save_adapter_instead(model)
     adapter = {id(p): p.numel() for p in adapter_parameters(model).values()}
     frozen = sum(p.numel() for p in model.parameters() if id(p) not in adapter)

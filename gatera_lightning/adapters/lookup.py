@@ -6,6 +6,7 @@ from torch import nn
 
 from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.layer import AdaptedLinear
+from gatera_lightning.adapters.mask_drafts import MaskDrafts
 from gatera_lightning.errors import checks_arguments
 
 
@@ -56,8 +57,19 @@ def needs_masks(model: nn.Module) -> bool:
 @checks_arguments
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the adapter's parameters by full name; whatever trains, saves or counts them uses this."""
-    return {
+    in_layers = {
         f"{layer_name}.{name}" if layer_name else name: parameter
         for layer_name, layer in adapted_linears(model).items()
         for name, parameter in layer.adapter_params().items()
+    }
+    return in_layers | mask_draft_parameters(model)
+
+
+def mask_draft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter that belong to no layer: mask embeddings and a sampler head."""
+    return {
+        f"{module_name}.{name}": parameter
+        for module_name, module in model.named_modules()
+        if isinstance(module, MaskDrafts)
+        for name, parameter in module.named_parameters()
     }

@@ -22,6 +22,10 @@ model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
 Or without PEFT: `gatera_lightning.load_adapter(backbone, folder)`, and
 `python -m gatera_lightning chat --adapter folder` in a terminal."""
 
+_LOAD_DRAFTS = """It drafts tokens for its base model and has parameters that PEFT does not know (mask
+embeddings and a sampler head): `python -m gatera_lightning generate --backbone … --draft folder`, or
+`gatera_lightning.adapters.draft_adapter.load_draft_adapter(model, folder)`."""
+
 
 def is_kept(path: Path) -> bool:
     """Return whether a file is somebody's own card, which must not be replaced."""
@@ -52,7 +56,7 @@ def model_card(
     on_hub = isinstance(backbone, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", backbone) is not None
     front = {
         **({"base_model": backbone} if on_hub else {}),
-        "library_name": "peft",
+        "library_name": "gatera_lightning" if config.gate.mask_embeddings else "peft",
         "pipeline_tag": "text-generation",
         "tags": [
             "gatera",
@@ -89,7 +93,7 @@ def model_card(
             *(line for title, table in tables.items() for line in _table(title, table)),
             "## How to load it",
             "",
-            _LOAD.format(folder=folder),
+            _LOAD_DRAFTS if config.gate.mask_embeddings else _LOAD.format(folder=folder),
             "",
         ]
     )

@@ -152,6 +152,8 @@ def to_text(description: Mapping[str, Any]) -> str:
 def to_peft_tensor(name: str) -> str:
     """Return a parameter's name in PEFT's file: ``q_proj.update.a`` -> ``…q_proj.gatera_update.a``."""
     at, part = max((f".{name}".rfind(f".{part}."), part) for part in _PARTS)
+    if at < 0:  # of no layer
+        return f"{_MODEL_PREFIX}{name}"
     layer, parameter = name[: max(0, at - 1)], name[at + len(part) + 1 :]
     return f"{_MODEL_PREFIX}{layer}{'.' if layer else ''}gatera_{part}.{parameter}"
 

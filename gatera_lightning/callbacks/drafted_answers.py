@@ -13,7 +13,7 @@ from gatera_lightning.distributed.gather import gather_objects
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.generation.drafting import DraftConfig, DraftCounts, Drafter
-from gatera_lightning.generation.drafting.checks import decoding_problems
+from gatera_lightning.generation.drafting.checks import block_problem, decoding_problems
 from gatera_lightning.terminal.printing import SafeConsole
 
 
@@ -62,8 +62,11 @@ class DraftedAnswers(L.Callback):
             config, _ = read_adapter_config(self.draft)
         except AdapterFileError as error:
             return [*found, f"draft: {error}"]
-        problem = draft_problem(config)
-        return found if problem is None else [*found, f"draft: {self.draft}: {problem}"]
+        if problem := draft_problem(config):
+            found.append(f"draft: {self.draft}: {problem}")
+        elif problem := block_problem(self.config.block, config):
+            found.append(f"draft_block: {problem}")
+        return found
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -15,6 +15,7 @@ from gatera_lightning.compatibility.lightning_internals import (
 )
 from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.gate_analysis.skipped_tokens import gates_decide
+from gatera_lightning.objectives.mask_embeddings import MaskEmbeddings
 from gatera_lightning.objectives.self_draft import SelfDraft
 
 # Section -> title of a chart -> the tags it shows, as regular expressions that match from the start of a tag.
@@ -42,6 +43,10 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
         ],
         "greedy acceptance by depth": [r"val/acceptance_\d+$"],
         "tokens per cycle of two forward passes": ["val/tokens_per_cycle$"],
+    },
+    "losses of mask embeddings": {
+        "cross-entropy, nats": ["train/base_head_loss$", "train/sampler_loss$"],
+        "consistency of latents": ["train/consistency$"],
     },
     "optimizer": {
         "learning rate": ["lr/update$", "lr/gate$"],
@@ -141,8 +146,10 @@ class TensorBoardOverview(L.Callback):
             return
         module: Any = pl_module
         settings = run_settings(trainer, pl_module)
-        drafts = any(isinstance(objective, SelfDraft) for objective in getattr(module, "objectives", ()))
+        drafts = [each for each in getattr(module, "objectives", ()) if isinstance(each, SelfDraft)]
         absent = {"loss"} if drafts else {"drafts"}
+        if not any(isinstance(objective.form, MaskEmbeddings) for objective in drafts):
+            absent.add("losses of mask embeddings")
         if settings["gate"] == "none" or drafts:  # gates of draft rows are given
             absent.add("gates")
         if drafts or not gates_decide(module.model):

@@ -6,6 +6,7 @@ from gatera_lightning.adapters.draft_adapter import draft_problem
 from gatera_lightning.adapters.serialization import read_adapter_config
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.errors import AdapterFileError, ConfigError
+from gatera_lightning.generation.drafting.checks import block_problem
 from gatera_lightning.generation.drafting.config import DraftConfig
 
 
@@ -46,6 +47,8 @@ def check_draft(args: argparse.Namespace, problems: list[str]) -> str | None:
         return None
     if problem := draft_problem(config):
         problems.append(f"--draft: {folder}: {problem}")
+    elif problem := block_problem(draft_config(args).block, config):
+        problems.append(f"--draft_block: {problem}")
     return folder
 
 

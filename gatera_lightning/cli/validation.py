@@ -28,6 +28,7 @@ from gatera_lightning.training.trainer_checks import (
     precision_problems,
     sampler_problems,
     sharded_decoding_problems,
+    sharded_masks_problems,
     sharded_quantization_problems,
     strategy_problems,
     validation_interval_problems,
@@ -135,6 +136,7 @@ def _trainer_problems(trainer: Namespace, module: GateRAModule, stage: str) -> l
     problems += strategy_problems(trainer.strategy)
     problems += sharded_decoding_problems(trainer.strategy, module.decoding)
     problems += sharded_quantization_problems(trainer.strategy, module.backbone)
+    problems += sharded_masks_problems(trainer.strategy, module.adapter)
     # Only devices that are a number tell the number of ranks before the run; the value of a flag is text.
     if isinstance(trainer.strategy, AdapterShardingStrategy) and str(trainer.devices).isdecimal():
         problems += trainer.strategy.problems(trainer.num_nodes * int(trainer.devices))

@@ -1,11 +1,10 @@
-"""Train an adapter to draft tokens that the frozen model verifies (UNO, arXiv 2609.04010)."""
+"""Train an adapter to draft tokens that the frozen model verifies."""
 
 from collections.abc import Sequence
-from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gatera_lightning.adapters.config import AdapterConfig
@@ -18,11 +17,11 @@ from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.objectives.base import Mean, Objective, Term
 from gatera_lightning.objectives.draft_acceptance import acceptance
-from gatera_lightning.objectives.draft_forward import compared_predictions, summed_total_variation
+from gatera_lightning.objectives.draft_form import DraftForm
 from gatera_lightning.objectives.draft_layout import DraftLayout
 from gatera_lightning.objectives.draft_probe import check_draft_rows
+from gatera_lightning.objectives.random_ids import RandomIds
 
-_VALIDATION_SEED = 0
 _NO_CHECKPOINTING = (
     "backbone.gradient_checkpointing: true, but draft rows attend to cached keys, which Transformers drops "
     "then; accepted with SelfDraft: false, and smaller micro-batches"
@@ -30,28 +29,29 @@ _NO_CHECKPOINTING = (
 
 
 class SelfDraft(Objective):
-    """Total variation between what draft rows and the frozen model predict at the same positions.
+    """Trains draft rows, which predict what the frozen model says at the same positions.
 
-    ::
+    Every supervised token gets a draft row, on which a LoRA behind a position gate acts
+    (:class:`~gatera_lightning.objectives.draft_layout.DraftLayout`). What the row holds and what it learns
+    is the form: :class:`~gatera_lightning.objectives.RandomIds`, UNO's, or
+    :class:`~gatera_lightning.objectives.MaskEmbeddings`, that of Samragh et al. Nothing acts on the clean
+    rows, so these are the model's own; ``data.train_on`` says where draft rows stand. Clean rows need no
+    gradient. Their keys and values are computed first, without a graph, and the draft rows attend to them;
+    the result is that of one sequence [draft rows | clean rows].
 
-        L = 1/N Σ_rows Σ_v |p_draft(v) − p_model(v)|
-
-    Every supervised token gets a draft row with a random token id, on which a LoRA behind a position gate
-    acts (:class:`~gatera_lightning.objectives.draft_layout.DraftLayout`). Nothing acts on the clean rows, so
-    the model's own predictions are the target, and no labels are needed: ``data.train_on`` says where draft
-    rows stand. Clean rows need no gradient. Their keys and values are computed first, without a graph, and
-    the draft rows attend to them; the result is that of one sequence [draft rows | clean rows].
-
-    Logged as ``train/total_variation``, ``½ Σ |p_draft − p_model|`` from 0 to 1: the share of drafts that
-    decoding by sampling rejects. Random ids and borders of blocks come from torch's generator. Validation
-    measures the loss and greedy acceptance by depth, with the same random ids every time.
+    Borders of blocks come from torch's generator. Validation measures the loss and greedy acceptance by
+    depth, with the same borders every time.
     """
 
     gives_position_mask = True
     supports_packing = False
 
     def __init__(
-        self, block_sizes: Sequence[int] = (2, 4, 8), steps_per_size: int = 500, weight: float = 1.0
+        self,
+        block_sizes: Sequence[int] = (2, 4, 8),
+        steps_per_size: int = 500,
+        weight: float = 1.0,
+        form: DraftForm | None = None,
     ) -> None:
         """Store the settings.
 
@@ -60,6 +60,7 @@ class SelfDraft(Objective):
                 first are easier to learn. Validation uses the last one.
             steps_per_size: Optimizer steps with each size but the last, which stays.
             weight: Factor of the loss.
+            form: What draft rows hold and learn; null: RandomIds.
 
         Raises:
             ValueError: If a setting cannot work.
@@ -78,13 +79,16 @@ class SelfDraft(Objective):
             )
         if not (is_finite_number(weight) and weight > 0):
             raise ValueError(f"SelfDraft: weight is {weight!r}; accepted: a number above 0")
+        if not (form is None or isinstance(form, DraftForm)):
+            raise ValueError(f"SelfDraft: form is {form!r}; accepted: RandomIds or MaskEmbeddings")
         self.block_sizes: Sequence[int] = block_sizes
         self.steps_per_size = steps_per_size
         self.weight = weight
+        self.form: DraftForm = RandomIds() if form is None else form
         self._step = 0
 
     def problems(self, adapter: AdapterConfig, backbone: BackboneConfig) -> list[str]:
-        """Refuse gates without a position mask, and gradient checkpointing."""
+        """Refuse gates without a position mask, gradient checkpointing, and what the form cannot train."""
         problems = []
         kind = getattr(adapter.gate, "kind", None)  # the gate may be an unknown name
         if kind not in (None, "position"):
@@ -94,7 +98,7 @@ class SelfDraft(Objective):
             )
         if backbone.gradient_checkpointing:
             problems.append(_NO_CHECKPOINTING)
-        return problems
+        return problems + (self.form.problems(adapter, max(self.block_sizes)) if kind == "position" else [])
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Try once whether draft rows see what they should; a collective if the model is sharded.
@@ -102,8 +106,11 @@ class SelfDraft(Objective):
         Raises:
             ConfigError: If they do not.
         """
-        if model in _RETURNS_HEAD_OUTPUT:
-            return
+        if model not in _RETURNS_HEAD_OUTPUT:
+            self._probe(model)
+        self.form.check(model, in_head=_head_compares(model))
+
+    def _probe(self, model: PreTrainedModel) -> None:
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ConfigError(f"model.{_NO_CHECKPOINTING}")
         with position_mask(model, torch.zeros(2, dtype=torch.bool)):
@@ -121,7 +128,7 @@ class SelfDraft(Objective):
         return self.block_sizes[min(self._step // self.steps_per_size, len(self.block_sizes) - 1)]
 
     def terms(self, model: PreTrainedModel, batch: Batch, gates: GateRecord) -> dict[str, Term]:
-        """Run the model on the clean rows and on the draft rows, and compare their predictions.
+        """Run the model on the clean rows and on the draft rows.
 
         Raises:
             ValueError: If the batch is packed.
@@ -130,9 +137,9 @@ class SelfDraft(Objective):
             raise ValueError("SelfDraft: the batch is packed; accepted: data.packing false")
         labels, size = batch["labels"], self.block_size
         layout = DraftLayout.of(labels, size, _random_offsets(labels, size))
-        ids = _random_ids(model, layout)
-        total = summed_total_variation(model, batch, layout, ids, in_head=_head_compares(model))
-        return {"total_variation": Term(total, max(1, batch["step_supervised_tokens"]), 2 * self.weight)}
+        terms = self.form.terms(model, batch, layout, in_head=_head_compares(model))
+        count = max(1, batch["step_supervised_tokens"])
+        return {name: Term(total, count, weight * self.weight) for name, (total, weight) in terms.items()}
 
     @property
     def validation_names(self) -> tuple[str, ...]:
@@ -157,13 +164,11 @@ class SelfDraft(Objective):
         layout = DraftLayout.of(
             labels, size, torch.zeros(len(labels), dtype=torch.long, device=labels.device)
         )
-        ids = _random_ids(model, layout, torch.Generator().manual_seed(_VALIDATION_SEED))
-        compared = compared_predictions(model, batch, layout, ids, in_head=_head_compares(model))
-        distance = compared[:, 0].sum()
+        loss, compared = self.form.measure(model, batch, layout, in_head=_head_compares(model))
         rows = len(compared)
         return {
-            "loss": Mean(2 * distance, rows),
-            "total_variation": Mean(distance, rows),
+            "loss": Mean(loss, rows),
+            "total_variation": Mean(compared[:, 0].sum(), rows),
             **acceptance(layout, compared[:, 1].bool(), size),
         }
 
@@ -183,11 +188,3 @@ def _head_compares(model: PreTrainedModel) -> bool:
 def _random_offsets(labels: Tensor, size: int) -> Tensor:
     """Draw how many rows are missing in each sequence's first block, (batch,)."""
     return torch.randint(size, (len(labels),)).to(labels.device)
-
-
-def _random_ids(
-    model: PreTrainedModel, layout: DraftLayout, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw a token id for each draft row, (batch, rows), on the CPU: the same on every device."""
-    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    return torch.randint(vocabulary, layout.columns.shape, generator=generator)

@@ -107,6 +107,11 @@ class GateRAConfig(PeftConfig):
         if not isinstance(self.gate, GateConfig):
             raise ConfigError(unknown_value("GateRAConfig.gate", self.gate, GATES))
         problems = self._adapter_config(self.r, self.alpha).problems()
+        if self.gate.mask_embeddings:
+            problems.append(
+                f"gate.mask_embeddings: {self.gate.mask_embeddings}, which PEFT does not train or load; "
+                "accepted: 0, or gatera_lightning.load_adapter"
+            )
         for pattern, rank in (self.rank_pattern or {}).items():
             problems += [f"{pattern}: {text}" for text in self._adapter_config(rank, None).problems()]
         if isinstance(self.target_modules, str):

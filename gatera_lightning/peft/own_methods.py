@@ -29,6 +29,11 @@ def peft_method_problem(config: AdapterConfig, *, lora_only: bool) -> str | None
         config: The adapter's settings.
         lora_only: Whether only plain LoRA will do, which is what inference engines read.
     """
+    if config.gate.mask_embeddings:
+        return (
+            f"it has {config.gate.mask_embeddings} mask embeddings and a sampler head, and PEFT's own "
+            "methods have none; accepted: an adapter with adapter.gate.mask_embeddings 0, or --format gatera"
+        )
     if config.update == "hira" and config.rank_pattern:
         return f"rank_pattern: {config.rank_pattern!r}, which PEFT's own HiRA does not apply"
     if config.gate.kind == "static" and config.update in ("lora", "hira", "abba"):

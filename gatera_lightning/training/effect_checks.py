@@ -127,9 +127,11 @@ def _validated(objectives: Iterable[Objective]) -> tuple[str, ...]:
 
 def _logged(objectives: Iterable[Objective]) -> tuple[str, ...]:
     """Return the names that every step logs; draft rows have no task loss, and their gates are given."""
-    if any(isinstance(objective, SelfDraft) for objective in objectives):
-        return ("train/loss", "train/total_variation", "train/skipped_steps")
-    return _LOGGED
+    drafts = [objective for objective in objectives if isinstance(objective, SelfDraft)]
+    if not drafts:
+        return _LOGGED
+    terms = (f"train/{name}" for objective in drafts for name in objective.form.term_names)
+    return ("train/loss", *terms, "train/skipped_steps")
 
 
 def _terms(objectives: Iterable[Objective]) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ class GateRAModule(AdapterModule):
 
     def setup(self, stage: str) -> None:
         """Refuse trainer settings that would silently change the result; reset what an earlier run left."""
-        trainer_checks.check_trainer(self.trainer, stage, self.decoding, self.backbone)
+        trainer_checks.check_trainer(self.trainer, stage, self.decoding, self.backbone, self.adapter)
         setting_checks.check_stage(stage, self.adapter)
         check_context(self.trainer, stage, self.backbone, self.decoding)
         trainer_checks.prepare_trainer(self.trainer)

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gatera_lightning.adapters.gate_constraints import constrain_gates_after_steps
-from gatera_lightning.adapters.lookup import adapted_linears
+from gatera_lightning.adapters.lookup import adapted_linears, mask_draft_parameters
 from gatera_lightning.errors import type_problems
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     for layer_name, layer in adapted_linears(model).items():
         for name, parameter in layer.adapter_params().items():
             groups["update" if name.startswith("update.") else "gate"][f"{layer_name}.{name}"] = parameter
+    groups["update"] |= mask_draft_parameters(model)
     return groups if groups["gate"] else {"update": groups["update"]}
 
 

@@ -12,6 +12,7 @@ import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.backbone.config import BackboneConfig
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.compatibility.lightning_internals import uses_distributed_sampler, validates_by_time
@@ -34,7 +35,13 @@ _TIMED_VALIDATION = (
 )
 
 
-def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig, backbone: BackboneConfig) -> None:
+def check_trainer(
+    trainer: L.Trainer,
+    stage: str,
+    decoding: DecodingConfig,
+    backbone: BackboneConfig,
+    adapter: AdapterConfig,
+) -> None:
     """Raise ConfigError with all problems of the Trainer that runs the module.
 
     Args:
@@ -42,6 +49,7 @@ def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig, back
         stage: What it runs: fit, validate, test or predict.
         decoding: The module's decoding settings.
         backbone: The module's settings of its backbone.
+        adapter: The module's settings of its adapter.
     """
     problems = precision_problems(trainer.precision)
     if stage == "fit" and validates_by_time(trainer):
@@ -50,6 +58,7 @@ def check_trainer(trainer: L.Trainer, stage: str, decoding: DecodingConfig, back
         problems += sampler_problems(uses_distributed_sampler(trainer))
     problems += sharded_decoding_problems(trainer.strategy, decoding)
     problems += sharded_quantization_problems(trainer.strategy, backbone)
+    problems += sharded_masks_problems(trainer.strategy, adapter)
     problems += strategy_problems(trainer.strategy)
     names = (*_CHECKED_NUMBERS, STAGE_LIMITS[stage])
     problems += number_problems({name: getattr(trainer, name, None) for name in names}, stage)
@@ -133,4 +142,15 @@ def sharded_quantization_problems(strategy: Any, backbone: BackboneConfig) -> li
     return [
         f"model.backbone.quantization: {backbone.quantization!r}, with AdapterShardingStrategy, which cannot "
         "shard quantized weights; accepted: none, or trainer.strategy auto or ddp"
+    ]
+
+
+def sharded_masks_problems(strategy: Any, adapter: AdapterConfig) -> list[str]:
+    """Reject mask embeddings with sharding: the sampler head runs outside of the sharded model's forward."""
+    masks = getattr(adapter.gate, "mask_embeddings", 0)  # the gate may be an unknown name
+    if not isinstance(strategy, AdapterShardingStrategy) or not masks:
+        return []
+    return [
+        f"model.adapter.gate.mask_embeddings: {masks}, with AdapterShardingStrategy, which shards the layers "
+        "of a model and no sampler head; accepted: 0, or trainer.strategy auto or ddp"
     ]

@@ -9,6 +9,7 @@ from evaluations import BOTH, merged_bytes, perturbed_module
 from tiny_backbone import tiny_args, tiny_data, tiny_trainer
 
 from gatera_lightning import BackboneConfig, ConfigError
+from gatera_lightning.adapters.gates import PositionGateConfig
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.callbacks.drafted_answers import DraftedAnswers
 from gatera_lightning.callbacks.evaluation_report import EvaluationReport
@@ -93,6 +94,14 @@ def test_every_problem_is_named(module, draft, tmp_path, monkeypatch):
     assert [problem.partition(":")[0] for problem in found] == ["draft", "model.decoding.beams", "draft"]
     assert "with sharded weights" in found[0]
     assert "adapter_config.json" in found[2]
+
+
+def test_block_longer_than_the_mask_embeddings_is_refused(module, tiny_backbone, tmp_path):
+    model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"), "cpu")
+    folder = draft_folder(model, tmp_path / "masks", gate=PositionGateConfig(mask_embeddings=2))
+    data = tiny_data(module.backbone.id, evaluate_by=BOTH)
+    (problem,) = DraftedAnswers(str(folder)).problems("test", module, data, "auto")
+    assert problem.startswith("draft_block: 4, but the draft adapter has 2 mask embeddings")
 
 
 def test_counts_of_two_ranks_are_added():

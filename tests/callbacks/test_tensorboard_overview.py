@@ -15,11 +15,11 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
 from tiny_backbone import NO_PICTURES, tiny_args, tiny_data, tiny_module, tiny_trainer
 
-from gatera_lightning.adapters.gates import TokenGateConfig
+from gatera_lightning.adapters.gates import PositionGateConfig, TokenGateConfig
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
 from gatera_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 from gatera_lightning.cli.main import main
-from gatera_lightning.objectives import SelfDraft
+from gatera_lightning.objectives import MaskEmbeddings, SelfDraft
 
 LAYOUT = "custom_scalars__config__"
 STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
@@ -106,6 +106,18 @@ def test_charts_show_logged_tags(tiny_backbone, tmp_path, gate, parts):
     if gate == "token":
         shown = [name for name in logged if re.match(layout["gates"]["mean"][1], name)]
         assert sorted(shown) == ["gates/prompt/mean", "gates/response/mean"]
+
+
+def test_losses_of_mask_embeddings_have_charts(tiny_backbone, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    objectives = [SelfDraft([2], form=MaskEmbeddings())]
+    gate = PositionGateConfig(mask_embeddings=2)
+    fit(tiny_backbone, tmp_path, logger, gate=gate, objectives=objectives)
+    layout, logged = layout_of(logger.log_dir), events(logger.log_dir).Tags()["scalars"]
+    assert list(layout) == ["drafts", "losses of mask embeddings", "optimizer", "speed"]
+    tags = [tag for tags in layout["losses of mask embeddings"].values() for tag in tags]
+    assert len(tags) == 3
+    assert all(any(re.match(tag, name) for name in logged) for tag in tags)
 
 
 def test_table_has_settings_and_results(tiny_backbone, tmp_path):

@@ -6,6 +6,7 @@ from gate_reports import save_random_adapter
 from terminal_models import GreedyReference, escape, talkative_backbone
 
 from gatera_lightning import BackboneConfig
+from gatera_lightning.adapters.gates import PositionGateConfig
 from gatera_lightning.backbone.loading import load_backbone
 from gatera_lightning.cli.main import main
 
@@ -21,6 +22,8 @@ def folders(tiny_backbone, tmp_path_factory):
     model = load_backbone(BackboneConfig(id=str(backbone), dtype="float32"), "cpu")
     draft_folder(model, root / "draft", size=1e-3)
     draft_folder(load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float32"), "cpu"), root / "other")
+    model = load_backbone(BackboneConfig(id=str(backbone), dtype="float32"), "cpu")
+    draft_folder(model, root / "masks", size=1e-3, gate=PositionGateConfig(mask_embeddings=3))
     return root
 
 
@@ -30,14 +33,14 @@ def run(folders, *flags, prompts=PROMPTS, adapter="adapter"):
     return main(["generate", "--adapter", str(folders / adapter), *given, *own, *flags])
 
 
-@pytest.mark.parametrize("block", [None, 2])
-def test_answers_are_those_of_greedy_decoding(folders, capsys, block):
+@pytest.mark.parametrize(("draft", "block"), [("draft", None), ("draft", 2), ("masks", None), ("masks", 2)])
+def test_answers_are_those_of_greedy_decoding(folders, capsys, draft, block):
     flags = [] if block is None else ["--draft_block", str(block)]
-    assert run(folders, "--draft", str(folders / "draft"), *flags) == 0
+    assert run(folders, "--draft", str(folders / draft), *flags) == 0
     out, err = capsys.readouterr()
     reference = GreedyReference(folders / "backbone", str(folders / "adapter"))
     assert out == "".join(escape(reference.text(prompt, 30)) + "\n" for prompt in PROMPTS)
-    assert f"draft, in blocks of {block or 4} tokens" in err
+    assert f"{draft}, in blocks of {block or 4} tokens" in err
     assert "so far 30 tokens in " in err
     assert "accepted drafts by depth: " in err
 
@@ -67,6 +70,7 @@ def test_draft_adapter_of_another_model_is_refused(folders, capsys):
         (["--draft", "draft", "--draft_block", "1"], "--draft_block: 1; accepted: an integer of at least 2"),
         (["--draft", "draft", "--gates"], "--gates: gates of drafted tokens are not shown"),
         (["--draft", "adapter"], "update 'hira' with gate 'token' cannot draft; accepted: update 'lora'"),
+        (["--draft", "masks", "--draft_block", "5"], "--draft_block: 5, but the draft adapter has 3 mask"),
         (["--draft", "backbone"], "--draft: "),
     ],
 )

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError, inject_adapters
+from gatera_lightning.adapters.gates import PositionGateConfig
 from gatera_lightning.adapters.lookup import adapter_parameters
 from gatera_lightning.backbone.loading import prepare_for_training
 from gatera_lightning.backbone.quantization import quantize_linear_layers
@@ -25,7 +26,7 @@ from gatera_lightning.cost_model.step_costs import (
     step_flops,
 )
 from gatera_lightning.datamodules.batch import IGNORE_INDEX
-from gatera_lightning.objectives import NextToken, Objective, training_loss
+from gatera_lightning.objectives import MaskEmbeddings, NextToken, Objective, SelfDraft, training_loss
 
 SIZES = {
     "hidden_size": 96,
@@ -225,3 +226,20 @@ def test_own_objective_is_counted():
     assert twice == (2 * once[0] - attention, 2 * once[1] - 2 * attention)
     once, twice = (step_costs(model, BATCH, objectives=[Repeated(times)]) for times in (1, 2))
     assert 1.5 * once.peak < twice.peak < 2 * once.peak
+
+
+def test_mask_embeddings_and_sampler_head_are_counted():
+    def built(masks):
+        config = AdapterConfig(update="lora", gate=PositionGateConfig(mask_embeddings=masks), rank=8)
+        return build_on_meta(LLAMA, BackboneConfig(id="here"), config, torch.float32)
+
+    without, model = built(0), built(4)
+    assert model_sizes(model).adapter - model_sizes(without).adapter == 4 * (4 * 96 + 3 * 96 * 96 + 2 * 96)
+    assert model_sizes(model).frozen == model_sizes(without).frozen
+    masks = step_flops(model, BATCH, objectives=[SelfDraft([4], form=MaskEmbeddings())])
+    ids = step_flops(without, BATCH, objectives=[SelfDraft([4])])
+    sampler, head = 2 * 3 * 96 * 96, 2 * 512 * 96
+    rows = BATCH.supervised_tokens
+    labeled = rows - 2  # the last row of each sequence with draft rows has no label
+    # Two losses compute logits and a gradient each; total variation needs two logits and one gradient.
+    assert masks[0] - ids[0] == rows * sampler + 4 * labeled * head - 3 * rows * head

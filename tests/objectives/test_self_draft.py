@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from draft_reference import SIZE, VOCABULARY, blocks_of, lora_on_first_rows, make_batch, paired_inputs
 
 from gatera_lightning import AdapterConfig, BackboneConfig, adapter_parameters, inject_adapters
 from gatera_lightning.adapters.lookup import adapted_linears
@@ -15,32 +16,6 @@ from gatera_lightning.objectives import self_draft as self_draft_file
 from gatera_lightning.objectives import total_variation as total_variation_file
 from gatera_lightning.objectives.draft_forward import compared_predictions
 from gatera_lightning.objectives.draft_layout import DraftLayout
-
-SIZE, VOCABULARY = 3, 128
-
-
-def make_batch():
-    """Three sequences: a padded one, one with a gap between its responses, and one without a response."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, VOCABULARY, (3, 12), generator=generator)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    mask[0, 9:] = 0
-    labels[0, 9:] = labels[0, :4] = labels[1, :1] = labels[1, 5:7] = labels[2] = IGNORE_INDEX
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def blocks_of(labels, offset):
-    """The blocks of a sequence, each a list of columns, by counting."""
-    blocks, count = [], 0
-    for column, label in enumerate(labels.tolist()):
-        if label == IGNORE_INDEX:
-            count = 0
-            continue
-        if count == 0 or (count + offset) % SIZE == 0:
-            blocks.append([])
-        blocks[-1].append(column)
-        count += 1
-    return blocks
 
 
 def reference_loss(model, factors, scale, batch, noise, offsets):
@@ -54,34 +29,9 @@ def reference_loss(model, factors, scale, batch, noise, offsets):
         n = len(columns)
         if not n:
             continue
-        block_of = {column: block for block in blocks for column in block}
-        visible = torch.zeros(n + length, n + length, dtype=torch.bool)
-        for i, column in enumerate(columns):
-            for j, other in enumerate(columns):
-                visible[i, j] = block_of[other] is block_of[column] and other <= column
-            visible[i, n : n + block_of[column][0]] = True  # clean rows before the block
-        for i in range(length):
-            visible[n + i, n : n + i + 1] = True
-        hidden = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -1e300)
-        drafts = (torch.arange(n + length) < n).double().view(1, -1, 1)
-        hooks = [
-            layer.register_forward_hook(
-                lambda _, x, y, name=name, drafts=drafts: (
-                    y
-                    + drafts * scale * (x[0] @ factors[f"{name}.update.a"].T @ factors[f"{name}.update.b"].T)
-                )
-            )
-            for name, layer in model.named_modules()
-            if f"{name}.update.a" in factors
-        ]
-        logits = model(
-            input_ids=torch.cat([noise[row, :n], clean])[None],
-            position_ids=torch.tensor([columns + list(range(length))]),
-            attention_mask=hidden[None, None],
-            use_cache=False,
-        ).logits[0]
-        for hook in hooks:
-            hook.remove()
+        with lora_on_first_rows(model, factors, scale, n):
+            ids = torch.cat([noise[row, :n], clean])[None]
+            logits = model(input_ids=ids, **paired_inputs(blocks, length)).logits[0]
         with torch.no_grad():
             teacher = model(input_ids=clean[None], use_cache=False).logits[0, columns]
         total = total + (logits[:n].softmax(-1) - teacher.softmax(-1)).abs().sum() / 2

@@ -7,10 +7,24 @@ import pytest
 import torch
 from tiny_backbone import tiny_data, tiny_trainer
 
-from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig, adapter_parameters
+from gatera_lightning import (
+    AdapterConfig,
+    BackboneConfig,
+    GateRAModule,
+    OptimizerConfig,
+    adapter_parameters,
+    load_adapter,
+)
+from gatera_lightning.adapters.gates import PositionGateConfig
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.objectives import GateEntropy, NextToken, SelfDraft
+from gatera_lightning.objectives import GateEntropy, MaskEmbeddings, NextToken, SelfDraft
+
+MASKS = {
+    "gate": PositionGateConfig(mask_embeddings=2),
+    "objectives": [SelfDraft([1, 2], steps_per_size=2, form=MaskEmbeddings(0.5))],
+}
+"""Settings of a module that trains mask embeddings and a sampler head."""
 
 
 def draft_module(folder, objectives=None, **adapter):
@@ -32,9 +46,9 @@ class Sizes(L.Callback):
         self.seen.append((module.objectives[0].block_size, outputs["loss"].item()))
 
 
-def fit(folder, root, *callbacks, ckpt_path=None, **settings):
+def fit(folder, root, *callbacks, ckpt_path=None, form=None, **settings):
     L.seed_everything(3)
-    sizes, module, data = Sizes(), draft_module(folder), tiny_data(folder, train_on="all")
+    sizes, module, data = Sizes(), draft_module(folder, **(form or {})), tiny_data(folder, train_on="all")
     trainer = tiny_trainer(
         root, sizes, *callbacks, **({"limit_val_batches": 2, "val_check_interval": 2} | settings)
     )
@@ -42,24 +56,52 @@ def fit(folder, root, *callbacks, ckpt_path=None, **settings):
     return module, trainer, sizes.seen
 
 
-def test_run_validates_acceptance_and_resumes_bit_for_bit(tiny_backbone, tmp_path):
-    whole, trainer, steps = fit(tiny_backbone, tmp_path / "whole")
+@pytest.mark.parametrize("form", [{}, MASKS], ids=["random_ids", "mask_embeddings"])
+def test_run_validates_acceptance_and_resumes_bit_for_bit(tiny_backbone, tmp_path, form):
+    whole, trainer, steps = fit(tiny_backbone, tmp_path / "whole", form=form)
     names = {"loss", "total_variation", "acceptance_1", "acceptance_2", "tokens_per_cycle"}
     assert {name for name in trainer.callback_metrics if name.startswith("val/")} == {
         f"val/{n}" for n in names
     }
     found = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in names}
-    assert found["loss"] == pytest.approx(2 * found["total_variation"])
+    assert (found["loss"] == pytest.approx(2 * found["total_variation"])) == (form != MASKS)
+    terms = {name for name in trainer.callback_metrics if name.startswith("train/")} - {"train/loss"}
+    assert terms == {f"train/{name}" for name in whole.objectives[0].form.term_names}
     assert 0 <= found["acceptance_2"] <= found["acceptance_1"] <= 1
     assert [size for size, _ in steps] == [1, 1, 2, 2]
-    fit(tiny_backbone, tmp_path / "half", AdapterCheckpoint(every_n_steps=1), max_steps=3)
+    fit(tiny_backbone, tmp_path / "half", AdapterCheckpoint(every_n_steps=1), max_steps=3, form=form)
     (checkpoint,) = (tmp_path / "half").rglob("last.ckpt")
-    resumed, _, rest = fit(tiny_backbone, tmp_path / "resumed", ckpt_path=str(checkpoint))
+    resumed, _, rest = fit(tiny_backbone, tmp_path / "resumed", ckpt_path=str(checkpoint), form=form)
     assert rest == steps[3:]
     for (name, ours), theirs in zip(
         adapter_parameters(resumed.model).items(), adapter_parameters(whole.model).values(), strict=True
     ):
         assert torch.equal(ours, theirs), name
+    fresh = draft_module(tiny_backbone, **form)
+    fresh.configure_model()
+    for (name, first), last in zip(
+        adapter_parameters(fresh.model).items(), adapter_parameters(whole.model).values(), strict=True
+    ):
+        assert not torch.equal(first, last), name  # every parameter is trained
+    load_adapter(fresh.model, checkpoint.with_suffix(""))
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [
+        ({"gate": "position", "objectives": [SelfDraft([1, 2])]}, "adapter.gate.mask_embeddings: 0, but the"),
+        (
+            MASKS | {"objectives": [SelfDraft([1, 2], form=MaskEmbeddings(0.25))]},
+            "_weight: 0.25}, but the run",
+        ),
+    ],
+    ids=["other_form", "other_weight"],
+)
+def test_other_form_does_not_resume(tiny_backbone, tmp_path, here, message):
+    fit(tiny_backbone, tmp_path, AdapterCheckpoint(every_n_steps=1), max_steps=1, form=MASKS)
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny_backbone, tmp_path / "resumed", ckpt_path=str(checkpoint), form=here)
 
 
 def test_loss_does_not_depend_on_micro_batches_without_noise(tiny_backbone, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from datetime import timedelta
 import lightning as L
 import pytest
 
-from gatera_lightning import BackboneConfig, ConfigError
+from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError
 from gatera_lightning.cli.main import main
 from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.training.number_checks import (
@@ -115,7 +115,7 @@ def test_seed_is_accepted(seed):
 def test_trainer_of_a_script_is_checked(tmp_path):
     trainer = L.Trainer(accelerator="cpu", gradient_clip_val=-1, overfit_batches=2, default_root_dir=tmp_path)
     with pytest.raises(ConfigError) as caught:
-        check_trainer(trainer, "fit", DecodingConfig(), BackboneConfig(id="here"))
+        check_trainer(trainer, "fit", DecodingConfig(), BackboneConfig(id="here"), AdapterConfig())
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [
         "trainer.gradient_clip_val",
         "trainer.overfit_batches",

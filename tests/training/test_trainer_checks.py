@@ -7,7 +7,8 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from tiny_backbone import tiny_module, tiny_trainer
 
-from gatera_lightning import BackboneConfig, ConfigError
+from gatera_lightning import AdapterConfig, BackboneConfig, ConfigError
+from gatera_lightning.adapters.gates import PositionGateConfig
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.generation.decoding import DecodingConfig
@@ -20,6 +21,8 @@ from gatera_lightning.training.trainer_checks import (
     strategy_problems,
     validation_interval_problems,
 )
+
+MASKED = AdapterConfig(update="lora", gate=PositionGateConfig(mask_embeddings=2))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "32", 32, None])
@@ -102,13 +105,14 @@ def test_check_trainer_reports_all_problems(tmp_path, stage):
         default_root_dir=tmp_path,
     )
     with pytest.raises(ConfigError) as caught:
-        check_trainer(trainer, stage, DecodingConfig(skip_below=0.1), BackboneConfig(id="here"))
+        check_trainer(trainer, stage, DecodingConfig(skip_below=0.1), BackboneConfig(id="here"), MASKED)
     names = [problem.partition(": ")[0] for problem in caught.value.problems]
     assert names == [
         "trainer.precision",
         *(["trainer.val_check_interval"] if stage == "fit" else []),
         "trainer.use_distributed_sampler",
         "model.decoding.skip_below",
+        "model.adapter.gate.mask_embeddings",
     ]
 
 
@@ -119,6 +123,7 @@ def test_one_rank_may_use_distributed_sampler(tmp_path):
         "fit",
         DecodingConfig(),
         BackboneConfig(id="here"),
+        MASKED,
     )
 
 

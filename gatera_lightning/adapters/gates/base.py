@@ -113,6 +113,9 @@ class GateConfig(ABC):
     # is not a setting.
     entropy_weight = 0.0
 
+    # Declared by gates of adapters that draft: the number of embeddings that draft rows learn to read.
+    mask_embeddings = 0
+
     lr_multiplier: float = 1.0
     """Learning rate of the gate's parameters, as a multiple of optimizer.lr."""
 

@@ -105,6 +105,20 @@ class PositionGateConfig(GateConfig):
     formula = "1 where a given mask is 1, else 0"
     needs_mask = True
 
+    mask_embeddings: int = 0
+    """With SelfDraft's form MaskEmbeddings, the number of learned embeddings that draft rows read, and so the
+    longest draft; the adapter has a sampler head, too. 0 means that draft rows read tokens."""
+
+    def problems(self) -> list[str]:
+        """Return one message for every invalid value; empty if all are valid."""
+        value, found = self.mask_embeddings, super().problems()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            found.append(
+                f"adapter.gate.mask_embeddings: {value!r}; accepted: an integer of at least 0, where 0 means "
+                "none"
+            )
+        return found
+
     def build(self, in_features: int, *, dtype: torch.dtype, device: torch.device) -> PositionGate:
         """Create a :class:`PositionGate`."""
         return PositionGate(dtype=dtype)

@@ -2,6 +2,7 @@
 
 from transformers import DynamicCache, PreTrainedModel
 
+from gatera_lightning.adapters.config import AdapterConfig
 from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.position_mask import missing_mask_problem
 from gatera_lightning.backbone.probes import caches_only_keys_and_values, reads_only_earlier_tokens
@@ -37,6 +38,22 @@ def model_problem(model: PreTrainedModel, block: int) -> str | None:
     if not reads_only_earlier_tokens(model):
         return f"draft: the tokens of {name} attend to later ones; accepted: a causal model, or {_PLAIN}"
     return None
+
+
+def block_problem(block: int, adapter: AdapterConfig) -> str | None:
+    """Describe that a block has more drafts than the draft adapter has mask embeddings; None if not.
+
+    Args:
+        block: Tokens per block.
+        adapter: The settings of the draft adapter.
+    """
+    masks = adapter.gate.mask_embeddings
+    if not masks or block <= masks + 1:
+        return None
+    return (
+        f"{block}, but the draft adapter has {masks} mask embeddings, one for each draft of a block; "
+        f"accepted: 2 to {masks + 1}"
+    )
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int]:

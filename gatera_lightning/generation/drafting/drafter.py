@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,15 @@ from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.datamodules.batch import PromptBatch
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens
-from gatera_lightning.generation.drafting.checks import decoding_problems, model_problem, sliding_windows
+from gatera_lightning.generation.drafting.checks import (
+    block_problem,
+    decoding_problems,
+    model_problem,
+    sliding_windows,
+)
 from gatera_lightning.generation.drafting.config import DraftConfig
 from gatera_lightning.generation.drafting.counts import DraftCounts
+from gatera_lightning.generation.drafting.forms import form_of
 from gatera_lightning.generation.drafting.joint import JointAnswers
 from gatera_lightning.generation.drafting.payoff import Payoff
 from gatera_lightning.generation.drafting.verification import (
@@ -30,9 +37,10 @@ from gatera_lightning.generation.drafting.verification import (
 class Drafter:
     """Generates with a model and its draft adapter, several tokens per forward pass.
 
-    A forward pass reads the newest token, then drafts, then random tokens (noise). The draft adapter acts on
-    the noise only, so all other rows have the model's own logits. These verify the drafts; the logits of the
-    noise propose the next ones (UNO, arXiv 2609.04010; I-DLM, arXiv 2604.11035).
+    A forward pass reads the newest token, then drafts, then noise: random tokens, or the adapter's mask
+    embeddings. The draft adapter acts on the noise only, so all other rows have the model's own logits. These
+    verify the drafts; what the noise computes proposes the next ones (UNO, arXiv 2609.04010; I-DLM, arXiv
+    2604.11035; :class:`~gatera_lightning.generation.drafting.forms.MaskEmbeddingForm`).
 
     Args:
         model: The model, in eval mode.
@@ -56,6 +64,8 @@ class Drafter:
     ) -> None:
         config = config or DraftConfig()
         problems = config.problems()
+        if not problems and (problem := block_problem(config.block, adapter.config)):
+            problems = [f"draft.block: {problem}"]
         if not problems and (problem := model_problem(model, config.block)):
             problems = [problem]
         if problems:
@@ -65,7 +75,7 @@ class Drafter:
         self._model, self._adapter = model, adapter
         self._new_payoff, self._payoffs = new_payoff, dict[int, Payoff]()
         self._payoff: Payoff | None = None  # of the present answers
-        self._noise = torch.Generator().manual_seed(0)  # not the generator that samples tokens
+        self._form = form_of(model, adapter)
         # A window is counted in columns of the cache, some of which a sequence of several has rejected.
         self._shares_passes = config.cycle == "two_forwards" and not sliding_windows(model)
 
@@ -125,7 +135,10 @@ class Drafter:
                 )
                 answers = joint.run(
                     *(self._forward, self._noise_rows, self._noise_tokens),
-                    *(verifier, self.counts, self._payoff),
+                    verifier=verifier,
+                    propose=partial(self._form.propose, verifier),
+                    counts=self.counts,
+                    payoff=self._payoff,
                 )
             else:
                 answers = [
@@ -160,13 +173,13 @@ class Drafter:
                 self._payoff.start()
             tokens = [*unread, *(draft.token for draft in drafts), *self._noise_tokens(noise)]
             ids = torch.tensor([tokens], device=self._model.device)
-            logits = self._forward(ids, rows=1 + len(drafts) + noise, noise=noise, cache=cache)[0]
-            verdict = verifier.verify(logits[: len(drafts) + 1], drafts)
+            logits, outputs = self._forward(ids, rows=1 + len(drafts) + noise, noise=noise, cache=cache)
+            verdict = verifier.verify(logits[0], drafts)
             is_complete = verdict.accepted == len(drafts)
             chosen = [*(draft.token for draft in drafts[: verdict.accepted]), verdict.token]
             self._forget(cache, noise + len(drafts) - verdict.accepted)
             self.counts.add(drafts=len(drafts), accepted=verdict.accepted)
-            proposed = verifier.propose(logits[len(drafts) + 1 :]) if is_complete else []
+            proposed = self._form.propose(verifier, outputs[0], verdict.token) if is_complete else []
             if self._payoff is not None and not is_prompt:
                 self._payoff.stop(len(chosen), drafts=len(drafts), noise=noise)
             for token in chosen:
@@ -189,20 +202,22 @@ class Drafter:
 
     def _forward(
         self, ids: Tensor, *, rows: int, noise: int, cache: DynamicCache, **inputs: Tensor
-    ) -> Tensor:
-        """Return the logits of the last rows, of which the last ones are noise, (batch, rows, vocabulary)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of the last rows without the noise, and what the noise computes."""
         keeps: Any = self._model._supports_logits_to_keep
         keep = {"logits_to_keep": rows} if keeps() else {}
-        with self._adapter.on_last(noise, (ids.shape[0], ids.shape[1])):
+
+        def run() -> Tensor:
             output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, **keep)
-        logits: Tensor = output.logits[:, -rows:]
-        return logits
+            logits: Tensor = output.logits
+            return logits
+
+        with self._adapter.on_last(noise, (ids.shape[0], ids.shape[1])):
+            return self._form.read(run, rows=rows, drafts=noise)
 
     def _noise_tokens(self, count: int) -> list[int]:
-        """Return random token ids, which stand where drafts are made."""
-        vocabulary = self._model.config.get_text_config().vocab_size
-        found: list[int] = torch.randint(vocabulary, (count,), generator=self._noise).tolist()
-        return found
+        """Return token ids that stand where drafts are made."""
+        return self._form.token_ids(count)
 
     @staticmethod
     def _forget(cache: DynamicCache, rows: int) -> None:

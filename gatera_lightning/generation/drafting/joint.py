@@ -1,6 +1,6 @@
 """Generate for several prompts in the same forward passes, which draft and verify in turn."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from gatera_lightning.generation.drafting.counts import DraftCounts
 from gatera_lightning.generation.drafting.payoff import Payoff
-from gatera_lightning.generation.drafting.verification import Draft, Verifier
+from gatera_lightning.generation.drafting.verification import Draft, Verdict, Verifier
 
 
 class Forward(Protocol):
@@ -17,8 +17,8 @@ class Forward(Protocol):
 
     def __call__(
         self, ids: Tensor, *, rows: int, noise: int, cache: DynamicCache, **inputs: Tensor
-    ) -> Tensor:
-        """Return the logits of the last rows, (batch, rows, vocabulary)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of the last rows without the noise, and what the noise computes, per sequence."""
 
 
 class JointAnswers:
@@ -56,6 +56,7 @@ class JointAnswers:
         noise_rows: Callable[[Sequence[Draft], int], int],
         noise_tokens: Callable[[int], list[int]],
         verifier: Verifier,
+        propose: Callable[[Tensor, int], list[Draft]],
         counts: DraftCounts,
         payoff: Payoff | None,
     ) -> list[list[int]]:
@@ -64,8 +65,9 @@ class JointAnswers:
         Args:
             forward: Runs the model.
             noise_rows: How many drafts a pass makes, from those that it verifies and those that are useful.
-            noise_tokens: Random token ids.
-            verifier: Chooses and verifies drafts.
+            noise_tokens: Token ids of the noise.
+            verifier: Verifies drafts.
+            propose: Chooses drafts from what a sequence's noise computes, and the token before them.
             counts: What is counted, for each prompt that a pass answers.
             payoff: What is told about times, if anything.
 
@@ -81,9 +83,11 @@ class JointAnswers:
                 payoff.start()
             ids, inputs = self._inputs(len(drafts), noise, noise_tokens)
             rows = 1 + len(drafts) + noise
-            logits = forward(ids, rows=rows, noise=noise, cache=self._cache, **inputs)
+            logits, outputs = forward(ids, rows=rows, noise=noise, cache=self._cache, **inputs)
             running = len(self._running)
-            chosen = self._advance(logits, len(drafts), noise, verifier, counts)
+            verdicts = {b: verifier.verify(logits[b], self._drafts[b]) for b in self._running}
+            proposed = {b: propose(outputs[b], verdict.token) for b, verdict in verdicts.items()}
+            chosen = self._advance(verdicts, proposed, len(drafts), noise, counts)
             if payoff is not None and not is_prompt:
                 payoff.stop(chosen / running, drafts=len(drafts), noise=noise)
             is_prompt = False
@@ -105,18 +109,22 @@ class JointAnswers:
         return torch.cat([self._unread, added], 1), inputs
 
     def _advance(
-        self, logits: Tensor, count: int, noise: int, verifier: Verifier, counts: DraftCounts
+        self,
+        verdicts: Mapping[int, Verdict],
+        proposed: Mapping[int, list[Draft]],
+        count: int,
+        noise: int,
+        counts: DraftCounts,
     ) -> int:
-        """Verify the drafts of every sequence, and return how many tokens were chosen."""
+        """Add what was verified to every answer, and return how many tokens were chosen."""
         first = self._visible.shape[1] - noise - count  # column of the first draft
         unread, steps = [self._pad_id] * len(self.answers), [0] * len(self.answers)
         accepted_by_all, chosen = 0, 0
-        for b in list(self._running):
-            verdict = verifier.verify(logits[b, : count + 1], self._drafts[b])
+        for b, verdict in verdicts.items():
             counts.add(drafts=count, accepted=verdict.accepted)
             tokens = [*(draft.token for draft in self._drafts[b][: verdict.accepted]), verdict.token]
             self._visible[b, first + verdict.accepted :] = 0
-            self._drafts[b] = verifier.propose(logits[b, count + 1 :])
+            self._drafts[b] = proposed[b]
             unread[b], steps[b] = verdict.token, verdict.accepted + 1
             chosen += len(tokens)
             if self._add(b, tokens, counts):

@@ -11,7 +11,7 @@ from gatera_lightning.generation.decoding import DecodingConfig
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
 from gatera_lightning.generation.drafting.checks import decoding_problems
 
-NO_LAYERS = DraftAdapter({}, {}, AdapterConfig(update="lora", gate="position", rank=4))
+NO_LAYERS = DraftAdapter(torch.nn.Module(), {}, {}, AdapterConfig(update="lora", gate="position", rank=4))
 
 
 def build(family, **settings):

@@ -5,6 +5,7 @@ import torch
 from draft_folders import draft_folder
 
 from gatera_lightning.adapters.draft_adapter import load_draft_adapter
+from gatera_lightning.adapters.gates import PositionGateConfig
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
@@ -59,12 +60,14 @@ def check_distribution(counts, probabilities):
     "draws", [500, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 @pytest.mark.parametrize("cycle", ["one_forward", "two_forwards"])
-def test_sampled_texts_have_the_distribution_of_plain_sampling(tiny_llama, tmp_path, cycle, draws):
+@pytest.mark.parametrize("masks", [0, 3], ids=["random_ids", "mask_embeddings"])
+def test_sampled_texts_have_the_distribution_of_plain_sampling(tiny_llama, tmp_path, cycle, draws, masks):
     """All texts of five tokens from a vocabulary of three: 243 cells, which cover every depth."""
     sizes = {"vocab_size": 3, "initializer_range": 0.5, "layers": 1}
     model = tiny_llama(**sizes).eval()
     model.generation_config.eos_token_id = None
-    adapter = load_draft_adapter(model, draft_folder(tiny_llama(**sizes), tmp_path / "draft"))
+    gate = PositionGateConfig(mask_embeddings=masks)
+    adapter = load_draft_adapter(model, draft_folder(tiny_llama(**sizes), tmp_path / "draft", gate=gate))
     drafter = Drafter(model, adapter, DraftConfig(cycle=cycle, only_if_faster=False))
     width = 50 if cycle == "two_forwards" else 1  # only this cycle shares passes
     batch = collate_prompts([[1, 2]] * width, range(width), pad_id=0, eos_id=99)
