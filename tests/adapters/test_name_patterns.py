@@ -1,6 +1,7 @@
 """Matching module names agrees with ``re.fullmatch``, and no expression hangs."""
 
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -105,6 +106,15 @@ def test_expression_that_would_hang_re_ends(pattern):
     assert not matches(pattern, "model.layers.17.self_attn.some_long_projection_name" * 2)
 
 
+@pytest.fixture
+def default_recursion_limit():
+    """Python's own limit: Hypothesis raises it, and it then holds for the tests that follow."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize(
     ("pattern", "named"),
     [
@@ -120,7 +130,7 @@ def test_expression_that_would_hang_re_ends(pattern):
     ],
     ids=lambda value: f"{value[:20]}-{len(value)}",
 )
-def test_unsupported_expression_is_named(pattern, named):
+def test_unsupported_expression_is_named(pattern, named, default_recursion_limit):
     (problem,) = AdapterConfig(target_modules=[pattern]).problems()
     assert problem.startswith("adapter.target_modules: ")
     assert named in problem
