@@ -33,7 +33,7 @@ from gatera_lightning.checkpointing.integrity import newest_valid_checkpoint
 from gatera_lightning.datamodules import Example, SupervisedDataModule
 from gatera_lightning.distributed.sharding import AdapterShardingStrategy
 from gatera_lightning.errors import Preempted
-from gatera_lightning.objectives import Objective, SelfDraft, Term, self_draft
+from gatera_lightning.objectives import Objective, SelfDraft, Term, random_ids, self_draft
 from gatera_lightning.objectives.training_loss import objectives_for
 from gatera_lightning.training.optimizer import OptimizerConfig
 
@@ -205,8 +205,10 @@ _GATE_SETTINGS = {
 
 def draw_alike():
     """Let the draft rows of an example not depend on its micro-batch and its rank."""
+    assert hasattr(self_draft, "_random_offsets")  # a name that has moved would patch nothing
+    assert hasattr(random_ids, "_random_ids")
     self_draft._random_offsets = lambda labels, size: (labels == -100).sum(1) * 0 + 1
-    self_draft._random_ids = lambda model, layout, generator=None: layout.columns * 7 % 50
+    random_ids._random_ids = lambda model, layout, generator=None: layout.columns * 7 % 50
 
 
 def build_module(job):
