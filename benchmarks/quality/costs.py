@@ -1,4 +1,4 @@
-"""What the methods cost, from interleaved timings that two other benchmarks wrote on a quiet machine.
+"""What the methods cost, from interleaved timings that two other benchmarks wrote.
 
     python -m benchmarks.train_step --dtype float32 --rank 16 --rounds 4 \\
         --only lora dora hira gatera hard_half_open ts_peft abba \\
