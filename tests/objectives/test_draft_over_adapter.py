@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draft_reference import SIZE, VOCABULARY, blocks_of
 
 from gatera_lightning import AdapterConfig, adapter_parameters, inject_adapters, save_adapter
 from gatera_lightning.adapters.draft_adapter import load_draft_adapter
@@ -14,7 +15,6 @@ from gatera_lightning.generation.decoding import DecodingConfig, generate
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
 from gatera_lightning.objectives import SelfDraft, training_loss
 
-SIZE, VOCABULARY = 3, 128
 TUNED = {
     "gatera": {"update": "hira", "gate": "token", "target_modules": ["q_proj", "k_proj", "down_proj"]},
     "lora": {"update": "lora", "gate": "token", "target_modules": ["v_proj", "gate_proj"]},
@@ -62,20 +62,6 @@ def with_draft(tiny_llama, randomize, folder, size=0.3):
     load_frozen_adapter(model, folder)
     inject_adapters(model, DRAFT)
     return randomize(model, size=size).train()
-
-
-def blocks_of(labels, offset):
-    """The blocks of a sequence, each a list of columns, by counting."""
-    blocks, count = [], 0
-    for column, label in enumerate(labels.tolist()):
-        if label == IGNORE_INDEX:
-            count = 0
-            continue
-        if count == 0 or (count + offset) % SIZE == 0:
-            blocks.append([])
-        blocks[-1].append(column)
-        count += 1
-    return blocks
 
 
 def dense_gatera(layer):
