@@ -5,15 +5,17 @@
         [--out results/drafting.json]
 
 SmolLM2-135M, held-out prompts of one family in the template `plain`, greedy decoding, one thread. Every
-contender answers the same prompts in a process of its own, in turns. Drafts stay on, whether they pay or not.
+contender answers the same prompts in a process of its own, in turns.
 
 plain              ``generate`` of this package, without drafts
 lookup             Transformers' prompt lookup: three tokens that followed the same token before
 assisted           Transformers' assisted generation: the assistant is the model's own first layers with its
                    head (``assistant_early_exit``); Transformers adapts the number of drafts to what is
                    accepted
-two_forwards_N     blocks of N tokens, drafted and verified in turn
-one_forward_N      blocks of N tokens, verified and drafted in the same pass
+default_N          blocks of N tokens, as ``generate`` drafts them by default: it measures whether drafts pay,
+                   and turns them off if they do not; the table says in which batch
+two_forwards_N     blocks of N tokens, drafted and verified in turn; on, whether they pay or not
+one_forward_N      blocks of N tokens, verified and drafted in the same pass; on, whether they pay or not
 
 With ``--batch``, prompts share forward passes. Transformers drafts for single prompts only, so lookup and
 assisted are n/a then; one_forward answers the prompts of a batch one after another.
@@ -21,7 +23,7 @@ assisted are n/a then; one_forward answers the prompts of a batch one after anot
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,7 +39,12 @@ from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation import generate
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
 
-CYCLES = ("two_forwards", "one_forward")
+DRAFTERS = {
+    "default": DraftConfig(),
+    "two_forwards": DraftConfig(cycle="two_forwards", only_if_faster=False),
+    "one_forward": DraftConfig(cycle="one_forward", only_if_faster=False),
+}
+"""Contenders of this package that draft; ``--blocks`` sets the block."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,16 @@ def timed_answers(method: str, block: int, setting: Setting) -> Round:
 
     def run_once() -> dict[str, float]:
         drafter = None
-        if method in CYCLES:
-            config = DraftConfig(block, cycle=method, only_if_faster=False)  # type: ignore[arg-type]
+        if method in DRAFTERS:
+            config = replace(DRAFTERS[method], block=block)
             drafter = Drafter(model, load_draft_adapter(model, setting.draft), config)
         synchronize()
-        started, tokens = _now(), 0
-        for batch in batches:
+        started, tokens, off_in_batch = _now(), 0, 0
+        for number, batch in enumerate(batches, 1):
             if drafter is not None:
                 answer = drafter.generate(batch, decoding)
+                if drafter.turned_off and not off_in_batch:
+                    off_in_batch = number
             elif method in transformers_drafts:
                 answer = drafted_by_transformers(model, batch, decoding, **transformers_drafts[method])
             else:
@@ -95,7 +104,8 @@ def timed_answers(method: str, block: int, setting: Setting) -> Round:
         if drafter is None:
             return figures
         depths = {f"accepted_{depth}": share for depth, share in drafter.counts.acceptance().items()}
-        return figures | {"tokens_per_forward": drafter.counts.tokens_per_forward} | depths
+        figures |= {"tokens_per_forward": drafter.counts.tokens_per_forward, "off_in_batch": off_in_batch}
+        return figures | depths
 
     return run_once
 
@@ -143,8 +153,8 @@ def main() -> None:
     drafted_by_others = ("lookup", "assisted")
     names = ("plain", *(drafted_by_others if args.batch == 1 else ()))
     contenders = {name: (timed_answers, (name, 0, setting)) for name in names}
-    for cycle in CYCLES:
-        contenders |= {f"{cycle}_{n}": (timed_answers, (cycle, n, setting)) for n in args.blocks}
+    for drafter in DRAFTERS:
+        contenders |= {f"{drafter}_{n}": (timed_answers, (drafter, n, setting)) for n in args.blocks}
     measured = run_interleaved(contenders, args.rounds, warmup=0)
     write_results(args.out, vars(args), measured)
 
@@ -154,6 +164,9 @@ def main() -> None:
     for name, one in measured.items():
         figures, seconds = one.figures[0], one.by_round("token_s")
         depths = ", ".join(f"{value:.0%}" for key, value in figures.items() if key.startswith("accepted"))
+        if name.startswith("default"):
+            batches = [round_["off_in_batch"] for round_ in one.figures]
+            depths += "; off in batch " + ", ".join(f"{batch:.0f}" if batch else "none" for batch in batches)
         print(
             f"{name:<17}{1 / statistics.median(seconds):>9.1f}   {format_ratio(plain, seconds):<24}"
             f"{figures.get('tokens_per_forward', float('nan')):>14.2f}   {depths}"

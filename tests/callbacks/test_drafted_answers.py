@@ -34,7 +34,7 @@ def draft(tiny_backbone, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def early_drafts(monkeypatch):
     """Measured times never decide, and few passes come before the first drafts."""
-    monkeypatch.setattr("gatera_lightning.generation.drafting.payoff._DRAFTED", 10**9)
+    monkeypatch.setattr("gatera_lightning.generation.drafting.payoff._SAMPLES", 10**9)
     monkeypatch.setattr("gatera_lightning.generation.drafting.payoff._PLAIN", 1)
 
 

@@ -89,7 +89,7 @@ class JointAnswers:
             proposed = {b: propose(outputs[b], verdict.token) for b, verdict in verdicts.items()}
             chosen = self._advance(verdicts, proposed, len(drafts), noise, counts)
             if payoff is not None and not is_prompt:
-                payoff.stop(chosen / running, drafts=len(drafts), noise=noise)
+                payoff.stop(chosen, prompts=running, drafts=len(drafts), noise=noise)
             is_prompt = False
         return self.answers
 

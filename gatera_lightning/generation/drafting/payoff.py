@@ -7,8 +7,11 @@ from collections.abc import Callable
 _PLAIN = 4
 """Forward passes without drafts that are measured first; the median ignores a slow one."""
 
-_DRAFTED = 24
-"""Forward passes with drafts that are measured before each decision."""
+_SAMPLES = 24
+"""Passes with drafts before each decision; one that 4 prompts share counts as 4."""
+
+_PASSES = 6
+"""Fewest passes with drafts before each decision; their medians ignore a slow one."""
 
 
 class Payoff:
@@ -23,7 +26,7 @@ class Payoff:
         self._started = 0.0
         self._plain: list[float] = []
         self._seconds: dict[tuple[int, int], list[float]] = {}
-        self._tokens = 0.0
+        self._tokens, self._samples = 0.0, 0
         self.verdict: str | None = None
 
     @property
@@ -35,32 +38,40 @@ class Payoff:
         """Note that a forward pass starts."""
         self._started = self._clock()
 
-    def stop(self, tokens: float, *, drafts: int, noise: int) -> None:
+    def stop(self, tokens: int, *, prompts: int = 1, drafts: int, noise: int) -> None:
         """Note that a forward pass has ended, and its tokens are chosen.
 
         Args:
-            tokens: How many tokens it gave, per prompt.
-            drafts: How many drafts it verified.
-            noise: How many drafts it made.
+            tokens: How many tokens it gave, to all prompts.
+            prompts: How many prompts shared it.
+            drafts: How many drafts it verified for each prompt.
+            noise: How many drafts it made for each prompt.
         """
         seconds = self._clock() - self._started
         if not (drafts or noise):
             self._plain = [*self._plain, seconds][-_PLAIN:]
             return
         self._seconds.setdefault((drafts, noise), []).append(seconds)
-        self._tokens += tokens
-        if sum(map(len, self._seconds.values())) == _DRAFTED:
+        self._tokens += tokens / prompts
+        self._samples += prompts
+        # A cycle is measured whole: the pass that verifies drafts gives more tokens than the one before it.
+        is_within_cycle = noise > 0 and not drafts
+        if self._samples >= _SAMPLES and self._passes >= _PASSES and not is_within_cycle:
             self._decide()
+
+    @property
+    def _passes(self) -> int:
+        return sum(map(len, self._seconds.values()))
 
     def _decide(self) -> None:
         """Keep drafts if their tokens take less time; else say why not."""
-        per_forward = self._tokens / _DRAFTED
+        per_forward = self._tokens / self._passes
         # Passes with other rows take another time, so each kind has a median of its own.
-        seconds = sum(len(passes) * statistics.median(passes) for passes in self._seconds.values()) / _DRAFTED
-        relative = seconds / statistics.median(self._plain)
+        seconds = sum(len(passes) * statistics.median(passes) for passes in self._seconds.values())
+        relative = seconds / self._passes / statistics.median(self._plain)
         if per_forward < relative:
             self.verdict = (
                 f"drafts turned off: a forward pass with drafts gave {per_forward:.2f} tokens, and took "
                 f"{relative:.2f} times as long as one without"
             )
-        self._seconds, self._tokens = {}, 0.0
+        self._seconds, self._tokens, self._samples = {}, 0.0, 0

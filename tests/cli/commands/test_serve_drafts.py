@@ -59,7 +59,7 @@ def plain(client_for):
 def drafting(client_for, folders):
     with pytest.MonkeyPatch.context() as patch:
         # Measured times never decide, and few passes come before the first drafts.
-        patch.setattr("gatera_lightning.generation.drafting.payoff._DRAFTED", 10**9)
+        patch.setattr("gatera_lightning.generation.drafting.payoff._SAMPLES", 10**9)
         patch.setattr("gatera_lightning.generation.drafting.payoff._PLAIN", 1)
         with client_for("--draft", str(folders / "draft"), "--draft_block", "3") as client:
             yield client
