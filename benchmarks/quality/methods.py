@@ -59,6 +59,9 @@ class Method:
 
     stochastic_rounding: bool = False
 
+    only_family: str = ""
+    """The family that it runs on; all of them if empty. One is enough to compare two ways to compute."""
+
     def adapter(self) -> AdapterConfig:
         """Return the settings of its adapter."""
         rounding = self.stochastic_rounding
@@ -126,6 +129,7 @@ METHODS = {
             "hira",
             TokenGateConfig(**SATURATING),
             rate_of="gatera",
+            only_family="commonsense",
         ),
         Method(
             "gatera_thresholds",
@@ -133,8 +137,16 @@ METHODS = {
             "hira",
             TokenGateConfig(**SATURATING, skip_below=0.1, merge_above=0.9, gradient_share=0.125),
             rate_of="gatera",
+            only_family="commonsense",
         ),
-        Method("hira_bf16", "HiRA in bfloat16", "hira", rate_of="hira", dtype="bfloat16"),
+        Method(
+            "hira_bf16",
+            "HiRA in bfloat16",
+            "hira",
+            rate_of="hira",
+            dtype="bfloat16",
+            only_family="commonsense",
+        ),
         Method(
             "hira_bf16_rounded",
             "HiRA in bfloat16, stochastic rounding",
@@ -142,6 +154,7 @@ METHODS = {
             rate_of="hira",
             dtype="bfloat16",
             stochastic_rounding=True,
+            only_family="commonsense",
         ),
         Method(
             "hira_random_matrix",

@@ -77,10 +77,14 @@ def forecast(lines: Sequence[Line], selection: Selection) -> list[Run]:
 
 def _wanted(lines: Sequence[Line], selection: Selection) -> Iterator[Run]:
     """Yield all wanted runs in order; the rate is infinite where it is not chosen yet."""
-    methods = [METHODS[name] for name in METHODS if name in selection.methods]
     for family in MEASURED:  # what is forgotten is measured on all that is not trained on
         yield Run(family, "untrained", "untrained", None, RATE_SEED)
     for family in (name for name in FAMILIES if name in selection.families):
+        methods = [
+            method
+            for name, method in METHODS.items()
+            if name in selection.methods and method.only_family in ("", family)
+        ]
         if "rates" in selection.stages:
             searches = {method.name: rates_to_try(lines, family, method) for method in methods}
             # The middle of the first grid first, so that an unfinished search has something of every method.

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 from fit_script import Job, run
+from perturbed_adapter import perturb_adapter
 from safetensors.torch import load_file
+
+from gatera_lightning import AdapterConfig, BackboneConfig, inject_adapters, save_adapter
+from gatera_lightning.backbone.loading import load_backbone
 
 SCRIPT = Path(__file__).parent / "fit_script.py"
 
@@ -28,6 +32,14 @@ def fit(backbone, out, check=True, strategy="single", **job):
     if strategy == "single":
         return run(Job(str(backbone), str(out), **job))
     return run_script(SCRIPT, backbone, out, check, strategy=strategy, **job)
+
+
+def save_tuned_adapter(backbone, out):
+    """Save an adapter that changes what a backbone predicts, and return its path."""
+    model = load_backbone(BackboneConfig(id=str(backbone), dtype="float64"))
+    inject_adapters(model, AdapterConfig(rank=2, adapter_dtype="float64"))
+    save_adapter(perturb_adapter(model, size=0.5), out)
+    return str(out)
 
 
 def read_losses(out):

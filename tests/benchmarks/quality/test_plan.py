@@ -50,3 +50,8 @@ def test_runs_in_order_and_each_once():
     assert [(run.method, run.seed) for run in tested] == expected
     assert {run.lr for run in tested} == {middle}
     assert missing_runs([*lines, *map(_line, tested)], SELECTION) == []
+
+
+def test_two_ways_to_compute_are_compared_on_one_family():
+    planned = {run.family for run in forecast([], Selection(methods=["hira_bf16"])) if run.stage == "seeds"}
+    assert planned == {"commonsense"}

@@ -3,12 +3,9 @@
 import math
 
 import pytest
-from fits import assert_same, fit, read
-from perturbed_adapter import perturb_adapter
+from fits import assert_same, fit, read, save_tuned_adapter
 
-from gatera_lightning import AdapterConfig, BackboneConfig, inject_adapters, save_adapter
 from gatera_lightning.adapters.serialization import read_adapter_config
-from gatera_lightning.backbone.loading import load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +76,8 @@ def test_draft_rows_on_two_ranks_equal_large_batch(tiny_backbone, tmp_path):
 
 @pytest.mark.slow
 def test_drafts_for_a_tuned_model_on_two_ranks_equal_large_batch(tiny_backbone, tmp_path):
-    model = load_backbone(BackboneConfig(id=str(tiny_backbone), dtype="float64"))
-    inject_adapters(model, AdapterConfig(rank=2, adapter_dtype="float64"))
-    save_adapter(perturb_adapter(model, size=0.5), tmp_path / "tuned")
-    job = {"update": "lora", "gate": "position", "adapter": {"alpha": 8.0}, "tuned": str(tmp_path / "tuned")}
+    tuned = save_tuned_adapter(tiny_backbone, tmp_path / "tuned")
+    job = {"update": "lora", "gate": "position", "adapter": {"alpha": 8.0}, "tuned": tuned}
     fit(tiny_backbone, tmp_path / "one", **job)
     fit(tiny_backbone, tmp_path / "two", strategy="fsdp", accumulate=2, **job)
     assert_same(tmp_path / "two", tmp_path / "one")

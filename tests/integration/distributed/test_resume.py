@@ -2,7 +2,7 @@
 
 import pytest
 from fit_script import Job, run
-from fits import fit, read_ids, read_losses
+from fits import fit, read_ids, read_losses, save_tuned_adapter
 
 from gatera_lightning.callbacks.rng_state import RNGState
 
@@ -66,9 +66,13 @@ def test_resumed_run_differs_without_saved_random_state(uninterrupted, tiny_back
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("drafts_for_tuned", [False, True], ids=["adapter", "draft adapter"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_killed_in_mid_epoch_resume_bit_equal(tiny_backbone, tmp_path, strategy):
+def test_two_ranks_killed_in_mid_epoch_resume_bit_equal(tiny_backbone, tmp_path, strategy, drafts_for_tuned):
     settings = {**SETTINGS, "strategy": strategy, "workers": 2}
+    if drafts_for_tuned:
+        tuned = save_tuned_adapter(tiny_backbone, tmp_path / "tuned")
+        settings |= {"update": "lora", "gate": "position", "adapter": {"alpha": 8.0}, "tuned": tuned}
     fit(tiny_backbone, tmp_path / "uninterrupted", **settings)
     killed = fit(tiny_backbone, tmp_path / "killed", check=False, save_at=[6], kill_at=6, **settings)
     assert killed.returncode != 0
