@@ -66,8 +66,7 @@ def test_resumed_run_differs_without_saved_random_state(uninterrupted, tiny_back
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts_for_tuned", [False, True], ids=["adapter", "draft adapter"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "drafts_for_tuned"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
 def test_two_ranks_killed_in_mid_epoch_resume_bit_equal(tiny_backbone, tmp_path, strategy, drafts_for_tuned):
     settings = {**SETTINGS, "strategy": strategy, "workers": 2}
     if drafts_for_tuned:
