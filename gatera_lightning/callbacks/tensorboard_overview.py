@@ -42,7 +42,8 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
             "val/total_variation$",
         ],
         "greedy acceptance by depth": [r"val/acceptance_\d+$"],
-        "tokens per cycle of two forward passes": ["val/tokens_per_cycle$"],
+        "greedy acceptance by task, first draft": ["val/acceptance_1/.*"],
+        "tokens per cycle of two forward passes": ["val/tokens_per_cycle$", "val/tokens_per_cycle/.*"],
     },
     "losses of mask embeddings": {
         "cross-entropy, nats": ["train/base_head_loss$", "train/sampler_loss$"],

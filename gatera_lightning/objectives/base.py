@@ -54,10 +54,10 @@ class Mean:
     """A part of a mean over the validation split: a sum over some elements, and their number."""
 
     total: Tensor
-    """Scalar."""
+    """Scalar; the sum of each sequence, (sequences,), for :attr:`Objective.names_by_task`."""
 
-    count: int
-    """Number of elements; may be 0."""
+    count: Tensor | int
+    """Number of elements, in the shape of ``total``; may be 0."""
 
 
 class Objective(ABC):
@@ -132,6 +132,11 @@ class Objective(ABC):
     @property
     def validation_names(self) -> tuple[str, ...]:
         """Names of what :meth:`validate` measures; empty: validation measures the next-token loss."""
+        return ()
+
+    @property
+    def names_by_task(self) -> tuple[str, ...]:
+        """Those of :attr:`validation_names` that are logged for each of several tasks, too."""
         return ()
 
     def validate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Mean]:

@@ -20,18 +20,34 @@ def acceptance(layout: DraftLayout, agrees: Tensor, size: int) -> dict[str, Mean
 
     Returns:
         ``acceptance_1`` to ``acceptance_<size>``, each over the blocks that are so long, and
-        ``tokens_per_cycle`` over blocks of ``size`` rows.
+        ``tokens_per_cycle`` over blocks of ``size`` rows, by sequence.
     """
     accepted = _accepted(layout, agrees)
     depths = layout.depths[layout.is_draft]
     found = {
-        f"acceptance_{depth}": Mean(accepted[depths == depth].sum(), int((depths == depth).sum()))
+        f"acceptance_{depth}": mean_of_sequences(layout, accepted, depths == depth)
         for depth in range(1, size + 1)
     }
-    lengths = _block_lengths(layout)[layout.is_draft]
-    whole = lengths == size
-    blocks = int((whole & (depths == 1)).sum())
-    return found | {"tokens_per_cycle": Mean(2 * blocks + accepted[whole].sum(), blocks)}
+    whole = _block_lengths(layout)[layout.is_draft] == size
+    drafts = mean_of_sequences(layout, accepted, whole).total
+    blocks = mean_of_sequences(layout, accepted, whole & (depths == 1)).count
+    return found | {"tokens_per_cycle": Mean(2 * blocks + drafts, blocks)}
+
+
+def mean_of_sequences(layout: DraftLayout, values: Tensor, selected: Tensor | None = None) -> Mean:
+    """Return the sums of each sequence, over all draft rows or some of them.
+
+    Args:
+        layout: The draft rows.
+        values: (n,), a number for each draft row.
+        selected: (n,), bool: which rows count.
+    """
+    sequences = layout.is_draft.nonzero()[:, 0]
+    if selected is not None:
+        values, sequences = values[selected], sequences[selected]
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    zeros = values.new_zeros(len(layout.is_draft))
+    return Mean(zeros.index_add(0, sequences, values), sequences.bincount(minlength=len(zeros)))
 
 
 def _accepted(layout: DraftLayout, agrees: Tensor) -> Tensor:

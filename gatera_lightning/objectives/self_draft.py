@@ -16,7 +16,7 @@ from gatera_lightning.backbone.probes import has_plain_frozen_head, returns_head
 from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.objectives.base import Mean, Objective, Term
-from gatera_lightning.objectives.draft_acceptance import acceptance
+from gatera_lightning.objectives.draft_acceptance import acceptance, mean_of_sequences
 from gatera_lightning.objectives.draft_form import DraftForm
 from gatera_lightning.objectives.draft_layout import DraftLayout
 from gatera_lightning.objectives.draft_probe import check_draft_rows
@@ -40,7 +40,7 @@ class SelfDraft(Objective):
     the result is that of one sequence [draft rows | clean rows].
 
     Borders of blocks come from torch's generator. Validation measures the loss and greedy acceptance by
-    depth, with the same borders every time.
+    depth and task, with the same borders every time.
     """
 
     gives_position_mask = True
@@ -152,6 +152,11 @@ class SelfDraft(Objective):
             "tokens_per_cycle",
         )
 
+    @property
+    def names_by_task(self) -> tuple[str, ...]:
+        """All but the loss."""
+        return self.validation_names[1:]
+
     @torch.no_grad()
     def validate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Mean]:
         """Measure what :attr:`validation_names` says, on blocks of the last size.
@@ -165,10 +170,9 @@ class SelfDraft(Objective):
             labels, size, torch.zeros(len(labels), dtype=torch.long, device=labels.device)
         )
         loss, compared = self.form.measure(model, batch, layout, in_head=_head_compares(model))
-        rows = len(compared)
         return {
-            "loss": Mean(loss, rows),
-            "total_variation": Mean(compared[:, 0].sum(), rows),
+            "loss": Mean(loss, len(compared)),
+            "total_variation": mean_of_sequences(layout, compared[:, 0]),
             **acceptance(layout, compared[:, 1].bool(), size),
         }
 

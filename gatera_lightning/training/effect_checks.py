@@ -17,6 +17,7 @@ from gatera_lightning.objectives.gate_entropy import GateEntropy
 from gatera_lightning.objectives.gate_sparsity import GateSparsity
 from gatera_lightning.objectives.next_token import NextToken
 from gatera_lightning.objectives.self_draft import SelfDraft
+from gatera_lightning.training.objective_means import validation_names, validation_tasks
 
 _LOGGED = ("train/loss", "train/task_loss", "train/gate_entropy", "train/gate_mean", "train/skipped_steps")
 _VALIDATED = ("val/loss", *(f"val/accuracy_{score}" for score in get_args(Score)))
@@ -100,7 +101,8 @@ def _monitor_problems(trainer: L.Trainer, callback: Any, objectives: Sequence[Ob
     section = {OptionalEarlyStopping: "early_stopping", AdapterCheckpoint: "checkpoint"}
     name = section.get(type(callback), f"trainer.callbacks: {type(callback).__name__}")
     monitor = callback.monitor
-    validated = _validated(objectives)
+    tasks = validation_tasks(getattr(trainer, "datamodule", None)).values()
+    validated = validation_names(objectives, tasks) or _VALIDATED
     if monitor in validated and _validates(trainer) is False:
         if isinstance(callback, AdapterCheckpoint):
             return []  # its default, which saves the last checkpoints alone
@@ -117,12 +119,6 @@ def _monitor_problems(trainer: L.Trainer, callback: Any, objectives: Sequence[Ob
         f"{name}.monitor: {monitor!r} is never logged; accepted: {', '.join(logged)}"
         f"{near_miss(monitor, logged)}"
     ]
-
-
-def _validated(objectives: Iterable[Objective]) -> tuple[str, ...]:
-    """Return the names that validation logs, which objectives may measure themselves."""
-    own = tuple(f"val/{name}" for objective in objectives for name in objective.validation_names)
-    return own or _VALIDATED
 
 
 def _logged(objectives: Iterable[Objective]) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
 from gatera_lightning.training.non_finite_guard import NonFiniteGuard
-from gatera_lightning.training.objective_means import ObjectiveMeans
+from gatera_lightning.training.objective_means import ObjectiveMeans, validation_tasks
 from gatera_lightning.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -243,7 +243,7 @@ class GateRAModule(AdapterModule):
     def on_validation_start(self) -> None:
         """Forget the batches of an earlier validation."""
         self.validation_metrics.reset()
-        self.objective_means.reset()
+        self.objective_means.reset(validation_tasks(getattr(self.trainer, "datamodule", None)))
         for objective in self.objectives if self.objective_means.are_measured else ():
             objective.prepare(self.model)
 

@@ -186,7 +186,7 @@ def test_acceptance_in_validation_is_that_of_greedy_decoding(
     )
     for depth in range(1, size + 1):
         mean = found[f"acceptance_{depth}"]
-        assert (int(mean.total), mean.count) == (
+        assert (int(mean.total.sum()), int(mean.count.sum())) == (
             drafter.counts.accepted[depth],
             drafter.counts.verified[depth],
         )
