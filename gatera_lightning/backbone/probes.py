@@ -118,6 +118,26 @@ def reads_only_earlier_tokens(model: PreTrainedModel) -> bool:
     return float(influence) <= packing_tolerances(model, ids.device)[0]
 
 
+@torch.no_grad()
+def skips_hidden_columns(model: PreTrainedModel) -> bool:
+    """Return whether a hidden column of the cache changes nothing, if later positions do not count it.
+
+    ALiBi may compute distances from columns, and ignore the positions that it is given.
+    """
+    device = next(model.parameters()).device
+    with eval_mode(model):
+        plain = _double(model(input_ids=torch.tensor([[1, 2, 2]], device=device)).logits)[0, -1]
+        hidden = _double(
+            model(
+                input_ids=torch.tensor([[1, 2, 1, 2]], device=device),
+                attention_mask=torch.tensor([[1, 1, 0, 1]], device=device),
+                position_ids=torch.tensor([[0, 1, 2, 2]], device=device),
+            ).logits
+        )[0, -1]
+    influence = (hidden - plain).abs().max() / plain.std()
+    return float(influence) <= packing_tolerances(model, device)[0]
+
+
 def caches_only_keys_and_values(model: PreTrainedModel) -> bool:
     """Return whether the cache of a prompt holds keys and values only, which several answers can share.
 

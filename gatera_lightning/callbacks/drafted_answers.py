@@ -88,6 +88,13 @@ class DraftedAnswers(L.Callback):
         module: Any = pl_module
         module.drafter = None
 
+    @override
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the module as it was; Lightning does not call :meth:`teardown` then."""
+        self.teardown(trainer, pl_module, "")
+
     on_predict_start = on_test_start
 
 
@@ -103,10 +110,10 @@ def report_drafts(drafter: Drafter | None, *, is_first_rank: bool) -> dict[str, 
     """
     if drafter is None:
         return {}
-    counts, verdicts = DraftCounts(), []
-    for of_rank, verdict in gather_objects((drafter.counts, drafter.turned_off)):
+    counts, verdicts = DraftCounts(), list[str]()
+    for of_rank, of_widths in gather_objects((drafter.counts, drafter.turned_off)):
         counts += of_rank
-        verdicts += [] if verdict is None else [verdict]
+        verdicts += of_widths
     lines = (f"drafts: {counts}", *dict.fromkeys(verdicts))
     for line in lines if is_first_rank else ():
         SafeConsole(soft_wrap=True).print(Text(line))

@@ -226,17 +226,17 @@ class TerminalModel:
             self.note("stopped")
         elif len(ids) > args.max_new_tokens and ids[-1] not in end_tokens(self.model, prompts["eos_id"]):
             self.note(f"truncated at --max_new_tokens {args.max_new_tokens}")
-        if self.drafter is not None and was_turned_off is None:
+        if self.drafter is not None and not was_turned_off:
             if not stopped:
                 self.drafter.counts.tokens -= len(ids) > args.max_new_tokens  # it is not part of the answer
             self.note(f"so far {self.drafter.counts}")
-            if self._drafts_turned_off is not None:
-                self.note(self._drafts_turned_off)
+            for verdict in self._drafts_turned_off:
+                self.note(verdict)
         return Answer(stream.text, stopped)
 
     @property
-    def _drafts_turned_off(self) -> str | None:
-        return None if self.drafter is None else self.drafter.turned_off
+    def _drafts_turned_off(self) -> list[str]:
+        return [] if self.drafter is None else self.drafter.turned_off
 
     def _print_piece(self, piece: str, gate: float | None) -> None:
         if gate is None:

@@ -92,9 +92,9 @@ class DraftingModel:
             streamer=streamer,
             stopping=stopping,
         )
-        if self._drafter.turned_off is not None:
-            self._note(self._drafter.turned_off)
-        else:
+        for verdict in self._drafter.turned_off:
+            self._note(verdict)
+        if not self._drafter.turned_off:
             log.info("so far %s", self._drafter.counts)
         return torch.cat([input_ids, answer], 1)
 

@@ -1,6 +1,7 @@
 """Train an adapter to draft tokens that the frozen model verifies."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,7 +50,7 @@ class SelfDraft(Objective):
     def __init__(
         self,
         block_sizes: Sequence[int] = (2, 4, 8),
-        steps_per_size: int = 500,
+        steps_per_size: int | None = None,
         weight: float = 1.0,
         form: DraftForm | None = None,
     ) -> None:
@@ -57,8 +58,8 @@ class SelfDraft(Objective):
 
         Args:
             block_sizes: Rows of a block, that is the longest draft, one size after the other. Short blocks
-                first are easier to learn. Validation uses the last one.
-            steps_per_size: Optimizer steps with each size but the last, which stays.
+                first are easier to learn. Validation uses the last one, even before it is trained.
+            steps_per_size: Optimizer steps with each of several sizes but the last, which stays; null: 500.
             weight: Factor of the loss.
             form: What draft rows hold and learn; null: RandomIds.
 
@@ -69,20 +70,27 @@ class SelfDraft(Objective):
             not isinstance(block_sizes, list | tuple)
             or not block_sizes
             or not all(map(_is_size, block_sizes))
+            or any(longer <= shorter for shorter, longer in pairwise(block_sizes))
         ):
             raise ValueError(
-                f"SelfDraft: block_sizes is {block_sizes!r}; accepted: a list of integers of at least 1"
+                f"SelfDraft: block_sizes is {block_sizes!r}; accepted: a list of integers of at least 1, "
+                "each larger than the one before"
             )
-        if not _is_size(steps_per_size):
+        if steps_per_size is not None and not _is_size(steps_per_size):
             raise ValueError(
                 f"SelfDraft: steps_per_size is {steps_per_size!r}; accepted: an integer of at least 1"
+            )
+        if steps_per_size is not None and len(block_sizes) == 1:
+            raise ValueError(
+                f"SelfDraft: steps_per_size is {steps_per_size}, but block_sizes {block_sizes!r} has a "
+                "single size; accepted: null"
             )
         if not (is_finite_number(weight) and weight > 0):
             raise ValueError(f"SelfDraft: weight is {weight!r}; accepted: a number above 0")
         if not (form is None or isinstance(form, DraftForm)):
             raise ValueError(f"SelfDraft: form is {form!r}; accepted: RandomIds or MaskEmbeddings")
         self.block_sizes: Sequence[int] = block_sizes
-        self.steps_per_size = steps_per_size
+        self.steps_per_size = 500 if steps_per_size is None else steps_per_size
         self.weight = weight
         self.form: DraftForm = RandomIds() if form is None else form
         self._step = 0
@@ -98,7 +106,7 @@ class SelfDraft(Objective):
             )
         if backbone.gradient_checkpointing:
             problems.append(_NO_CHECKPOINTING)
-        return problems + (self.form.problems(adapter, max(self.block_sizes)) if kind == "position" else [])
+        return problems + (self.form.problems(adapter, self.block_sizes[-1]) if kind == "position" else [])
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Try once whether draft rows see what they should; a collective if the model is sharded.

@@ -105,12 +105,25 @@ def test_block_longer_than_the_mask_embeddings_is_refused(module, tiny_backbone,
 
 
 def test_counts_of_two_ranks_are_added():
-    first, second = DraftCounts(), DraftCounts(tokens=3)
-    first.add(drafts=2, accepted=0)
-    second.add(drafts=3, accepted=2)
+    first, second = DraftCounts(), DraftCounts()
+    first.add(1, drafts=2, accepted=0)
+    second.add(3, drafts=3, accepted=2)
     both = first + second
-    assert (both.forwards, both.tokens) == (2, 3)
+    assert (both.forwards, both.tokens) == (2, 4)
     assert both.acceptance() == {1: 0.5, 2: 0.5, 3: 0.0}
+
+
+def test_failed_test_leaves_no_drafter(tiny_backbone, draft, tmp_path, monkeypatch):
+    """Lightning does not tear down a stage that has raised."""
+
+    def fail(*args, **settings):
+        raise RuntimeError("no memory")
+
+    module, data = perturbed_module(tiny_backbone), tiny_data(tiny_backbone, evaluate_by=["generation"])
+    monkeypatch.setattr("gatera_lightning.generation.drafting.Drafter.generate", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        tiny_trainer(tmp_path, DraftedAnswers(draft)).test(module, datamodule=data, verbose=False)
+    assert module.drafter is None
 
 
 def test_flag_of_the_command_line(tiny_backbone, draft, tmp_path, monkeypatch, capsys):

@@ -132,6 +132,8 @@ def test_block_size_follows_the_step():
         ({"block_sizes": []}, r"block_sizes is \[\]; accepted: a list of integers of at least 1"),
         ({"block_sizes": 4}, "block_sizes is 4; accepted: a list"),
         ({"block_sizes": [4, 0]}, r"block_sizes is \[4, 0\]"),
+        ({"block_sizes": [4, 2]}, "accepted: .* each larger than the one before"),
+        ({"block_sizes": [4], "steps_per_size": 9}, "steps_per_size is 9, but block_sizes .* accepted: null"),
         ({"steps_per_size": 0}, "steps_per_size is 0; accepted: an integer of at least 1"),
         ({"weight": float("nan")}, "weight is nan; accepted: a number above 0"),
     ],

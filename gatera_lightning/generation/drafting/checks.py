@@ -24,6 +24,11 @@ def model_problem(model: PreTrainedModel, block: int) -> str | None:
             return f"draft: the model's own adapter: {problem}"
     if model.config.is_encoder_decoder or not hasattr(model, "generate"):
         return f"draft: {name} is no causal language model; accepted: one, or {_PLAIN}"
+    if rope_type := _changing_rotation(model):
+        return (
+            f"draft: {name} has rope_type {rope_type!r}, whose rotation depends on the last row of a forward "
+            f"pass, which may be a draft; accepted: a model with a fixed rotation, or {_PLAIN}"
+        )
     if not caches_only_keys_and_values(model):
         return (
             f"draft: {name} has a state that cannot forget rejected drafts (a convolution's or a recurrent "
@@ -38,6 +43,14 @@ def model_problem(model: PreTrainedModel, block: int) -> str | None:
     if not reads_only_earlier_tokens(model):
         return f"draft: the tokens of {name} attend to later ones; accepted: a causal model, or {_PLAIN}"
     return None
+
+
+def _changing_rotation(model: PreTrainedModel) -> str | None:
+    """Return the type of rotary embeddings that change with the last position of a pass, if it has them."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    types = (entry.get("rope_type") for entry in (parameters, *by_layer))
+    return next((kind for kind in types if kind in ("dynamic", "longrope")), None)
 
 
 def block_problem(block: int, adapter: AdapterConfig) -> str | None:

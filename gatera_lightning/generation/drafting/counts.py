@@ -21,9 +21,18 @@ class DraftCounts:
     accepted: Counter[int] = field(default_factory=Counter)
     """Drafts that were accepted, by depth; a draft after a rejected one is not."""
 
-    def add(self, *, drafts: int, accepted: int) -> None:
-        """Add a forward pass that verified some drafts, of which the first ``accepted`` were accepted."""
+    def add(self, tokens: int, *, drafts: int, accepted: int) -> None:
+        """Add a forward pass of one prompt.
+
+        Args:
+            tokens: How many of its tokens became part of the answer. Drafts after its end are not counted.
+            drafts: How many drafts it verified.
+            accepted: How many of these, from the first one, were accepted.
+        """
+        if tokens <= accepted:  # the answer ended with an accepted draft
+            drafts = accepted = tokens
         self.forwards += 1
+        self.tokens += tokens
         self.verified.update(range(1, drafts + 1))
         self.accepted.update(range(1, accepted + 1))
 

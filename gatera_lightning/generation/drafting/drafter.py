@@ -1,4 +1,4 @@
-"""Generate with drafts: one loop for both cycles, greedy decoding and sampling."""
+"""Generate with drafts, in both cycles, greedily or by sampling."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,9 +12,11 @@ from transformers.generation import BaseStreamer
 
 from gatera_lightning.adapters.draft_adapter import DraftAdapter
 from gatera_lightning.adapters.inference import prepared_for_inference
+from gatera_lightning.backbone.probes import skips_hidden_columns
 from gatera_lightning.datamodules.batch import PromptBatch
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens
+from gatera_lightning.generation.drafting.answer_end import AnswerEnd
 from gatera_lightning.generation.drafting.checks import (
     block_problem,
     decoding_problems,
@@ -23,9 +25,9 @@ from gatera_lightning.generation.drafting.checks import (
 )
 from gatera_lightning.generation.drafting.config import DraftConfig
 from gatera_lightning.generation.drafting.counts import DraftCounts
-from gatera_lightning.generation.drafting.forms import form_of
 from gatera_lightning.generation.drafting.joint import JointAnswers
 from gatera_lightning.generation.drafting.payoff import Payoff
+from gatera_lightning.generation.drafting.proposers import proposer_for
 from gatera_lightning.generation.drafting.verification import (
     Draft,
     GreedyVerifier,
@@ -40,7 +42,7 @@ class Drafter:
     A forward pass reads the newest token, then drafts, then noise: random tokens, or the adapter's mask
     embeddings. The draft adapter acts on the noise only, so all other rows have the model's own logits. These
     verify the drafts; what the noise computes proposes the next ones (UNO, arXiv 2609.04010; I-DLM, arXiv
-    2604.11035; :class:`~gatera_lightning.generation.drafting.forms.MaskEmbeddingForm`).
+    2604.11035; :class:`~gatera_lightning.generation.drafting.proposers.MaskEmbeddingProposer`).
 
     Args:
         model: The model, in eval mode.
@@ -73,16 +75,22 @@ class Drafter:
         self.config = config
         self.counts = DraftCounts()
         self._model, self._adapter = model, adapter
-        self._new_payoff, self._payoffs = new_payoff, dict[int, Payoff]()
+        self._new_payoff = new_payoff
+        self._payoffs: dict[int, Payoff] = {}  # by the number of prompts that share passes
         self._payoff: Payoff | None = None  # of the present answers
-        self._form = form_of(model, adapter)
+        self._proposer = proposer_for(model, adapter)
         # A window is counted in columns of the cache, some of which a sequence of several has rejected.
-        self._shares_passes = config.cycle == "two_forwards" and not sliding_windows(model)
+        can_share = config.cycle == "two_forwards" and not sliding_windows(model)
+        self._shares_passes = can_share and skips_hidden_columns(model)
 
     @property
-    def turned_off(self) -> str | None:
-        """Why drafts are turned off, for answers like the last ones; None if they are not."""
-        return None if self._payoff is None else self._payoff.verdict
+    def turned_off(self) -> list[str]:
+        """Why drafts are turned off, for each number of prompts that share passes; empty if they are not."""
+        return [
+            payoff.verdict + (f", with {prompts} prompts per pass" if prompts > 1 else "")
+            for prompts, payoff in sorted(self._payoffs.items())
+            if payoff.verdict is not None
+        ]
 
     def generate(
         self,
@@ -96,7 +104,7 @@ class Drafter:
         """Generate a completion of each prompt, as :func:`~gatera_lightning.generation.generate` does.
 
         Several prompts share forward passes with the cycle ``two_forwards``, unless the model has sliding
-        windows; otherwise, they are answered one after another.
+        windows or counts hidden columns of its cache; otherwise, they are answered one after another.
 
         Args:
             batch: Left-padded prompts.
@@ -113,11 +121,12 @@ class Drafter:
         """
         if problems := decoding_problems(decoding):
             raise ConfigError(problems)
-        ends = end_tokens(self._model, batch["eos_id"])
+        end = AnswerEnd(
+            end_tokens(self._model, batch["eos_id"]), limit=decoding.max_new_tokens, stopping=stopping
+        )
         verifier = GreedyVerifier() if sampling is None else SamplingVerifier(sampling)
         thresholds = {"skip_below": decoding.skip_below, "merge_above": decoding.merge_above}
         prepared = prepared_for_inference(self._model, **thresholds) if decoding.prepared else nullcontext()
-        limit = decoding.max_new_tokens
         is_joint = self._shares_passes and len(batch["input_ids"]) > 1
         if self.config.only_if_faster:
             width = len(batch["input_ids"]) if is_joint else 1
@@ -127,22 +136,18 @@ class Drafter:
         with torch.no_grad(), prepared:
             if is_joint:
                 joint = JointAnswers(
-                    batch["input_ids"],
-                    batch["attention_mask"],
-                    limit=limit,
-                    ends=ends,
-                    pad_id=batch["pad_id"],
+                    batch["input_ids"], batch["attention_mask"], end=end, pad_id=batch["pad_id"]
                 )
                 answers = joint.run(
                     *(self._forward, self._noise_rows, self._noise_tokens),
                     verifier=verifier,
-                    propose=partial(self._form.propose, verifier),
+                    propose=partial(self._proposer.propose, verifier),
                     counts=self.counts,
                     payoff=self._payoff,
                 )
             else:
                 answers = [
-                    self._answer(ids[mask.bool()].tolist(), limit, ends, verifier, streamer, stopping)
+                    self._answer(ids[mask.bool()].tolist(), end, verifier, streamer)
                     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
                 ]
         found = torch.full((len(answers), max(map(len, answers))), batch["pad_id"])
@@ -153,20 +158,18 @@ class Drafter:
     def _answer(
         self,
         prompt: list[int],
-        limit: int,
-        ends: Sequence[int],
+        end: AnswerEnd,
         verifier: Verifier,
         streamer: BaseStreamer | None,
-        stopping: StoppingCriteriaList | None,
     ) -> list[int]:
-        """Return the completion of one prompt, at most ``limit`` tokens."""
+        """Return the completion of one prompt."""
         cache = DynamicCache()  # without the config: a layer with a sliding window would forget tokens
         answer: list[int] = []
         unread, drafts = prompt, list[Draft]()  # tokens of the text that the cache does not hold
         if streamer is not None:
             streamer.put(torch.tensor([prompt]))
         while True:
-            room = limit - len(answer) - len(drafts) - 1  # for tokens after those of this forward pass
+            room = end.limit - len(answer) - len(drafts) - 1  # for tokens after those of this forward pass
             noise = self._noise_rows(drafts, room - 1)
             is_prompt = unread is prompt
             if self._payoff is not None:
@@ -178,19 +181,18 @@ class Drafter:
             is_complete = verdict.accepted == len(drafts)
             chosen = [*(draft.token for draft in drafts[: verdict.accepted]), verdict.token]
             self._forget(cache, noise + len(drafts) - verdict.accepted)
-            self.counts.add(drafts=len(drafts), accepted=verdict.accepted)
-            proposed = self._form.propose(verifier, outputs[0], verdict.token) if is_complete else []
+            proposed = self._proposer.propose(verifier, outputs[0], verdict.token) if is_complete else []
+            added, has_ended = end.extend(answer, chosen, prompt)
+            self.counts.add(added, drafts=len(drafts), accepted=verdict.accepted)
             if self._payoff is not None and not is_prompt:
-                self._payoff.stop(len(chosen), drafts=len(drafts), noise=noise)
-            for token in chosen:
-                answer.append(token)
-                self.counts.tokens += 1
-                if streamer is not None:
+                self._payoff.stop(added, drafts=len(drafts), noise=noise)
+            if streamer is not None:
+                for token in chosen[:added]:
                     streamer.put(torch.tensor([token]))
-                if token in ends or len(answer) == limit or _stops(stopping, prompt, answer):
-                    if streamer is not None:
-                        streamer.end()
-                    return answer
+            if has_ended:
+                if streamer is not None:
+                    streamer.end()
+                return answer
             unread, drafts = [verdict.token], proposed
 
     def _noise_rows(self, drafts: Sequence[Draft], useful: int) -> int:
@@ -213,21 +215,14 @@ class Drafter:
             return logits
 
         with self._adapter.on_last(noise, (ids.shape[0], ids.shape[1])):
-            return self._form.read(run, rows=rows, drafts=noise)
+            return self._proposer.read(run, rows=rows, drafts=noise)
 
     def _noise_tokens(self, count: int) -> list[int]:
         """Return token ids that stand where drafts are made."""
-        return self._form.token_ids(count)
+        return self._proposer.token_ids(count)
 
     @staticmethod
     def _forget(cache: DynamicCache, rows: int) -> None:
         """Drop the keys and values of the last rows."""
         if rows:
             cache.crop(-rows)
-
-
-def _stops(stopping: StoppingCriteriaList | None, prompt: list[int], answer: list[int]) -> bool:
-    if stopping is None:
-        return False
-    scores: Any = None
-    return bool(stopping(torch.tensor([[*prompt, *answer]]), scores).any())

@@ -1,12 +1,13 @@
 """Generate for several prompts in the same forward passes, which draft and verify in turn."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from gatera_lightning.generation.drafting.answer_end import AnswerEnd
 from gatera_lightning.generation.drafting.counts import DraftCounts
 from gatera_lightning.generation.drafting.payoff import Payoff
 from gatera_lightning.generation.drafting.verification import Draft, Verdict, Verifier
@@ -31,21 +32,19 @@ class JointAnswers:
     Args:
         prompts: Left-padded token ids, (batch, tokens).
         mask: 1 for tokens, 0 for padding, (batch, tokens).
-        limit: Most tokens of an answer.
-        ends: Tokens that end an answer.
+        end: Where an answer ends.
         pad_id: What stands in the rows of a sequence that has ended.
 
     Attributes:
         answers: The tokens of each answer so far.
     """
 
-    def __init__(
-        self, prompts: Tensor, mask: Tensor, *, limit: int, ends: Collection[int], pad_id: int
-    ) -> None:
+    def __init__(self, prompts: Tensor, mask: Tensor, *, end: AnswerEnd, pad_id: int) -> None:
         self.answers: list[list[int]] = [[] for _ in prompts]
-        self._limit, self._ends, self._pad_id = limit, ends, pad_id
+        self._end, self._pad_id = end, pad_id
         self._unread, self._visible = prompts, mask.long()  # (batch, new columns), (batch, all columns)
         self._positions = (self._visible.cumsum(1) - 1).clamp_min(0)  # of the unread columns
+        self._last_positions = self._positions[:, -1:] + end.limit  # that a sequence can have, (batch, 1)
         self._drafts: list[list[Draft]] = [[] for _ in prompts]
         self._cache = DynamicCache()  # without the config: see Drafter
         self._running = list(range(len(prompts)))
@@ -77,7 +76,7 @@ class JointAnswers:
         is_prompt = True
         while self._running:
             drafts = self._drafts[self._running[0]]
-            room = self._limit - min(len(self.answers[b]) for b in self._running) - len(drafts) - 1
+            room = self._end.limit - min(len(self.answers[b]) for b in self._running) - len(drafts) - 1
             noise = noise_rows(drafts, room - 1)
             if payoff is not None:
                 payoff.start()
@@ -103,6 +102,8 @@ class JointAnswers:
             [[*row, *noise_tokens(noise)] for row in drafted], dtype=torch.long, device=device
         ).view(batch, count + noise)
         after = self._positions[:, -1:] + torch.arange(1, count + noise + 1, device=device)
+        # Drafts for the shortest answer are no use to longer ones, and their model may have no such position.
+        after = torch.minimum(after, self._last_positions)
         self._visible = torch.cat([self._visible, torch.ones_like(added)], 1)
         positions = torch.cat([self._positions, after], 1)
         inputs = {"attention_mask": self._visible, "position_ids": positions}
@@ -121,13 +122,14 @@ class JointAnswers:
         unread, steps = [self._pad_id] * len(self.answers), [0] * len(self.answers)
         accepted_by_all, chosen = 0, 0
         for b, verdict in verdicts.items():
-            counts.add(drafts=count, accepted=verdict.accepted)
             tokens = [*(draft.token for draft in self._drafts[b][: verdict.accepted]), verdict.token]
             self._visible[b, first + verdict.accepted :] = 0
             self._drafts[b] = proposed[b]
             unread[b], steps[b] = verdict.token, verdict.accepted + 1
-            chosen += len(tokens)
-            if self._add(b, tokens, counts):
+            added, has_ended = self._end.extend(self.answers[b], tokens)
+            counts.add(added, drafts=count, accepted=verdict.accepted)
+            chosen += added
+            if has_ended:
                 self._running.remove(b)
                 self._drafts[b], steps[b] = [], 0
             else:
@@ -140,12 +142,3 @@ class JointAnswers:
         self._positions = self._positions[:, -1:] + torch.tensor(steps, device=device).unsqueeze(1)
         self._unread = torch.tensor(unread, device=device).unsqueeze(1)
         return chosen
-
-    def _add(self, b: int, tokens: Sequence[int], counts: DraftCounts) -> bool:
-        """Add tokens to an answer, up to its end, and return whether it has ended."""
-        for token in tokens:
-            self.answers[b].append(token)
-            counts.tokens += 1
-            if token in self._ends or len(self.answers[b]) == self._limit:
-                return True
-        return False

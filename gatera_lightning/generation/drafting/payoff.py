@@ -5,7 +5,10 @@ import time
 from collections.abc import Callable
 
 _PLAIN = 4
-"""Forward passes without drafts that are measured first; the median ignores a slow one."""
+"""Forward passes without drafts that each decision compares with; the median ignores a slow one."""
+
+_KEPT = 2
+"""How many of them the next decision uses again; the others are measured anew, since texts grow longer."""
 
 _SAMPLES = 24
 """Passes with drafts before each decision; one that 4 prompts share counts as 4."""
@@ -75,3 +78,4 @@ class Payoff:
                 f"{relative:.2f} times as long as one without"
             )
         self._seconds, self._tokens, self._samples = {}, 0.0, 0
+        self._plain = self._plain[-_KEPT:]

@@ -149,7 +149,7 @@ def test_end_of_drafts_is_logged_once(client_for, folders, log_of, monkeypatch):
     verdict = "drafts turned off: a forward pass with drafts gave 1.00 tokens"
     with client_for("--draft", str(folders / "draft")) as client:
         log_of()
-        monkeypatch.setattr("gatera_lightning.generation.drafting.Drafter.turned_off", verdict)
+        monkeypatch.setattr("gatera_lightning.generation.drafting.Drafter.turned_off", [verdict])
         assert [answer(client, CHAT)[0] for _ in range(2)] == [200, 200]
     assert log_of() == [verdict]
 

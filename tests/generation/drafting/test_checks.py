@@ -13,6 +13,15 @@ from gatera_lightning.generation.drafting.checks import decoding_problems
 
 NO_LAYERS = DraftAdapter(torch.nn.Module(), {}, {}, AdapterConfig(update="lora", gate="position", rank=4))
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 24,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
 
 def build(family, **settings):
     config = AutoConfig.for_model(family, **(SIZES | settings))
@@ -25,6 +34,12 @@ def build(family, **settings):
         ("mamba", {}, "MambaForCausalLM has a state that cannot forget rejected drafts"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has a state that cannot forget"),
         ("mistral", {"sliding_window": 3}, "draft.block: 4, with a sliding window of 3 tokens; accepted: at"),
+        (
+            "phi3",
+            {"rope_parameters": LONG_ROPE},
+            "has rope_type 'longrope', whose rotation depends on the last",
+        ),
+        ("llama", {"rope_parameters": DYNAMIC_ROPE}, "has rope_type 'dynamic', whose rotation depends on"),
         ("bert", {"is_decoder": False}, "the tokens of BertLMHeadModel attend to later ones"),
     ],
 )

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from gatera_lightning import AdapterConfig, inject_adapters
-from gatera_lightning.adapters.draft_adapter import load_draft_adapter
+from gatera_lightning.adapters.draft_adapter import DraftAdapter, load_draft_adapter
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
@@ -210,13 +210,17 @@ def test_drafts_are_turned_off_if_they_do_not_pay(adapter_for, gated, is_joint):
         found = drafter.generate(BATCH, DECODING).tolist() if is_joint else one_by_one(drafter)
         return [[token for token in answer if token != PAD] for answer in found]
 
-    assert drafter.turned_off is None
+    assert drafter.turned_off == []
     assert answers() == expected
-    assert answers() == expected  # together, 30 prompts take few passes
-    assert "drafts turned off: a forward pass with drafts gave 1" in drafter.turned_off
+    (verdict,) = drafter.turned_off
+    assert "drafts turned off: a forward pass with drafts gave 1" in verdict
+    assert verdict.endswith("without, with 30 prompts per pass" if is_joint else "without")
     before = drafter.counts.forwards
     assert answers() == expected
     assert drafter.counts.forwards - before == sum(map(len, expected))
+    one = collate_prompts([[5, 6, 7]], [0], pad_id=PAD, eos_id=EOS)
+    drafter.generate(one, DECODING)  # another number of prompts does not hide the verdict
+    assert verdict in drafter.turned_off
 
 
 def test_streamer_receives_what_plain_decoding_sends(adapter_for, gated):
@@ -235,3 +239,49 @@ def test_streamer_receives_what_plain_decoding_sends(adapter_for, gated):
     generate(gated, batch, DECODING, streamer=plain)
     Drafter(gated, adapter_for(gated), config()).generate(batch, DECODING, streamer=drafted)
     assert drafted.received == plain.received
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 72}),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
+    ],
+)
+def test_prompts_with_learned_positions_and_with_alibi(family, settings):
+    """OPT has just as many positions as a prompt and its answer; MPT counts hidden columns of the cache."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = AutoConfig.for_model(family, **(SIZES | settings))
+        model = AutoModelForCausalLM.from_config(sizes, dtype=torch.float64).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [
+        torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(8)
+    ]
+    batch = collate_prompts(prompts, range(8), pad_id=PAD, eos_id=EOS)
+    decoding = DecodingConfig(max_new_tokens=60)
+    no_layers = DraftAdapter(model, {}, {}, AdapterConfig(update="lora", gate="position", rank=4))
+    drafter = Drafter(model, no_layers, config("two_forwards"))
+    assert torch.equal(drafter.generate(batch, decoding), generate(model, batch, decoding))
+    assert drafter.counts.forwards < drafter.counts.tokens  # some drafts were accepted
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_drafts_after_the_end_of_an_answer_are_not_counted(adapter_for, gated, prompts):
+    """All drafts are right; the second one of the second block ends the answer."""
+    expected = generate(gated, BATCH, DECODING)
+    row = next(row for row, answer in enumerate(expected) if len(set(answer[:8].tolist())) == 8)
+    gated.generation_config.eos_token_id = int(expected[row, 6])
+    batch = collate_prompts([PROMPTS[row]] * prompts, range(prompts), pad_id=PAD, eos_id=EOS)
+    drafter = InformedDrafter(
+        gated, adapter_for(gated, size=1e-9), config("two_forwards"), answers=expected, share=1.0
+    )
+    if prompts > 1:
+        drafter.texts = [drafter.texts[row]] * prompts
+    assert torch.equal(drafter.generate(batch, DECODING), expected[[row] * prompts, :7])
+    # The prompt gives a token, the first block 4, then the model a token, and the second block one more.
+    assert drafter.counts.forwards == 4 * prompts
+    assert drafter.counts.tokens == 7 * prompts
+    assert drafter.counts.verified == drafter.counts.accepted
+    assert drafter.counts.verified == {1: 2 * prompts, 2: prompts, 3: prompts}

@@ -14,11 +14,11 @@ class Clock:
         return self.now
 
 
-def run(passes, seconds=(2.0, 1.6), slow=False, prompts=1):
+def run(passes, seconds=(2.0, 1.6), slow=False, prompts=1, growth=0.0):
     """Return the payoff after passes of these lengths, and which of them had drafts.
 
     A pass without drafts takes a second. With drafts, passes draft and verify in turn, and give a prompt four
-    tokens.
+    tokens. Each pass takes longer than the one before by ``growth``.
     """
     clock = Clock()
     payoff, drafted = Payoff(clock), []
@@ -26,7 +26,7 @@ def run(passes, seconds=(2.0, 1.6), slow=False, prompts=1):
         payoff.start()
         drafted.append(payoff.allows_drafts)
         verifies = number % 2
-        clock.now += seconds[verifies] if drafted[-1] else 1.0
+        clock.now += (seconds[verifies] if drafted[-1] else 1.0) * (1 + growth * number)
         clock.now += 50 if slow and number in (0, 9) else 0
         if drafted[-1]:
             tokens = (1, 3)[verifies] * prompts
@@ -39,7 +39,15 @@ def run(passes, seconds=(2.0, 1.6), slow=False, prompts=1):
 def test_drafts_that_pay_stay_on():
     payoff, drafted = run(200)
     assert payoff.verdict is None
-    assert drafted == [False] * 4 + [True] * 196
+    # Two passes without drafts are measured anew before each further decision.
+    assert drafted == [False] * 4 + ([True] * 24 + [False] * 2) * 7 + [True] * 14
+
+
+@pytest.mark.parametrize(("seconds", "is_on"), [((2.0, 1.6), True), ((2.6, 1.6), False)])
+def test_decisions_follow_texts_that_grow(seconds, is_on):
+    """The last pass takes twice as long as the first one."""
+    payoff, _ = run(1000, seconds, growth=0.001)
+    assert (payoff.verdict is None) == is_on
 
 
 def test_drafts_that_do_not_pay_are_turned_off_for_good():

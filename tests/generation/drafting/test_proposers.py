@@ -107,7 +107,7 @@ def slow_latents(trained, prompt):
 
 def drafts_of(drafter, verifier, prompts, first, is_joint):
     """The drafts of the first forward pass after prompts, which is followed by given tokens."""
-    form, found = drafter._form, []
+    form, found = drafter._proposer, []
     for batch in [list(range(len(prompts)))] if is_joint else [[0], [1]]:
         collated = collate_prompts([prompts[b] for b in batch], batch, pad_id=PAD, eos_id=EOS)
         ids = torch.cat([collated["input_ids"], torch.tensor([form.token_ids(MASKS)] * len(batch))], 1)

@@ -12,8 +12,8 @@ from gatera_lightning.adapters.mask_drafts import MaskDrafts
 from gatera_lightning.generation.drafting.verification import Draft, Verifier
 
 
-class DraftForm(Protocol):
-    """A way to draft."""
+class DraftProposer(Protocol):
+    """Chooses the ids of draft rows, and drafts from what these rows compute."""
 
     def token_ids(self, count: int) -> list[int]:
         """Return the token ids of some draft rows."""
@@ -41,7 +41,7 @@ class DraftForm(Protocol):
         """
 
 
-class RandomIdForm:
+class RandomIdProposer:
     """Draft rows hold random tokens, and each row's logits choose its draft (UNO, arXiv 2609.04010).
 
     Args:
@@ -67,7 +67,7 @@ class RandomIdForm:
         return verifier.propose(outputs)
 
 
-class MaskEmbeddingForm:
+class MaskEmbeddingProposer:
     """Draft rows read mask embeddings, and a sampler head chooses the drafts one after another.
 
     It knows the draft before (Samragh et al., arXiv 2507.11851).
@@ -115,8 +115,8 @@ class MaskEmbeddingForm:
         return drafts
 
 
-def form_of(model: PreTrainedModel, adapter: DraftAdapter) -> DraftForm:
-    """Return how a draft adapter drafts for a model."""
+def proposer_for(model: PreTrainedModel, adapter: DraftAdapter) -> DraftProposer:
+    """Return what drafts for a model with an adapter."""
     if adapter.mask_drafts is None:
-        return RandomIdForm(model.config.get_text_config().vocab_size)
-    return MaskEmbeddingForm(model, adapter.mask_drafts)
+        return RandomIdProposer(model.config.get_text_config().vocab_size)
+    return MaskEmbeddingProposer(model, adapter.mask_drafts)
