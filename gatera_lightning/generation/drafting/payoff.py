@@ -8,7 +8,7 @@ _PLAIN = 4
 """Forward passes without drafts that each decision compares with; the median ignores a slow one."""
 
 _KEPT = 2
-"""How many of them the next decision uses again; the others are measured anew, since texts grow longer."""
+"""How many of them the next decision uses again; it measures the others again, since texts grow longer."""
 
 _SAMPLES = 24
 """Passes with drafts before each decision; one that 4 prompts share counts as 4."""

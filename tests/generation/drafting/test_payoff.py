@@ -39,7 +39,7 @@ def run(passes, seconds=(2.0, 1.6), slow=False, prompts=1, growth=0.0):
 def test_drafts_that_pay_stay_on():
     payoff, drafted = run(200)
     assert payoff.verdict is None
-    # Two passes without drafts are measured anew before each further decision.
+    # Two passes without drafts are measured before each further decision.
     assert drafted == [False] * 4 + ([True] * 24 + [False] * 2) * 7 + [True] * 14
 
 
