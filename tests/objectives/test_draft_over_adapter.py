@@ -13,6 +13,7 @@ from gatera_lightning.datamodules.batch import IGNORE_INDEX
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
+from gatera_lightning.generation.drafting.passes import DraftPasses
 from gatera_lightning.objectives import SelfDraft, training_loss
 
 TUNED = {
@@ -138,10 +139,10 @@ def test_loss_and_gradients_equal_the_reference(tiny_llama, randomize, tuned, me
             torch.testing.assert_close(gradient, wanted, atol=1e-10, rtol=0)
 
 
-class RecordingDrafter(Drafter):
-    """Its noise depends on the position in the text only; records where blocks of drafts begin."""
+class RecordingPasses(DraftPasses):
+    """Noise that depends on the position in the text only; records where blocks of drafts begin."""
 
-    def _noise_tokens(self, count):
+    def noise_tokens(self, count):
         start = self.prompt + self.counts.tokens
         if count:
             self.blocks.append((start, count))
@@ -170,13 +171,20 @@ def test_acceptance_in_validation_is_that_of_greedy_decoding(
         trained.get_output_embeddings().weight.mul_(30)
     save_adapter(trained, tmp_path / "draft")
     settings = DraftConfig(block=size + 1, only_if_faster=False)
-    drafter = RecordingDrafter(model, load_draft_adapter(model, tmp_path / "draft"), settings)
-    drafter.prompt, drafter.noise, drafter.blocks = len(prompt), noise.tolist(), []
+    adapter = load_draft_adapter(model, tmp_path / "draft")
+    drafter, passes = Drafter(model, adapter, settings), RecordingPasses(model, adapter, settings)
+    passes.prompt, passes.counts, passes.noise, passes.blocks = (
+        len(prompt),
+        drafter.counts,
+        noise.tolist(),
+        [],
+    )
+    drafter._passes = passes
     assert drafter.generate(batch, decoding)[0].tolist() == answer
 
-    labels = torch.full((len(drafter.blocks), len(text)), IGNORE_INDEX)
-    drawn = torch.zeros(len(drafter.blocks), size, dtype=torch.long)
-    for row, ids, (start, count) in zip(labels, drawn, drafter.blocks, strict=True):
+    labels = torch.full((len(passes.blocks), len(text)), IGNORE_INDEX)
+    drawn = torch.zeros(len(passes.blocks), size, dtype=torch.long)
+    for row, ids, (start, count) in zip(labels, drawn, passes.blocks, strict=True):
         row[start : start + count] = text[start : start + count]
         ids[:count] = noise[start : start + count]
     monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn)

@@ -1,9 +1,7 @@
 """Generate with drafts, in both cycles, greedily or by sampling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +24,8 @@ from gatera_lightning.generation.drafting.checks import (
 from gatera_lightning.generation.drafting.config import DraftConfig
 from gatera_lightning.generation.drafting.counts import DraftCounts
 from gatera_lightning.generation.drafting.joint import JointAnswers
+from gatera_lightning.generation.drafting.passes import DraftPasses
 from gatera_lightning.generation.drafting.payoff import Payoff
-from gatera_lightning.generation.drafting.proposers import proposer_for
 from gatera_lightning.generation.drafting.verification import (
     Draft,
     GreedyVerifier,
@@ -74,11 +72,9 @@ class Drafter:
             raise ConfigError(problems)
         self.config = config
         self.counts = DraftCounts()
-        self._model, self._adapter = model, adapter
+        self._model, self._passes = model, DraftPasses(model, adapter, config)
         self._new_payoff = new_payoff
         self._payoffs: dict[int, Payoff] = {}  # by the number of prompts that share passes
-        self._payoff: Payoff | None = None  # of the present answers
-        self._proposer = proposer_for(model, adapter)
         # A window is counted in columns of the cache, some of which a sequence of several has rejected.
         can_share = config.cycle == "two_forwards" and not sliding_windows(model)
         self._shares_passes = can_share and skips_hidden_columns(model)
@@ -128,26 +124,16 @@ class Drafter:
         thresholds = {"skip_below": decoding.skip_below, "merge_above": decoding.merge_above}
         prepared = prepared_for_inference(self._model, **thresholds) if decoding.prepared else nullcontext()
         is_joint = self._shares_passes and len(batch["input_ids"]) > 1
-        if self.config.only_if_faster:
-            width = len(batch["input_ids"]) if is_joint else 1
-            if width not in self._payoffs:
-                self._payoffs[width] = self._new_payoff()
-            self._payoff = self._payoffs[width]
+        payoff = self._payoff_of(len(batch["input_ids"]) if is_joint else 1)
         with torch.no_grad(), prepared:
             if is_joint:
                 joint = JointAnswers(
                     batch["input_ids"], batch["attention_mask"], end=end, pad_id=batch["pad_id"]
                 )
-                answers = joint.run(
-                    *(self._forward, self._noise_rows, self._noise_tokens),
-                    verifier=verifier,
-                    propose=partial(self._proposer.propose, verifier),
-                    counts=self.counts,
-                    payoff=self._payoff,
-                )
+                answers = joint.run(self._passes, verifier, self.counts, payoff)
             else:
                 answers = [
-                    self._answer(ids[mask.bool()].tolist(), end, verifier, streamer)
+                    self._answer(ids[mask.bool()].tolist(), end, verifier, payoff, streamer)
                     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
                 ]
         found = torch.full((len(answers), max(map(len, answers))), batch["pad_id"])
@@ -160,9 +146,11 @@ class Drafter:
         prompt: list[int],
         end: AnswerEnd,
         verifier: Verifier,
+        payoff: Payoff | None,
         streamer: BaseStreamer | None,
     ) -> list[int]:
         """Return the completion of one prompt."""
+        passes = self._passes
         cache = DynamicCache()  # without the config: a layer with a sliding window would forget tokens
         answer: list[int] = []
         unread, drafts = prompt, list[Draft]()  # tokens of the text that the cache does not hold
@@ -170,22 +158,23 @@ class Drafter:
             streamer.put(torch.tensor([prompt]))
         while True:
             room = end.limit - len(answer) - len(drafts) - 1  # for tokens after those of this forward pass
-            noise = self._noise_rows(drafts, room - 1)
+            makes_drafts = payoff is None or payoff.allows_drafts
+            noise = passes.noise_rows(drafts=len(drafts), useful=room - 1) if makes_drafts else 0
             is_prompt = unread is prompt
-            if self._payoff is not None:
-                self._payoff.start()
-            tokens = [*unread, *(draft.token for draft in drafts), *self._noise_tokens(noise)]
+            if payoff is not None:
+                payoff.start()
+            tokens = [*unread, *(draft.token for draft in drafts), *passes.noise_tokens(noise)]
             ids = torch.tensor([tokens], device=self._model.device)
-            logits, outputs = self._forward(ids, rows=1 + len(drafts) + noise, noise=noise, cache=cache)
+            logits, outputs = passes.run(ids, rows=1 + len(drafts) + noise, noise=noise, cache=cache)
             verdict = verifier.verify(logits[0], drafts)
             is_complete = verdict.accepted == len(drafts)
             chosen = [*(draft.token for draft in drafts[: verdict.accepted]), verdict.token]
             self._forget(cache, noise + len(drafts) - verdict.accepted)
-            proposed = self._proposer.propose(verifier, outputs[0], verdict.token) if is_complete else []
+            proposed = passes.proposer.propose(verifier, outputs[0], verdict.token) if is_complete else []
             added, has_ended = end.extend(answer, chosen, prompt)
             self.counts.add(added, drafts=len(drafts), accepted=verdict.accepted)
-            if self._payoff is not None and not is_prompt:
-                self._payoff.stop(added, drafts=len(drafts), noise=noise)
+            if payoff is not None and not is_prompt:
+                payoff.stop(added, drafts=len(drafts), noise=noise)
             if streamer is not None:
                 for token in chosen[:added]:
                     streamer.put(torch.tensor([token]))
@@ -195,31 +184,13 @@ class Drafter:
                 return answer
             unread, drafts = [verdict.token], proposed
 
-    def _noise_rows(self, drafts: Sequence[Draft], useful: int) -> int:
-        """Return how many drafts the next forward pass makes, at most as many as are ``useful``."""
-        is_off = self._payoff is not None and not self._payoff.allows_drafts
-        if is_off or (drafts and self.config.cycle == "two_forwards"):
-            return 0
-        return max(0, min(self.config.block - 1, useful))
-
-    def _forward(
-        self, ids: Tensor, *, rows: int, noise: int, cache: DynamicCache, **inputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the logits of the last rows without the noise, and what the noise computes."""
-        keeps: Any = self._model._supports_logits_to_keep
-        keep = {"logits_to_keep": rows} if keeps() else {}
-
-        def run() -> Tensor:
-            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs, **keep)
-            logits: Tensor = output.logits
-            return logits
-
-        with self._adapter.on_last(noise, (ids.shape[0], ids.shape[1])):
-            return self._proposer.read(run, rows=rows, drafts=noise)
-
-    def _noise_tokens(self, count: int) -> list[int]:
-        """Return token ids that stand where drafts are made."""
-        return self._proposer.token_ids(count)
+    def _payoff_of(self, prompts: int) -> Payoff | None:
+        """Return what measures passes that so many prompts share; None if drafts stay on in any case."""
+        if not self.config.only_if_faster:
+            return None
+        if prompts not in self._payoffs:
+            self._payoffs[prompts] = self._new_payoff()
+        return self._payoffs[prompts]
 
     @staticmethod
     def _forget(cache: DynamicCache, rows: int) -> None:

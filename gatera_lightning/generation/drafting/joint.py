@@ -1,7 +1,6 @@
 """Generate for several prompts in the same forward passes, which draft and verify in turn."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -9,17 +8,9 @@ from transformers import DynamicCache
 
 from gatera_lightning.generation.drafting.answer_end import AnswerEnd
 from gatera_lightning.generation.drafting.counts import DraftCounts
+from gatera_lightning.generation.drafting.passes import DraftPasses
 from gatera_lightning.generation.drafting.payoff import Payoff
 from gatera_lightning.generation.drafting.verification import Draft, Verdict, Verifier
-
-
-class Forward(Protocol):
-    """A forward pass whose last rows are noise."""
-
-    def __call__(
-        self, ids: Tensor, *, rows: int, noise: int, cache: DynamicCache, **inputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the logits of the last rows without the noise, and what the noise computes, per sequence."""
 
 
 class JointAnswers:
@@ -51,22 +42,16 @@ class JointAnswers:
 
     def run(
         self,
-        forward: Forward,
-        noise_rows: Callable[[Sequence[Draft], int], int],
-        noise_tokens: Callable[[int], list[int]],
+        passes: DraftPasses,
         verifier: Verifier,
-        propose: Callable[[Tensor, int], list[Draft]],
         counts: DraftCounts,
         payoff: Payoff | None,
     ) -> list[list[int]]:
         """Generate until every answer has ended.
 
         Args:
-            forward: Runs the model.
-            noise_rows: How many drafts a pass makes, from those that it verifies and those that are useful.
-            noise_tokens: Token ids of the noise.
+            passes: Runs the model.
             verifier: Verifies drafts.
-            propose: Chooses drafts from what a sequence's noise computes, and the token before them.
             counts: What is counted, for each prompt that a pass answers.
             payoff: What is told about times, if anything.
 
@@ -77,15 +62,19 @@ class JointAnswers:
         while self._running:
             drafts = self._drafts[self._running[0]]
             room = self._end.limit - min(len(self.answers[b]) for b in self._running) - len(drafts) - 1
-            noise = noise_rows(drafts, room - 1)
+            makes_drafts = payoff is None or payoff.allows_drafts
+            noise = passes.noise_rows(drafts=len(drafts), useful=room - 1) if makes_drafts else 0
             if payoff is not None:
                 payoff.start()
-            ids, inputs = self._inputs(len(drafts), noise, noise_tokens)
+            ids, inputs = self._inputs(len(drafts), noise, passes.noise_tokens)
             rows = 1 + len(drafts) + noise
-            logits, outputs = forward(ids, rows=rows, noise=noise, cache=self._cache, **inputs)
+            logits, outputs = passes.run(ids, rows=rows, noise=noise, cache=self._cache, **inputs)
             running = len(self._running)
             verdicts = {b: verifier.verify(logits[b], self._drafts[b]) for b in self._running}
-            proposed = {b: propose(outputs[b], verdict.token) for b, verdict in verdicts.items()}
+            proposed = {
+                b: passes.proposer.propose(verifier, outputs[b], verdict.token)
+                for b, verdict in verdicts.items()
+            }
             chosen = self._advance(verdicts, proposed, len(drafts), noise, counts)
             if payoff is not None and not is_prompt:
                 payoff.stop(chosen, prompts=running, drafts=len(drafts), noise=noise)

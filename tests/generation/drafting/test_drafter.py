@@ -17,6 +17,7 @@ from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.generation.decoding import DecodingConfig, generate
 from gatera_lightning.generation.drafting import DraftConfig, Drafter
 from gatera_lightning.generation.drafting.joint import JointAnswers
+from gatera_lightning.generation.drafting.passes import DraftPasses
 from gatera_lightning.generation.drafting.payoff import Payoff
 
 PAD, EOS = 0, 2
@@ -53,33 +54,43 @@ class SeenAnswers(JointAnswers):
         SeenAnswers.latest = self.answers
 
 
+class InformedPasses(DraftPasses):
+    """Their noise is often the text itself, for which an adapter without effect drafts the right tokens."""
+
+    def __init__(self, drafter, *args, share):
+        super().__init__(*args)
+        self.drafter, self.share, self.row = drafter, share, 0
+        self.random = torch.Generator().manual_seed(1)
+
+    def noise_rows(self, *, drafts, useful):
+        self.drafts = drafts
+        return super().noise_rows(drafts=drafts, useful=useful)
+
+    def noise_tokens(self, count):
+        if SeenAnswers.latest is None:
+            text, position = self.drafter.text, self.drafter.counts.tokens - self.drafter.start + self.drafts
+        else:
+            texts = self.drafter.texts
+            text, position = texts[self.row], len(SeenAnswers.latest[self.row])
+            self.row = (self.row + 1) % len(texts)
+        known = text[position : position + count]
+        right = torch.rand(count, generator=self.random) < self.share
+        pairs = zip(super().noise_tokens(count), known + [EOS] * count, right, strict=False)
+        return [token if is_right else noise for noise, token, is_right in pairs]
+
+
 class InformedDrafter(Drafter):
-    """Its noise is often the text itself, for which an adapter without effect drafts the right tokens."""
+    """Knows the answers, of which its drafts are often a part."""
 
     def __init__(self, *args, answers, share):
         super().__init__(*args)
+        self._passes = InformedPasses(self, *args, share=share)
         self.texts = [[token for token in answer if token != PAD] for answer in answers.tolist()]
-        self.share, self.random, self.row = share, torch.Generator().manual_seed(1), 0
 
     def _answer(self, prompt, *args):
         self.start, SeenAnswers.latest = self.counts.tokens, None
         self.text = self.texts[PROMPTS.index(prompt)]
         return super()._answer(prompt, *args)
-
-    def _noise_rows(self, drafts, useful):
-        self.drafts = len(drafts)
-        return super()._noise_rows(drafts, useful)
-
-    def _noise_tokens(self, count):
-        if SeenAnswers.latest is None:
-            text, position = self.text, self.counts.tokens - self.start + self.drafts
-        else:
-            text, position = self.texts[self.row], len(SeenAnswers.latest[self.row])
-            self.row = (self.row + 1) % len(self.texts)
-        known = text[position : position + count]
-        right = torch.rand(count, generator=self.random) < self.share
-        pairs = zip(super()._noise_tokens(count), known + [EOS] * count, right, strict=False)
-        return [token if is_right else noise for noise, token, is_right in pairs]
 
 
 @pytest.fixture

@@ -107,19 +107,17 @@ def slow_latents(trained, prompt):
 
 def drafts_of(drafter, verifier, prompts, first, is_joint):
     """The drafts of the first forward pass after prompts, which is followed by given tokens."""
-    form, found = drafter._proposer, []
+    passes, found = drafter._passes, []
     for batch in [list(range(len(prompts)))] if is_joint else [[0], [1]]:
         collated = collate_prompts([prompts[b] for b in batch], batch, pad_id=PAD, eos_id=EOS)
-        ids = torch.cat([collated["input_ids"], torch.tensor([form.token_ids(MASKS)] * len(batch))], 1)
+        ids = torch.cat([collated["input_ids"], torch.tensor([passes.noise_tokens(MASKS)] * len(batch))], 1)
         mask = torch.cat([collated["attention_mask"], torch.ones(len(batch), MASKS, dtype=torch.long)], 1)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         inputs = {"attention_mask": mask, "position_ids": positions}
         with torch.no_grad():
-            logits, outputs = drafter._forward(
-                ids, rows=1 + MASKS, noise=MASKS, cache=DynamicCache(), **inputs
-            )
+            logits, outputs = passes.run(ids, rows=1 + MASKS, noise=MASKS, cache=DynamicCache(), **inputs)
             assert logits.shape == (len(batch), 1, 3)
-            found += [form.propose(verifier, outputs[i], first[b]) for i, b in enumerate(batch)]
+            found += [passes.proposer.propose(verifier, outputs[i], first[b]) for i, b in enumerate(batch)]
     return found
 
 
