@@ -77,6 +77,7 @@ def timed_answers(method: str, block: int, setting: Setting) -> Round:
         batch["input_ids"] = batch["input_ids"].to(DEVICE)
         batch["attention_mask"] = batch["attention_mask"].to(DEVICE)
         batches.append(batch)
+    adapter = load_draft_adapter(model, setting.draft) if method in DRAFTERS else None
     decoding = DecodingConfig(max_new_tokens=setting.new_tokens)
     transformers_drafts = {
         "lookup": {"prompt_lookup_num_tokens": 3},
@@ -85,9 +86,9 @@ def timed_answers(method: str, block: int, setting: Setting) -> Round:
 
     def run_once() -> dict[str, float]:
         drafter = None
-        if method in DRAFTERS:
+        if adapter is not None:
             config = replace(DRAFTERS[method], block=block)
-            drafter = Drafter(model, load_draft_adapter(model, setting.draft), config)
+            drafter = Drafter(model, adapter, config)
         synchronize()
         started, tokens, off_in_batch = _now(), 0, 0
         for number, batch in enumerate(batches, 1):

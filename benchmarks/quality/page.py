@@ -1,4 +1,4 @@
-"""The page of docs/results that is drawn from the ledger: blocks between markers, and pictures beside it."""
+"""What is drawn from the ledger: blocks between markers of a page and of README, and pictures."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,13 @@ from benchmarks.quality.costs import Timings, cost_table
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.pictures import pictures
-from benchmarks.quality.tables import families, family_section, runs
+from benchmarks.quality.tables import families, family_section, runs, summary
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 PAGE = DOCS / "results" / "comparison.md"
+
+README = DOCS.parent / "README.md"
 
 IMAGES = DOCS / "images"
 
@@ -30,24 +32,29 @@ def blocks(lines: Sequence[Line]) -> dict[str, str]:
     return drawn
 
 
-def redraw(text: str, lines: Sequence[Line]) -> str:
-    """Return a page's text with every block drawn from the ledger.
+def redraw(path: Path, text: str, drawn: Mapping[str, str]) -> str:
+    """Return the text of a file with every block drawn.
+
+    Args:
+        path: The file, for messages.
+        text: Its text.
+        drawn: What each of its blocks holds, by name.
 
     Raises:
-        ValueError: If the page lacks a block, or has one that nothing draws.
+        ValueError: If it lacks a block, or has one that is not in ``drawn``.
     """
-    drawn = blocks(lines)
     found = [name for _, name, _ in _BLOCK.findall(text)]
     if sorted(found) != sorted(drawn):
         missing, unknown = sorted(set(drawn) - set(found)), sorted(set(found) - set(drawn))
-        raise ValueError(f"{PAGE.name}: missing blocks {missing}; unknown or repeated blocks {unknown}")
+        raise ValueError(f"{path.name}: missing blocks {missing}; unknown or repeated blocks {unknown}")
     return _BLOCK.sub(lambda block: f"{block[1]}\n{drawn[block[2]]}\n\n{block[3]}", text)
 
 
 def files(lines: Sequence[Line]) -> Mapping[Path, str]:
     """Return the page and its pictures as the ledger says they are."""
-    page = {PAGE: redraw(PAGE.read_text(), lines)}
-    return page | {IMAGES / name: text for name, text in pictures(lines).items()}
+    drawn = {PAGE: blocks(lines), README: {"summary": summary(lines, "commonsense")}}
+    texts = {path: redraw(path, path.read_text(), parts) for path, parts in drawn.items()}
+    return texts | {IMAGES / name: text for name, text in pictures(lines).items()}
 
 
 def write(lines: Sequence[Line]) -> list[Path]:

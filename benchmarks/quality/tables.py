@@ -18,6 +18,9 @@ MEASURES: dict[Measure, str] = {
     "retention": "loss elsewhere",
 }
 
+SUMMARIZED = ("lora", "dora", "hira", "hira_static", "gatera")
+"""Methods that README shows."""
+
 
 def runs(lines: Sequence[Line]) -> str:
     """Draw how many runs there are by family and stage, their CPU hours, and what is missing."""
@@ -109,6 +112,20 @@ def methods(lines: Sequence[Line], family: str) -> str:
                 f"{max(entry['peak_bytes'] for entry in cost) / 1e6:.0f}",
             ]
         )
+    return markdown_table(header, rows)
+
+
+def summary(lines: Sequence[Line], family: str) -> str:
+    """Draw the few methods that README shows, on average over their seeds."""
+    results = FamilyResults(family, lines)
+    header = ["method", "held-out loss, nats per token", "accuracy", "change of the loss on other text"]
+    rows = [["untrained", *_untrained_cells(results), "0"]]
+    for name in (name for name in SUMMARIZED if name in results.runs):
+        (heldout,), (accuracy,) = results.values(name, "heldout"), results.values(name, "accuracy")
+        by_seed = heldout.values.sum(1) / heldout.weights.sum()
+        forgotten = sum(part.mean for part in results.values(name, "retention")) / len(results.others)
+        loss = f"{heldout.mean:.3f} ({by_seed.min():.3f} to {by_seed.max():.3f})"
+        rows.append([METHODS[name].title, loss, f"{accuracy.mean:.3f}", _minus(f"{forgotten:+.3f}")])
     return markdown_table(header, rows)
 
 

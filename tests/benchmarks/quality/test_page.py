@@ -22,11 +22,12 @@ def test_redraw_changes_blocks_only_and_needs_all_of_them():
         r"(<!-- ledger: runs -->).*?(<!-- end -->)", r"\1 old \2", text, count=1, flags=re.DOTALL
     )
     spoiled = spoiled.replace("<!-- ledger: runs --> old ", "<!-- ledger: runs -->\nold\n")
-    assert page.redraw(spoiled, ledger.read()) == text
+    drawn = page.blocks(ledger.read())
+    assert page.redraw(page.PAGE, spoiled, drawn) == text
     with pytest.raises(
         ValueError, match=r"missing blocks \['math'\]; unknown or repeated blocks \['algebra'\]"
     ):
-        page.redraw(text.replace("ledger: math", "ledger: algebra"), ledger.read())
+        page.redraw(page.PAGE, text.replace("ledger: math", "ledger: algebra"), drawn)
 
 
 def test_forgetting_is_interpolated_where_the_loss_is_first_reached():
