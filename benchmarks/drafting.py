@@ -17,8 +17,8 @@ default_N          blocks of N tokens, as ``generate`` drafts them by default: i
 two_forwards_N     blocks of N tokens, drafted and verified in turn; on, whether they pay or not
 one_forward_N      blocks of N tokens, verified and drafted in the same pass; on, whether they pay or not
 
-With ``--batch``, prompts share forward passes. Transformers drafts for single prompts only, so lookup and
-assisted are n/a then; one_forward answers the prompts of a batch one after another.
+With ``--batch``, prompts share forward passes. lookup, assisted and one_forward draft for single prompts
+only, so they are n/a then.
 """
 
 import statistics
@@ -152,10 +152,13 @@ def main() -> None:
         *(args.new_tokens, args.exit_layers),
     )
     drafted_by_others = ("lookup", "assisted")
-    names = ("plain", *(drafted_by_others if args.batch == 1 else ()))
+    names = ("plain", *drafted_by_others)
     contenders = {name: (timed_answers, (name, 0, setting)) for name in names}
+    alone = (*drafted_by_others, *(f"one_forward_{n}" for n in args.blocks))
     for drafter in DRAFTERS:
         contenders |= {f"{drafter}_{n}": (timed_answers, (drafter, n, setting)) for n in args.blocks}
+    if args.batch > 1:
+        contenders = {name: built for name, built in contenders.items() if name not in alone}
     measured = run_interleaved(contenders, args.rounds, warmup=0)
     write_results(args.out, vars(args), measured)
 
@@ -172,7 +175,7 @@ def main() -> None:
             f"{name:<17}{1 / statistics.median(seconds):>9.1f}   {format_ratio(plain, seconds):<24}"
             f"{figures.get('tokens_per_forward', float('nan')):>14.2f}   {depths}"
         )
-    for name in drafted_by_others if args.batch > 1 else ():
+    for name in alone if args.batch > 1 else ():
         print(f"{name:<17}{'n/a':>9}   drafts for single prompts only")
 
 

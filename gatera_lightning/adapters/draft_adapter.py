@@ -213,10 +213,11 @@ def _other_adapter(model: nn.Module, origin: Mapping[str, Any]) -> str | None:
     here = adapter_digest(model, next(iter(layers.values())).config) if layers else None
     if trained == here:
         return None
-    kind = "without a trained adapter" if trained is None else f"with adapter SHA-256 {trained[:16]}"
+    then = "the backbone alone" if trained is None else f"the backbone with adapter SHA-256 {trained[:16]}"
+    now = "has no adapter" if here is None else f"has adapter SHA-256 {here[:16]}"
     return (
-        f"it was trained to draft for this backbone {kind}, and not for this model: the text stays the "
-        "same, but fewer drafts may be accepted"
+        f"trained to draft for {then}, and this model {now}; the text stays the same, but fewer drafts may "
+        "be accepted"
     )
 
 

@@ -78,7 +78,8 @@ def missing_mask_problem(config: AdapterConfig) -> str | None:
         return None
     return (
         f"a {config.gate.kind!r} gate takes a mask of the tokens with every forward pass, which only code "
-        "can give (gatera_lightning.position_mask); accepted here: another gate"
+        "can give (gatera_lightning.position_mask); accepted here: another gate; a draft adapter belongs to "
+        "--draft"
     )
 
 

@@ -104,8 +104,9 @@ def read_stored_config(folder: str | Path) -> StoredAdapter:
 
 
 def _adapter_inside(folder: Path) -> str:
-    """Return a hint if a run's folder, its ``checkpoints`` or a checkpoint stands for an adapter folder."""
-    inside = [*folder.glob(f"*/{CONFIG_FILE}"), *folder.glob(f"checkpoints/*/{CONFIG_FILE}")]
+    """Return a hint if the folder of a run, of several, or of checkpoints stands for that of an adapter."""
+    patterns = ("*", "checkpoints/*", "version_*/checkpoints/*")
+    inside = [path for pattern in patterns for path in folder.glob(f"{pattern}/{CONFIG_FILE}")]
     found = inside
     if folder.suffix == ".ckpt" and (beside := folder.with_suffix("") / CONFIG_FILE).is_file():
         found = [beside]  # checkpoints/last.ckpt has checkpoints/last

@@ -50,7 +50,7 @@ class DraftedAnswers(L.Callback):
         elif "generation" not in evaluate_by:
             found.append(
                 f"draft: {self.draft}, but data.evaluate_by {list(evaluate_by)} generates no answers; "
-                "accepted: null, or generation in data.evaluate_by"
+                "accepted: null, or data.init_args.evaluate_by '[generation]'"
             )
         if isinstance(strategy, AdapterShardingStrategy):
             found.append(

@@ -48,7 +48,8 @@ def _problem(config: Namespace, error: Exception) -> str:
     setting = next((name for name, value in paths.items() if value == path), "")
     if not setting:
         return f"the classes of the configuration cannot be built: {reason}"
-    return f"{setting}: {path} cannot be built: {reason}; accepted: settings or a class that can be"
+    accepted = "" if "accepted" in reason else "; accepted: settings with which it can be built"
+    return f"{setting}: {path} cannot be built: {reason}{accepted}"
 
 
 def _class_paths(name: str, value: Any) -> Iterator[tuple[str, str]]:

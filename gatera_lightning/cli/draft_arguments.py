@@ -3,7 +3,7 @@
 import argparse
 
 from gatera_lightning.adapters.draft_adapter import draft_problem
-from gatera_lightning.adapters.serialization import read_adapter_config
+from gatera_lightning.adapters.serialization import read_adapter_config, trained_template
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
 from gatera_lightning.errors import AdapterFileError, ConfigError
 from gatera_lightning.generation.drafting.checks import block_problem
@@ -50,6 +50,19 @@ def check_draft(args: argparse.Namespace, problems: list[str]) -> str | None:
     elif problem := block_problem(draft_config(args).block, config):
         problems.append(f"--draft_block: {problem}")
     return folder
+
+
+def template_hint(folder: str, template: str) -> str:
+    """Say that a draft adapter was trained with another prompt template than it drafts for; else empty.
+
+    Args:
+        folder: The folder of the draft adapter.
+        template: The template of the prompts.
+    """
+    trained = trained_template(folder)
+    if trained in (None, template):
+        return ""
+    return f" (trained with template {trained}, so fewer drafts may be accepted)"
 
 
 def draft_config(args: argparse.Namespace) -> DraftConfig:

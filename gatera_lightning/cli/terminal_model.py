@@ -27,7 +27,7 @@ from gatera_lightning.backbone.loading import (
     load_config,
     load_tokenizer,
 )
-from gatera_lightning.cli.draft_arguments import draft_config
+from gatera_lightning.cli.draft_arguments import draft_config, template_hint
 from gatera_lightning.cli.terminal_arguments import check_arguments
 from gatera_lightning.datamodules.batching.collate import collate_prompts
 from gatera_lightning.datamodules.prompts.conversation_prompts import ConversationPrompts
@@ -166,8 +166,9 @@ class TerminalModel:
                 f"fast: gates below {args.fast:g} count as 0 and above {1 - args.fast:g} as 1; "
                 "the answer may differ from the exact one"
             )
-        if self.drafter is not None:
-            self.note(f"drafts: {self.draft}, in blocks of {self.drafter.config.block} tokens")
+        if self.draft is not None and self.drafter is not None:
+            hint = template_hint(self.draft, self.template)
+            self.note(f"drafts: {self.draft}, in blocks of {self.drafter.config.block} tokens{hint}")
         if args.gates:
             self._describe_gates()
 

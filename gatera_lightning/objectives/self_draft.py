@@ -83,7 +83,7 @@ class SelfDraft(Objective):
         if steps_per_size is not None and len(block_sizes) == 1:
             raise ValueError(
                 f"SelfDraft: steps_per_size is {steps_per_size}, but block_sizes {block_sizes!r} has a "
-                "single size; accepted: null"
+                "single size; accepted: null with one size, or several block_sizes"
             )
         if not (is_finite_number(weight) and weight > 0):
             raise ValueError(f"SelfDraft: weight is {weight!r}; accepted: a number above 0")

@@ -129,9 +129,11 @@ def test_draft_adapter_for_another_model_is_loaded_with_a_note(
     inject_adapters(plain, DRAFT)
     save_adapter(plain, tmp_path / "of_plain")
     load_draft_adapter(tuned, tmp_path / "of_plain")
-    notes = [text.partition("for this backbone ")[2].partition(", and not")[0] for text in caplog.messages]
-    kind = f"with adapter SHA-256 {frozen_adapter(frozen)[1][:16]}"
-    assert notes == [kind, kind, "without a trained adapter"]
+    notes = [text.partition("to draft for ")[2].partition(";")[0] for text in caplog.messages]
+    kind = f"the backbone with adapter SHA-256 {frozen_adapter(frozen)[1][:16]}, and this model has"
+    assert notes[0] == f"{kind} no adapter"
+    assert notes[1].startswith(f"{kind} adapter SHA-256 ")
+    assert notes[2].startswith("the backbone alone, and this model has adapter SHA-256 ")
 
 
 def test_adapter_of_another_backbone_is_refused(tiny_llama, folder):

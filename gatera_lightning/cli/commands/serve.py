@@ -16,7 +16,7 @@ from gatera_lightning.backbone.config import Dtype, stored_backbone
 from gatera_lightning.backbone.loading import default_device, load_backbone, load_config, load_tokenizer
 from gatera_lightning.backbone.source import gguf_file
 from gatera_lightning.cli.adapter_argument import ACCEPTED, adapter_folder
-from gatera_lightning.cli.draft_arguments import add_draft_arguments, check_draft, draft_config
+from gatera_lightning.cli.draft_arguments import add_draft_arguments, check_draft, draft_config, template_hint
 from gatera_lightning.cli.subcommand_parser import SubcommandParser
 from gatera_lightning.datamodules.prompts.templates import Template
 from gatera_lightning.errors import AdapterFileError, ConfigError
@@ -71,8 +71,9 @@ def serve(argv: Sequence[str]) -> None:
             model = load_backbone(backbone, device.type)
         load_adapter(model, folder)
         model = model.to(device).eval()  # type: ignore[arg-type]
-        drafter = None
+        drafter, hint = None, ""
         if draft is not None:
+            hint = template_hint(draft, template)
             drafter = Drafter(model, load_draft_adapter(model, draft), draft_config(args))
         from gatera_lightning.generation.served_model import PromptFormat, ServedModel
 
@@ -81,7 +82,7 @@ def serve(argv: Sequence[str]) -> None:
         shown = f"[{host}]" if ":" in host else host
         print_text(f"serving {folder} as {args.name!r} (template {template}): http://{shown}:{port}/v1")
         if drafter is not None:
-            print_text(f"drafts: {draft}, in blocks of {drafter.config.block} tokens")
+            print_text(f"drafts: {draft}, in blocks of {drafter.config.block} tokens{hint}")
         if args.host not in _LOOPBACK:
             print_text("other machines can reach it, and it asks nobody for a key")
         with torch.no_grad(), prepared_for_inference(model):

@@ -13,7 +13,7 @@ from gatera_lightning.adapters.inference import prepared_for_inference
 from gatera_lightning.backbone.probes import skips_hidden_columns
 from gatera_lightning.datamodules.batch import PromptBatch
 from gatera_lightning.errors import ConfigError
-from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens
+from gatera_lightning.generation.decoding import DecodingConfig, Sampling, end_tokens, generate
 from gatera_lightning.generation.drafting.answer_end import AnswerEnd
 from gatera_lightning.generation.drafting.checks import (
     block_problem,
@@ -125,6 +125,13 @@ class Drafter:
         prepared = prepared_for_inference(self._model, **thresholds) if decoding.prepared else nullcontext()
         is_joint = self._shares_passes and len(batch["input_ids"]) > 1
         payoff = self._payoff_of(len(batch["input_ids"]) if is_joint else 1)
+        if payoff is not None and payoff.verdict is not None and stopping is None:
+            plain = generate(self._model, batch, decoding, sampling=sampling, streamer=streamer)
+            for answer in plain.tolist():
+                tokens, _ = end.extend([], answer)
+                self.counts.forwards += tokens
+                self.counts.tokens += tokens
+            return plain
         with torch.no_grad(), prepared:
             if is_joint:
                 joint = JointAnswers(
