@@ -13,6 +13,7 @@ from gatera_lightning.compatibility.lightning_internals import (
     write_hparams_start,
     write_hparams_success,
 )
+from gatera_lightning.datamodules.validation_tasks import validation_tasks
 from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.gate_analysis.skipped_tokens import gates_decide
 from gatera_lightning.objectives.mask_embeddings import MaskEmbeddings
@@ -42,8 +43,11 @@ _CHARTS: dict[str, dict[str, list[str]]] = {
             "val/total_variation$",
         ],
         "greedy acceptance by depth": [r"val/acceptance_\d+$"],
-        "greedy acceptance by task, first draft": ["val/acceptance_1/.*"],
-        "tokens per cycle of two forward passes": ["val/tokens_per_cycle$", "val/tokens_per_cycle/.*"],
+        "tokens per cycle of two forward passes": ["val/tokens_per_cycle$"],
+    },
+    "drafts by task": {
+        "greedy acceptance of first drafts": ["val/acceptance_1/.*"],
+        "tokens per cycle of two forward passes": ["val/tokens_per_cycle/.*"],
     },
     "losses of mask embeddings": {
         "cross-entropy, nats": ["train/base_head_loss$", "train/sampler_loss$"],
@@ -149,6 +153,8 @@ class TensorBoardOverview(L.Callback):
         settings = run_settings(trainer, pl_module)
         drafts = [each for each in getattr(module, "objectives", ()) if isinstance(each, SelfDraft)]
         absent = {"loss"} if drafts else {"drafts"}
+        if not drafts or not validation_tasks(getattr(trainer, "datamodule", None)):
+            absent.add("drafts by task")
         if not any(isinstance(objective.form, MaskEmbeddings) for objective in drafts):
             absent.add("losses of mask embeddings")
         if settings["gate"] == "none" or drafts:  # gates of draft rows are given

@@ -10,6 +10,7 @@ from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from gatera_lightning.callbacks.early_stopping import OptionalEarlyStopping
 from gatera_lightning.checkpointing.checkpoint_io import AtomicCheckpointIO
 from gatera_lightning.datamodules.base import SupervisedDataModule
+from gatera_lightning.datamodules.validation_tasks import validation_tasks
 from gatera_lightning.errors import near_miss
 from gatera_lightning.evaluation.likelihood_ranking import Score
 from gatera_lightning.objectives.base import Objective
@@ -17,7 +18,7 @@ from gatera_lightning.objectives.gate_entropy import GateEntropy
 from gatera_lightning.objectives.gate_sparsity import GateSparsity
 from gatera_lightning.objectives.next_token import NextToken
 from gatera_lightning.objectives.self_draft import SelfDraft
-from gatera_lightning.training.objective_means import validation_names, validation_tasks
+from gatera_lightning.training.objective_means import validation_names
 
 _LOGGED = ("train/loss", "train/task_loss", "train/gate_entropy", "train/gate_mean", "train/skipped_steps")
 _VALIDATED = ("val/loss", *(f"val/accuracy_{score}" for score in get_args(Score)))

@@ -18,6 +18,7 @@ from gatera_lightning.callbacks.evaluation_report import EvaluationReport
 from gatera_lightning.callbacks.rng_state import RNGState
 from gatera_lightning.compatibility.lightning_internals import attached_trainer, read_checkpoints_by
 from gatera_lightning.datamodules.batch import Batch, PromptBatch
+from gatera_lightning.datamodules.validation_tasks import validation_tasks
 from gatera_lightning.distributed.checkpoint_reading import read_alike
 from gatera_lightning.distributed.consistency import check_ranks_agree
 from gatera_lightning.distributed.packed_weights import exclude_packed_weights
@@ -38,7 +39,7 @@ from gatera_lightning.training.evaluation_steps import ValidationMetrics, answer
 from gatera_lightning.training.hyperparameters import move_deprecated, read_hyperparameters, to_plain
 from gatera_lightning.training.model_loading import load_adapted_model
 from gatera_lightning.training.non_finite_guard import NonFiniteGuard
-from gatera_lightning.training.objective_means import ObjectiveMeans, validation_tasks
+from gatera_lightning.training.objective_means import ObjectiveMeans
 from gatera_lightning.training.optimizer import (
     OptimizerConfig,
     build_optimizer,

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
-from gatera_lightning.datamodules import SupervisedDataModule
 from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.objectives.base import Objective
 
@@ -79,15 +78,6 @@ def validation_names(objectives: Iterable[Objective], tasks: Iterable[str]) -> l
         own += [f"val/{name}" for name in objective.validation_names]
         by_task += [f"val/{name}" for name in objective.names_by_task]
     return own + [f"{name}/{task}" for task in sorted(set(tasks)) for name in by_task]
-
-
-def validation_tasks(data: object) -> dict[int, str]:
-    """Return the task of each example of a data module's validation split; empty without several tasks."""
-    if not isinstance(data, SupervisedDataModule) or "validation" not in data.tables:
-        return {}
-    table = data.tables["validation"]
-    tasks = dict(zip(table["example"], table["task"], strict=True))
-    return tasks if len(set(tasks.values())) > 1 else {}
 
 
 def _new_mean() -> MeanMetric:

@@ -1,5 +1,6 @@
 """Tests of TensorBoardOverview, read with TensorBoard's own code: Custom Scalars and HParams."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler as ListSessionGroups
-from tiny_backbone import NO_PICTURES, tiny_args, tiny_data, tiny_module, tiny_trainer
+from tiny_backbone import NO_PICTURES, sample_rows, tiny_args, tiny_data, tiny_module, tiny_trainer
 
 from gatera_lightning.adapters.gates import PositionGateConfig, TokenGateConfig
 from gatera_lightning.callbacks.gate_histogram import GateHistogram
@@ -25,7 +26,7 @@ LAYOUT = "custom_scalars__config__"
 STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
 
 
-def fit(backbone, root, logger, **adapter):
+def fit(backbone, root, logger, data=None, **adapter):
     """Train for four steps, with a validation after every second one."""
     trainer = tiny_trainer(
         root,
@@ -35,7 +36,7 @@ def fit(backbone, root, logger, **adapter):
         limit_val_batches=1,
         val_check_interval=2,
     )
-    trainer.fit(tiny_module(backbone, **adapter), datamodule=tiny_data(backbone))
+    trainer.fit(tiny_module(backbone, **adapter), datamodule=data or tiny_data(backbone))
     return trainer
 
 
@@ -106,6 +107,18 @@ def test_charts_show_logged_tags(tiny_backbone, tmp_path, gate, parts):
     if gate == "token":
         shown = [name for name in logged if re.match(layout["gates"]["mean"][1], name)]
         assert sorted(shown) == ["gates/prompt/mean", "gates/response/mean"]
+
+
+def test_drafts_of_several_tasks_have_charts(tiny_backbone, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps(sample_rows("validation")[:3]))
+    data = tiny_data(tiny_backbone, validation=["everyday[:2]", str(tmp_path / "other.json")])
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(tiny_backbone, tmp_path, logger, data=data, gate="position", objectives=[SelfDraft([2])])
+    logged = events(logger.log_dir).Tags()["scalars"]
+    charts = layout_of(logger.log_dir)["drafts by task"]
+    for name, (tag,) in zip(("acceptance_1", "tokens_per_cycle"), charts.values(), strict=True):
+        shown = [found for found in logged if re.match(tag, found)]
+        assert sorted(shown) == [f"val/{name}/everyday", f"val/{name}/other"]
 
 
 def test_losses_of_mask_embeddings_have_charts(tiny_backbone, tmp_path):

@@ -9,10 +9,11 @@ from tiny_backbone import sample_rows, tiny_data, tiny_trainer
 
 from gatera_lightning import AdapterConfig, BackboneConfig, GateRAModule, OptimizerConfig
 from gatera_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from gatera_lightning.datamodules.validation_tasks import validation_tasks
 from gatera_lightning.errors import ConfigError
 from gatera_lightning.objectives import NextToken, SelfDraft
 from gatera_lightning.objectives.base import Mean
-from gatera_lightning.training.objective_means import ObjectiveMeans, validation_tasks
+from gatera_lightning.training.objective_means import ObjectiveMeans
 
 
 class Squares(NextToken):
