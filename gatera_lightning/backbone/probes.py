@@ -120,9 +120,9 @@ def reads_only_earlier_tokens(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def skips_hidden_columns(model: PreTrainedModel) -> bool:
-    """Return whether a hidden column of the cache changes nothing, if later positions do not count it.
+    """Return whether a column that the attention mask hides changes nothing, if no position counts it.
 
-    ALiBi may compute distances from columns, and ignore the positions that it is given.
+    Some models compute positions from columns and ignore those that they are given: MPT's ALiBi, BART.
     """
     device = next(model.parameters()).device
     with eval_mode(model):

@@ -61,7 +61,7 @@ class ObjectiveMeans(nn.Module):
         names = validation_names(self._objectives, tasks.values())
         # Lightning remembers the metrics that a run has logged, so each stays as long as its name does.
         self._by_name = {name: self._by_name.get(name, _new_mean()) for name in names}
-        self.means = nn.ModuleList(self._by_name.values())  # moves them to the module's device
+        self.means = nn.ModuleList(self._by_name.values())  # Lightning logs submodules only
         for mean in self._by_name.values():
             mean.reset()
 

@@ -1,6 +1,7 @@
 """What ``adapter_config.json`` may say, in today's schema and in the older one, and what is rejected."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_folder_around_an_adapter_names_it(tiny_llama, tmp_path, given):
     named = "step=3" if given.endswith(".ckpt") else "last"
     message = _refusal(tmp_path / given)
     assert message.endswith(f"; did you mean '{tmp_path / 'run' / 'checkpoints' / named}'?")
+
+
+def test_folder_of_runs_names_the_newest_one(tiny_llama, tmp_path):
+    last = [tmp_path / f"version_{number}" / "checkpoints" / "last" for number in (0, 1)]
+    for seconds, folder in enumerate(last):
+        save_adapter(_adapted(tiny_llama()), folder)
+        os.utime(folder / "adapter_config.json", (seconds, seconds))
+    assert _refusal(tmp_path).endswith(f"; did you mean '{last[1]}'?")
 
 
 def test_working_folder_without_adapter_is_one_sentence(tmp_path, monkeypatch):

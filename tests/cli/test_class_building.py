@@ -75,3 +75,14 @@ def test_dry_run_reports_it_too(recipe, capsys, monkeypatch):
     monkeypatch.setattr(CommonsenseDataModule, "__init__", fail)
     assert main(["preview", *recipe]) == 2
     assert "cannot be built: no room" in capsys.readouterr().err
+
+
+def test_problem_of_a_class_of_this_package_says_what_is_accepted_once(problems, no_loading, working_folder):
+    Path("sizes.yaml").write_text(
+        "model: {objectives: [{class_path: gatera_lightning.objectives.SelfDraft, "
+        "init_args: {block_sizes: [4], steps_per_size: 9}}]}"
+    )
+    (problem,) = problems("fit", "--config", "quickstart.yaml", "--config", "sizes.yaml")
+    assert problem.startswith("model.objectives.0: gatera_lightning.objectives.SelfDraft cannot be built: ")
+    assert problem.endswith("accepted: null with one size, or several block_sizes")
+    assert problem.count("accepted") == 1

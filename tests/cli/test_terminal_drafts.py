@@ -1,5 +1,8 @@
 """``chat`` and ``generate`` with ``--draft``: the same answers, and figures on standard error."""
 
+import json
+import shutil
+
 import pytest
 from draft_folders import draft_folder
 from gate_reports import save_random_adapter
@@ -53,6 +56,19 @@ def test_sampling_takes_drafts(folders, capsys):
         assert run(folders, *flags, *more) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != "\n\n"  # the seed decides
+
+
+@pytest.mark.parametrize(("template", "is_noted"), [("none", True), ("plain", False)])
+def test_other_template_than_in_training_is_noted(folders, tmp_path, capsys, template, is_noted):
+    shutil.copytree(folders / "draft", tmp_path / "draft")
+    path = tmp_path / "draft" / "adapter_config.json"
+    description = json.loads(path.read_text())
+    description["gatera"]["template"] = "plain"
+    path.write_text(json.dumps(description))
+    flags = ["--draft", str(tmp_path / "draft"), "--max_new_tokens", "2", "--template", template]
+    assert run(folders, *flags) == 0
+    note = "(trained with template plain, so fewer drafts may be accepted)"
+    assert (note in capsys.readouterr().err) == is_noted
 
 
 def test_draft_adapter_of_another_model_is_refused(folders, capsys):

@@ -36,6 +36,11 @@ class DraftCounts:
         self.verified.update(range(1, drafts + 1))
         self.accepted.update(range(1, accepted + 1))
 
+    def add_plain(self, tokens: int) -> None:
+        """Add an answer that was decoded without drafts, with a forward pass for each of its tokens."""
+        self.forwards += tokens
+        self.tokens += tokens
+
     def __add__(self, other: Self) -> Self:
         return type(self)(
             self.forwards + other.forwards,

@@ -100,7 +100,7 @@ class Drafter:
         """Generate a completion of each prompt, as :func:`~gatera_lightning.generation.generate` does.
 
         Several prompts share forward passes with the cycle ``two_forwards``, unless the model has sliding
-        windows or counts hidden columns of its cache; otherwise, they are answered one after another.
+        windows or counts hidden columns of the cache; otherwise, they are answered one after another.
 
         Args:
             batch: Left-padded prompts.
@@ -120,18 +120,18 @@ class Drafter:
         end = AnswerEnd(
             end_tokens(self._model, batch["eos_id"]), limit=decoding.max_new_tokens, stopping=stopping
         )
-        verifier = GreedyVerifier() if sampling is None else SamplingVerifier(sampling)
-        thresholds = {"skip_below": decoding.skip_below, "merge_above": decoding.merge_above}
-        prepared = prepared_for_inference(self._model, **thresholds) if decoding.prepared else nullcontext()
         is_joint = self._shares_passes and len(batch["input_ids"]) > 1
         payoff = self._payoff_of(len(batch["input_ids"]) if is_joint else 1)
+        # Only this package's loops know stopping criteria; they decode without drafts, too, and a bit slower.
         if payoff is not None and payoff.verdict is not None and stopping is None:
             plain = generate(self._model, batch, decoding, sampling=sampling, streamer=streamer)
             for answer in plain.tolist():
                 tokens, _ = end.extend([], answer)
-                self.counts.forwards += tokens
-                self.counts.tokens += tokens
+                self.counts.add_plain(tokens)
             return plain
+        verifier = GreedyVerifier() if sampling is None else SamplingVerifier(sampling)
+        thresholds = {"skip_below": decoding.skip_below, "merge_above": decoding.merge_above}
+        prepared = prepared_for_inference(self._model, **thresholds) if decoding.prepared else nullcontext()
         with torch.no_grad(), prepared:
             if is_joint:
                 joint = JointAnswers(

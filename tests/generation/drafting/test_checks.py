@@ -21,6 +21,10 @@ LONG_ROPE = {
     "long_factor": [2.0] * 4,
 }
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+DYNAMIC_BY_LAYER = {
+    "full_attention": DYNAMIC_ROPE,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 
 def build(family, **settings):
@@ -40,6 +44,11 @@ def build(family, **settings):
             "has rope_type 'longrope', whose rotation depends on the last",
         ),
         ("llama", {"rope_parameters": DYNAMIC_ROPE}, "has rope_type 'dynamic', whose rotation depends on"),
+        (
+            "gemma3_text",
+            {"head_dim": 8, "rope_parameters": DYNAMIC_BY_LAYER},
+            "has rope_type 'dynamic', whose",
+        ),
         ("bert", {"is_decoder": False}, "the tokens of BertLMHeadModel attend to later ones"),
     ],
 )
