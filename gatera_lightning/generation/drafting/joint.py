@@ -91,7 +91,7 @@ class JointAnswers:
             [[*row, *noise_tokens(noise)] for row in drafted], dtype=torch.long, device=device
         ).view(batch, count + noise)
         after = self._positions[:, -1:] + torch.arange(1, count + noise + 1, device=device)
-        # Rows for the shortest answer can exceed the length of others, for which a model may have no positions.
+        # Rows for the shortest answer can exceed the length of others, where a model may have no positions.
         after = torch.minimum(after, self._last_positions)
         self._visible = torch.cat([self._visible, torch.ones_like(added)], 1)
         positions = torch.cat([self._positions, after], 1)
