@@ -11,7 +11,9 @@ backbone      what a merged adapter costs, too
 gatera        exact
 gatera_fast   reads one of two weights where a gate is saturated
 gatera_plain  the layer as it is in training, which computes ``B A`` for every token
-lora, abba    without a gate; hira likewise
+lora, abba    without a gate; hira and dora likewise
+hira_static   HiRA behind one learned number per layer
+gated_lora    LoRA behind GateRA's gate; gated_lora_fast skips B for tokens whose gates are closed
 hard          HiRA behind hard gates, open for half of the tokens; hard_fast reads one of two weights
 ts_peft       LoRA behind threshold gates, which keep half of the tokens; ts_peft_fast skips B for the others
 
@@ -57,6 +59,10 @@ OWN = {
     "lora": AdapterConfig(update="lora", gate="none"),
     "abba": AdapterConfig(update="abba", gate="none"),
     "hira": AdapterConfig(gate="none"),
+    "hira_static": AdapterConfig(gate="static"),
+    "dora": AdapterConfig(update="dora", gate="none"),
+    "gated_lora": AdapterConfig(update="lora"),
+    "gated_lora_fast": AdapterConfig(update="lora"),
     "hard": AdapterConfig(gate="hard"),
     "hard_fast": AdapterConfig(gate="hard"),
     "ts_peft": AdapterConfig(update="lora", gate="threshold"),

@@ -9,6 +9,8 @@ supervised tokens each, AdamW.
 frozen             forward pass and gradient of the embeddings, with our head and recomputation: what every
                    method pays before its own matmuls
 gatera             ``training_loss``; ``hira``, ``abba``, ``lora`` and ``dora`` likewise
+hira_static        HiRA behind one learned number per layer
+gated_lora         LoRA behind GateRA's gate
 ts_peft            LoRA behind threshold gates, which keep half of the tokens
 plain_loop         the same, from a batch without the totals of its step, as in a user's own loop
 module             the same by GateRAModule in Lightning's Trainer, with its loop, hooks and logging

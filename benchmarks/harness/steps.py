@@ -52,8 +52,10 @@ ADAPTERS = {
     "hard_half_open": AdapterConfig(gate=HardGateConfig(bias=0.0, gradient_share=1 / 8)),
     "ts_peft": AdapterConfig(update="lora", gate="threshold"),
     "hira": AdapterConfig(gate="none"),
+    "hira_static": AdapterConfig(gate="static"),
     "abba": AdapterConfig(update="abba", gate="none"),
     "lora": AdapterConfig(update="lora", gate="none"),
+    "gated_lora": AdapterConfig(update="lora"),
     "dora": AdapterConfig(update="dora", gate="none"),
 }
 COMPILED = {f"{method}_compiled": ADAPTERS[method] for method in ("gatera", "lora")}

@@ -1,10 +1,11 @@
 """What the methods cost, from interleaved timings that two other benchmarks wrote.
 
     python -m benchmarks.train_step --dtype float32 --rank 16 --rounds 4 \\
-        --only lora dora hira gatera hard_half_open ts_peft abba \\
+        --only lora dora hira hira_static gatera hard_half_open gated_lora ts_peft abba \\
         --out benchmarks/quality/costs/train_step.json
     python -m benchmarks.decoding --dtype float32 --rounds 4 --new-tokens 24 \\
-        --only backbone lora hira gatera gatera_fast hard hard_fast ts_peft ts_peft_fast abba \\
+        --only backbone lora dora hira hira_static gatera gatera_fast hard hard_fast \\
+               gated_lora gated_lora_fast ts_peft ts_peft_fast abba \\
         --out benchmarks/quality/costs/decoding.json
 """
 
@@ -42,12 +43,14 @@ class Contenders:
 
 CONTENDERS = {
     "lora": Contenders("lora", ("lora",)),
+    "dora": Contenders("dora", ("dora",)),
     "hira": Contenders("hira", ("hira",)),
+    "abba": Contenders("abba", ("abba",)),
+    "hira_static": Contenders("hira_static", ("hira_static",)),
     "gatera": Contenders("gatera", ("gatera", "gatera_fast"), can_be_merged=False),
     "hard_hira": Contenders("hard_half_open", ("hard", "hard_fast"), can_be_merged=False),
+    "gated_lora": Contenders("gated_lora", ("gated_lora", "gated_lora_fast"), can_be_merged=False),
     "ts_peft": Contenders("ts_peft", ("ts_peft", "ts_peft_fast"), can_be_merged=False),
-    "abba": Contenders("abba", ("abba",)),
-    "dora": Contenders("dora"),
 }
 """By method of the comparison."""
 

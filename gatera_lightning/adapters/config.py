@@ -87,9 +87,9 @@ class AdapterConfig:
 
     stochastic_rounding: bool = False
     """With hira in bfloat16: let training multiply by W0 + W0 ⊙ BA, rounded at random so that it is right on
-    average. Tokens with open gates, or all without a gate, then take 3 large matmuls, as in float32, instead
-    of 5. It needs dropout 0 and no gate, a hard gate or one with thresholds. false is exact. Other dtypes
-    need no such rounding."""
+    average. Tokens with open gates, or all without a gate or with a static one, then take 3 large matmuls, as
+    in float32, instead of 5. It needs dropout 0 and no gate, a static gate, a hard gate or one with
+    thresholds. false is exact. Other dtypes need no such rounding."""
 
     dropout: float = 0.0
     """Dropout probability on the update's input; the frozen layer and the gate see it undropped."""
@@ -210,14 +210,14 @@ class AdapterConfig:
 
     def _rounding_problems(self) -> list[str]:
         """Describe that no training step would round a merged weight."""
-        merges = self.gate.kind == "none" or (self.gate.saturates and not self.gate.needs_mask)
+        merges = self.gate.kind in ("none", "static") or (self.gate.saturates and not self.gate.needs_mask)
         rounds = self.stochastic_rounding and "stochastic_rounding" in self.training_settings
         if not rounds or (merges and self.dropout == 0):
             return []
         return [
             f"adapter.stochastic_rounding: true, with a {self.gate.kind!r} gate and dropout "
             f"{self.dropout!r}: no token would use a merged weight; accepted: false, or dropout 0 with gate "
-            "none, a hard gate, or a gate with skip_below and merge_above"
+            "none or static, a hard gate, or a gate with skip_below and merge_above"
         ]
 
     def _threshold_problems(self) -> list[str]:

@@ -23,6 +23,10 @@ class GateValues(NamedTuple):
     """Indices into the flattened tokens of those whose gradient the gate uses although they are saturated,
     (n,); None for none."""
 
+    constant: Tensor | None = None
+    """The value that all tokens share, (1,), which an update may multiply into a factor; None if they differ.
+    """
+
 
 class Gate(nn.Module, ABC):
     """Computes the logit ``z`` of the gate ``g = σ(z)``.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gatera_lightning.adapters.gates.base import Gate
+from gatera_lightning.adapters.gates.base import Gate, GateValues
 from gatera_lightning.adapters.gates.sigmoid import SigmoidGateConfig
 
 
@@ -19,8 +19,14 @@ class StaticGate(Gate):
         self.bias = nn.Parameter(torch.full((1,), bias, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
-        """Return the bias, expanded to one logit per token: (..., in) -> (...)."""
-        return self.bias.expand(x.shape[:-1])
+        """Return the bias, repeated for every token: (..., in) -> (...)."""
+        # Not expanded: without gradients, a view of a parameter says that it requires one, which the hooks of
+        # PyTorch's FLOP counter do not expect.
+        return self.bias.repeat(x.shape[:-1])
+
+    def values(self, logit: Tensor) -> GateValues:
+        """Return ``σ(b)`` for every token, and once as a constant."""
+        return GateValues(torch.sigmoid(logit), constant=self.constant_value())
 
     def constant_value(self) -> Tensor:
         """Return ``σ(b)``, (1,)."""

@@ -63,13 +63,16 @@ class HiRA(Update):
             return add_gated_product(y, dropout(x), cached, g)
         fused = self.training and torch.is_grad_enabled() and isinstance(dropout, nn.Identity)
         if fused and has_plain_forward(base) and not transforms_are_active():
-            weights = base.weight, base.bias, *self.factors()
-            if gate is None and not _autocast_is_enabled(x):
+            a, b = self.factors()
+            constant = None if gate is None else gate.constant
+            if (gate is None or constant is not None) and not _autocast_is_enabled(x):
                 draw = self._rounding(base.weight)
                 if merges_accurately(base.weight, draw):
-                    return merged_hadamard(x, *weights, draw)
+                    scaled_b = b if constant is None else b * constant  # g (W0 ⊙ BA) = W0 ⊙ (gB) A
+                    return merged_hadamard(x, base.weight, base.bias, a, scaled_b, draw)
             if gate is not None and gate.rounded is not None and not x.is_meta:
                 draw = self._rounding(base.weight)
+                weights = base.weight, base.bias, a, b
                 return partitioned_hadamard(x, *weights, gate.rounded, gate.graded, draw)
         return add_gated_hadamard(base(x), dropout(x), base.weight, *self.factors(), g)
 

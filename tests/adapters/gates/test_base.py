@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from adapted_layers import GATE_NAMES
+from torch.utils.flop_counter import FlopCounterMode
 
 from gatera_lightning.adapters.gates import (
     GATES,
@@ -30,6 +31,12 @@ def test_static_gate_starts_at_bias_for_every_token():
     assert torch.equal(gate.constant_value(), torch.sigmoid(torch.tensor([-2.0], dtype=torch.float64)))
     assert not gate.depends_on_token
     assert gate.linear_logit() is None
+
+
+def test_static_gate_can_be_counted_without_gradients():
+    gate = StaticGateConfig().build(7, **PLACE)
+    with torch.no_grad(), FlopCounterMode(display=False):
+        assert not gate(torch.randn(2, 7)).requires_grad
 
 
 def test_token_gate_starts_at_bias_and_depends_on_token():

@@ -149,6 +149,7 @@ def test_updates_without_merged_weight_refuse_it():
     ("gate", "settings", "accepted"),
     [
         ("none", {}, True),
+        ("static", {}, True),
         ("hard", {}, True),
         (TokenGateConfig(skip_below=0.1, merge_above=0.9), {}, True),
         ("token", {}, False),

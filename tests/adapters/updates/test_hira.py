@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
     ("kind", "dropout", "training", "matmuls"),
     [("fp32", 0.0, True, 3), ("bf16", 0.0, True, 5), ("fp32", 0.5, True, 5), ("fp32", 0.0, False, 5)],
 )
-def test_ungated_hira_trains_with_merged_weight(randomize, kind, dropout, training, matmuls):
-    layer = randomize(adapted_layer("hira", "none", dtype=DTYPES[kind][0], dropout=dropout)).train(training)
+@pytest.mark.parametrize("gate", ["none", "static"])
+def test_hira_without_token_gate_trains_with_merged_weight(randomize, gate, kind, dropout, training, matmuls):
+    layer = randomize(adapted_layer("hira", gate, dtype=DTYPES[kind][0], dropout=dropout)).train(training)
     x, dy = layer_inputs(layer)
     with FlopCounterMode(display=False) as counter:
         layer(x).backward(dy)
