@@ -7,8 +7,9 @@ from pathlib import Path
 from benchmarks.quality.costs import Timings, cost_table
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.ledger import Line
+from benchmarks.quality.overview import overview, summary
 from benchmarks.quality.pictures import pictures
-from benchmarks.quality.tables import families, family_section, runs, summary
+from benchmarks.quality.tables import families, family_section, runs
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -23,9 +24,14 @@ _BLOCK = re.compile(r"(<!-- ledger: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def blocks(lines: Sequence[Line]) -> dict[str, str]:
-    """Return what each block of the page holds: runs, rows, costs, and what is drawn of each family."""
+    """Return what each block of the page holds: runs, answers, rows, costs, and what each family shows."""
     images = pictures(lines)
-    drawn = {"runs": runs(lines), "families": families(), "costs": cost_table(lines, Timings.read())}
+    drawn = {
+        "runs": runs(lines),
+        "overview": overview(lines),
+        "families": families(),
+        "costs": cost_table(lines, Timings.read()),
+    }
     for family in FAMILIES:
         shown = [f"![{name}](../images/{name})" for name in images if name.endswith(f"_{family}.svg")]
         drawn[family] = "\n\n".join([*shown, family_section(lines, family)])
@@ -52,7 +58,7 @@ def redraw(path: Path, text: str, drawn: Mapping[str, str]) -> str:
 
 def files(lines: Sequence[Line]) -> Mapping[Path, str]:
     """Return the page and its pictures as the ledger says they are."""
-    drawn = {PAGE: blocks(lines), README: {"summary": summary(lines, "commonsense")}}
+    drawn = {PAGE: blocks(lines), README: {"summary": summary(lines)}}
     texts = {path: redraw(path, path.read_text(), parts) for path, parts in drawn.items()}
     return texts | {IMAGES / name: text for name, text in pictures(lines).items()}
 

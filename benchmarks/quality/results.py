@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.quality.comparisons import QUESTIONS, Question
 from benchmarks.quality.families import FAMILIES, MEASURED
 from benchmarks.quality.ledger import Line
-from benchmarks.quality.statistics import Comparison, Part, compare
+from benchmarks.quality.statistics import Comparison, Part, compare, correct_for_number
 
 Measure = Literal["heldout", "accuracy", "retention"]
 
@@ -88,13 +89,27 @@ class FamilyResults:
         """
         return self._parts(method, self.seeds(method), measure)
 
-    def compare(self, method: str, reference: str, measure: Measure) -> Comparison | None:
-        """Compare two methods on the seeds that both have (method − reference); None without any."""
-        seeds = self.seeds(method, reference)
-        if not seeds:
-            return None
-        pairs = zip(self._parts(method, seeds, measure), self._parts(reference, seeds, measure), strict=True)
-        return compare([Part(one.values - other.values, one.weights) for one, other in pairs])
+    def answers(self, measure: Measure) -> dict[Question, Comparison]:
+        """Compare the methods of every question on the seeds that both have; p-values are adjusted together.
+
+        Questions whose methods share no seed are left out.
+        """
+        return _corrected(
+            {
+                question: compare(self.differences(question, measure, seeds))
+                for question in QUESTIONS
+                if (seeds := self.seeds(question.method, question.reference))
+            }
+        )
+
+    def differences(self, question: Question, measure: Measure, seeds: Sequence[int]) -> list[Part]:
+        """Return method − reference of each row: one part, or for retention one by other family."""
+        pairs = zip(
+            self._parts(question.method, seeds, measure),
+            self._parts(question.reference, seeds, measure),
+            strict=True,
+        )
+        return [Part(one.values - other.values, one.weights) for one, other in pairs]
 
     def _parts(self, method: str, seeds: Sequence[int], measure: Measure) -> list[Part]:
         lines = [self.runs[method][seed] for seed in seeds]
@@ -134,6 +149,27 @@ class FamilyResults:
 
         others = {other: loss(other, "retention") for other in self.others}
         return {"heldout": loss(self.family, "test")} | others
+
+
+def answers_over_families(families: Sequence[FamilyResults], measure: Measure) -> dict[Question, Comparison]:
+    """Compare the methods of every question by the mean of their differences in several families.
+
+    Seeds are paired across families, too: a seed draws the same adapter in all of them. Questions whose
+    methods share no seed in all families are left out.
+    """
+    found = {}
+    for question in QUESTIONS:
+        seeds = set.intersection(
+            *(set(family.seeds(question.method, question.reference)) for family in families)
+        )
+        if seeds:
+            parts = (family.differences(question, measure, sorted(seeds)) for family in families)
+            found[question] = compare([part for family in parts for part in family])
+    return _corrected(found)
+
+
+def _corrected(found: dict[Question, Comparison]) -> dict[Question, Comparison]:
+    return dict(zip(found, correct_for_number(list(found.values())), strict=True))
 
 
 def forgotten_at(points: Sequence[TrajectoryPoint], heldout: float) -> float | None:

@@ -2,24 +2,20 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.quality.comparisons import QUESTIONS
 from benchmarks.quality.families import FAMILIES, MEASURED
 from benchmarks.quality.ledger import Line
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plan import Selection, chosen_rate, cpu_seconds, forecast, rate_curve, rates_to_try
 from benchmarks.quality.results import FamilyResults, Measure, forgotten_at
-from benchmarks.quality.statistics import Comparison, correct_for_number, detectable_difference
+from benchmarks.quality.statistics import Comparison, detectable_difference
 
 MEASURES: dict[Measure, str] = {
     "heldout": "held-out loss",
     "accuracy": "accuracy",
     "retention": "loss elsewhere",
 }
-
-SUMMARIZED = ("lora", "dora", "hira", "hira_static", "gatera")
-"""Methods that README shows."""
 
 
 def runs(lines: Sequence[Line]) -> str:
@@ -87,7 +83,7 @@ def methods(lines: Sequence[Line], family: str) -> str:
     accuracy = ["accuracy"] if results.has_accuracy else []
     others = [f"{other}, change" for other in results.others]
     header = ["method", "lr", "seeds", "held-out loss", *accuracy, *others, "MB", "CPU s/step", "peak MB"]
-    rows = [["untrained", "", "", *_untrained_cells(results), *["0"] * len(others), "", "", ""]]
+    rows = [["untrained", "", "", *untrained_cells(results), *["0"] * len(others), "", "", ""]]
     for name in (name for name in METHODS if name in results.runs or results.diverged[name]):
         lost = f"{results.diverged[name]} diverged" if results.diverged[name] else ""
         if name not in results.runs:
@@ -99,7 +95,7 @@ def methods(lines: Sequence[Line], family: str) -> str:
         cells = [f"{heldout.mean:.3f} ({by_seed.min():.3f}–{by_seed.max():.3f})"]
         if results.has_accuracy:
             cells.append(f"{results.values(name, 'accuracy')[0].mean:.3f}")
-        cells += [_minus(f"{part.mean:+.3f}") for part in results.values(name, "retention")]
+        cells += [minus(f"{part.mean:+.3f}") for part in results.values(name, "retention")]
         cost = [line["cost"] for line in found]
         rows.append(
             [
@@ -115,21 +111,8 @@ def methods(lines: Sequence[Line], family: str) -> str:
     return markdown_table(header, rows)
 
 
-def summary(lines: Sequence[Line], family: str) -> str:
-    """Draw the few methods that README shows, on average over their seeds."""
-    results = FamilyResults(family, lines)
-    header = ["method", "held-out loss, nats per token", "accuracy", "change of the loss on other text"]
-    rows = [["untrained", *_untrained_cells(results), "0"]]
-    for name in (name for name in SUMMARIZED if name in results.runs):
-        (heldout,), (accuracy,) = results.values(name, "heldout"), results.values(name, "accuracy")
-        by_seed = heldout.values.sum(1) / heldout.weights.sum()
-        forgotten = sum(part.mean for part in results.values(name, "retention")) / len(results.others)
-        loss = f"{heldout.mean:.3f} ({by_seed.min():.3f} to {by_seed.max():.3f})"
-        rows.append([METHODS[name].title, loss, f"{accuracy.mean:.3f}", _minus(f"{forgotten:+.3f}")])
-    return markdown_table(header, rows)
-
-
-def _untrained_cells(results: FamilyResults) -> list[str]:
+def untrained_cells(results: FamilyResults) -> list[str]:
+    """Return the untrained model's loss, and its accuracy if there is one."""
     test = results.untrained[results.family]["test"]
     cells = [f"{sum(test['sums']) / sum(test['tokens']):.3f}"]
     if results.has_accuracy:
@@ -140,42 +123,42 @@ def _untrained_cells(results: FamilyResults) -> list[str]:
 def answers(lines: Sequence[Line], family: str) -> str:
     """Draw the difference that answers each question, and what could have been found; empty without runs."""
     results = FamilyResults(family, lines)
-    asked = [question for question in QUESTIONS if results.seeds(question.method, question.reference)]
-    if not asked:
-        return ""
-    columns: list[list[Comparison]] = []
-    for measure in results.measures:
-        found = [results.compare(question.method, question.reference, measure) for question in asked]
-        columns.append(correct_for_number([comparison for comparison in found if comparison is not None]))
+    found = {measure: results.answers(measure) for measure in results.measures}
     rows = []
-    for number, question in enumerate(asked):
+    for question, first in found["heldout"].items():
         pair = f"{METHODS[question.method].title} − {METHODS[question.reference].title}"
         cells = [
-            _difference_cell(column[number], higher_is_better=measure == "accuracy")
-            for column, measure in zip(columns, results.measures, strict=True)
+            difference_cell(column[question], higher_is_better=measure == "accuracy")
+            for measure, column in found.items()
         ]
-        rows.append([question.text, pair, f"{columns[0][number].seeds}", *cells])
+        rows.append([question.text, pair, f"{first.seeds}", *cells])
+    if not rows:
+        return ""
     header = ["question", "difference", "seeds", *(MEASURES[measure] for measure in results.measures)]
-    return f"{markdown_table(header, rows)}\n\n{_power(results.measures, columns)}"
+    columns = {measure: list(column.values()) for measure, column in found.items()}
+    return f"{markdown_table(header, rows)}\n\n{power(columns)}"
 
 
-def _difference_cell(comparison: Comparison, *, higher_is_better: bool) -> str:
+def difference_cell(comparison: Comparison, *, higher_is_better: bool, interval: bool = True) -> str:
+    """Return a difference with its interval, and in bold whether it is better or worse."""
     found = comparison.difference
     if math.isnan(found.p):
-        return _minus(f"{found.value:+.3f}, one seed")
+        return minus(f"{found.value:+.3f}, one seed")
     verdict = found.verdict(higher_is_better=higher_is_better)
     shown = "" if verdict == "no difference shown" else f" **{verdict}**"
-    return _minus(f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{shown}")
+    between = f" [{found.low:+.3f}, {found.high:+.3f}]" if interval else ""
+    return minus(f"{found.value:+.3f}{between}{shown}")
 
 
-def _minus(text: str) -> str:
+def minus(text: str) -> str:
+    """Return the text with minus signs in place of hyphens."""
     return text.replace("-", "−")
 
 
-def _power(measures: Sequence[Measure], columns: Sequence[Sequence[Comparison]]) -> str:
-    """Say what difference this number of seeds and rows could have found."""
+def power(columns: Mapping[Measure, Sequence[Comparison]]) -> str:
+    """Say what difference this number of seeds and rows could have found, by measure."""
     texts = []
-    for measure, column in zip(measures, columns, strict=True):
+    for measure, column in columns.items():
         errors = sorted(
             comparison.standard_error for comparison in column if not math.isnan(comparison.standard_error)
         )
@@ -202,9 +185,9 @@ def equal_loss(lines: Sequence[Line], family: str) -> str:
             [
                 METHODS[name].title,
                 f"{len(results.runs[name])}",
-                _minus(f"{at_equal:+.3f}"),
+                minus(f"{at_equal:+.3f}"),
                 f"{points[-1].heldout:.3f}",
-                _minus(f"{points[-1].forgotten:+.3f}"),
+                minus(f"{points[-1].forgotten:+.3f}"),
             ]
         )
     header = ["method", "seeds", f"change elsewhere at {reached:.3f}", "loss at the end", "change at the end"]
