@@ -109,21 +109,22 @@ class FamilyResults:
             self._parts(question.reference, seeds, measure),
             strict=True,
         )
-        return [Part(one.values - other.values, one.weights) for one, other in pairs]
+        return [Part(one.values - other.values, one.weights, one.rows) for one, other in pairs]
 
     def _parts(self, method: str, seeds: Sequence[int], measure: Measure) -> list[Part]:
         lines = [self.runs[method][seed] for seed in seeds]
         own = self.untrained[self.family]["test"]
         if measure == "heldout":
-            return [Part(_matrix([line["test"]["sums"] for line in lines]), _vector(own["tokens"]))]
+            sums = _matrix([line["test"]["sums"] for line in lines])
+            return [Part(sums, _vector(own["tokens"]), self.family)]
         if measure == "accuracy":
             correct = [[float(bit) for bit in line["test"]["correct"]] for line in lines]
-            return [Part(_matrix(correct), np.ones(len(own["tokens"])))]
+            return [Part(_matrix(correct), np.ones(len(own["tokens"])), self.family)]
         parts = []
         for other in self.others:
             sums = _matrix([line["retention"][other]["sums"] for line in lines])  # (seeds, rows)
             before = self.untrained[other]["retention"]
-            parts.append(Part(sums - _vector(before["sums"]), _vector(before["tokens"])))
+            parts.append(Part(sums - _vector(before["sums"]), _vector(before["tokens"]), other))
         return parts
 
     def trajectory(self, method: str) -> list[TrajectoryPoint]:

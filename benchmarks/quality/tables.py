@@ -1,6 +1,7 @@
 """Tables of docs/results, in Markdown, drawn from the ledger alone."""
 
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
@@ -159,15 +160,16 @@ def power(columns: Mapping[Measure, Sequence[Comparison]]) -> str:
     """Say what difference this number of seeds and rows could have found, by measure."""
     texts = []
     for measure, column in columns.items():
-        errors = sorted(
-            comparison.standard_error for comparison in column if not math.isnan(comparison.standard_error)
-        )
-        if errors:
-            found = detectable_difference(errors[len(errors) // 2], len(errors))
-            texts.append(f"{found:.3f} in {MEASURES[measure]}")
+        tested = [comparison for comparison in column if not math.isnan(comparison.standard_error)]
+        found = [detectable_difference(comparison, len(tested)) for comparison in tested]
+        if found:
+            texts.append(f"{statistics.median(found):.3f} in {MEASURES[measure]}")
     if not texts:
         return "With one seed there is no interval."
-    return f"Found in 80 of 100 cases, at the median standard error: a difference of {', '.join(texts)}."
+    return (
+        "A true difference of this size would be found with a probability of 80 %, for the median question: "
+        f"{', '.join(texts)}."
+    )
 
 
 def equal_loss(lines: Sequence[Line], family: str) -> str:
