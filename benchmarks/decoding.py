@@ -3,7 +3,7 @@
     python -m benchmarks.decoding [--dtype float32] [--batch 8] \\
         [--only backbone gatera gatera_fast] [--out results/decoding.json]
 
-SmolLM2-135M's shape with random weights, rank 32 on q, k, v, up, down, a prompt of 64 tokens, Hugging
+SmolLM2-135M's shape with random weights, adapters on q, k, v, up, down, a prompt of 64 tokens, Hugging
 Face's ``generate`` with its cache. Gates are set as in train_step.py: about 70 % of the tokens are closed,
 nearly all others open, in every layer.
 
@@ -152,13 +152,14 @@ def main() -> None:
     parser = build_parser(__doc__)
     add_dtype(parser)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1, help="number of prompts")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
-    setting = (StepSettings(args.dtype, args.layers), args.batch, args.new_tokens)
+    setting = (StepSettings(args.dtype, args.layers, rank=args.rank), args.batch, args.new_tokens)
     measured = run_interleaved(
         {method: (timed_decoding, (method, *setting)) for method in args.only}, args.rounds, warmup=1
     )

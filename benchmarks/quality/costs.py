@@ -1,11 +1,10 @@
-"""What the methods cost, from interleaved timings that two other benchmarks wrote.
+"""What the methods cost, from what two other benchmarks wrote: interleaved timings, bytes and FLOPs.
 
     python -m benchmarks.train_step --dtype float32 --rank 16 --rounds 4 \\
-        --only lora dora hira hira_static gatera hard_half_open gated_lora ts_peft abba \\
+        --only lora dora hira gatera hard_half_open gated_lora ts_peft abba \\
         --out benchmarks/quality/costs/train_step.json
-    python -m benchmarks.decoding --dtype float32 --rounds 4 --new-tokens 24 \\
-        --only backbone lora dora hira hira_static gatera gatera_fast hard hard_fast \\
-               gated_lora gated_lora_fast ts_peft ts_peft_fast abba \\
+    python -m benchmarks.decoding --dtype float32 --rounds 3 --new-tokens 16 \\
+        --only backbone lora hira gatera gatera_fast hard hard_fast ts_peft ts_peft_fast abba \\
         --out benchmarks/quality/costs/decoding.json
 """
 
@@ -62,14 +61,25 @@ class Timings:
     step: Mapping[str, Any]
     """Results of ``benchmarks.train_step`` by contender."""
 
+    counted: Mapping[str, Any]
+    """Bytes and FLOPs of a training step by contender."""
+
     decoding: Mapping[str, Any]
     """Results of ``benchmarks.decoding`` by contender."""
 
     @classmethod
     def read(cls, folder: Path = TIMINGS) -> "Timings":
         """Read both files; a missing one has no results."""
-        found = (folder / f"{name}.json" for name in ("train_step", "decoding"))
-        return cls(*(json.loads(path.read_text())["results"] if path.is_file() else {} for path in found))
+        step, decoding = (
+            json.loads(path.read_text()) if path.is_file() else {"results": {}, "settings": {"counted": {}}}
+            for path in (folder / "train_step.json", folder / "decoding.json")
+        )
+        return cls(step["results"], step["settings"]["counted"], decoding["results"])
+
+    def peak_bytes(self, method: str) -> float | None:
+        """Return the peak of the allocated memory in a training step; None if not counted."""
+        counted = self.counted.get(CONTENDERS[method].step or "")
+        return None if counted is None else float(counted["allocated_bytes"])
 
     def step_ratio(self, method: str) -> str:
         """Return the CPU seconds of a step, divided by LoRA's of the same round; empty if not measured."""
@@ -90,20 +100,17 @@ class Timings:
         contenders = CONTENDERS[method]
         if contenders.can_be_merged:
             return 0.0
-        counted = {
-            name: self.decoding.get(name, {"figures": [{}]})["figures"][0].get("prompt_flops")
-            for name in ("backbone", *contenders.decoding[:1])
-        }
-        if len(counted) < 2 or None in counted.values():
-            return None
-        backbone, own = counted.values()
-        return float((own - backbone) / 1e12)
+        backbone, own = (self._prompt_flops(name) for name in ("backbone", contenders.decoding[0]))
+        return None if backbone is None or own is None else (own - backbone) / 1e12
+
+    def _prompt_flops(self, name: str) -> float | None:
+        return float(self.decoding[name]["figures"][0]["prompt_flops"]) if name in self.decoding else None
 
     def _token_seconds(self, name: str) -> list[float]:
         return [figures["token_s"] for figures in self.decoding[name]["figures"]]
 
 
-def pscp(performance: float, parameters: int, extra_tflops: float, peak_bytes: int) -> float:
+def pscp(performance: float, parameters: int, extra_tflops: float, peak_bytes: float) -> float:
     """Return the PEFT Soft Cost Penalties score, ``P · Π (1 + M/C)⁻¹`` over three costs (PEFT-Bench).
 
     Args:
@@ -128,17 +135,18 @@ def cost_table(lines: Sequence[Line], timings: Timings) -> str:
     rows = []
     for name, contenders in CONTENDERS.items():
         cost = [line["cost"] for line in results.runs.get(name, {}).values()]
-        extra = timings.extra_tflops(name)
-        sizes, score = ["", "", ""], ""
+        extra, peak = timings.extra_tflops(name), timings.peak_bytes(name)
+        sizes, score = ["", ""], ""
         if cost:
-            parameters, peak = cost[0]["trained_parameters"], max(entry["peak_bytes"] for entry in cost)
-            adapter = cost[0]["adapter_bytes"]
-            sizes = [f"{parameters / 1e6:.2f}", f"{adapter / 1e6:.1f}", f"{peak / 1e6:.0f}"]
-            if extra is not None:
+            parameters = cost[0]["trained_parameters"]
+            sizes = [f"{parameters / 1e6:.2f}", f"{cost[0]['adapter_bytes'] / 1e6:.1f}"]
+            if extra is not None and peak is not None:
                 (accuracy,) = results.values(name, "accuracy")
                 score = f"{pscp(accuracy.mean, parameters, extra, peak):.3f}"
         exact, fast = [*timings.decoding_ratios(name), "", ""][:2]
+        memory = "" if peak is None else f"{peak / 1e6:.0f}"
         merged = "1" if contenders.can_be_merged else "cannot be merged"
-        rows.append([METHODS[name].title, *sizes, timings.step_ratio(name), exact, fast, merged, score])
-    header = ["method", "million parameters", "MB", "peak MB", "step ÷ LoRA", "tokens/s ÷ backbone"]
+        step = timings.step_ratio(name)
+        rows.append([METHODS[name].title, *sizes, memory, step, exact, fast, merged, score])
+    header = ["method", "million parameters", "MB on disk", "peak MB", "step ÷ LoRA", "tokens/s ÷ backbone"]
     return markdown_table([*header, "one weight per token", "merged", "PSCP"], rows)

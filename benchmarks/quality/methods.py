@@ -24,7 +24,7 @@ LOW_RATE_GRID = (2e-3, 4e-3, 8e-3)
 """For methods that add a low-rank product."""
 
 HADAMARD_RATE_GRID = (8e-3, 1.6e-2, 3.2e-2)
-"""For methods that multiply W0 elementwise, which need several times LoRA's rate."""
+"""For HiRA, which multiplies W0 elementwise, and ABBA: they need several times LoRA's rate."""
 
 RATE_FACTOR = 2.0
 """Ratio of two neighboring rates."""
@@ -51,8 +51,6 @@ class Method:
 
     steps: int = STEPS
     """Optimizer steps."""
-
-    is_control: bool = False
 
     dtype: Dtype = "float32"
     """Of the backbone."""
@@ -104,7 +102,6 @@ METHODS = {
             "hira",
             ShuffledTokenGateConfig(),
             rate_of="gatera",
-            is_control=True,
         ),
         Method(
             "gatera_random",
@@ -112,7 +109,6 @@ METHODS = {
             "hira",
             RandomGateConfig(),
             rate_of="gatera",
-            is_control=True,
         ),
         Method(
             "gatera_no_entropy",
@@ -161,7 +157,6 @@ METHODS = {
             "HiRA, random matrix for W0",
             "hira_random_matrix",
             rates=HADAMARD_RATE_GRID,
-            is_control=True,
         ),
         Method(
             "lora_equal_time",
@@ -169,7 +164,6 @@ METHODS = {
             "lora",
             rate_of="lora",
             steps=LORA_STEPS_OF_EQUAL_TIME,
-            is_control=True,
         ),
     )
 }

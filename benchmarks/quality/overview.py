@@ -50,7 +50,8 @@ def _answers(results: Sequence[FamilyResults], measure: Measure) -> str:
         if question not in over_families:
             continue
         own = [
-            difference_cell(found[question], higher_is_better=False, interval=False) for found in by_family
+            difference_cell(answered[question], higher_is_better=False, interval=False)
+            for answered in by_family
         ]
         mean = difference_cell(over_families[question], higher_is_better=False)
         pair = f"{METHODS[question.method].title} − {METHODS[question.reference].title}"
@@ -58,12 +59,12 @@ def _answers(results: Sequence[FamilyResults], measure: Measure) -> str:
     if not rows:
         return f"No question is answered in all families yet ({MEASURES[measure]})."
     caption = (
-        f"Differences of the {MEASURES[measure]}, and the mean over the families with its 95 % interval. "
-        "Better and worse are after Holm's correction over the questions of a column."
+        f"Differences in {MEASURES[measure]}, nats per token, and the mean of these families with its 95 % "
+        "interval. Better and worse are after Holm's correction over the questions of a column."
     )
     table = markdown_table(["difference", *(found.family for found in results), "mean"], rows)
-    found = {measure: list(over_families.values())}
-    return f"{textwrap.fill(caption, 108)}\n\n{table}\n\n{power(found)}"
+    detectable = power({measure: list(over_families.values())})
+    return f"{textwrap.fill(caption, 108)}\n\n{table}\n\n{detectable}"
 
 
 def summary(lines: Sequence[Line]) -> str:
@@ -71,7 +72,7 @@ def summary(lines: Sequence[Line]) -> str:
     results = [found for found in (FamilyResults(name, lines) for name in FAMILIES) if found.runs]
     header = ["method"]
     for found in results:
-        header += [f"{found.family}: loss", *(["accuracy"] if found.has_accuracy else []), "change elsewhere"]
+        header += [f"{found.family}: loss", *(["accuracy"] if found.has_accuracy else []), "forgetting"]
     rows = [["untrained", *(cell for found in results for cell in [*untrained_cells(found), "0"])]]
     for name in SUMMARIZED:
         cells = [cell for found in results for cell in _summary_cells(found, name)]

@@ -1,7 +1,7 @@
 """What is drawn from the ledger: blocks between markers of a page and of README, and pictures."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality.costs import Timings, cost_table
@@ -23,9 +23,8 @@ _BLOCK = re.compile(r"(<!-- ledger: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """``<!-- ledger: NAME -->``, what is drawn, and ``<!-- end -->``."""
 
 
-def blocks(lines: Sequence[Line]) -> dict[str, str]:
+def blocks(lines: Sequence[Line], images: Collection[str]) -> dict[str, str]:
     """Return what each block of the page holds: runs, answers, rows, costs, and what each family shows."""
-    images = pictures(lines)
     drawn = {
         "runs": runs(lines),
         "overview": overview(lines),
@@ -58,9 +57,10 @@ def redraw(path: Path, text: str, drawn: Mapping[str, str]) -> str:
 
 def files(lines: Sequence[Line]) -> Mapping[Path, str]:
     """Return the page and its pictures as the ledger says they are."""
-    drawn = {PAGE: blocks(lines), README: {"summary": summary(lines)}}
+    images = pictures(lines)
+    drawn = {PAGE: blocks(lines, images), README: {"summary": summary(lines)}}
     texts = {path: redraw(path, path.read_text(), parts) for path, parts in drawn.items()}
-    return texts | {IMAGES / name: text for name, text in pictures(lines).items()}
+    return texts | {IMAGES / name: text for name, text in images.items()}
 
 
 def write(lines: Sequence[Line]) -> list[Path]:

@@ -143,7 +143,7 @@ def retention(lines: Sequence[Line], family: str) -> str | None:
         return None
     points = [point for curve in curves.values() for point in curve]
     x = linear_axis("held-out loss (nats per token)", [heldout for heldout, _ in points])
-    y = linear_axis("change of the loss elsewhere", [forgotten for _, forgotten in points])
+    y = linear_axis("forgetting, nats per token", [forgotten for _, forgotten in points])
     title = f"{FAMILIES[family].title}: learning against forgetting; the large point is the end"
     return draw(title, x, y, curves, mark_last=True)
 

@@ -61,22 +61,17 @@ class Selection:
 
 def missing_runs(lines: Sequence[Line], selection: Selection) -> list[Run]:
     """Return the runs that can start now, in their order; more can follow when these are finished."""
-    done = {Run.of(line) for line in lines}
-    return [run for run in _wanted(lines, selection) if run not in done and run.lr != math.inf]
+    return [run for run in forecast(lines, selection) if run.lr is not None or run.stage == "untrained"]
 
 
 def forecast(lines: Sequence[Line], selection: Selection) -> list[Run]:
     """Return all runs that are missing; the rate is None where it is not chosen yet."""
     done = {Run.of(line) for line in lines}
-    runs = [run for run in _wanted(lines, selection) if run not in done]
-    return [
-        Run(run.family, run.stage, run.method, None if run.lr == math.inf else run.lr, run.seed)
-        for run in runs
-    ]
+    return [run for run in _wanted(lines, selection) if run not in done]
 
 
 def _wanted(lines: Sequence[Line], selection: Selection) -> Iterator[Run]:
-    """Yield all wanted runs in order; the rate is infinite where it is not chosen yet."""
+    """Yield all wanted runs in order; the rate is None where it is not chosen yet."""
     for family in MEASURED:  # what is forgotten is measured on all that is not trained on
         yield Run(family, "untrained", "untrained", None, RATE_SEED)
     for family in (name for name in FAMILIES if name in selection.families):
@@ -96,7 +91,7 @@ def _wanted(lines: Sequence[Line], selection: Selection) -> Iterator[Run]:
             chosen = {method.name: chosen_rate(lines, family, method) for method in methods}
             for seed in selection.seeds:
                 for name, rate in chosen.items():
-                    yield Run(family, "seeds", name, math.inf if rate is None else rate, seed)
+                    yield Run(family, "seeds", name, rate, seed)
 
 
 def rates_to_try(lines: Sequence[Line], family: str, method: Method) -> list[float]:
@@ -114,10 +109,13 @@ def rates_to_try(lines: Sequence[Line], family: str, method: Method) -> list[flo
     if not set(first) <= set(losses):
         return tried
     best = min(losses, key=losses.__getitem__)
-    beyond = {min(losses): best / RATE_FACTOR, max(losses): best * RATE_FACTOR}.get(best)
-    if beyond is None or not RATE_LIMITS[0] <= beyond <= RATE_LIMITS[1]:
+    if best == min(losses):
+        beyond = best / RATE_FACTOR
+    elif best == max(losses):
+        beyond = best * RATE_FACTOR
+    else:
         return tried
-    return [*tried, float(f"{beyond:.6g}")]
+    return [*tried, float(f"{beyond:.6g}")] if RATE_LIMITS[0] <= beyond <= RATE_LIMITS[1] else tried
 
 
 def rate_curve(lines: Sequence[Line], family: str, method: str) -> dict[float, float]:

@@ -29,8 +29,8 @@ class OptimizerConfig:
     """Settings of AdamW and its schedule."""
 
     lr: float = 1e-3
-    """Peak learning rate of the update's parameters. HiRA and GateRA need about five times LoRA's on
-    SmolLM2-135M."""
+    """Peak learning rate of the update's parameters. HiRA, GateRA and ABBA need about four times LoRA's on
+    SmolLM2-135M (docs/results/comparison.md)."""
 
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""

@@ -20,7 +20,8 @@ def _timings(tmp_path):
         )
     }
     for name, results in (("train_step", step), ("decoding", decoding)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"results": results}))
+        settings = {"counted": {method: {"allocated_bytes": 2e9} for method in results}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"results": results, "settings": settings}))
     return Timings.read(tmp_path)
 
 
@@ -39,6 +40,7 @@ def test_ratios_are_those_of_the_files(tmp_path):
     assert gatera["tokens/s ÷ backbone"].startswith("0.50")
     assert gatera["one weight per token"].startswith("0.80")
     assert gatera["merged"] == "cannot be merged"
+    assert gatera["peak MB"] == "2000"
     # all rows are correct; the parameters halve it, and 2 TFLOP and 2 GB take their part
     assert gatera["PSCP"] == f"{0.5 / 1.2 / (1 + 2 / 94):.3f}"
     assert cells["LoRA"]["tokens/s ÷ backbone"] == ""

@@ -57,7 +57,7 @@ def test_tables_show_every_family_beside_the_mean():
 
 def test_summary_shows_means_and_leaves_out_what_is_not_measured():
     rows = {row[0]: row for row in _rows(overview.summary(_lines()))}
-    assert rows["method"][1:4] == ["commonsense: loss", "accuracy", "change elsewhere"]
+    assert rows["method"][1:4] == ["commonsense: loss", "accuracy", "forgetting"]
     untrained, lora = float(rows["untrained"][1]), rows["LoRA"]
     assert float(lora[1]) - untrained == pytest.approx(EFFECTS["lora"], abs=0.02)
     assert lora[2:4] == ["1.000", "+0.500"]

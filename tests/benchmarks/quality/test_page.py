@@ -5,6 +5,7 @@ import re
 import pytest
 
 from benchmarks.quality import ledger, page
+from benchmarks.quality.pictures import pictures
 from benchmarks.quality.results import TrajectoryPoint, forgotten_at
 
 
@@ -22,7 +23,7 @@ def test_redraw_changes_blocks_only_and_needs_all_of_them():
         r"(<!-- ledger: runs -->).*?(<!-- end -->)", r"\1 old \2", text, count=1, flags=re.DOTALL
     )
     spoiled = spoiled.replace("<!-- ledger: runs --> old ", "<!-- ledger: runs -->\nold\n")
-    drawn = page.blocks(ledger.read())
+    drawn = page.blocks(ledger.read(), pictures(ledger.read()))
     assert page.redraw(page.PAGE, spoiled, drawn) == text
     with pytest.raises(
         ValueError, match=r"missing blocks \['math'\]; unknown or repeated blocks \['algebra'\]"
