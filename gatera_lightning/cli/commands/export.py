@@ -77,6 +77,11 @@ def export(argv: Sequence[str]) -> None:
             raise ConfigError(f"--format {args.format}: {args.checkpoint}: {problem}")
         folder = write_peft_method(args.out, adapter.tensors, adapter.config, adapter.origin)
     print_text(f"{folder}: the adapter of {adapter.source}")
+    if args.format in ("peft", "lora") and adapter.config.gate.needs_mask:
+        print_text(
+            f"  other programs do not read its {adapter.config.gate.kind!r} gate: they apply the update to "
+            "every token, and not only to those of the gate's mask"
+        )
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

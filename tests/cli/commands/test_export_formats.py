@@ -105,10 +105,11 @@ def test_abba_is_a_plain_lora(load, saved, tmp_path, gate, form):
 
 
 @pytest.mark.parametrize("update", ["lora", "hira"])
-def test_position_gate_is_stored_beside_a_plain_adapter_of_peft(load, saved, tmp_path, update):
+def test_position_gate_is_stored_beside_a_plain_adapter_of_peft(load, saved, tmp_path, capsys, update):
     """PEFT ignores the gate and applies the update to all tokens; this package reads both."""
     expected, folder = saved(update, "position")
     assert main(["export", str(folder), "--out", str(tmp_path / "out"), "--format", "peft"]) == 0
+    assert "other programs do not read its 'position' gate" in capsys.readouterr().out
     ours = load()
     assert load_adapter(ours, tmp_path / "out").gate.kind == "position"
     with position_mask(ours, torch.ones(6, dtype=torch.bool)):
