@@ -78,7 +78,7 @@ def _wanted(lines: Sequence[Line], selection: Selection) -> Iterator[Run]:
         methods = [
             method
             for name, method in METHODS.items()
-            if name in selection.methods and method.only_family in ("", family)
+            if name in selection.methods and family in method.families
         ]
         if "rates" in selection.stages:
             searches = {method.name: rates_to_try(lines, family, method) for method in methods}
