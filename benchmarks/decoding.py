@@ -13,7 +13,7 @@ gatera_fast   reads one of two weights where a gate is saturated
 gatera_plain  the layer as it is in training, which computes ``B A`` for every token
 lora, abba    without a gate; hira and dora likewise
 hira_static   HiRA behind one learned number per layer
-gated_lora    LoRA behind GateRA's gate; gated_lora_fast skips B for tokens whose gates are closed
+gated_lora    LoRA behind GateRA's gate; gated_lora_fast reads one of two weights
 hard          HiRA behind hard gates, open for half of the tokens; hard_fast reads one of two weights
 ts_peft       LoRA behind threshold gates, which keep half of the tokens; ts_peft_fast skips B for the others
 

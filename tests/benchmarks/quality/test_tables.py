@@ -52,6 +52,15 @@ def test_forgetting_at_equal_loss():
     assert rows["HiRA"][2] == "+0.225"
 
 
+def test_method_that_never_learns_reaches_no_common_loss():
+    lines = synthetic_ledger()
+    for line in lines:
+        if (line["stage"], line["method"]) == ("seeds", "lora"):
+            for point in line["trajectory"]:
+                point["heldout"] += 5
+    assert _rows(tables.equal_loss(lines, "commonsense"))["LoRA"][2] == "not reached"
+
+
 def test_rates_and_unmeasured_families():
     lines = synthetic_ledger()
     assert _rows(tables.rates(lines, "commonsense"))["LoRA"][1:4] == ["2.500", "**2.000**", "2.200"]
