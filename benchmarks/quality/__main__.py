@@ -14,8 +14,8 @@ from benchmarks.harness.arguments import build_parser, require_data
 from benchmarks.quality import ledger, page
 from benchmarks.quality.families import FAMILIES
 from benchmarks.quality.ledger import Line
-from benchmarks.quality.methods import METHODS
-from benchmarks.quality.plan import SEEDS, Selection, cpu_seconds, forecast
+from benchmarks.quality.methods import METHODS, MORE_SEEDS
+from benchmarks.quality.plan import Selection, cpu_seconds, forecast
 from benchmarks.quality.workers import run_missing
 
 
@@ -28,12 +28,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--stage", nargs="+", choices=("rates", "seeds"), default=["rates", "seeds"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the stage seeds")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        choices=MORE_SEEDS,
+        default=list(MORE_SEEDS),
+        help="seeds of the stage seeds; each method has its own",
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--ledger", type=Path, default=ledger.LEDGER)
     args = parser.parse_args()
-    if 0 in args.seeds:
-        parser.error("--seeds 0: it chooses the learning rate; accepted: other seeds")
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: accepted: at least 1")
     selection = Selection(args.family, args.only, args.stage, args.seeds)

@@ -7,23 +7,54 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gatera_lightning import Gate, TokenGateConfig, Update, register_update
 from gatera_lightning.adapters.gates import GateValues, TokenGate
 from gatera_lightning.adapters.kernels.hadamard import add_gated_hadamard
+from gatera_lightning.adapters.lookup import adapted_linears
 from gatera_lightning.adapters.updates import UPDATES
 
 
 class ShuffledTokenGate(TokenGate):
     """A token gate whose values go to other tokens of the same batch, drawn in every forward pass.
 
-    It learns how many tokens are open and how far, like the token gate, but cannot choose which.
+    It learns how many tokens are open and how far, like the token gate, but cannot choose which. After
+    :func:`shuffle_without_padding`, no value comes from padding.
     """
+
+    _mask: Tensor | None = None
+
+    def begin_pass(self, mask: Tensor | None) -> None:
+        """Take the mask of the forward pass that begins; None if nothing is padding.
+
+        Args:
+            mask: (batch, cached and new tokens), 1 = not padding.
+        """
+        self._mask = mask
 
     def forward(self, x: Tensor, base_out: Tensor | None = None, update_out: Tensor | None = None) -> Tensor:
         """Return the logits of the tokens in random order: (..., in) -> (...)."""
         logit = super().forward(x)
-        return logit.flatten()[torch.randperm(logit.numel(), device=x.device)].view_as(logit)
+        if self._mask is None:
+            is_token = torch.ones_like(logit, dtype=torch.bool)
+        else:
+            is_token = self._mask[:, -x.shape[1] :].bool()  # (batch, tokens)
+        values = logit[is_token]
+        return logit.masked_scatter(is_token, values[torch.randperm(len(values), device=x.device)])
+
+
+def shuffle_without_padding(model: PreTrainedModel) -> None:
+    """Tell the model's shuffled gates in every forward pass which tokens are padding."""
+    gates = [layer.gate for layer in adapted_linears(model).values()]
+    shuffled = [gate for gate in gates if isinstance(gate, ShuffledTokenGate)]
+
+    def begin_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for gate in shuffled:
+            gate.begin_pass(kwargs.get("attention_mask"))
+
+    if shuffled:
+        model.register_forward_pre_hook(begin_pass, with_kwargs=True)
 
 
 @dataclass

@@ -18,6 +18,12 @@ from gatera_lightning.backbone.config import Dtype
 
 RANK = 16
 
+SEEDS = (1, 2, 3)
+"""Seeds of the tested runs; none of them chose a rate."""
+
+MORE_SEEDS = (*SEEDS, 4, 5)
+"""Seeds of the methods on which the claims about choosing tokens and about forgetting rest."""
+
 STEPS = 32
 """Optimizer steps of a run."""
 
@@ -61,6 +67,9 @@ class Method:
     families: tuple[str, ...] = tuple(FAMILIES)
     """The families that it runs on; one is enough to compare two ways to compute."""
 
+    seeds: tuple[int, ...] = SEEDS
+    """Seeds of its tested runs."""
+
     def adapter(self) -> AdapterConfig:
         """Return the settings of its adapter."""
         rounding = self.stochastic_rounding
@@ -84,13 +93,23 @@ LORA_STEPS_OF_EQUAL_TIME = 56
 STATIC_BIAS_OF_EQUAL_MEAN, RANDOM_BIAS_OF_EQUAL_MEAN = 0.85, 1.0
 """Initial logits with a mean gate of 0.70, about GateRA's on commonsense and math."""
 
+STATIC_BIAS_ON_DIALOGUE, RANDOM_BIAS_ON_DIALOGUE = -0.75, -0.88
+"""Initial logits with a mean gate of 0.32, about GateRA's on dialogue."""
+
 METHODS = {
     method.name: method
     for method in (
-        Method("lora", "LoRA", "lora", rates=LOW_RATE_GRID),
-        Method("hira", "HiRA", "hira", rates=HADAMARD_RATE_GRID),
-        Method("gatera", "GateRA", "hira", TokenGateConfig(), rates=HADAMARD_RATE_GRID),
-        Method("hira_static", "HiRA, static gate", "hira", StaticGateConfig(), rates=HADAMARD_RATE_GRID),
+        Method("lora", "LoRA", "lora", rates=LOW_RATE_GRID, seeds=MORE_SEEDS),
+        Method("hira", "HiRA", "hira", rates=HADAMARD_RATE_GRID, seeds=MORE_SEEDS),
+        Method("gatera", "GateRA", "hira", TokenGateConfig(), rates=HADAMARD_RATE_GRID, seeds=MORE_SEEDS),
+        Method(
+            "hira_static",
+            "HiRA, static gate",
+            "hira",
+            StaticGateConfig(),
+            rates=HADAMARD_RATE_GRID,
+            seeds=MORE_SEEDS,
+        ),
         Method(
             "hard_hira",
             "HiRA, hard gate",
@@ -106,6 +125,7 @@ METHODS = {
             "hira",
             ShuffledTokenGateConfig(),
             rate_of="gatera",
+            seeds=MORE_SEEDS,
         ),
         Method(
             "gatera_random",
@@ -113,6 +133,7 @@ METHODS = {
             "hira",
             RandomGateConfig(),
             rate_of="gatera",
+            seeds=MORE_SEEDS,
         ),
         Method(
             "gatera_no_entropy",
@@ -184,6 +205,22 @@ METHODS = {
             RandomGateConfig(bias=RANDOM_BIAS_OF_EQUAL_MEAN),
             rate_of="gatera",
             families=("commonsense", "math"),
+        ),
+        Method(
+            "hira_static_low",
+            "HiRA, static gate from 0.3",
+            "hira",
+            StaticGateConfig(bias=STATIC_BIAS_ON_DIALOGUE),
+            rate_of="gatera",
+            families=("dialogue",),
+        ),
+        Method(
+            "gatera_random_low",
+            "GateRA, random gate from 0.3",
+            "hira",
+            RandomGateConfig(bias=RANDOM_BIAS_ON_DIALOGUE),
+            rate_of="gatera",
+            families=("dialogue",),
         ),
     )
 }

@@ -16,7 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 210, 30, 55
 COLORS = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb",
     "#332288", "#44aa99", "#999933", "#cc6677", "#882255", "#117733", "#dd9900", "#aa4499", "#6699cc",
-    "#661100", "#777777", "#225555", "#bb9955",
+    "#661100", "#777777", "#225555", "#bb9955", "#994455", "#004488",
 )  # fmt: skip
 """One for each method: Paul Tol's schemes bright and muted, for color-blind readers."""
 

@@ -7,15 +7,12 @@ from typing import Literal
 
 from benchmarks.quality.families import FAMILIES, MEASURED
 from benchmarks.quality.ledger import Line
-from benchmarks.quality.methods import METHODS, RATE_FACTOR, Method
+from benchmarks.quality.methods import METHODS, MORE_SEEDS, RATE_FACTOR, Method
 
 Stage = Literal["untrained", "rates", "seeds"]
 
 RATE_SEED = 0
 """Seed of the runs that choose the learning rate."""
-
-SEEDS = (1, 2, 3)
-"""Seeds of the runs that are compared; none of them chose a rate."""
 
 RATE_LIMITS = (1e-5, 2.0)
 """The search for a rate ends here, even if the best one is the last."""
@@ -56,7 +53,7 @@ class Selection:
 
     stages: Sequence[str] = ("rates", "seeds")
 
-    seeds: Sequence[int] = SEEDS
+    seeds: Sequence[int] = MORE_SEEDS
 
 
 def missing_runs(lines: Sequence[Line], selection: Selection) -> list[Run]:
@@ -91,7 +88,8 @@ def _wanted(lines: Sequence[Line], selection: Selection) -> Iterator[Run]:
             chosen = {method.name: chosen_rate(lines, family, method) for method in methods}
             for seed in selection.seeds:
                 for name, rate in chosen.items():
-                    yield Run(family, "seeds", name, rate, seed)
+                    if seed in METHODS[name].seeds:
+                        yield Run(family, "seeds", name, rate, seed)
 
 
 def rates_to_try(lines: Sequence[Line], family: str, method: Method) -> list[float]:

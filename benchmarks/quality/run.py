@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness.fitting import SMOLLM2
 from benchmarks.harness.machine import DEVICE, describe_machine, peak_memory, reset_peak_memory, synchronize
-from benchmarks.quality.controls import controls_registered
+from benchmarks.quality.controls import controls_registered, shuffle_without_padding
 from benchmarks.quality.evaluation import RowLosses, gate_statistics, on_device, row_losses
 from benchmarks.quality.families import MEASURED, Family, FamilyRows, Rows, load_rows
 from benchmarks.quality.ledger import Line
@@ -82,6 +82,7 @@ def _trained(run: Run, family: Family) -> Line:
     torch.manual_seed(run.seed)  # for gates that draw
     model = _fresh_backbone(method.dtype)
     inject_adapters(model, method.adapter(), torch.Generator().manual_seed(run.seed))
+    shuffle_without_padding(model)
     config = OptimizerConfig(lr=run.lr, warmup_steps=round(WARMUP_SHARE * method.steps))
     optimizer, scheduler = build_optimizer(config, model, lambda: method.steps)
     parameters = list(adapter_parameters(model).values())

@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from model_families import SIZES
 from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.quality.controls import RandomGateConfig, RandomMatrixHiRA, ShuffledTokenGateConfig
-from gatera_lightning import TokenGateConfig
+from benchmarks.quality.controls import (
+    RandomGateConfig,
+    RandomMatrixHiRA,
+    ShuffledTokenGateConfig,
+    shuffle_without_padding,
+)
+from gatera_lightning import AdapterConfig, TokenGateConfig, inject_adapters, record_gates
+from gatera_lightning.adapters.lookup import adapted_linears
 
 
 def _gate(config, size=6):
@@ -25,6 +33,33 @@ def test_shuffled_gate_gives_the_token_gates_values_to_other_tokens():
     assert (found != expected).float().mean() > 0.9
     assert not torch.equal(shuffled(x), found)  # drawn again
     assert shuffled.linear_logit() is None  # decoding must not compute the token gate instead
+
+
+@torch.no_grad()
+def test_shuffled_gate_takes_no_value_from_padding():
+    """A left-padded prompt, then a right-padded answer with the prompt in the cache."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    inject_adapters(model, AdapterConfig(rank=2, gate=ShuffledTokenGateConfig(), target_modules=["q_proj"]))
+    shuffle_without_padding(model)
+    (layer, *_) = adapted_linears(model).values()  # the first: its input has seen no gate
+    gate = layer.gate
+    gate.weight.normal_()
+    inputs = []
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    cache, seen = DynamicCache(config=model.config), torch.ones(2, 0, dtype=torch.long)
+    for mask in (
+        torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]),
+        torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]),
+    ):
+        ids = torch.randint(3, 96, mask.shape) * mask
+        seen = torch.cat([seen, mask], 1)
+        with record_gates(model) as record:
+            model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True)
+        own = inputs.pop() @ gate.weight + gate.bias  # each token's own logit
+        found, expected = record.logits[0][mask.bool()], own[mask.bool()]
+        torch.testing.assert_close(found.sort().values, expected.sort().values)
+        assert not torch.allclose(found, expected)
 
 
 def test_random_gate_ignores_the_input():
