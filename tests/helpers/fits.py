@@ -2,11 +2,11 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bounded_programs import run_bounded
 from fit_script import Job, run
 from perturbed_adapter import perturb_adapter
 from safetensors.torch import load_file
@@ -20,8 +20,7 @@ SCRIPT = Path(__file__).parent / "fit_script.py"
 def run_script(script, backbone, out, check=True, **job):
     """Run a script with the settings of a Job in another process."""
     settings = json.dumps({"backbone": str(backbone), "out": str(out), **job})
-    command = [sys.executable, str(script), settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = run_bounded([sys.executable, str(script), settings], timeout=240)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

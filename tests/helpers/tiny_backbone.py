@@ -1,10 +1,8 @@
 """A whole backbone folder, small enough to train in a second, and runs on it: by CLI flags or by hand."""
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from bounded_programs import run_bounded
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SAMPLES = Path(str(resources.files("gatera_lightning.datamodules"))) / "samples" / "everyday"
@@ -105,24 +104,12 @@ def tiny_args(folder):
 
 
 def run_program(*args, cwd, timeout=120):
-    """Run ``python -m gatera_lightning ARGS`` in a folder and return its output; kill it if it hangs."""
+    """Run ``python -m gatera_lightning ARGS`` in a folder and return its output, errors among it."""
     command = [sys.executable, "-m", "gatera_lightning", *args]
-    options = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "start_new_session": True,
-    }
-    with subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options) as program:
-        try:
-            output, _ = program.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s: {' '.join(args)}") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
-    assert program.returncode == 0, output[-4000:]
-    return output
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    program = run_bounded(command, timeout=timeout, cwd=cwd, env=environment, stderr=subprocess.STDOUT)
+    assert program.returncode == 0, program.stdout[-4000:]
+    return program.stdout
 
 
 def tiny_module(folder, warmup_steps=0, entropy_weight=0.01, objectives=None, **adapter):
