@@ -134,7 +134,7 @@ def cost_table(lines: Sequence[Line], timings: Timings) -> str:
     results = FamilyResults("commonsense", lines)
     rows = []
     for name, contenders in CONTENDERS.items():
-        cost = [line["cost"] for line in results.runs.get(name, {}).values()]
+        cost = [line["cost"] for line in results.level_runs.get(name, {}).values()]
         extra, peak = timings.extra_tflops(name), timings.peak_bytes(name)
         sizes, score = ["", ""], ""
         if cost:

@@ -68,7 +68,7 @@ def _answers(results: Sequence[FamilyResults], measure: Measure) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """Draw the methods that README shows: their means over seeds in each family."""
+    """Draw the methods that README shows: their means over the seeds that all have, in each family."""
     results = [found for found in (FamilyResults(name, lines) for name in FAMILIES) if found.runs]
     header = ["method"]
     for found in results:
@@ -81,7 +81,7 @@ def summary(lines: Sequence[Line]) -> str:
 
 
 def _summary_cells(results: FamilyResults, method: str) -> list[str]:
-    if method not in results.runs:
+    if method not in results.level_runs:
         return [""] * (3 if results.has_accuracy else 2)
     (heldout,) = results.values(method, "heldout")
     accuracies = results.values(method, "accuracy") if results.has_accuracy else []

@@ -137,7 +137,7 @@ def retention(lines: Sequence[Line], family: str) -> str | None:
     curves = {
         name: [(point.heldout, point.forgotten) for point in results.trajectory(name)]
         for name in METHODS
-        if name in results.runs
+        if name in results.level_runs
     }
     if not curves:
         return None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.quality.comparisons import QUESTIONS, Question
 from benchmarks.quality.families import FAMILIES, MEASURED
 from benchmarks.quality.ledger import Line
+from benchmarks.quality.methods import SEEDS
 from benchmarks.quality.statistics import Comparison, Part, compare, correct_for_number
 
 Measure = Literal["heldout", "accuracy", "retention"]
@@ -55,6 +56,18 @@ class FamilyResults:
         return found
 
     @cached_property
+    def level_runs(self) -> dict[str, dict[int, Line]]:
+        """Those of the tested runs whose seeds all methods have, for tables with a line for each method.
+
+        Differences are paired by seed, and use all of ``runs``.
+        """
+        shared = {
+            method: {seed: line for seed, line in by_seed.items() if seed in SEEDS}
+            for method, by_seed in self.runs.items()
+        }
+        return {method: by_seed for method, by_seed in shared.items() if by_seed}
+
+    @cached_property
     def diverged(self) -> Counter[str]:
         """How many tested runs of a method diverged."""
         return Counter(line["method"] for line in self._tested_lines if line["test"] is None)
@@ -83,11 +96,11 @@ class FamilyResults:
         return sorted(set.intersection(*(set(self.runs.get(method, {})) for method in methods)))
 
     def values(self, method: str, measure: Measure) -> list[Part]:
-        """Return a method's values of each row and seed: one part, or for retention one by other family.
+        """Return a method's values in ``level_runs``: one part, or for retention one by other family.
 
         Retention is the loss minus the untrained model's.
         """
-        return self._parts(method, self.seeds(method), measure)
+        return self._parts(method, sorted(self.level_runs[method]), measure)
 
     def answers(self, measure: Measure) -> dict[Question, Comparison]:
         """Compare the methods of every question on the seeds that both have; p-values are adjusted together.
@@ -128,10 +141,10 @@ class FamilyResults:
         return parts
 
     def trajectory(self, method: str) -> list[TrajectoryPoint]:
-        """Return the points of a method's training, from the untrained model on."""
+        """Return the points of a method's training in ``level_runs``, from the untrained model on."""
         start = self._start()
         by_step: dict[int, list[Line]] = {}
-        for line in self.runs[method].values():
+        for line in self.level_runs[method].values():
             for point in line["trajectory"]:
                 by_step.setdefault(point["step"], []).append(point)
         points = [TrajectoryPoint(0, start["heldout"], 0.0)]

@@ -77,20 +77,20 @@ def _rate_cell(loss: float | None, is_best: bool) -> str:
 
 
 def methods(lines: Sequence[Line], family: str) -> str:
-    """Draw what each method reaches on average over its seeds, beside its cost; empty without runs."""
+    """Draw what each method reaches, on average over the seeds that all have; empty without runs."""
     results = FamilyResults(family, lines)
-    if not results.runs and not results.diverged:
+    if not results.level_runs and not results.diverged:
         return ""
     accuracy = ["accuracy"] if results.has_accuracy else []
     others = [f"forgetting: {other}" for other in results.others]
     header = ["method", "lr", "seeds", "held-out loss", *accuracy, *others, "CPU s/step"]
     rows = [["untrained", "", "", *untrained_cells(results), *["0"] * len(others), ""]]
-    for name in (name for name in METHODS if name in results.runs or results.diverged[name]):
+    for name in (name for name in METHODS if name in results.level_runs or results.diverged[name]):
         lost = f"{results.diverged[name]} diverged" if results.diverged[name] else ""
-        if name not in results.runs:
+        if name not in results.level_runs:
             rows.append([METHODS[name].title, "", lost, *[""] * (len(header) - 3)])
             continue
-        found = list(results.runs[name].values())
+        found = list(results.level_runs[name].values())
         (heldout,) = results.values(name, "heldout")
         by_seed = heldout.values.sum(1) / heldout.weights.sum()
         cells = [f"{heldout.mean:.3f} ({by_seed.min():.3f}–{by_seed.max():.3f})"]
@@ -166,7 +166,7 @@ def power(columns: Mapping[Measure, Sequence[Comparison]]) -> str:
 def equal_loss(lines: Sequence[Line], family: str) -> str:
     """Draw what each method has forgotten at the held-out loss that all reached; empty without runs."""
     results = FamilyResults(family, lines)
-    trajectories = {name: results.trajectory(name) for name in METHODS if name in results.runs}
+    trajectories = {name: results.trajectory(name) for name in METHODS if name in results.level_runs}
     if not trajectories:
         return ""
     reached = max(min(point.heldout for point in points) for points in trajectories.values())
@@ -176,7 +176,7 @@ def equal_loss(lines: Sequence[Line], family: str) -> str:
         rows.append(
             [
                 METHODS[name].title,
-                f"{len(results.runs[name])}",
+                f"{len(results.level_runs[name])}",
                 "not reached" if at_equal is None else minus(f"{at_equal:+.3f}"),
                 f"{points[-1].heldout:.3f}",
                 minus(f"{points[-1].forgotten:+.3f}"),
@@ -190,8 +190,8 @@ def gates(lines: Sequence[Line], family: str) -> str:
     """Draw how open the gates are at the end of training; empty without gates."""
     results = FamilyResults(family, lines)
     rows = []
-    for name in (name for name in METHODS if name in results.runs):
-        found = [line["gates"] for line in results.runs[name].values() if line["gates"] is not None]
+    for name in (name for name in METHODS if name in results.level_runs):
+        found = [line["gates"] for line in results.level_runs[name].values() if line["gates"] is not None]
         if found:
             names = ("mean", "closed", "open", "tokens_std", "layers_std")
             means = (sum(gate[key] for gate in found) / len(found) for key in names)
@@ -208,7 +208,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 SECTIONS: tuple[tuple[str, Callable[[Sequence[Line], str], str]], ...] = (
     (
-        "What the methods reach; in parentheses the lowest and the highest seed.",
+        "What the methods reach, on average over the seeds that all of them have; in parentheses the lowest "
+        "and the highest seed.",
         methods,
     ),
     (
@@ -218,12 +219,13 @@ SECTIONS: tuple[tuple[str, Callable[[Sequence[Line], str], str]], ...] = (
     ),
     (
         "Forgetting at equal held-out loss: interpolated where training first reached the loss that every "
-        "method reached, on the first test rows, mean over seeds. Descriptive: there is no interval, and the "
-        "learning rate has decayed further where a method reaches the loss late.",
+        "method reached, on the first test rows, mean over the same seeds. Descriptive: there is no "
+        "interval, and the learning rate has decayed further where a method reaches the loss late.",
         equal_loss,
     ),
     (
-        "Gates on test rows at the end: mean value, shares below 0.1 and above 0.9, standard deviations.",
+        "Gates on test rows at the end, same seeds: mean value, shares below 0.1 and above 0.9, standard "
+        "deviations.",
         gates,
     ),
     ("Loss on the validation rows by learning rate, seed 0; the chosen rate in bold.", rates),

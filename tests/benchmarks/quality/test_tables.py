@@ -28,6 +28,17 @@ def test_methods_and_differences():
     assert tables.answers(synthetic_ledger(seeds=(1,)), "commonsense").count("one seed") == 4 * 3 + 1
 
 
+def test_seed_that_some_methods_lack_counts_in_differences_only():
+    lines = synthetic_ledger(seeds=(1, 2, 3, 4))
+    partly = [line for line in lines if (line["method"], line["seed"]) != ("hira", 4)]
+    without = [line for line in lines if line["seed"] != 4]
+    for table in (tables.methods, tables.equal_loss, tables.gates):
+        assert table(partly, "commonsense") == table(without, "commonsense")
+    answers = _rows(tables.answers(partly, "commonsense"))
+    assert answers["Does GateRA beat LoRA?"][2] == "4"
+    assert answers["Does GateRA beat HiRA?"][2] == "3"
+
+
 def test_diverged_runs_are_counted_and_not_compared():
     lines = synthetic_ledger()
     diverged = [("lora", 1), ("lora", 2), ("lora", 3), ("hira", 1)]
