@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from gatera_lightning.datamodules.batch import Batch
 from gatera_lightning.datamodules.batching.datasets import LikelihoodBatches, PromptBatches, TrainingBatches
-from gatera_lightning.datamodules.batching.workers import ignore_signals
+from gatera_lightning.datamodules.batching.workers import worker_options
 from gatera_lightning.errors import CheckpointError
 
 
@@ -63,9 +63,8 @@ class ResumableLoader:
             self.dataset,
             batch_size=None,
             sampler=self.order(self.epoch)[self.yielded :],
-            num_workers=self.num_workers,
             generator=torch.Generator(),
-            worker_init_fn=ignore_signals,
+            **worker_options(self.num_workers),
         ):
             self.yielded += 1
             yield batch
@@ -122,7 +121,6 @@ def evaluation_loader(
     return DataLoader(
         batches,
         batch_size=None,
-        num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),  # otherwise worker seeds advance the global generator
-        worker_init_fn=ignore_signals,
+        **worker_options(num_workers),
     )

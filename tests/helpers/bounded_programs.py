@@ -4,6 +4,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
+import time
+from pathlib import Path
 
 
 def run_bounded(command, *, timeout, env=None, **options):
@@ -21,9 +24,9 @@ def run_bounded(command, *, timeout, env=None, **options):
         try:
             output, errors = program.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(program.pid, signal.SIGABRT)
-            printed = "".join(text for text in _printed_at_end(program) if text)
-            message = f"still running after {timeout} s: {' '.join(map(str, command))}\n{printed[-20_000:]}"
+            threading.Thread(target=_abort_group, args=[program.pid]).start()  # it fills the pipe read below
+            printed = "".join(text for text in program.communicate() if text)
+            message = f"still running after {timeout} s: {' '.join(map(str, command))}\n{printed}"
             raise AssertionError(message) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -31,9 +34,14 @@ def run_bounded(command, *, timeout, env=None, **options):
     return subprocess.CompletedProcess(command, program.returncode, output, errors)
 
 
-def _printed_at_end(program):
-    try:
-        return program.communicate(timeout=30)
-    except subprocess.TimeoutExpired:  # a process that an abort does not end
-        os.killpg(program.pid, signal.SIGKILL)
-        return program.communicate()
+def _abort_group(group):
+    """Abort one process after the other, so that their stacks do not mix; Linux only."""
+    os.killpg(group, signal.SIGSTOP)  # none reacts to the end of another
+    for pid in sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group:
+                os.kill(pid, signal.SIGABRT)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)

@@ -2,13 +2,15 @@
 
 import itertools
 import logging
+import time
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from gatera_lightning.datamodules.batching.loader import ResumableLoader
+from gatera_lightning.datamodules.batching import workers
+from gatera_lightning.datamodules.batching.loader import ResumableLoader, evaluation_loader
 from gatera_lightning.errors import CheckpointError
 
 STEPS, ACCUMULATE = 5, 2
@@ -391,3 +393,23 @@ def test_run_resumes_with_workers(saved, fit, tmp_path):
 
 def test_run_does_not_depend_on_workers(fit):
     assert fit(0) == fit(0) == fit(2)
+
+
+# --- workers ---
+
+
+class _Stuck(_Indices):
+    def __getitem__(self, index):
+        time.sleep(60)
+
+
+def test_worker_that_hangs_is_an_error(monkeypatch):
+    monkeypatch.setattr(workers, "WORKER_TIMEOUT", 0.5)
+    stuck = _Stuck(STEPS, ACCUMULATE)
+    loaders = (
+        ResumableLoader(stuck, seed=3, num_workers=1),
+        evaluation_loader(stuck, seed=3, num_workers=1),
+    )
+    for loader in loaders:
+        with pytest.raises(RuntimeError, match=r"timed out after 0\.5 seconds"):
+            next(iter(loader))
