@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-_DATA = ("train", "data_dir", "train_on", "batch_size", "max_length", "packing")
+_DATA = ("data_dir", "train_on", "batch_size", "max_length", "packing")
 
 
 def run_details(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
@@ -15,7 +15,8 @@ def run_details(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
     """
     module: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    values = {name: getattr(data, name, None) for name in _DATA}
+    sources = getattr(data, "sources", {"train": None})  # a data module of one's own may have none
+    values = {"train": sources["train"]} | {name: getattr(data, name, None) for name in _DATA}
     optimizer = vars(module.optimizer) if hasattr(module, "optimizer") else {}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     return {
