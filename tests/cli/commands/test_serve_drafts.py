@@ -90,16 +90,21 @@ def answer(client, body):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("body", [CHAT, COMPLETION], ids=["chat", "completion"])
-@pytest.mark.parametrize("more", [{}, {"stop": "e"}, {"max_tokens": 1}], ids=["limit", "stop", "one_token"])
-def test_answer_is_the_one_without_drafts(plain, drafting, log_of, body, stream, more):
+@pytest.mark.parametrize("end", ["limit", "stop", "one_token"])
+def test_answer_is_the_one_without_drafts(plain, drafting, log_of, body, stream, end):
+    _, choices, whole, _ = answer(plain, body)
+    text = choices[0]["text"] if "prompt" in body else choices[0]["message"]["content"]
+    # Which text the tiny model writes depends on the processor.
+    letter = next(char for char in text if char.isascii() and char.isalpha())
+    more = {"limit": {}, "stop": {"stop": letter}, "one_token": {"max_tokens": 1}}[end]
     request = body | more | {"stream": stream}
     assert answer(drafting, request) == (expected := answer(plain, request))
     assert expected[0] == 200
     (line,) = log_of()
     assert line.startswith("so far ")
     assert "tokens a forward pass" in line
-    if more == {"stop": "e"} and not stream:
-        assert expected[2]["completion_tokens"] < 20
+    if end == "stop" and not stream:
+        assert expected[2]["completion_tokens"] < whole["completion_tokens"]
 
 
 def test_drafts_are_used(drafting, log_of):
